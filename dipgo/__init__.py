@@ -1,0 +1,1 @@
+"""Search: which blocks of a diffusion model to skip at which timestep."""

@@ -1,0 +1,15 @@
+"""Errors that a user can mend: one line that says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class DipgoError(Exception):
+    """The work failed. The command line prints the message alone and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(DipgoError):
+    """What was asked for makes no sense. The command line prints the message alone and exits with 2."""
+
+    exit_code = 2

@@ -1,0 +1,222 @@
+"""The traced denoiser: one graph with every site's outputs named, from which costs and dependencies are read.
+
+The denoiser is traced once by ``torch.export``. Which nodes a row of gates needs follows from the graph: walk back
+from ε and from the outputs of computed sites, and stop at the outputs of skipped ones. That is the paper's "remove
+the dependents" (Algorithm 1) without a hand-written topology, and MACs are summed over the nodes that remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from dipgo.errors import DipgoError
+from dipgo.families import Conditions, GuidedDenoiser
+from dipgo.models import Model
+from dipgo.sites import Site, site_names
+
+
+class _Tapped(nn.Module):
+    """The guided denoiser with the outputs of its sites as further outputs."""
+
+    def __init__(self, guided: GuidedDenoiser, names: Sequence[str]) -> None:
+        super().__init__()
+        self.guided = guided
+        self.names = list(names)
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> Any:
+        taps: dict[str, Any] = {}
+
+        def tap(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if name in taps:
+                    raise DipgoError(f"site '{name}' runs more than once in a call of the denoiser; leave it out")
+                taps[name] = output
+
+            return self.guided.denoiser.get_submodule(name).register_forward_hook(hook)
+
+        handles = [tap(name) for name in self.names]
+        epsilon = self.guided(latent, timestep, conditions)
+        for handle in handles:
+            handle.remove()
+        idle = [name for name in self.names if name not in taps]
+        if idle:
+            raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
+        return epsilon, [pytree.tree_leaves(taps[name]) for name in self.names]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A traced denoiser.
+
+    Attributes:
+        model: what was traced.
+        program: the exported program; its outputs are ε, then every site's outputs in order.
+        sites: the sites, with their costs.
+        outputs: for each site, the names of the nodes that are its outputs.
+        epsilon: the name of the node that is ε.
+        guidance_scale: of the guidance inside the graph.
+        batch: images per call.
+    """
+
+    model: Model
+    program: ExportedProgram
+    sites: tuple[Site, ...]
+    outputs: tuple[tuple[str, ...], ...]
+    epsilon: str
+    guidance_scale: float
+    batch: int
+    _inputs: dict[str, tuple[str, ...]]
+    _macs: dict[str, int]
+
+    @property
+    def full_macs(self) -> int:
+        """MACs of one call with every gate 1."""
+        return self.macs(np.ones(len(self.sites), bool))
+
+    def macs(self, row: np.ndarray) -> int:
+        """MACs of one call under a row of gates, for one row of the denoiser's batch (guidance doubles it)."""
+        return self._row_macs(tuple(bool(gate) for gate in row))
+
+    def live_sites(self, row: np.ndarray, wanted: Iterable[int] = ()) -> set[int]:
+        """Return the sites whose outputs are read in a call under ``row`` by ε or by the sites ``wanted``.
+
+        Skipped sites among them are read from their backups; computed sites that are not among them are computed for
+        nobody.
+        """
+        live = self._live(np.asarray(row, bool), wanted)
+        return {index for index, names in enumerate(self.outputs) if live.intersection(names)}
+
+    def reads_input(self, row: np.ndarray) -> bool:
+        """Whether ε under ``row`` still depends on the latent or the timestep."""
+        placeholders = set(list(self.program.graph_signature.user_inputs)[:2])
+        return bool(placeholders & self._live(np.asarray(row, bool), ()))
+
+    def _live(self, row: np.ndarray, wanted: Iterable[int]) -> set[str]:
+        stops = {name for index in np.flatnonzero(~row) for name in self.outputs[index]}
+        stack = [self.epsilon, *(name for index in wanted for name in self.outputs[index])]
+        live: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name not in live:
+                live.add(name)
+                if name not in stops:
+                    stack.extend(self._inputs[name])
+        return live
+
+    @lru_cache(maxsize=65536)  # noqa: B019 - a trace lives as long as the process that searches with it
+    def _row_macs(self, row: tuple[bool, ...]) -> int:
+        gates = np.array(row)
+        stops = {name for index in np.flatnonzero(~gates) for name in self.outputs[index]}
+        live = self._live(gates, np.flatnonzero(gates))
+        return sum(self._macs[name] for name in live - stops)
+
+
+def trace(model: Model, sites: str | None, guidance_scale: float, batch: int = 1) -> Trace:
+    """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.sites.site_names`).
+
+    No weights are read. Raises UsageError for bad patterns, DipgoError where torch.export cannot trace the model.
+    """
+    denoiser = model.empty_denoiser()
+    names = site_names(denoiser, model.family, sites)
+    guided = GuidedDenoiser(denoiser, model.family, guidance_scale)
+    rows = batch * (2 if guided.guided else 1)
+    example = (
+        torch.zeros(model.latent_shape(batch)),
+        torch.ones(1),
+        model.family.example(model.config, rows),
+    )
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Tapped(guided, names), example, strict=False)
+    except DipgoError:
+        raise
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise DipgoError(f"torch.export cannot trace {model.family.denoiser_class}: {detail}") from error
+
+    results = list(program.graph_module.graph.output_node().args[0])
+    epsilon, flat = results[0].name, [node.name for node in results[1:]]
+    counts = [len(leaves) for leaves in _output_leaves(program)]
+    outputs, position = [], 0
+    for count in counts:
+        outputs.append(tuple(flat[position : position + count]))
+        position += count
+    _refuse_shared_outputs(program, names, outputs)
+
+    nodes = {node.name: node for node in program.graph_module.graph.nodes if node.op != "output"}
+    macs = {name: _node_macs(node) // rows for name, node in nodes.items()}
+    inputs = {name: tuple(source.name for source in node.all_input_nodes) for name, node in nodes.items()}
+    records = tuple(
+        _record(name, denoiser.get_submodule(name), nodes, macs, nodes[outputs[index][0]].meta["val"].ndim)
+        for index, name in enumerate(names)
+    )
+    return Trace(model, program, records, tuple(outputs), epsilon, guidance_scale, batch, inputs, macs)
+
+
+def _output_leaves(program: ExportedProgram) -> list[list[int]]:
+    """Return the structure of the taps: for each site, one entry an output."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return list(leaves[1])
+
+
+def _refuse_shared_outputs(program: ExportedProgram, names: Sequence[str], outputs: list[tuple[str, ...]]) -> None:
+    placeholders = {node.name for node in program.graph_module.graph.nodes if node.op == "placeholder"}
+    owner: dict[str, str] = {}
+    for site, values in zip(names, outputs, strict=True):
+        for value in set(values):
+            other = owner.setdefault(value, site)
+            if value in placeholders or other != site:
+                raise DipgoError(f"site '{site}' hands on a value that it did not compute; leave it out")
+
+
+def _record(name: str, module: nn.Module, nodes: dict[str, Node], macs: dict[str, int], rank: int) -> Site:
+    path = f"guided.denoiser.{name}"
+    inside = sum(
+        macs[node.name]
+        for node in nodes.values()
+        if any(
+            inner == path or inner.startswith(path + ".")
+            for inner, _ in (node.meta.get("nn_module_stack") or {}).values()
+        )
+    )
+    params = sum(parameter.numel() for parameter in module.parameters())
+    return Site(name, inside, params, channel_axis=rank - 1 if rank == 3 else 1)
+
+
+def _node_macs(node: Node) -> int:
+    """Count one node by torch's own flop counter, on the meta device: there attention is two counted products."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+
+    def blank(value: Any) -> Any:
+        held = value.meta.get("val") if isinstance(value, Node) else value
+        if isinstance(held, torch.Tensor):
+            return torch.empty(tuple(held.shape), dtype=held.dtype, device="meta")
+        return held
+
+    args, kwargs = pytree.tree_map_only(Node, blank, (node.args, node.kwargs))
+    if not _may_multiply(node):
+        return 0
+    with FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+_PRODUCTS = ("conv", "linear", "mm", "matmul", "einsum", "attention", "addmv", "bilinear")
+
+
+def _may_multiply(node: Node) -> bool:
+    return any(part in str(node.target) for part in _PRODUCTS)

@@ -1,0 +1,1 @@
+"""Models that ship with dipgo, and the scripts that train them."""

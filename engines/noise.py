@@ -1,0 +1,38 @@
+"""torch's CPU noise without torch: the same seed gives the same initial latents as in diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
+    """Return what ``torch.randn(shape, generator=torch.Generator().manual_seed(seed))`` returns on the CPU, float32.
+
+    torch draws one 32-bit Mersenne Twister word per value, keeps 24 bits as a uniform number, and turns blocks of 16
+    into normal ones by Box-Muller: eight radii, eight angles. The last, incomplete block is drawn anew as a whole.
+
+    Raises:
+        ValueError: fewer than 16 values (torch then uses another method), or a seed that is no unsigned 32-bit number.
+    """
+    count = int(np.prod(shape))
+    if count < 16:
+        raise ValueError(f"{count} values: fewer than the 16 that torch's vectorised method starts at")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is outside 0 to {2**32 - 1}")
+    words = np.random.RandomState(seed).randint(0, 2**32, size=count + (16 if count % 16 else 0), dtype=np.uint32)
+    uniform = (words & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+    values = uniform[:count]
+    whole = count - count % 16
+    values[:whole] = _box_muller(values[:whole])
+    if count % 16:
+        values[-16:] = _box_muller(uniform[count:])
+    return values.reshape(shape)
+
+
+def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    blocks = uniform.reshape(-1, 2, 8)
+    radius = np.sqrt(-2 * np.log(1 - blocks[:, 0]))
+    angle = np.float32(2 * np.pi) * blocks[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)

@@ -1,0 +1,29 @@
+"""Load a bundle's graphs as ONNX Runtime sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dipgo.errors import DipgoError
+
+
+def session_from_graph(path: Path, threads: int | None = None) -> Any:
+    """Return an ``InferenceSession`` on the CPU; ``threads`` None leaves the choice to ONNX Runtime.
+
+    Raises:
+        DipgoError: onnxruntime is missing, or refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DipgoError("onnxruntime is not installed; run: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
+        detail = " ".join(str(error).split())[:300]
+        raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); export it again") from error

@@ -1,0 +1,141 @@
+"""The traced denoiser as ONNX: one graph with every site's outputs named, its weights pointing into one file.
+
+Converted once per model; :mod:`export.cut` makes each signature's graph out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript import optimizer
+
+from dipgo.errors import DipgoError
+from dipgo.trace import Trace
+
+OPSET = 23  # from 23 on attention stays one Attention node and GroupNorm one GroupNormalization
+
+_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_PREFIX = "guided.denoiser."
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """The whole denoiser in ONNX.
+
+    Attributes:
+        trace: what it was made from.
+        model: the graph; outputs are ``epsilon`` and, for each site, :func:`feature_name`.
+        condition_names: the graph inputs that carry the conditions.
+        weights_file: the safetensors file that the initializers point into.
+    """
+
+    trace: Trace
+    model: ir.Model
+    condition_names: tuple[str, ...]
+    weights_file: Path
+
+
+def feature_name(site: str, output: int) -> str:
+    """Return the name of a site's output in the graph: ``feature.<site>``, then ``#1``, ``#2`` for further ones."""
+    return f"feature.{site}" + (f"#{output}" if output else "")
+
+
+def to_onnx(trace: Trace) -> Tapped:
+    """Convert a trace to ONNX (opset 23), weights left where they are.
+
+    Raises:
+        DipgoError: a node that has no ONNX form, or a checkpoint that does not hold the traced parameters.
+    """
+    conditions = tuple(trace.model.family.example(trace.model.config, 1))
+    features = [
+        feature_name(site.name, output)
+        for site, values in zip(trace.sites, trace.outputs, strict=True)
+        for output in range(len(values))
+    ]
+    model = _convert(trace, ["latent", "timestep", *conditions], ["epsilon", *features])
+    weights_file = _only_weights_file(trace)
+    bound = _bind(model, weights_file, set(trace.program.graph_signature.parameters))
+
+    def should_fold(node: ir.Node) -> bool | None:
+        # Folding a node that reads a weight (a Transpose, mostly) would put a second copy of it into the graph.
+        return False if any(value is not None and value.name in bound for value in node.inputs) else None
+
+    optimizer.optimize_ir(model, should_fold=should_fold)
+    ClearMetadataAndDocStringPass()(model)
+    return Tapped(trace, model, conditions, weights_file)
+
+
+def _convert(trace: Trace, inputs: list[str], outputs: list[str]) -> ir.Model:
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns of every torchvision operator that is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                trace.program,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                verbose=False,
+            )
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise DipgoError(f"{trace.model.family.denoiser_class} has no ONNX form: {detail}") from error
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def _only_weights_file(trace: Trace) -> Path:
+    files = trace.model.weights_files
+    if len(files) != 1:
+        raise DipgoError(
+            f"{files[0].parent}: weights in {len(files)} files; save the pipeline with max_shard_size large enough for one"
+        )
+    return files[0]
+
+
+def _bind(model: ir.Model, weights_file: Path, parameters: set[str]) -> set[str]:
+    """Point the initializers into the checkpoint; return the names of those that do."""
+    with weights_file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    bound = set()
+    for name, value in model.graph.initializers.items():
+        entry = header.get(name.removeprefix(_PREFIX))
+        traced = value.const_value
+        if entry is None or traced is None:
+            continue
+        start, end = entry["data_offsets"]
+        if list(traced.shape) != entry["shape"] or traced.dtype != _DTYPES.get(entry["dtype"]):
+            raise DipgoError(
+                f"{weights_file}: '{name.removeprefix(_PREFIX)}' is {entry['dtype']} {entry['shape']}, the model's "
+                f"configuration wants {traced.dtype.name} {list(traced.shape)}; use the matching checkpoint, in float32"
+            )
+        value.const_value = ir.ExternalTensor(
+            weights_file.name,
+            8 + length + start,
+            end - start,
+            traced.dtype,
+            shape=ir.Shape(entry["shape"]),
+            name=name,
+            base_dir=weights_file.parent,
+        )
+        bound.add(name)
+    missing = sorted(parameters.intersection(model.graph.initializers) - bound)
+    if missing:
+        name = missing[0].removeprefix(_PREFIX)
+        raise DipgoError(f"{weights_file}: holds no tensor '{name}'; it belongs to another model")
+    return bound
