@@ -45,6 +45,20 @@ class Program:
         """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU."""
         return torch_randn([count, *self.record.latent.shape[1:]], seed)
 
+    def class_of(self, label: str) -> int:
+        """Return the class that ``label`` names, by its name or its number.
+
+        Raises:
+            UsageError: the model has no such class.
+        """
+        labels = self.record.conditioning.labels
+        if label in labels:
+            return labels[label]
+        if label.isdecimal() and (not labels or int(label) in labels.values()):
+            return int(label)
+        known = ", ".join(list(labels)[:10]) + (", …" if len(labels) > 10 else "")
+        raise UsageError(f"class '{label}' is unknown to {self.record.model.name}; it has: {known}")
+
     def class_conditions(self, classes: Sequence[int]) -> dict[str, np.ndarray]:
         """Return the graph inputs for one batch of classes.
 

@@ -17,7 +17,8 @@ from dipgo.cost import cost_of, is_silent
 from dipgo.errors import DipgoError
 from dipgo.files import new_folder, sha256_of, sha256_of_json
 from dipgo.liveness import StepPlan, canonical, plan
-from dipgo.sampler import Sampler
+from dipgo.models import Model
+from dipgo.sampler import Sampler, tabulate
 from dipgo.subnet import SubNet, save_subnet
 from dipgo.trace import Trace, trace
 from export.bundle import (
@@ -164,6 +165,25 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
         (draft / RECORD_FILE).write_text(record.text())
 
 
+def compile_subnet(subnet: SubNet, model: Model, folder: Path, force: bool = False) -> None:
+    """Compile a SubNet for ``model`` from nothing: trace, convert, write the bundle (see :func:`write_bundle`)."""
+    traced = retrace(model, subnet)
+    check_same_model(subnet, traced)
+    pipe = model.pipeline()
+    sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, model.family.scales_noise)
+    write_bundle(prepare(traced, pipe), subnet, sampler, folder, force)
+
+
+def scheduler_of(subnet: SubNet) -> Any:
+    """Return the diffusers scheduler that a SubNet was searched for."""
+    import diffusers
+
+    scheduler_class = getattr(diffusers, subnet.sampler.class_name, None)
+    if scheduler_class is None:
+        raise DipgoError(f"the installed diffusers has no {subnet.sampler.class_name}; install the version it came from")
+    return scheduler_class.from_config(subnet.sampler.config)
+
+
 def normalise(subnet: SubNet, traced: Trace) -> SubNet:
     """Return the canonical form: dead gates off, weights of missing terms zero, cost as the graph has it."""
     gates = canonical(subnet.gates, subnet.terms, traced.live_sites)
@@ -244,6 +264,6 @@ def sites_of(subnet: SubNet) -> str:
     return ",".join(site.name for site in subnet.sites)
 
 
-def retrace(model: Any, subnet: SubNet, batch: int = 1) -> Trace:
+def retrace(model: Model, subnet: SubNet, batch: int = 1) -> Trace:
     """Trace ``model`` with the SubNet's sites and guidance."""
     return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, batch)

@@ -1,0 +1,52 @@
+"""From scores to gates at a budget (paper, Algorithm 1), with dependencies read from the traced graph."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dipgo.cost import trajectory_macs
+from dipgo.liveness import canonical
+from dipgo.trace import Trace
+
+
+def gates_at_budget(trace: Trace, scores: np.ndarray, budget: float, learned: bool = False) -> np.ndarray:
+    """Keep the gates with the highest scores, as many as the budget allows.
+
+    Bisection on one global threshold, as in the paper; what nobody reads goes ("remove the dependents") before MACs
+    are counted. What the threshold leaves over is then filled with the best single gates that still fit, which
+    brings the result as close to the budget as the sites' sizes allow.
+
+    Args:
+        scores: float ``[calls, sites]``, higher = keep; the first step is always kept.
+
+    Returns:
+        Canonical gates, bool ``[calls, sites]``.
+    """
+    calls = len(scores)
+    limit = budget * trace.full_macs * calls
+    order = np.argsort(-scores[1:].reshape(-1), kind="stable")
+
+    def keep(count: int) -> np.ndarray:
+        flat = np.zeros(order.shape, bool)
+        flat[order[:count]] = True
+        gates = np.concatenate([np.ones((1, scores.shape[1]), bool), flat.reshape(calls - 1, -1)])
+        return canonical(gates, 2 if learned else 1, trace.live_sites)
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if trajectory_macs(trace, keep(middle), learned) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    gates = keep(low)
+    smallest = min(site.macs for site in trace.sites)
+    for flat in order[low:]:
+        if limit - trajectory_macs(trace, gates, learned) < smallest:
+            break
+        trial = gates.copy()
+        trial[1 + flat // scores.shape[1], flat % scores.shape[1]] = True
+        trial = canonical(trial, 2 if learned else 1, trace.live_sites)
+        if trajectory_macs(trace, trial, learned) <= limit:
+            gates = trial
+    return gates
