@@ -153,7 +153,9 @@ def bench(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")],
+) -> None:
     """Show gate map, signatures, slots and sizes as text."""
     from dipgo.describe import subnet_text
     from dipgo.subnet import load_subnet

@@ -10,7 +10,7 @@ from dipgo.trace import Trace
 
 
 def is_silent(trace: Trace, row: np.ndarray, learned: bool) -> bool:
-    """Whether ε under ``row`` is the last ε: it reads neither latent nor timestep, and backups are served as they are."""
+    """Whether ε under ``row`` is the last ε: it reads neither latent nor timestep, and backups are last outputs."""
     return not learned and not row.any() and not trace.reads_input(row)
 
 

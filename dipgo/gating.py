@@ -30,7 +30,7 @@ def intercepting(denoiser: nn.Module, names: Sequence[str], intercept: Intercept
         def forward(*args: Any, **kwargs: Any) -> Any:
             return intercept(index, lambda: original(*args, **kwargs))
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     for index, module in enumerate(modules):
         replace(index, module)
@@ -49,11 +49,10 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
     """
     total: torch.Tensor | None = None
     for output, weight in zip(history, weights, strict=False):
+        shape = [1] * output.ndim
         if weight.ndim:
-            shape = [1] * output.ndim
             shape[channel_axis] = -1
-            weight = weight.view(shape)
-        term = output * weight.to(output.dtype)
+        term = output * weight.to(output.dtype).view(shape)
         total = term if total is None else total + term
     assert total is not None, "a site was skipped before it was ever computed"
     return total

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dipgo.errors import DipgoError
 
-
 R = TypeVar("R", bound="Record")
 
 

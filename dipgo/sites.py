@@ -55,7 +55,7 @@ def site_names(denoiser: nn.Module, family: Family, spec: str | None) -> list[st
         chosen.update(matches)
     ordered = [name for name in names if name in chosen]
     for name in ordered:
-        parents = [name[:dot.start()] for dot in re.finditer(r"\.", name)]
+        parents = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
         outer = next((parent for parent in parents if parent in chosen), None)
         if outer:
             raise UsageError(f"site '{name}' lies inside site '{outer}'; choose patterns that do not nest")

@@ -23,6 +23,7 @@ from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.sites import Site
 
 SCHEMA = "dipgo.subnet/1"
+SCHEMA_FILE = Path(__file__).parent / "schemas" / "subnet-1.json"
 
 
 class SiteRecord(Record):
@@ -52,7 +53,7 @@ class Cost(Record):
 class SubNetRecord(Record):
     """The JSON file."""
 
-    schema_id: Literal["dipgo.subnet/1"] = Field(alias="schema", default=SCHEMA)
+    schema_id: Literal["dipgo.subnet/1"] = Field(alias="schema", default="dipgo.subnet/1")
     model: ModelIdentity
     sampler: SamplerIdentity
     sites: list[SiteRecord] = Field(min_length=1)
@@ -60,6 +61,11 @@ class SubNetRecord(Record):
     backup: BackupRecord | None
     cost: Cost
     search: dict[str, Any]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema that is published as ``dipgo/schemas/subnet-1.json``."""
+    return SubNetRecord.model_json_schema(by_alias=True)
 
 
 @dataclass(frozen=True)

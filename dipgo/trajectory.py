@@ -146,7 +146,9 @@ class Batch:
 class Sampling:
     """Draws noise and conditions; each seed gives one batch, always the same."""
 
-    def __init__(self, pipe: Any, guided: GuidedDenoiser, family: Any, shape: Sequence[int], choices: Sequence[Any]) -> None:
+    def __init__(
+        self, pipe: Any, guided: GuidedDenoiser, family: Any, shape: Sequence[int], choices: Sequence[Any]
+    ) -> None:
         self.pipe, self.guided, self.family = pipe, guided, family
         self.shape, self.choices = tuple(shape), list(choices)
 
@@ -156,4 +158,4 @@ class Sampling:
         noise = torch.randn((count, *self.shape[1:]), generator=generator)
         picks = torch.randint(len(self.choices), (count,), generator=generator).tolist()
         halves = self.family.conditions(self.pipe, [self.choices[pick] for pick in picks])
-        return Batch(noise, join(*halves, self.guided.guided))
+        return Batch(noise, join(halves[0], halves[1], self.guided.guided))

@@ -71,7 +71,9 @@ class Program:
         known = sorted(set(conditioning.labels.values()))
         unknown = [label for label in classes if known and label not in known]
         if unknown:
-            raise UsageError(f"class {unknown[0]} is unknown to {self.record.model.name}; it has {known[0]} to {known[-1]}")
+            raise UsageError(
+                f"class {unknown[0]} is unknown to {self.record.model.name}; it has {known[0]} to {known[-1]}"
+            )
         rows = [conditioning.null_class] * len(classes) * conditioning.guided + list(classes)
         return {conditioning.inputs[0].name: np.array(rows, np.int64)}
 
@@ -125,7 +127,12 @@ class Program:
         return np.concatenate(pixels)[: len(classes)].transpose(0, 2, 3, 1)
 
     def _launch(
-        self, index: int, step: StepRecord, latent: np.ndarray, conditions: Mapping[str, np.ndarray], slots: dict[int, Any]
+        self,
+        index: int,
+        step: StepRecord,
+        latent: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
+        slots: dict[int, Any],
     ) -> np.ndarray:
         assert step.graph is not None
         given = {"latent": latent, "timestep": np.array([step.timestep], np.float32), **conditions}

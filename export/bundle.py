@@ -7,7 +7,7 @@ table, and the solver as a table of coefficients. All graphs lie flat beside one
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,6 +19,7 @@ from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
 
 SCHEMA = "dipgo.bundle/1"
 RECORD_FILE = "bundle.json"
+SCHEMA_FILE = Path(__file__).parent / "schemas" / "bundle-1.json"
 
 
 class TensorRecord(Record):
@@ -82,7 +83,7 @@ class ConditioningRecord(Record):
     guided: bool
     inputs: list[TensorRecord]
     null_class: int | None = None
-    labels: dict[str, int] = {}
+    labels: dict[str, int] = Field(default_factory=dict)
 
 
 class DecoderRecord(Record):
@@ -101,7 +102,7 @@ class FileRecord(Record):
 class BundleRecord(Record):
     """``bundle.json``."""
 
-    schema_id: Literal["dipgo.bundle/1"] = Field(alias="schema", default=SCHEMA)
+    schema_id: Literal["dipgo.bundle/1"] = Field(alias="schema", default="dipgo.bundle/1")
     model: ModelIdentity
     sampler: SamplerIdentity
     latent: TensorRecord
@@ -118,6 +119,11 @@ class BundleRecord(Record):
     naive_cache_bytes: int = Field(description="what the cache would take if every site's outputs were kept")
     files: dict[str, FileRecord]
     versions: dict[str, str]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema that is published as ``export/schemas/bundle-1.json``."""
+    return BundleRecord.model_json_schema(by_alias=True)
 
 
 class Bundle:

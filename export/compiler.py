@@ -113,9 +113,7 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
     subnet = normalise(subnet, traced)
     learned = bool(subnet.weights)
     plans = plan(subnet.gates, subnet.terms, traced.live_sites)
-    silent = [
-        step > 0 and is_silent(traced, row, learned) for step, row in enumerate(subnet.gates)
-    ]
+    silent = [step > 0 and is_silent(traced, row, learned) for step, row in enumerate(subnet.gates)]
     cuts = _cuts(prepared.tapped, subnet, plans, silent)
     tensors = _feature_tensors(traced)
     allocation = allocate(plans, tensors)
@@ -147,7 +145,9 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
             graphs=graphs,
             slots=allocation.slots,
             steps=[
-                _step(step, subnet, entry, None if silent[step] else cuts[_signature(entry, subnet)], allocation.slot_of)
+                _step(
+                    step, subnet, entry, None if silent[step] else cuts[_signature(entry, subnet)], allocation.slot_of
+                )
                 for step, entry in enumerate(plans)
             ],
             weights_file=WEIGHTS_FILE,
@@ -180,7 +180,9 @@ def scheduler_of(subnet: SubNet) -> Any:
 
     scheduler_class = getattr(diffusers, subnet.sampler.class_name, None)
     if scheduler_class is None:
-        raise DipgoError(f"the installed diffusers has no {subnet.sampler.class_name}; install the version it came from")
+        raise DipgoError(
+            f"the installed diffusers has no {subnet.sampler.class_name}; install the version it came from"
+        )
     return scheduler_class.from_config(subnet.sampler.config)
 
 
@@ -199,7 +201,7 @@ def normalise(subnet: SubNet, traced: Trace) -> SubNet:
 
 
 def full_subnet(traced: Trace, template: SubNet) -> SubNet:
-    """Return the SubNet with every gate 1 on the template's model and sampler: the full model, compiled the same way."""
+    """Return the SubNet with every gate 1 on the template's model and sampler: the full model."""
     gates = np.ones((template.calls, len(traced.sites)), bool)
     return replace(template, gates=gates, weights={}, terms=1, cost=cost_of(traced, gates), search={"method": "full"})
 
@@ -244,7 +246,9 @@ def _feature_tensors(traced: Trace) -> list[list[TensorRecord]]:
 
     def record(name: str) -> TensorRecord:
         value = values[name]
-        return TensorRecord(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=[int(n) for n in value.shape])
+        return TensorRecord(
+            name=name, dtype=str(value.dtype).removeprefix("torch."), shape=[int(n) for n in value.shape]
+        )
 
     return [[record(name) for name in names] for names in traced.outputs]
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.bundle import CoefficientRecord, TensorRecord
+from export.convert import tensor_record
 from export.tapped import Tapped, feature_name
 
 
@@ -58,7 +59,6 @@ def cut(
     given = ["latent", "timestep", *tapped.condition_names]
     graph = ir.convenience.extract(tapped.model.graph, [*given, *served], ["epsilon", *features])
     graph.name = name
-    values = {value.name: value for value in graph.inputs}
     read = [value for value in graph.inputs if value.uses() or value in graph.outputs]
     graph.inputs.clear()
     graph.inputs.extend(value for value in read if value.name in given)
@@ -72,9 +72,7 @@ def cut(
         key = value.name.removeprefix("feature.")
         weights = backups.get(f"backup.{key}")
         terms = 1 if weights is None else weights.shape[1]
-        history = [
-            ir.Value(name=f"cache.{key}.{term}", type=value.type, shape=value.shape) for term in range(terms)
-        ]
+        history = [ir.Value(name=f"cache.{key}.{term}", type=value.type, shape=value.shape) for term in range(terms)]
         graph.inputs.extend(history)
         caches |= {past.name: (index, output, term) for term, past in enumerate(history) if past.name}
         if weights is None:
@@ -94,9 +92,8 @@ def cut(
         }
         _combine(graph, value, history, factors)
 
-    inputs = [_record(value) for value in graph.inputs]
-    outputs = [_record(value) for value in graph.outputs]
-    del values
+    inputs = [tensor_record(value) for value in graph.inputs]
+    outputs = [tensor_record(value) for value in graph.outputs]
     model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
     return Cut(model, inputs, outputs, coefficients, caches, features)
 
@@ -122,10 +119,3 @@ def _combine(graph: ir.Graph, served: ir.Value, history: list[ir.Value], factors
         graph.extend(nodes)
     else:
         graph.insert_before(first, nodes)
-
-
-def _record(value: ir.Value) -> TensorRecord:
-    assert value.name is not None
-    assert value.dtype is not None
-    assert value.shape is not None
-    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=[int(size) for size in value.shape])

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from export.bundle import DecoderRecord, TensorRecord
-from export.tapped import OPSET
+from export.bundle import DecoderRecord
+from export.convert import convert, tensor_record
 
 FILE = "vae_decoder.onnx"
 
 
 class _Decoder(nn.Module):
-    """``latent [B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1], as every diffusers pipeline does."""
+    """``latent [B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1], as diffusers pipelines do."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -32,22 +29,10 @@ class _Decoder(nn.Module):
 
 def decoder_to_onnx(vae: Any, latent_shape: tuple[int, ...]) -> ir.Model:
     """Convert a diffusers ``AutoencoderKL``'s decoder, its weights inside the graph."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _Decoder(vae.eval()),
-            (torch.zeros(latent_shape),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["latent"],
-            output_names=["pixels"],
-            verbose=False,
-        )
-    assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)
-    stream = io.BytesIO()
-    program.save(stream)  # detaches the weights from the torch module
-    model = ir.from_proto(onnx.load_from_string(stream.getvalue()))
+    model = convert(
+        "the VAE decoder", _Decoder(vae.eval()), [torch.zeros(latent_shape)], ["latent"], ["pixels"], optimize=True
+    )
+    ClearMetadataAndDocStringPass()(model)
     model.graph.name = "vae_decoder"
     model.producer_name = "dipgo"
     return model
@@ -55,12 +40,6 @@ def decoder_to_onnx(vae: Any, latent_shape: tuple[int, ...]) -> ir.Model:
 
 def decoder_record(model: ir.Model) -> DecoderRecord:
     """Describe the decoder for ``bundle.json``."""
-
-    def tensor(value: ir.Value) -> TensorRecord:
-        assert value.name is not None
-        assert value.shape is not None
-        assert value.dtype is not None
-        shape = [int(size) for size in value.shape]
-        return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
-
-    return DecoderRecord(file=FILE, input=tensor(model.graph.inputs[0]), output=tensor(model.graph.outputs[0]))
+    return DecoderRecord(
+        file=FILE, input=tensor_record(model.graph.inputs[0]), output=tensor_record(model.graph.outputs[0])
+    )

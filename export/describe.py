@@ -16,7 +16,8 @@ def bundle_text(bundle: Bundle) -> str:
     lines = [
         "",
         f"program    {len(record.steps)} steps, {launches} launches, {len(record.graphs)} graphs",
-        f"slots      {len(record.slots)} slots, {_size(slots)}; all sites kept would take {_size(record.naive_cache_bytes)}",
+        f"slots      {len(record.slots)} slots, {_size(slots)}; "
+        f"all sites kept would take {_size(record.naive_cache_bytes)}",
         f"files      {_size(sizes[record.weights_file])} weights, {_size(graphs)} graphs, "
         f"{_size(sizes[record.decoder.file])} decoder, {_size(sum(sizes.values()))} in all",
         "",

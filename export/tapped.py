@@ -6,21 +6,17 @@ Converted once per model; :mod:`export.cut` makes each signature's graph out of 
 from __future__ import annotations
 
 import json
-import logging
 import struct
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 
 from dipgo.errors import DipgoError
 from dipgo.trace import Trace
-
-OPSET = 23  # from 23 on attention stays one Attention node and GroupNorm one GroupNormalization
+from export.convert import convert
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 _PREFIX = "guided.denoiser."
@@ -60,7 +56,14 @@ def to_onnx(trace: Trace) -> Tapped:
         for site, values in zip(trace.sites, trace.outputs, strict=True)
         for output in range(len(values))
     ]
-    model = _convert(trace, ["latent", "timestep", *conditions], ["epsilon", *features])
+    model = convert(
+        trace.model.family.denoiser_class,
+        trace.program,
+        None,
+        ["latent", "timestep", *conditions],
+        ["epsilon", *features],
+        optimize=False,
+    )
     weights_file = _only_weights_file(trace)
     bound = _bind(model, weights_file, set(trace.program.graph_signature.parameters))
 
@@ -73,36 +76,11 @@ def to_onnx(trace: Trace) -> Tapped:
     return Tapped(trace, model, conditions, weights_file)
 
 
-def _convert(trace: Trace, inputs: list[str], outputs: list[str]) -> ir.Model:
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # it warns of every torchvision operator that is not installed
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                trace.program,
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                verbose=False,
-            )
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        raise DipgoError(f"{trace.model.family.denoiser_class} has no ONNX form: {detail}") from error
-    finally:
-        registration.setLevel(level)
-    assert program is not None
-    return program.model
-
-
 def _only_weights_file(trace: Trace) -> Path:
     files = trace.model.weights_files
     if len(files) != 1:
         raise DipgoError(
-            f"{files[0].parent}: weights in {len(files)} files; save the pipeline with max_shard_size large enough for one"
+            f"{files[0].parent}: weights in {len(files)} files; save the pipeline with a larger max_shard_size"
         )
     return files[0]
 

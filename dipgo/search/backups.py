@@ -97,6 +97,4 @@ def learn_backups(
 
 def select(conditions: Conditions, picks: torch.Tensor, count: int) -> Conditions:
     """Return the rows ``picks`` of conditions that hold one or two halves of ``count`` rows."""
-    return {
-        name: torch.cat([half[picks] for half in value.split(count)]) for name, value in conditions.items()
-    }
+    return {name: torch.cat([half[picks] for half in value.split(count)]) for name, value in conditions.items()}

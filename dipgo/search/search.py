@@ -1,4 +1,4 @@
-"""The search: start from the best fixed policy, move gates by gradient, learn backups, keep what held-out noise prefers."""
+"""The search: from the best fixed policy, gates by gradient, learned backups; held-out noise chooses."""
 
 from __future__ import annotations
 
@@ -138,9 +138,7 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
     )
 
 
-def _dipgo(
-    task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report
-) -> list[_Candidate]:
+def _dipgo(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report) -> list[_Candidate]:
     trace, calls = task.trace, task.sampler.calls
     candidates = []
     fixed = policies(trace, calls, budget)
@@ -183,9 +181,7 @@ def _dipgo(
     return candidates
 
 
-def _paper(
-    task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report
-) -> list[_Candidate]:
+def _paper(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report) -> list[_Candidate]:
     trace, calls = task.trace, task.sampler.calls
     pruner = Pruner(calls, len(trace.sites))
     scores = paper_scores(

@@ -91,7 +91,7 @@ def make_task(
     family = model.family
     denoiser = getattr(pipe, family.component)
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
-    choices = sorted(set(family.labels(pipe).values())) or [""]
+    choices: list[Any] = sorted(set(family.labels(pipe).values())) or [""]
     sampling = Sampling(pipe, guided, family, model.latent_shape(1), choices)
     return Task(model, pipe, traced, Trajectory(guided, traced.sites, table), sampling)
 
@@ -113,7 +113,8 @@ class Pool:
             yield from self._slices(batch, target, generator)
         while True:
             for part in generator.permutation(len(self.parts)):
-                yield from self._slices(*self.parts[part], generator)
+                batch, target = self.parts[part]
+                yield from self._slices(batch, target, generator)
 
     def _slices(
         self, batch: Batch, target: list[torch.Tensor], generator: np.random.Generator

@@ -177,11 +177,13 @@ def train_transformer(
     images, labels = load_digits("train")
     shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     with torch.no_grad():
-        latents = torch.cat([
-            vae.encode(part).latent_dist.mean
-            for shift in tqdm(shifts, desc="encode")
-            for part in torch.roll(images, shift, dims=(2, 3)).split(250)
-        ])
+        latents = torch.cat(
+            [
+                vae.encode(part).latent_dist.mean
+                for shift in tqdm(shifts, desc="encode")
+                for part in torch.roll(images, shift, dims=(2, 3)).split(250)
+            ]
+        )
     latents *= vae.config.scaling_factor
     labels = labels.repeat(len(shifts))
     transformer = new_transformer().eval()  # eval: diffusers would drop labels in each block apart

@@ -1,0 +1,56 @@
+"""Progress of long stages: what they report to, and the bars that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with the phase, how many of its parts are done, how many there are, and a short figure, as in the search."""
+
+
+class Bars:
+    """One tqdm bar a phase, on stderr; a phase ends when all its parts are done or another one begins."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, phase: str, done: int, total: int, figure: str = "") -> None:
+        if self._bar is None or self._bar.desc != phase:
+            self.close()
+            self._bar = tqdm(total=total, bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {elapsed}{postfix}")
+            self._bar.set_description_str(phase, refresh=False)
+        self._bar.total = total
+        self._bar.n = done
+        self._bar.set_postfix_str(figure, refresh=False)
+        self._bar.refresh()
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """End the bar that is shown."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def silent(phase: str, done: int, total: int, figure: str) -> None:
+    """Show nothing."""
+
+
+def counted(progress: Progress, phase: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """Return a function that hands on the items of a sequence and reports each one when it is dealt with."""
+
+    def hand_on(items: Sequence[T]) -> Iterator[T]:
+        progress(phase, 0, len(items), "")
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(phase, done, len(items), "")
+
+    return hand_on
+
+

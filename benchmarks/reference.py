@@ -1,0 +1,59 @@
+"""What a bundle was compiled from: the diffusers model, and the search's task on it."""
+
+from __future__ import annotations
+
+from benchmarks.progress import Progress, silent
+from dipgo.errors import DipgoError
+from dipgo.models import Model, find_model
+from dipgo.search.task import Task, make_task
+from dipgo.subnet import SubNet, load_subnet
+from export.bundle import Bundle
+from export.compiler import retrace, scheduler_of
+
+
+def model_of(bundle: Bundle, name: str | None = None) -> Model:
+    """Find the model that a bundle was compiled from; ``name`` says where it lies now, if elsewhere.
+
+    Raises:
+        DipgoError: no such model, or one whose class, configuration or weights are not the bundle's.
+    """
+    mine = bundle.record.model
+    try:
+        model = find_model(name or mine.name)
+    except DipgoError as error:
+        if name:
+            raise
+        raise DipgoError(
+            f"{bundle.folder}: the model it was compiled from is not to be had ({error}); say where it is with --model"
+        ) from error
+    theirs = model.identity()
+    for what, expected, found in (
+        ("class", mine.class_name, theirs.class_name),
+        ("configuration", mine.config_sha256, theirs.config_sha256),
+        ("weights", mine.weights_sha256, theirs.weights_sha256),
+    ):
+        if expected is not None and expected != found:
+            raise DipgoError(
+                f"{bundle.folder}: compiled from '{mine.name}', whose {what} ({expected[:32]}) is not that of "
+                f"'{model.name}' ({str(found)[:32]}); give the right --model, or export it again"
+            )
+    return model
+
+
+def subnet_of(bundle: Bundle) -> SubNet:
+    """Load the SubNet that a bundle carries."""
+    return load_subnet(bundle.folder / bundle.record.subnet_file)
+
+
+def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
+    """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to."""
+    subnet = subnet_of(bundle)
+    sampler = subnet.sampler
+    progress("load the model", 0, 2, "trace")
+    traced = retrace(model, subnet, bundle.record.latent.shape[0])
+    progress("load the model", 1, 2, "weights")
+    task = make_task(
+        model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced
+    )
+    progress("load the model", 2, 2, "")
+    return task.with_sampler(scheduler_of(subnet), sampler.steps)

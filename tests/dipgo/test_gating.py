@@ -1,0 +1,110 @@
+"""Gated execution of the real diffusers pipeline."""
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo.cost import cost_of
+from dipgo.gating import gated
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from tests.models import random_subnet
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+def images(task, seed=0):
+    task.pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return task.pipe([0, 1], num_inference_steps=STEPS, generator=generator, output_type="np").images
+
+
+def test_disabled_equals_original_and_enabled_differs(task):
+    before = images(task)
+    subnet = random_subnet(task.trace, task.sampler, seed=0)
+    with gated(task.pipe.transformer, subnet):
+        during = images(task)
+    after = images(task)
+    assert np.array_equal(before, after)
+    assert not np.allclose(before, during)
+
+
+def test_all_gates_one_changes_nothing(task):
+    before = images(task)
+    subnet = random_subnet(task.trace, task.sampler, seed=0, keep=1.0)
+    with gated(task.pipe.transformer, subnet):
+        assert np.array_equal(images(task), before)
+
+
+def test_trajectories_in_one_context_do_not_leak_into_each_other(task):
+    subnet = random_subnet(task.trace, task.sampler, seed=1, terms=2, channels=1)
+    with gated(task.pipe.transformer, subnet):
+        first = images(task, seed=1)
+        images(task, seed=2)
+        again = images(task, seed=1)
+    assert np.array_equal(first, again)
+
+
+def test_skipped_modules_do_not_run(task):
+    subnet = random_subnet(task.trace, task.sampler, seed=2)
+    calls = {site.name: 0 for site in subnet.sites}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    inner = {site.name: f"{site.name}.{'to_q' if 'attn' in site.name else 'net.0'}" for site in subnet.sites}
+    handles = [
+        task.pipe.transformer.get_submodule(inner[name]).register_forward_hook(count(name)) for name in calls
+    ]
+    with gated(task.pipe.transformer, subnet):
+        images(task)
+    for handle in handles:
+        handle.remove()
+    assert list(calls.values()) == subnet.gates.sum(axis=0).tolist()
+
+
+@pytest.mark.parametrize("channels", [None, 0, 1])
+def test_differentiable_trajectory_equals_the_gated_pipeline(task, channels):
+    terms = 1 if channels is None else 2
+    subnet = random_subnet(task.trace, task.sampler, seed=3, terms=terms, channels=channels)
+    noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    halves = task.model.family.conditions(task.pipe, [0, 1])
+    conditions = {"class_labels": torch.cat([halves[0]["class_labels"], halves[1]["class_labels"]])}
+    weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+    latents = task.trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1]
+    with gated(task.pipe.transformer, subnet):
+        expected = images(task, seed=5)
+    decoded = (task.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.linalg.norm(decoded - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_supernet_with_hard_gates_equals_gated_execution(task):
+    subnet = random_subnet(task.trace, task.sampler, seed=4)
+    batch = task.sampling.draw(2, 0)
+    with torch.no_grad():
+        hard = task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, {}, 1)[-1]
+        gates = torch.from_numpy(subnet.gates.astype(np.float32))
+        mixed = task.trajectory.supernet(batch.noise, batch.conditions, gates, {}, 1)[-1]
+    assert torch.linalg.norm(hard - mixed) <= 1e-5 * torch.linalg.norm(hard)
+
+
+def test_gradient_reaches_gates_and_backups(task):
+    subnet = random_subnet(task.trace, task.sampler, seed=5, terms=2, channels=1)
+    batch = task.sampling.draw(2, 1)
+    weights = {name: torch.from_numpy(array).requires_grad_() for name, array in subnet.weights.items()}
+    task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, weights, 2)[-1].square().mean().backward()
+    for index, site in enumerate(subnet.sites):
+        gradient = weights[f"backup.{site.name}"].grad.abs().sum(dim=(1, 2))
+        assert ((gradient > 0).numpy() == ~subnet.gates[:, index]).all()
+    gates = torch.from_numpy(subnet.gates.astype(np.float32)).requires_grad_()
+    task.trajectory.supernet(batch.noise, batch.conditions, gates, {}, 1)[-1].square().mean().backward()
+    assert (gates.grad[1:] != 0).all()
+    assert cost_of(task.trace, subnet.gates).ratio < 1

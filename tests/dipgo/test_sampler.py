@@ -1,0 +1,68 @@
+"""The solver table against the real schedulers."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from dipgo.errors import UsageError
+from dipgo.sampler import ALIASES, make_scheduler, tabulate
+
+BASE = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+
+@pytest.mark.parametrize("name", sorted(ALIASES))
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_table_equals_scheduler(name, steps):
+    scheduler = make_scheduler(name, BASE)
+    sampler = tabulate(scheduler, steps)
+    generator = torch.Generator().manual_seed(steps)
+    noise, *outputs = torch.randn(sampler.calls + 1, 2, 4, 8, 8, generator=generator)
+
+    scheduler.set_timesteps(steps)
+    latent = noise * float(scheduler.init_noise_sigma)
+    basis = torch.stack([noise, *outputs]).double()
+    for call, timestep in enumerate(scheduler.timesteps):
+        expected = np.einsum("k,k...->...", sampler.rows[call], basis) * sampler.input_scale[call]
+        actual = scheduler.scale_model_input(latent, timestep)
+        assert torch.linalg.norm(actual - torch.from_numpy(expected)) <= 1e-4 * torch.linalg.norm(actual)
+        latent = scheduler.step(outputs[call], timestep, latent).prev_sample
+    final = torch.from_numpy(np.einsum("k,k...->...", sampler.rows[-1], basis))
+    assert torch.linalg.norm(latent - final) <= 1e-4 * torch.linalg.norm(latent)
+
+
+def test_timesteps_are_the_scheduler_s():
+    sampler = tabulate(make_scheduler("pndm", BASE), 5)
+    scheduler = make_scheduler("pndm", BASE)
+    scheduler.set_timesteps(5)
+    assert list(sampler.timesteps) == scheduler.timesteps.tolist()
+    assert sampler.calls == 6
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(clip_sample=False),
+        diffusers.DDIMScheduler(clip_sample=True),
+        diffusers.EulerAncestralDiscreteScheduler(),
+        diffusers.DPMSolverMultistepScheduler(thresholding=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_noise_and_clipping_are_refused(scheduler):
+    with pytest.raises(UsageError, match="not linear"):
+        tabulate(scheduler, 10)
+
+
+def test_one_step_and_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="at least 2"):
+        tabulate(BASE, 1)
+    with pytest.raises(UsageError, match=r"unknown sampler 'dimm'; use ddim"):
+        make_scheduler("dimm", BASE)
+
+
+def test_scaled_noise_is_refused_where_the_pipeline_forgets_it():
+    euler = make_scheduler("euler", BASE)
+    assert tabulate(euler, 10).calls == 10
+    with pytest.raises(UsageError, match="scaled noise"):
+        tabulate(euler, 10, scales_noise=False)

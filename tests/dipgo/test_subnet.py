@@ -1,0 +1,111 @@
+"""The SubNet artifact: what is written is what is read, and nothing wrong is accepted."""
+
+import json
+from dataclasses import replace
+
+import jsonschema
+import numpy as np
+import pytest
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.records import ModelIdentity, SamplerIdentity
+from dipgo.sites import Site
+from dipgo.subnet import SCHEMA_FILE, Cost, SubNet, json_schema, load_subnet, save_subnet
+
+
+@pytest.fixture
+def subnet():
+    generator = np.random.default_rng(0)
+    gates = generator.random((5, 3)) < 0.5
+    gates[0] = True
+    sites = tuple(Site(f"blocks.{k}", 100 * k, 10, 2) for k in range(3))
+    return SubNet(
+        model=ModelIdentity(name="m", class_name="M", config_sha256="c", weights_sha256=None),
+        sampler=SamplerIdentity(class_name="S", config={"a": 1}, steps=5, timesteps=[5, 4, 3, 2, 1], guidance_scale=4),
+        sites=sites,
+        gates=gates,
+        cost=Cost(full=1000, subnet=500, ratio=0.5),
+        terms=2,
+        weights={f"backup.{site.name}": generator.normal(size=(5, 2, 4)).astype(np.float32) for site in sites},
+        search={"method": "test"},
+    )
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_round_trip(subnet, tmp_path, learned):
+    if not learned:
+        subnet = replace(subnet, weights={}, terms=1)
+    save_subnet(subnet, tmp_path / "s.json")
+    read = load_subnet(tmp_path / "s.json")
+    assert (read.model, read.sampler, read.sites, read.cost) == (subnet.model, subnet.sampler, subnet.sites, subnet.cost)
+    assert np.array_equal(read.gates, subnet.gates)
+    assert read.terms == subnet.terms
+    assert read.weights.keys() == subnet.weights.keys()
+    for name, array in subnet.weights.items():
+        assert np.array_equal(read.weights[name], array)
+    document = json.loads((tmp_path / "s.json").read_text())
+    jsonschema.validate(document, json.loads(SCHEMA_FILE.read_text()))
+    assert (document["backup"] is None) == (not learned)
+
+
+def test_published_schema_is_current():
+    assert json.loads(SCHEMA_FILE.read_text()) == json_schema()
+
+
+def edit(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema="dipgo.subnet/9"), "schema is 'dipgo.subnet/9'"),
+        (lambda d: d["gates"].pop(), r"gates are \[4, 3\], expected \[5 timesteps, 3 sites\]"),
+        (lambda d: d["gates"][2].pop(), "gates are"),
+        (lambda d: d["gates"][0].__setitem__(1, 0), "step 0 skips a site"),
+        (lambda d: d["gates"][1].__setitem__(1, 7), "gates.1.1"),
+        (lambda d: d.pop("sampler"), "sampler: Field required"),
+        (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d["backup"].update(terms=3), r"expected \[5, 3\]"),
+        (lambda d: d["backup"].update(sha256="0"), "not the weights"),
+        (lambda d: d["backup"].update(file="../s.safetensors"), "not beside it"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(subnet, tmp_path, change, message):
+    path = tmp_path / "s.json"
+    save_subnet(subnet, path)
+    edit(path, change)
+    with pytest.raises(DipgoError, match=message) as caught:
+        load_subnet(path)
+    assert str(path.parent) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_files_are_refused(subnet, tmp_path):
+    with pytest.raises(DipgoError, match="no such SubNet"):
+        load_subnet(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"schema": ')
+    with pytest.raises(DipgoError, match="not a readable SubNet"):
+        load_subnet(tmp_path / "half.json")
+    save_subnet(subnet, tmp_path / "s.json")
+    (tmp_path / "s.safetensors").unlink()
+    with pytest.raises(DipgoError, match="not beside it"):
+        load_subnet(tmp_path / "s.json")
+
+
+def test_nan_is_never_written_or_read(subnet, tmp_path):
+    broken = {name: array.copy() for name, array in subnet.weights.items()}
+    broken["backup.blocks.1"][2, 0, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        save_subnet(replace(subnet, weights=broken), tmp_path / "s.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept(subnet, tmp_path):
+    save_subnet(subnet, tmp_path / "s.json")
+    before = (tmp_path / "s.json").read_bytes()
+    with pytest.raises(UsageError, match="--force"):
+        save_subnet(replace(subnet, search={}), tmp_path / "s.json")
+    assert (tmp_path / "s.json").read_bytes() == before

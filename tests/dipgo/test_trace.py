@@ -1,0 +1,126 @@
+"""Costs and dependencies read from the traced graph, against independent counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dipgo.cost import check_budget, trajectory_macs
+from dipgo.errors import UsageError
+from dipgo.gating import intercepting
+from dipgo.liveness import canonical, plan
+from dipgo.models import find_model
+from dipgo.trace import call_macs, trace
+from tests.models import tiny_unet
+
+
+@pytest.fixture(scope="module")
+def dit(tiny_dit):
+    return trace(find_model(tiny_dit), "layer", 4.0)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+
+
+def index(traced, *names):
+    return {[site.name for site in traced.sites].index(name) for name in names}
+
+
+def row(traced, *skipped):
+    gates = np.ones(len(traced.sites), bool)
+    gates[list(index(traced, *skipped))] = False
+    return gates
+
+
+def test_macs_of_a_block_by_hand(dit):
+    tokens, width = 64, 32
+    attention = 4 * tokens * width * width + 2 * tokens * tokens * width
+    feed_forward = 2 * tokens * width * 4 * width
+    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2
+    assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
+
+
+def test_macs_agree_with_a_run_on_meta_tensors(dit, unet):
+    for traced in (dit, unet):
+        assert traced.full_macs == call_macs(traced.model, traced.model.empty_denoiser())
+
+
+def test_macs_under_gates_agree_with_a_gated_run(unet):
+    """Count a gated run of the real module; the skipped sites hand on what a full run produced."""
+    torch.manual_seed(0)
+    denoiser = unet.model.empty_denoiser()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    example = unet.model.family.example(unet.model.config, 1)
+    names = [site.name for site in unet.sites]
+    served = {}
+
+    def record(site, compute):
+        served[site] = compute()
+        return served[site]
+
+    def call():
+        unet.model.family.call(denoiser, torch.zeros(unet.model.latent_shape(1)), torch.ones(1), example)
+
+    with torch.no_grad(), intercepting(denoiser, names, record):
+        call()
+    gates = row(unet, "down_blocks.1", "mid_block", "up_blocks.0")
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with intercepting(denoiser, names, lambda site, compute: compute() if gates[site] else served[site]):
+            with FlopCounterMode(display=False) as counter:
+                call()
+    # the gated run still computes down_blocks.2, which nobody reads: the graph knows, Python does not
+    assert unet.macs(gates) == counter.get_total_flops() // 2
+    assert canonical(np.stack([row(unet), gates]), 1, unet.live_sites)[1].sum() < gates.sum()
+
+
+def test_dependents_of_a_skipped_block_are_dead(unet):
+    skipped = row(unet, "up_blocks.2")
+    assert unet.live_sites(skipped) == index(unet, "up_blocks.2")
+    assert not unet.reads_input(skipped), "conv_norm_out and conv_out alone read neither latent nor timestep"
+    live = unet.live_sites(row(unet, "up_blocks.1"))
+    assert live == index(unet, "up_blocks.1", "up_blocks.2", "down_blocks.0")
+
+
+def test_dit_reads_the_timestep_even_where_no_site_computes(dit):
+    assert dit.reads_input(np.zeros(len(dit.sites), bool))
+
+
+def test_plan_stores_what_later_steps_read_and_no_more(unet):
+    count = len(unet.sites)
+    gates = np.ones((5, count), bool)
+    gates[2, list(index(unet, "up_blocks.1"))] = False
+    gates[4] = False
+    plans = plan(gates, 1, unet.live_sites)
+    assert plans[1].stored == index(unet, "up_blocks.1")
+    assert plans[2].served == {site: (1,) for site in index(unet, "up_blocks.1")}
+    assert plans[2].computed == index(unet, "down_blocks.0", "up_blocks.2")
+    assert plans[3].stored == index(unet, "up_blocks.2")
+    assert plans[4].computed == frozenset()
+    assert all(not plans[step].stored for step in (0, 2, 4))
+
+
+def test_plan_reads_the_last_k_computed_outputs(dit):
+    gates = np.ones((6, len(dit.sites)), bool)
+    gates[[2, 4, 5], 1] = False
+    plans = plan(gates, 2, dit.live_sites)
+    assert plans[2].served == {1: (1, 0)}
+    assert plans[5].served == {1: (3, 1)}
+    assert [1 in entry.stored for entry in plans] == [True, True, False, True, False, False]
+
+
+def test_a_silent_step_costs_nothing(unet):
+    gates = np.zeros((4, len(unet.sites)), bool)
+    gates[0] = True
+    assert trajectory_macs(unet, gates) == unet.full_macs
+
+
+def test_budget_limits(dit):
+    for budget in (0.0, -1.0, 1.01, float("nan")):
+        with pytest.raises(UsageError, match="outside"):
+            check_budget(dit, budget, 10)
+    with pytest.raises(UsageError, match="what step 0 and the ungated parts alone cost at 10 steps; give at least"):
+        check_budget(dit, 0.05, 10)
+    check_budget(dit, 0.3, 10)
