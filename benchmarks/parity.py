@@ -130,9 +130,7 @@ def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
         del vae.decode
 
 
-def _program(
-    program: Program, classes: Sequence[int], seed: int, progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
+def _program(program: Program, classes: Sequence[int], seed: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """Return final latents and images of the compiled program, shaped as those of the pipeline."""
     noise = program.noise(len(classes), seed)
     latents, pixels = [], []

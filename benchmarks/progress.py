@@ -52,5 +52,3 @@ def counted(progress: Progress, phase: str) -> Callable[[Sequence[T]], Iterator[
             progress(phase, done, len(items), "")
 
     return hand_on
-
-

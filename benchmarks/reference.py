@@ -46,14 +46,13 @@ def subnet_of(bundle: Bundle) -> SubNet:
 
 
 def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
-    """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to."""
+    """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to, its scheduler included."""
     subnet = subnet_of(bundle)
     sampler = subnet.sampler
     progress("load the model", 0, 2, "trace")
     traced = retrace(model, subnet, bundle.record.latent.shape[0])
     progress("load the model", 1, 2, "weights")
-    task = make_task(
-        model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced
-    )
+    task = make_task(model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced)
     progress("load the model", 2, 2, "")
-    return task.with_sampler(scheduler_of(subnet), sampler.steps)
+    task.pipe.scheduler = scheduler_of(subnet)
+    return task.with_sampler(task.pipe.scheduler, sampler.steps)

@@ -41,6 +41,26 @@ def intercepting(denoiser: nn.Module, names: Sequence[str], intercept: Intercept
             del module.forward
 
 
+Rebuild = Callable[[Sequence[torch.Tensor]], Any]
+
+
+def take_apart(output: Any) -> tuple[list[torch.Tensor], Rebuild]:
+    """Return the distinct tensors in a module's output, and how to put others in their places.
+
+    A tensor that stands in the output twice counts once: a UNet's down block hands out its last hidden state also as
+    a skip connection.
+    """
+    leaves, tree = pytree.tree_flatten(output)
+    first: dict[int, int] = {}
+    places = [first.setdefault(id(leaf), len(first)) for leaf in leaves]
+    distinct = [next(leaf for leaf, place in zip(leaves, places, strict=True) if place == k) for k in range(len(first))]
+
+    def rebuild(tensors: Sequence[torch.Tensor]) -> Any:
+        return pytree.tree_unflatten([tensors[place] for place in places], tree)
+
+    return distinct, rebuild
+
+
 def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis: int) -> torch.Tensor:
     """Return Σ_j weights[j] · history[j], newest first.
 
@@ -80,20 +100,20 @@ def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
     def intercept(site: int, compute: Callable[[], Any]) -> Any:
         if subnet.gates[step, site]:
             output = compute()
-            leaves, trees[site] = pytree.tree_flatten(output)
-            histories[site].insert(0, leaves)
+            tensors, rebuilds[site] = take_apart(output)
+            histories[site].insert(0, tensors)
             del histories[site][subnet.terms :]
             return output
         outputs = list(zip(*histories[site], strict=True))  # outputs x terms
         if not subnet.weights:
-            return pytree.tree_unflatten([output[0] for output in outputs], trees[site])
+            return rebuilds[site]([output[0] for output in outputs])
         served = [
             combine(output, weights[backup_name(names[site], k)][step], subnet.sites[site].channel_axis)
             for k, output in enumerate(outputs)
         ]
-        return pytree.tree_unflatten(served, trees[site])
+        return rebuilds[site](served)
 
-    trees: dict[int, Any] = {}
+    rebuilds: dict[int, Rebuild] = {}
     hook = denoiser.register_forward_pre_hook(begin)
     try:
         with intercepting(denoiser, names, intercept):

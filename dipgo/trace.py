@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.errors import DipgoError
 from dipgo.families import Conditions, GuidedDenoiser
+from dipgo.gating import take_apart
 from dipgo.models import Model
 from dipgo.sites import Site, site_names
 
@@ -52,7 +53,7 @@ class _Tapped(nn.Module):
         idle = [name for name in self.names if name not in taps]
         if idle:
             raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
-        return epsilon, [pytree.tree_leaves(taps[name]) for name in self.names]
+        return epsilon, [take_apart(taps[name])[0] for name in self.names]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from dipgo.families import Conditions, GuidedDenoiser, join
-from dipgo.gating import backup_name, combine, intercepting
+from dipgo.gating import Rebuild, backup_name, combine, intercepting, take_apart
 from dipgo.sampler import Sampler
 from dipgo.sites import Site
 
@@ -30,7 +29,6 @@ class Trajectory:
         guided: the denoiser with guidance.
         sites: the sites that gates refer to.
         sampler: the table.
-        timestep_dtype: what the denoiser is given; float32 represents every timestep exactly.
     """
 
     guided: GuidedDenoiser
@@ -58,16 +56,16 @@ class Trajectory:
             terms: K.
         """
         history: list[list[list[torch.Tensor]]] = [[] for _ in self.sites]
-        trees: dict[int, Any] = {}
+        rebuilds: dict[int, Rebuild] = {}
 
         def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             def intercept(site: int, compute: Callable[[], Any]) -> Any:
                 if gates[step, site]:
                     output = compute()
-                    leaves, trees[site] = pytree.tree_flatten(output)
-                    history[site] = [leaves, *history[site]][:terms]
+                    tensors, rebuilds[site] = take_apart(output)
+                    history[site] = [tensors, *history[site]][:terms]
                     return output
-                return pytree.tree_unflatten(self.backup(site, step, history[site], weights), trees[site])
+                return rebuilds[site](self.backup(site, step, history[site], weights))
 
             with intercepting(self.guided.denoiser, self.names, intercept):
                 return self.guided(latent, timestep, conditions)
@@ -93,16 +91,16 @@ class Trajectory:
 
         def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             def intercept(site: int, compute: Callable[[], Any]) -> Any:
-                leaves, tree = pytree.tree_flatten(compute())
+                tensors, rebuild = take_apart(compute())
                 if step:
                     gate = gates[step, site]
                     served = self.backup(site, step, history[site], weights)
-                    leaves = [gate * new + (1 - gate) * old for new, old in zip(leaves, served, strict=True)]
+                    tensors = [gate * new + (1 - gate) * old for new, old in zip(tensors, served, strict=True)]
                 if step == 0 or hard[step, site]:
-                    history[site] = [leaves, *history[site]][:terms]
+                    history[site] = [tensors, *history[site]][:terms]
                 elif terms == 1:
-                    history[site] = [leaves]
-                return pytree.tree_unflatten(leaves, tree)
+                    history[site] = [tensors]
+                return rebuild(tensors)
 
             with intercepting(self.guided.denoiser, self.names, intercept):
                 return self.guided(latent, timestep, conditions)

@@ -1,0 +1,37 @@
+# make demo   the main job on the built-in model, from nothing
+# make test   the test suite
+# make check  ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= digits-dit
+
+.PHONY: install demo test check clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "dipgo needs Python 3.11 or later; run: make PYTHON=python3.11" && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The CPU is enough for everything here; where an installed torch fits, nothing is fetched anew.
+TORCH ?= --constraint constraints.txt torch
+
+demo: install
+	$(BIN)/dipgo compile $(MODEL) --steps 20 --budget 0.35 --preset quick --no-bench --force -o build/demo
+	$(BIN)/dipgo bench build/demo/bundle --force -o build/demo/report
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,100 @@
+"""The runtime alone: torch's noise without torch, no torch or diffusers imported, no state between calls."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import engines
+from dipgo.errors import UsageError
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from engines.images import grid
+from engines.noise import torch_randn
+from export.compiler import prepare, write_bundle
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_dit, tmp_path_factory):
+    task = make_task(find_model(tiny_dit), 5)
+    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
+    folder = tmp_path_factory.mktemp("runtime") / "b"
+    write_bundle(prepare(task.trace, task.pipe), subnet, task.sampler, folder)
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 4, 8, 8), (3, 5, 7), (2, 4, 64, 64)])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_noise_is_torch_s(shape, seed):
+    expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+    assert np.abs(torch_randn(shape, seed) - expected).max() <= 1e-6
+
+
+def test_noise_that_torch_draws_otherwise_is_refused():
+    with pytest.raises(ValueError, match="fewer than the 16"):
+        torch_randn((3, 5), 0)
+    with pytest.raises(ValueError, match="outside"):
+        torch_randn((16,), 2**32)
+
+
+def test_runs_without_torch_and_diffusers(bundle):
+    """A real process in which importing torch, diffusers or transformers fails."""
+    script = f"""
+import sys
+for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
+    sys.modules[name] = None
+import engines
+with engines.load({str(bundle)!r}) as program:
+    print(float(program.generate([0, 1], 3).sum()))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with engines.load(bundle) as program:
+        assert float(result.stdout) == pytest.approx(float(program.generate([0, 1], 3).sum()), rel=1e-5)
+
+
+def test_calls_do_not_leak_into_each_other(bundle):
+    with engines.load(bundle) as program:
+        first = program.generate([0], 1)
+
+        def stop(step, epsilon):
+            if step == 2:
+                raise RuntimeError("cancelled")
+
+        with pytest.raises(RuntimeError, match="cancelled"):
+            program.denoise(program.noise(1, 2), program.class_conditions([1]), after_step=stop)
+        assert np.array_equal(program.generate([0], 1), first)
+
+        results = {}
+        threads = [
+            threading.Thread(target=lambda seed=seed: results.update({seed: program.generate([0, 1], seed)}))
+            for seed in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for seed in (1, 2):
+            assert np.array_equal(results[seed], program.generate([0, 1], seed))
+
+
+def test_wrong_requests_are_refused(bundle):
+    with engines.load(bundle) as program:
+        assert program.class_of("dog") == program.class_of("1") == 1
+        with pytest.raises(UsageError, match="class 'wolf' is unknown to .*; it has: cat, dog, fox"):
+            program.class_of("wolf")
+        with pytest.raises(UsageError, match="class 7 is unknown"):
+            program.class_conditions([7])
+        with pytest.raises(UsageError, match=r"noise is \[2, 4, 8, 8\], the bundle was compiled for \[1, 4, 8, 8\]"):
+            program.denoise(program.noise(2, 0), program.class_conditions([0]))
+
+
+def test_grid_places_pictures_in_reading_order():
+    pixels = np.stack([np.full((2, 3, 1), value / 4, np.float32) for value in range(5)])
+    picture = np.array(grid(pixels))
+    assert picture.shape == (4, 9)
+    assert picture[0, ::3].tolist() == [0, 64, 128]
+    assert picture[2, ::3].tolist() == [191, 255, 0]

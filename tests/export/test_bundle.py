@@ -1,0 +1,119 @@
+"""A bundle with anything missing or altered is refused in one line."""
+
+import json
+import shutil
+
+import jsonschema
+import pytest
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from export.bundle import SCHEMA_FILE, json_schema, open_bundle
+from export.compiler import compile_subnet, prepare, write_bundle
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), 4)
+
+
+@pytest.fixture(scope="module")
+def prepared(task):
+    return prepare(task.trace, task.pipe)
+
+
+@pytest.fixture
+def bundle(task, prepared, tmp_path):
+    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
+    write_bundle(prepared, subnet, task.sampler, tmp_path / "b")
+    return tmp_path / "b"
+
+
+def test_schema(bundle):
+    jsonschema.validate(json.loads((bundle / "bundle.json").read_text()), json.loads(SCHEMA_FILE.read_text()))
+    assert json.loads(SCHEMA_FILE.read_text()) == json_schema()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "vae_decoder.onnx", "subnet.json", "subnet.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "altered", "truncated"])
+def test_damaged_files_are_refused(bundle, name, damage):
+    path = bundle / name
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "altered":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes(data[:-1])
+    with pytest.raises(DipgoError, match=f"{name}: (missing|altered).*export it again"):
+        open_bundle(bundle)
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(DipgoError, match="no such bundle"):
+        open_bundle(tmp_path / "none")
+    with pytest.raises(DipgoError, match="no such bundle"):
+        open_bundle(tmp_path)
+
+
+def test_another_schema_is_refused(bundle):
+    document = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(document | {"schema": "dipgo.bundle/2"}))
+    with pytest.raises(DipgoError, match="schema is 'dipgo.bundle/2'"):
+        open_bundle(bundle)
+
+
+def test_existing_folder_is_kept_without_force(bundle, task, prepared):
+    before = (bundle / "bundle.json").read_bytes()
+    other = random_subnet(task.trace, task.sampler, seed=9)
+    with pytest.raises(UsageError, match="--force"):
+        write_bundle(prepared, other, task.sampler, bundle)
+    assert (bundle / "bundle.json").read_bytes() == before
+    write_bundle(prepared, other, task.sampler, bundle, force=True)
+    assert open_bundle(bundle).record.backups_file is None
+
+
+def test_failure_leaves_nothing(task, prepared, tmp_path, monkeypatch):
+    import export.compiler
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.compiler.shutil, "copyfile", full_disk)
+    with pytest.raises(DipgoError, match="disk is full"):
+        write_bundle(prepared, random_subnet(task.trace, task.sampler, 0), task.sampler, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_subnet_of_another_model_is_refused(task, tiny_dit, tmp_path):
+    subnet = random_subnet(task.trace, task.sampler, seed=0)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dit, other)
+    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(DipgoError, match="its weights .* is not that of"):
+        compile_subnet(subnet, find_model(str(other)), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_damaged_model_folders_are_refused(tiny_dit, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dit, other)
+    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DipgoError, match="truncated or damaged"):
+        find_model(str(other))
+    weights.unlink()
+    with pytest.raises(DipgoError, match="no safetensors weights"):
+        find_model(str(other))
+    (other / "model_index.json").unlink()
+    with pytest.raises(DipgoError, match="no model_index.json"):
+        find_model(str(other))
+    with pytest.raises(DipgoError, match="no model 'nowhere': neither built in"):
+        find_model("nowhere")
