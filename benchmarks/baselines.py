@@ -111,5 +111,5 @@ def compile_baselines(
 
 def one_line(error: Exception) -> str:
     """Return an error as one line; its class too where the project did not raise it."""
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:160]
     return text if isinstance(error, DipgoError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-WIDTH = 960  # of the map with its labels, in pixels; long trajectories may exceed it
+WIDTH = 1060  # of the map with its labels, in pixels; long trajectories may exceed it
 SMALLEST, LARGEST = 9, 30  # width of a cell
 LETTER = 6.1  # width of a monospaced letter at 10 pixels
 

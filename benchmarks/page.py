@@ -71,7 +71,7 @@ def render(report: ReportRecord, pairs: Sequence[Pair], size: Sequence[int]) -> 
         lstrip_blocks=True,
     )
     environment.filters |= {"ms": milliseconds, "db": decibels, "size": file_size, "macs": macs}
-    scale = max(1, SMALL // min(size)) if min(size) < SMALL else 256 / max(size)
+    scale = max(1, SMALL // min(size)) if min(size) < SMALL else 240 / max(size)
     return environment.get_template("report.html").render(
         report=report,
         full=FULL,

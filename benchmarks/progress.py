@@ -22,8 +22,9 @@ class Bars:
     def __call__(self, phase: str, done: int, total: int, figure: str = "") -> None:
         if self._bar is None or self._bar.desc != phase:
             self.close()
-            self._bar = tqdm(total=total, bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {elapsed}{postfix}")
-            self._bar.set_description_str(phase, refresh=False)
+            self._bar = tqdm(
+                desc=phase, total=total, bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {elapsed}{postfix}"
+            )
         self._bar.total = total
         self._bar.n = done
         self._bar.set_postfix_str(figure, refresh=False)

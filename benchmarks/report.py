@@ -111,7 +111,7 @@ def headlines(
         best = f"; the next best at equal compute, '{judged[0][0]}', has {decibels(judged[0][1])}"
     speedup = own.timing.speedup
     if speedup.median < 1:
-        losses.insert(0, f"Slower than the full program: {speedup.median:.2f} times its speed.")
+        losses.append(f"Slower than the full program: {speedup.median:.2f} times its speed.")
     results = [
         f"{model.name}: {sampler.steps} steps of {sampler.class_name}, guidance {sampler.guidance_scale:g}, "
         f"{own.macs_ratio:.1%} of the MACs.",
@@ -132,10 +132,11 @@ def headlines(
     return [Headline(kind=kind, line=line) for kind, lines in kinds.items() for line in lines]
 
 
-def milliseconds(seconds: float) -> str:
-    """Return a duration in milliseconds, three figures or more."""
+def milliseconds(seconds: float, unit: bool = True) -> str:
+    """Return a duration in milliseconds, with three figures or more."""
     value = seconds * 1e3
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+    text = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{text} ms" if unit else text
 
 
 def decibels(value: float) -> str:

@@ -11,6 +11,7 @@ by running it once on basis vectors; a second run on random vectors checks that 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +102,16 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
             f"sampler {name} is not linear as configured (it draws noise, clips or thresholds); use "
             f"{', '.join(ALIASES)}, or switch clip_sample, thresholding and eta off in its config"
         )
-    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    return Sampler(name, config, steps, tuple(float(t) for t in timesteps), scales, rows)
+    return Sampler(name, _plain(scheduler.config), steps, tuple(float(t) for t in timesteps), scales, rows)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return the configuration without private and infinite entries: JSON has no infinity, and defaults restore it."""
+    return {
+        key: value
+        for key, value in dict(config).items()
+        if not key.startswith("_") and not (isinstance(value, float) and not math.isfinite(value))
+    }
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:

@@ -42,7 +42,7 @@ class Trajectory:
     def full(self, noise: torch.Tensor, conditions: Conditions) -> list[torch.Tensor]:
         """Run with every gate 1, without gradient; returns the latents after 0, 1, … calls, each ``[B, C, H, W]``."""
         with torch.no_grad():
-            return self._integrate(noise, lambda step, latent, timestep: self.guided(latent, timestep, conditions))
+            return self.integrate(noise, lambda step, latent, timestep: self.guided(latent, timestep, conditions))
 
     def gated(
         self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, weights: Weights, terms: int
@@ -70,7 +70,7 @@ class Trajectory:
             with intercepting(self.guided.denoiser, self.names, intercept):
                 return self.guided(latent, timestep, conditions)
 
-        return self._integrate(noise, denoise)
+        return self.integrate(noise, denoise)
 
     def supernet(
         self,
@@ -105,7 +105,7 @@ class Trajectory:
             with intercepting(self.guided.denoiser, self.names, intercept):
                 return self.guided(latent, timestep, conditions)
 
-        return self._integrate(noise, denoise)
+        return self.integrate(noise, denoise)
 
     def backup(
         self, site: int, step: int, history: Sequence[Sequence[torch.Tensor]], weights: Weights
@@ -119,7 +119,7 @@ class Trajectory:
             for output, past in enumerate(zip(*history, strict=True))
         ]
 
-    def _integrate(
+    def integrate(
         self, noise: torch.Tensor, denoise: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
         rows = torch.tensor(self.sampler.rows, dtype=noise.dtype)

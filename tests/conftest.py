@@ -1,4 +1,4 @@
-"""A tiny class-conditional diffusers pipeline on disk, for every test that needs a real model."""
+"""What every test of a real model needs: a tiny class-conditional diffusers pipeline on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On models as small as these, threads cost more than they bring."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

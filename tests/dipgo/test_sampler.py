@@ -1,5 +1,7 @@
 """The solver table against the real schedulers."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -66,3 +68,13 @@ def test_scaled_noise_is_refused_where_the_pipeline_forgets_it():
     assert tabulate(euler, 10).calls == 10
     with pytest.raises(UsageError, match="scaled noise"):
         tabulate(euler, 10, scales_noise=False)
+
+
+@pytest.mark.parametrize("name", sorted(ALIASES))
+def test_the_recorded_configuration_restores_the_scheduler(name):
+    scheduler = make_scheduler(name, BASE)
+    sampler = tabulate(scheduler, 5)
+    config = json.loads(json.dumps(sampler.config, allow_nan=False))
+    restored = tabulate(getattr(diffusers, sampler.name).from_config(config), 5)
+    assert np.array_equal(restored.rows, sampler.rows)
+    assert restored.timesteps == sampler.timesteps

@@ -1,0 +1,45 @@
+"""One compiled bundle and one report on it, for all tests of the benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from benchmarks.baselines import BASELINES
+from benchmarks.bench import bench
+from benchmarks.progress import silent
+from benchmarks.report import ReportRecord
+from dipgo.models import find_model
+from dipgo.search.task import Task, make_task
+from export.compiler import prepare, write_bundle
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="session")
+def task(tiny_dit: str) -> Task:
+    return make_task(find_model(tiny_dit), 8)
+
+
+@pytest.fixture(scope="session")
+def bundle(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps, half of the gates off, backups of two outputs weighted by channel."""
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=1)
+    write_bundle(prepare(task.trace, task.pipe), subnet, task.sampler, folder)
+    return folder
+
+
+def crash(task: Task, ratio: float) -> NoReturn:
+    """A baseline that fails."""
+    raise RuntimeError("out of\nluck <b>")
+
+
+@pytest.fixture(scope="session")
+def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportRecord, Path]:
+    """A report on the bundle, one of whose baselines crashes, and its folder."""
+    folder = tmp_path_factory.mktemp("reports") / "report"
+    baselines = {**BASELINES, "crash": crash}
+    report = bench(bundle, folder, images=9, repeats=3, seconds=0, threads=1, progress=silent, baselines=baselines)
+    return report, folder

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bench import bench, table
+from benchmarks.progress import silent
+from benchmarks.report import ReportRecord
+from dipgo.errors import DipgoError, UsageError
+from tests.benchmarks.test_parity import perturb_the_weights
+
+Measured = tuple[ReportRecord, Path]
+
+
+def test_every_program_is_measured_in_every_round(measured: Measured):
+    report, _ = measured
+    names = [row.name for row in report.rows]
+    assert names[:2] == ["full", "dipgo"]
+    assert names[2:] == [
+        "fewer steps",
+        "fewer steps, DPM-Solver++ 2M",
+        "uniform reuse",
+        "uniform extrapolation",
+        "crash",
+    ]
+    assert report.rounds == 3
+    for row in report.rows[:-1]:
+        assert row.error is None
+        assert row.timing is not None
+        assert len(row.timing.samples) == 3
+        assert row.parity is not None
+        assert row.parity.passed
+        assert row.efficiency == pytest.approx(row.timing.speedup.median * row.macs_ratio)
+
+
+def test_the_full_program_is_the_reference(measured: Measured):
+    report, _ = measured
+    full, own = report.rows[:2]
+    assert full.macs == report.cost.full
+    assert own.macs == report.cost.subnet
+    assert own.macs_ratio == pytest.approx(report.cost.ratio)
+    assert full.timing is not None
+    assert full.timing.speedup.median == 1
+    assert full.quality is not None
+    assert own.quality is not None
+    assert own.quality.psnr_db < full.quality.psnr_db
+
+
+def test_a_baseline_that_crashes_is_listed_with_its_error(measured: Measured):
+    report, folder = measured
+    row = report.row("crash")
+    assert row.error == "RuntimeError: out of luck <b>"
+    assert row.timing is row.quality is row.macs is None
+    assert "crash" in table(report)
+    assert "out of luck <b>" in table(report)
+    assert any("crash" in entry.line for entry in report.headline if entry.kind == "note")
+    assert "out of luck &lt;b&gt;" in (folder / "report.html").read_text()
+
+
+def test_the_table_has_a_line_a_program_then_parity(measured: Measured):
+    report, _ = measured
+    header, *lines, parity = table(report).splitlines()
+    assert re.split(r"  +", header) == ["program", "MACs", "wall time", "speedup", "PSNR", "class accuracy"]
+    assert len(lines) == len(report.rows)
+    assert re.fullmatch(r"full +\d+\.\d\d M +\S+ ms +1\.00 +reference +not judged", lines[0])
+    assert re.fullmatch(r"dipgo +\d+\.\d\d M +\S+ ms +\d+\.\d\d +\d+\.\d dB +not judged", lines[1])
+    assert parity.startswith("parity: relative error ")
+    assert "denoising loop, batch 1, ONNX Runtime CPU, 1 thread" in parity
+
+
+def test_a_wrong_program_gets_no_speed_and_no_report(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wrong, output = tmp_path / "wrong", tmp_path / "out" / "report"
+    shutil.copytree(bundle, wrong)
+    perturb_the_weights(wrong)
+    phases: set[str] = set()
+    with pytest.raises(DipgoError, match=r"parity failed, relative error .* nothing was measured") as caught:
+        bench(wrong, output, threads=1, progress=lambda phase, *_: phases.add(phase))
+    assert "\n" not in str(caught.value)
+    assert "time" not in phases
+    assert "verify: compiled" in phases
+    assert not output.parent.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_existing_output_is_refused_before_any_work(bundle: Path, tmp_path: Path):
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(UsageError, match="--force"):
+        bench(bundle, tmp_path, progress=silent)
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_too_few_images_are_refused(bundle: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="at least 8"):
+        bench(bundle, tmp_path / "report", images=7, progress=silent)
+
+
+def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Path):
+    def crash(task, ratio):
+        raise RuntimeError("no")
+
+    with pytest.raises(DipgoError, match="full program cannot be measured"):
+        bench(bundle, tmp_path / "report", threads=1, progress=silent, baselines={"full": crash})
+    assert not list(tmp_path.iterdir())

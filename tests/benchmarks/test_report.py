@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.heatmap import heatmap
+from benchmarks.page import write_report
+from benchmarks.report import ReportRecord, Row, headlines, json_schema, milliseconds, read_report
+from dipgo.errors import DipgoError, UsageError
+
+Measured = tuple[ReportRecord, Path]
+
+
+def cells(page: str) -> list[str]:
+    return re.findall(r'<rect class="(on|off)"', page)
+
+
+def test_the_report_round_trips(measured: Measured):
+    report, folder = measured
+    assert read_report(folder / "report.json") == report
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
+
+
+def test_the_json_is_strict_and_named(measured: Measured):
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    raw = json.loads((measured[1] / "report.json").read_text(), parse_constant=refuse)
+    assert raw["schema"] == "dipgo.report/1"
+    schema = json.loads(json_schema())
+    assert set(raw) == set(schema["properties"])
+    assert set(schema["required"]) <= set(raw)
+
+
+def test_the_published_schema_is_up_to_date():
+    published = files("benchmarks").joinpath("schemas/report-1.json").read_text()
+    assert json.loads(published) == json.loads(json_schema()), "run: python -m benchmarks.report > that file"
+
+
+def test_another_schema_version_is_refused(measured: Measured, tmp_path: Path):
+    file = tmp_path / "report.json"
+    file.write_text((measured[1] / "report.json").read_text().replace("dipgo.report/1", "dipgo.report/2"))
+    with pytest.raises(DipgoError, match=r"dipgo\.report/2"):
+        read_report(file)
+
+
+def test_the_page_maps_every_gate(measured: Measured):
+    report, folder = measured
+    found = cells((folder / "report.html").read_text())
+    assert len(found) == len(report.sites) * len(report.gates) == 32
+    assert found.count("on") == np.sum(report.gates)
+
+
+def test_the_page_needs_nothing_from_outside(measured: Measured):
+    page = (measured[1] / "report.html").read_text()
+    assert "http" not in page
+    assert "<script" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 18  # nine pairs
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_page_shows_the_images_themselves(measured: Measured):
+    page = (measured[1] / "report.html").read_text()
+    sources = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+    assert all(picture.shape == (16, 16, 3) for picture in pictures)
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert "image-rendering: pixelated" in page
+    assert "cat" in page
+
+
+def test_the_page_has_a_row_a_program_in_both_tables(measured: Measured):
+    report, folder = measured
+    page = (folder / "report.html").read_text()
+    for name in ("speed", "quality"):
+        body = page.split(f'<table id="{name}">')[1].split("</table>")[0]
+        assert re.findall(r"<tr[^>]*><td>([^<]*)</td>", body) == [row.name for row in report.rows]
+
+
+def test_headlines_begin_with_what_is_lost(measured: Measured):
+    report, _ = measured
+
+    def with_psnr(row: Row, psnr: float) -> Row:
+        return row.model_copy(update={"quality": row.quality.model_copy(update={"psnr_db": psnr})})
+
+    full, own = report.rows[:2]
+    first, second = report.row("uniform reuse"), report.row("uniform extrapolation")
+    given = (report.model, report.sampler)
+    rest = (report.scope, report.environment)
+    lines = headlines(*given, [full, with_psnr(own, 30), with_psnr(first, 29), with_psnr(second, 32.25)], *rest)
+    assert lines[0].kind == "loss"
+    assert f"Loses to '{second.name}' in PSNR: 30.0 dB against 32.2 dB" in lines[0].line
+    assert not any(first.name + "'" in entry.line for entry in lines if entry.kind == "loss")
+
+    lines = headlines(*given, [full, with_psnr(own, 33), with_psnr(first, 29), with_psnr(second, 32.25)], *rest)
+    assert not any("Loses" in entry.line for entry in lines)
+    assert any(f"the next best at equal compute, '{second.name}', has 32.2 dB" in entry.line for entry in lines)
+
+
+def test_an_existing_folder_is_refused_without_force(measured: Measured, tmp_path: Path):
+    report, _ = measured
+    images = np.zeros((8, 16, 16, 3), np.float32)
+    with pytest.raises(UsageError, match="--force"):
+        write_report(report, images, images, ["x"] * 8, tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_report(report, images, images, ["x"] * 8, tmp_path, force=True)
+    assert read_report(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize(("sites", "steps"), [(16, 20), (9, 50), (56, 50)])
+def test_heat_maps_are_readable(sites: int, steps: int):
+    gates = np.random.default_rng(0).integers(2, size=(steps, sites)).tolist()
+    drawn = heatmap(gates, [f"transformer_blocks.{k}.attn1" for k in range(sites)], list(range(steps)))
+    assert len(cells(drawn)) == sites * steps
+    sizes = {(int(w), int(h)) for w, h in re.findall(r'<rect [^>]*width="(\d+)" height="(\d+)"', drawn)}
+    assert len(sizes) == 1
+    assert min(sizes.pop()) >= 8
+    width, height = map(int, re.findall(r'<svg [^>]*width="(\d+)" height="(\d+)"', drawn)[0])
+    assert width <= 1060
+    assert height <= 800
+
+
+def test_heat_maps_escape_names():
+    drawn = heatmap([[1], [0]], ["a<b>&"], [2, 1])
+    assert "a<b>" not in drawn
+    assert cells(drawn) == ["on", "off"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.5, "1500 ms"), (0.0123, "12.3 ms"), (0.00123, "1.23 ms")])
+def test_milliseconds(seconds: float, text: str):
+    assert milliseconds(seconds) == text

@@ -1,0 +1,136 @@
+"""The command line: the whole path in a real process, and one line for everything that is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from dipgo import cli
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from dipgo.subnet import load_subnet, save_subnet
+from tests.models import random_subnet
+
+
+def run(monkeypatch, capsys, *args):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["dipgo", *map(str, args)])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    captured = capsys.readouterr()
+    return exited.value.code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def subnet_file(tiny_dit, tmp_path_factory):
+    task = make_task(find_model(tiny_dit), 4)
+    path = tmp_path_factory.mktemp("cli") / "subnet.json"
+    save_subnet(random_subnet(task.trace, task.sampler, 0, terms=2, channels=1), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(subnet_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "bundle"
+    subprocess.run([sys.executable, "-m", "dipgo.cli", "export", subnet_file, "-o", folder], check=True)
+    return folder
+
+
+def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "verify", bundle)
+    assert code == 0
+    assert out.startswith("parity holds: relative error")
+    code, out, _ = run(monkeypatch, capsys, "run", bundle, "--class", "dog", "-n", 3, "-o", tmp_path / "x.png")
+    assert code == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (32, 32)  # three pictures of 16x16, two by two
+    code, out, _ = run(monkeypatch, capsys, "inspect", bundle)
+    assert code == 0
+    assert "transformer_blocks.1.ff" in out
+    assert "slots" in out
+
+
+def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "s.json"
+    arguments = ("search", tiny_dit, "--steps", 5, "--budget", 0.6, "--preset", "quick", "-o", output)
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0, out
+    subnet = load_subnet(output)
+    smallest = min(site.macs for site in subnet.sites) / subnet.cost.full
+    assert 0.6 - smallest <= subnet.cost.ratio <= 0.6
+    scores = subnet.search["held_out_psnr_db"]
+    assert scores[subnet.search["chosen"]] == max(scores.values())
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "--help")
+    assert code == 0
+    for command in ("models", "search", "export", "verify", "run", "bench", "inspect", "compile"):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search", "MODEL", "--steps", 5, "--budget", 0, "-o", "OUT"], 2, "budget 0.0 is outside (0, 1]"),
+        (["search", "MODEL", "--steps", 5, "--budget", 1.5, "-o", "OUT"], 2, "budget 1.5 is outside (0, 1]"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.1, "-o", "OUT"], 2, "what step 0 and the ungated parts"),
+        (["search", "MODEL", "--steps", 1, "--budget", 0.5, "-o", "OUT"], 2, "at least 2"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--sites", "x.*", "-o", "OUT"], 2, "matches no module"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--sampler", "y", "-o", "OUT"], 2, "unknown sampler 'y'"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--preset", "z", "-o", "OUT"], 2, "unknown preset 'z'"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--method", "q", "-o", "OUT"], 2, "unknown method 'q'"),
+        (["search", "nowhere", "--steps", 5, "--budget", 0.5, "-o", "OUT"], 1, "no model 'nowhere'"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "SUBNET"], 2, "--force"),
+        (["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"], 2, "'five' is not a valid int"),
+        (["search", "MODEL"], 2, "Missing option"),
+        (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
+        (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
+        (["run", "BUNDLE", "--class", "wolf", "-o", "OUT"], 2, "class 'wolf' is unknown"),
+        (["run", "nowhere", "--class", "1", "-o", "OUT"], 1, "no such bundle"),
+        (["inspect", "none.json"], 1, "none.json: no such SubNet"),
+        (["verify", "nowhere"], 1, "no such bundle"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, message, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys):
+    places = {"MODEL": tiny_dit, "OUT": tmp_path / "out.json", "SUBNET": subnet_file, "BUNDLE": bundle}
+    got, _, err = run(monkeypatch, capsys, *(places.get(a, a) if isinstance(a, str) else a for a in arguments))
+    lines = [line for line in err.splitlines() if line.startswith("dipgo: ")]
+    assert got == code
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
+    command = [sys.executable, "-m", "dipgo.cli", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "s.json")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    seen, deadline = "", time.time() + 120
+    while "gates" not in seen and time.time() < deadline:
+        seen += process.stderr.read() or ""
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == 1
+    os.set_blocking(process.stderr.fileno(), True)
+    seen += process.stderr.read()
+    assert "dipgo: interrupted" in seen
+    assert "Traceback" not in seen
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_record_of_the_search_is_complete(tiny_dit, subnet_file):
+    document = json.loads(subnet_file.read_text())
+    assert document["model"]["name"] == tiny_dit
+    assert document["sampler"]["class"] == "DDIMScheduler"
+    assert len(document["gates"]) == document["sampler"]["steps"] == 4
+    assert document["cost"]["kind"] == "macs"
