@@ -97,7 +97,7 @@ def bench(
         pictures = {name: generate(each, images, name, progress) for name, each in running.items()}
 
     rows = [_row(entry, timings, pictures, full.program.record.macs) for entry in entries]
-    scope = scope_of(program, threads)
+    scope = scope_of(program)
     place = environment(load_at_start)
     record = program.record
     report = ReportRecord(
@@ -172,8 +172,9 @@ def parity_failure(parity: Parity) -> str:
     )
 
 
-def scope_of(program: Program, threads: int | None) -> str:
+def scope_of(program: Program) -> str:
     """Return what the wall times span, in words."""
+    threads = program.runner.threads
     used = (
         f"{threads} thread{'s' * (threads > 1)}" if threads else f"its own choice of threads on {os.cpu_count()} cores"
     )

@@ -50,7 +50,7 @@ def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
     subnet = subnet_of(bundle)
     sampler = subnet.sampler
     progress("load the model", 0, 2, "trace")
-    traced = retrace(model, subnet, bundle.record.latent.shape[0])
+    traced = retrace(model, subnet)
     progress("load the model", 1, 2, "weights")
     task = make_task(model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced)
     progress("load the model", 2, 2, "")

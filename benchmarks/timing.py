@@ -64,7 +64,8 @@ def time_interleaved(
     """Time callables against each other.
 
     After ``warm_up`` untimed rounds, each round runs every candidate once, forwards and backwards in turn, so that
-    drift of the machine falls on all alike. There are at least ``repeats`` rounds and at least ``seconds`` of them
+    drift of the machine falls on all alike. Each timed run directly follows an untimed one of the same candidate: what is
+    measured is steady use of one program, not how well it finds the caches that another left. There are at least ``repeats`` rounds and at least ``seconds`` of them
     in all.
     """
     for done in range(warm_up):
@@ -79,6 +80,7 @@ def time_interleaved(
         elapsed, rounds = 0.0, 0
         while rounds < repeats or elapsed < seconds:
             for name in order(list(candidates), rounds):
+                candidates[name]()
                 begin = time.perf_counter()
                 candidates[name]()
                 samples[name].append(time.perf_counter() - begin)

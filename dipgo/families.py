@@ -77,7 +77,7 @@ FAMILIES = (
         sites={
             "block": ("transformer_blocks.*",),
             "branch": ("transformer_blocks.*",),
-            "layer": ("transformer_blocks.*.attn1", "transformer_blocks.*.ff"),
+            "layer": ("transformer_blocks.*.attn1", "transformer_blocks.*.ff", "proj_out_2"),
         },
         granularity="layer",
         conditions=_dit_conditions,
@@ -117,7 +117,7 @@ def family_of(pipe: Any) -> Family:
 class GuidedDenoiser(nn.Module):
     """A denoiser as one function from latent to guided ε: doubling, the call, guidance, dropping a learned variance.
 
-    ``forward(latent [B, C, H, W], timestep [1] float32, conditions)`` returns ε ``[B, C, H, W]``. With guidance the
+    ``forward(latent [B, C, H, W], timestep [B] float32, conditions)`` returns ε ``[B, C, H, W]``. With guidance the
     conditions hold the unconditional half first, ``2 B`` rows in all (Ho & Salimans 2022, eq. 6 in diffusers' form:
     ε = ε_u + s (ε_c - ε_u)). ``guidance_scale <= 1`` switches it off, as diffusers does.
     """
@@ -133,11 +133,10 @@ class GuidedDenoiser(nn.Module):
         return self.guidance_scale > 1
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        sample = torch.cat([latent, latent]) if self.guided else latent
-        output = self.call(self.denoiser, sample, timestep.expand(sample.shape[0]), conditions)
-        output = output[:, : latent.shape[1]]
         if not self.guided:
-            return output
+            return self.call(self.denoiser, latent, timestep, conditions)[:, : latent.shape[1]]
+        sample, moment = torch.cat([latent, latent]), torch.cat([timestep, timestep])
+        output = self.call(self.denoiser, sample, moment, conditions)[:, : latent.shape[1]]
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +67,7 @@ class Trace:
         outputs: for each site, the names of the nodes that are its outputs.
         epsilon: the name of the node that is ε.
         guidance_scale: of the guidance inside the graph.
-        batch: images per call.
+        shapes: the shape of every node's tensor at one image, and how much it grows by with each further image.
     """
 
     model: Model
@@ -76,9 +76,18 @@ class Trace:
     outputs: tuple[tuple[str, ...], ...]
     epsilon: str
     guidance_scale: float
-    batch: int
+    shapes: dict[str, tuple[tuple[int, int], ...]]
     _inputs: dict[str, tuple[str, ...]]
     _macs: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser's batch per image: 2 with guidance, else 1."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    def shape(self, node: str, batch: int) -> list[int]:
+        """Return the shape of a node's tensor in a call on ``batch`` images."""
+        return [first + (batch - 1) * growth for first, growth in self.shapes[node]]
 
     @property
     def full_macs(self) -> int:
@@ -97,6 +106,17 @@ class Trace:
         """
         live = self._live(np.asarray(row, bool), wanted)
         return {index for index, names in enumerate(self.outputs) if live.intersection(names)}
+
+    def output_sites(self) -> list[int]:
+        """Return the sites through which everything passes: skip one, and no other site is read in that step."""
+        ones = np.ones(len(self.sites), bool)
+        through = []
+        for site in range(len(ones)):
+            row = ones.copy()
+            row[site] = False
+            if self.live_sites(row) == {site}:
+                through.append(site)
+        return through
 
     def reads_input(self, row: np.ndarray) -> bool:
         """Whether ε under ``row`` still depends on the latent or the timestep."""
@@ -123,23 +143,26 @@ class Trace:
         return sum(self._macs[name] for name in live - stops)
 
 
-def trace(model: Model, sites: str | None, guidance_scale: float, batch: int = 1) -> Trace:
+_EXAMPLE_BATCH = 3  # torch.export takes 0 and 1 for constants, and 2 for the two halves of guidance
+
+
+def trace(model: Model, sites: str | None, guidance_scale: float) -> Trace:
     """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.sites.site_names`).
 
-    No weights are read. Raises UsageError for bad patterns, DipgoError where torch.export cannot trace the model.
+    The number of images stays symbolic; no weights are read. Raises UsageError for bad patterns, DipgoError where
+    torch.export cannot trace the model.
     """
     denoiser = model.empty_denoiser()
     names = site_names(denoiser, model.family, sites)
     guided = GuidedDenoiser(denoiser, model.family, guidance_scale)
-    rows = batch * (2 if guided.guided else 1)
-    example = (
-        torch.zeros(model.latent_shape(batch)),
-        torch.ones(1),
-        model.family.example(model.config, rows),
-    )
+    rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
+    conditions = model.family.example(model.config, rows)
+    example = (torch.zeros(model.latent_shape(_EXAMPLE_BATCH)), torch.ones(_EXAMPLE_BATCH), conditions)
+    images = {0: Dim.AUTO}
+    dynamic = (images, images, dict.fromkeys(conditions, images))
     try:
         with torch.no_grad():
-            program = torch.export.export(_Tapped(guided, names), example, strict=False)
+            program = torch.export.export(_Tapped(guided, names), example, dynamic_shapes=dynamic, strict=False)
     except DipgoError:
         raise
     except Exception as error:
@@ -162,7 +185,25 @@ def trace(model: Model, sites: str | None, guidance_scale: float, batch: int = 1
         _record(name, denoiser.get_submodule(name), nodes, macs, nodes[outputs[index][0]].meta["val"].ndim)
         for index, name in enumerate(names)
     )
-    return Trace(model, program, records, tuple(outputs), epsilon, guidance_scale, batch, inputs, macs)
+    shapes = {
+        name: tuple(_growth(size) for size in node.meta["val"].shape)
+        for name, node in nodes.items()
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    return Trace(model, program, records, tuple(outputs), epsilon, guidance_scale, shapes, inputs, macs)
+
+
+def _hint(size: Any) -> Any:
+    """Return a symbolic size as it is in the example, anything else as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _growth(size: Any) -> tuple[int, int]:
+    """Return a size at one image, and what each further image adds (sizes are linear in the number of images)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size), 0
+    per_image = int(size.node.hint) // _EXAMPLE_BATCH
+    return per_image, per_image
 
 
 def call_macs(model: Model, denoiser: nn.Module) -> int:
@@ -215,8 +256,8 @@ def _node_macs(node: Node) -> int:
     def blank(value: Any) -> Any:
         held = value.meta.get("val") if isinstance(value, Node) else value
         if isinstance(held, torch.Tensor):
-            return torch.empty(tuple(held.shape), dtype=held.dtype, device="meta")
-        return held
+            return torch.empty([_hint(size) for size in held.shape], dtype=held.dtype, device="meta")
+        return _hint(held)
 
     args, kwargs = pytree.tree_map_only(Node, blank, (node.args, node.kwargs))
     if not _may_multiply(node):

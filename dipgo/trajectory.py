@@ -127,7 +127,7 @@ class Trajectory:
         latents = [noise * rows[0, 0]]
         for step, timestep in enumerate(self.sampler.timesteps):
             scaled = latents[-1] * self.sampler.input_scale[step]
-            basis.append(denoise(step, scaled, torch.tensor([timestep], dtype=torch.float32)))
+            basis.append(denoise(step, scaled, torch.full((len(noise),), timestep)))
             coefficients = rows[step + 1, : step + 2]
             latents.append(torch.einsum("k,kbchw->bchw", coefficients, torch.stack(basis)))
         return latents

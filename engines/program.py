@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,23 +11,32 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import UsageError
+from engines.lane import Lane
 from engines.noise import torch_randn
 from engines.onnxrt.runner import OnnxRuntimeRunner
-from export.bundle import Bundle, StepRecord, open_bundle
+from export.bundle import Bundle, open_bundle
 
 
 class Program:
     """A bundle ready to run; a context manager that holds its engines.
 
-    All state of a trajectory lives in local variables of :meth:`denoise`: calls cannot leak into each other.
+    The state of a trajectory lives in a lane that one call of :meth:`denoise` has for itself and that every
+    trajectory overwrites from its first step on: calls cannot leak into each other, in one thread or several.
+
+    Attributes:
+        launches: step graphs launched since the program was made.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
         self.record = bundle.record
         self.runner = OnnxRuntimeRunner(bundle, threads)
-        self._rows = np.array(self.record.solver.rows)
-        self._coefficients = [self._coefficient_feeds(index, step) for index, step in enumerate(self.record.steps)]
+        solver = self.record.solver
+        self._rows = np.array(solver.rows)  # float64, as the history is: the sums cancel
+        scaled = self._rows[:-1] * np.array(solver.input_scale)[:, None]
+        self._inputs = [np.ascontiguousarray(row[: index + 1]) for index, row in enumerate(scaled)]
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self.launches = 0
 
     def __enter__(self) -> Program:
         self.runner.__enter__()
@@ -35,6 +45,7 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._lanes = queue.SimpleQueue()
         self.runner.__exit__(kind, error, trace)
 
     @property
@@ -88,7 +99,7 @@ class Program:
         Args:
             noise: initial noise, float32 of the bundle's latent shape.
             conditions: the graph inputs of the prompt or class.
-            after_step: called with the step and its ε.
+            after_step: called with the step and its ε (a view that the next step overwrites).
 
         Returns:
             The final latent, float32 ``[B, C, H, W]``.
@@ -96,18 +107,23 @@ class Program:
         expected = tuple(self.record.latent.shape)
         if noise.shape != expected:
             raise UsageError(f"noise is {list(noise.shape)}, the bundle was compiled for {list(expected)}")
-        history = np.zeros((len(self._rows), noise.size))  # the solver's basis: noise, then every ε; float64
-        history[0] = noise.reshape(-1)
-        slots: dict[int, Any] = {}
-        epsilon: np.ndarray | None = None
-        for index, step in enumerate(self.record.steps):
-            if step.graph is not None:
-                latent = self._rows[index, : index + 1] @ history[: index + 1] * self.record.solver.input_scale[index]
-                epsilon = self._launch(index, step, latent.astype(np.float32).reshape(expected), conditions, slots)
-            assert epsilon is not None
-            history[index + 1] = epsilon.reshape(-1)
-            if after_step:
-                after_step(index, epsilon)
+        lane = self._take_lane()
+        try:
+            lane.begin(conditions)
+            history = np.zeros((len(self._rows), noise.size))  # the solver's basis: noise, then every ε; float64
+            history[0] = noise.reshape(-1)
+            flat_epsilon = lane.epsilon.reshape(-1)
+            for index, launch in enumerate(lane.launches):
+                if launch is not None:
+                    np.matmul(self._inputs[index], history[: index + 1], out=lane.scratch)
+                    lane.latent.reshape(-1)[...] = lane.scratch
+                    launch()
+                    self.launches += 1
+                history[index + 1] = flat_epsilon
+                if after_step:
+                    after_step(index, lane.epsilon)
+        finally:
+            self._lanes.put(lane)
         return (self._rows[-1] @ history).astype(np.float32).reshape(expected)
 
     def generate(
@@ -126,34 +142,11 @@ class Program:
             pixels.append(self.runner.decode(latent))
         return np.concatenate(pixels)[: len(classes)].transpose(0, 2, 3, 1)
 
-    def _launch(
-        self,
-        index: int,
-        step: StepRecord,
-        latent: np.ndarray,
-        conditions: Mapping[str, np.ndarray],
-        slots: dict[int, Any],
-    ) -> np.ndarray:
-        assert step.graph is not None
-        given = {"latent": latent, "timestep": np.array([step.timestep], np.float32), **conditions}
-        wanted = {tensor.name for tensor in self.record.graphs[step.graph].inputs}
-        feeds = {name: value for name, value in given.items() if name in wanted}
-        feeds.update({name: slots[slot] for name, slot in step.reads.items()})
-        feeds.update(self._coefficients[index])
-        epsilon, *features = self.runner.launch(step.graph, feeds, ["epsilon", *step.writes])
-        for slot, feature in zip(step.writes.values(), features, strict=True):
-            slots[slot] = feature
-        return epsilon
-
-    def _coefficient_feeds(self, index: int, step: StepRecord) -> dict[str, np.ndarray]:
-        if step.graph is None:
-            return {}
-        graph = self.record.graphs[step.graph]
-        shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
-        return {
-            name: np.ascontiguousarray(self.bundle.backups[entry.tensor][index, entry.term].reshape(shapes[name]))
-            for name, entry in graph.coefficients.items()
-        }
+    def _take_lane(self) -> Lane:
+        try:
+            return self._lanes.get_nowait()
+        except queue.Empty:
+            return Lane(self.bundle, self.runner)
 
 
 def load(folder: str | Path, threads: int | None = None) -> Program:

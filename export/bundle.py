@@ -48,6 +48,20 @@ class GraphRecord(Record):
     coefficients: dict[str, CoefficientRecord]
 
 
+class PrologueRecord(Record):
+    """A graph that runs before the loop and hands values to the step graphs.
+
+    ``steps``: once for all steps; the rows of its batch are [step, half, image], the halves being those of guidance.
+    Its ``timestep`` has one entry a row.
+    ``prompt``: once a prompt or class, on the batch of a step.
+    """
+
+    file: str
+    kind: Literal["steps", "prompt"]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+
+
 class StepRecord(Record):
     """One call of the denoiser.
 
@@ -108,6 +122,7 @@ class BundleRecord(Record):
     latent: TensorRecord
     conditioning: ConditioningRecord
     solver: SolverRecord
+    prologues: list[PrologueRecord]
     graphs: dict[str, GraphRecord]
     slots: list[SlotRecord]
     steps: list[StepRecord]

@@ -34,6 +34,7 @@ from export.bundle import (
 from export.cut import Cut, cut
 from export.decoder import FILE as DECODER_FILE
 from export.decoder import decoder_record, decoder_to_onnx
+from export.prologue import PROMPT, STEPS, Prologue, cut_prologue, hoisted_values
 from export.slots import allocate, naive_bytes
 from export.tapped import Tapped, to_onnx
 
@@ -45,6 +46,7 @@ class Prepared:
     """Everything about a model that does not depend on the SubNet: converted once, written into many bundles."""
 
     tapped: Tapped
+    hoisted: dict[str, str]
     decoder: ir.Model
     conditioning: ConditioningRecord
 
@@ -53,13 +55,13 @@ class Prepared:
         return self.tapped.trace
 
 
-def prepare(traced: Trace, pipe: Any) -> Prepared:
+def prepare(traced: Trace, pipe: Any, batch: int = 1) -> Prepared:
     """Convert a traced denoiser and its pipeline's VAE decoder to ONNX."""
     model = traced.model
-    latent_shape = model.latent_shape(traced.batch)
-    tapped = to_onnx(traced)
+    latent_shape = model.latent_shape(batch)
+    tapped = to_onnx(traced, batch)
     guided = traced.guidance_scale > 1
-    rows = traced.batch * (2 if guided else 1)
+    rows = batch * traced.rows
     inputs = [
         TensorRecord(name=name, dtype=str(value.numpy().dtype), shape=list(value.shape))
         for name, value in model.family.example(model.config, rows).items()
@@ -71,7 +73,7 @@ def prepare(traced: Trace, pipe: Any) -> Prepared:
         null_class=model.family.null_class,
         labels=model.family.labels(pipe),
     )
-    return Prepared(tapped, decoder_to_onnx(pipe.vae, latent_shape), conditioning)
+    return Prepared(tapped, hoisted_values(tapped), decoder_to_onnx(pipe.vae, latent_shape), conditioning)
 
 
 def check_same_model(subnet: SubNet, traced: Trace) -> None:
@@ -114,8 +116,9 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
     learned = bool(subnet.weights)
     plans = plan(subnet.gates, subnet.terms, traced.live_sites)
     silent = [step > 0 and is_silent(traced, row, learned) for step, row in enumerate(subnet.gates)]
-    cuts = _cuts(prepared.tapped, subnet, plans, silent)
-    tensors = _feature_tensors(traced)
+    cuts = _cuts(prepared, subnet, plans, silent)
+    prologues = _prologues(prepared, cuts, subnet.calls)
+    tensors = _feature_tensors(traced, prepared.tapped.batch)
     allocation = allocate(plans, tensors)
 
     with new_folder(folder, force) as draft:
@@ -123,9 +126,7 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
         save_subnet(subnet, draft / "subnet.json")
         graphs = {}
         for signature, part in cuts.items():
-            _point_weights(part.model, draft)
-            file = f"{part.model.graph.name}.onnx"
-            ir.save(part.model, draft / file)
+            file = _save(part.model, draft)
             macs = traced.macs(np.array([bit == "1" for bit in signature]))
             graphs[part.model.graph.name] = GraphRecord(
                 file=file,
@@ -135,13 +136,17 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
                 outputs=part.outputs,
                 coefficients=part.coefficients,
             )
+        records = [part.record.model_copy(update={"file": _save(part.model, draft)}) for part in prologues]
         ir.save(prepared.decoder, draft / DECODER_FILE)
         record = BundleRecord(
             model=subnet.model,
             sampler=subnet.sampler,
-            latent=TensorRecord(name="latent", dtype="float32", shape=list(traced.model.latent_shape(traced.batch))),
+            latent=TensorRecord(
+                name="latent", dtype="float32", shape=list(traced.model.latent_shape(prepared.tapped.batch))
+            ),
             conditioning=prepared.conditioning,
             solver=SolverRecord(input_scale=sampler.input_scale.tolist(), rows=sampler.rows.tolist()),
+            prologues=records,
             graphs=graphs,
             slots=allocation.slots,
             steps=[
@@ -210,20 +215,47 @@ def _signature(entry: StepPlan, subnet: SubNet) -> str:
     return "".join("1" if site in entry.computed else "0" for site in range(len(subnet.sites)))
 
 
-def _cuts(tapped: Tapped, subnet: SubNet, plans: Sequence[StepPlan], silent: Sequence[bool]) -> dict[str, Cut]:
+def _prologues(prepared: Prepared, cuts: dict[str, Cut], calls: int) -> list[Prologue]:
+    """Cut the prologues that compute what the step graphs read."""
+    read = {tensor.name for part in cuts.values() for tensor in part.inputs}
+    parts = []
+    for kind in (STEPS, PROMPT):
+        names = [name for name, binding in prepared.hoisted.items() if binding == kind and name in read]
+        part = cut_prologue(prepared.tapped, kind, names, calls)
+        if part is not None:
+            part.model.graph.name = f"{_stem(prepared.trace.model.name)}-{kind}-fp32-{calls}"
+            parts.append(part)
+    return parts
+
+
+def _stem(name: str) -> str:
+    """Return a model's name as the start of its graphs' names."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-") or "denoiser"
+
+
+def _save(model: ir.Model, folder: Path) -> str:
+    """Save a graph whose weights point into the bundle's own file; return its name."""
+    _point_weights(model, folder)
+    file = f"{model.graph.name}.onnx"
+    ir.save(model, folder / file)
+    return file
+
+
+def _cuts(prepared: Prepared, subnet: SubNet, plans: Sequence[StepPlan], silent: Sequence[bool]) -> dict[str, Cut]:
     """Cut one graph a distinct signature; it hands out what any of its steps stores."""
+    tapped = prepared.tapped
     stored: dict[str, set[int]] = {}
     for entry, nothing in zip(plans, silent, strict=True):
         if not nothing:
             stored.setdefault(_signature(entry, subnet), set()).update(entry.stored)
     backups = dict(subnet.weights)
-    shape = "x".join(str(size) for size in tapped.trace.model.latent_shape(tapped.trace.batch))
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(subnet.model.name).name).strip("-") or "denoiser"
+    shape = "x".join(str(size) for size in tapped.trace.model.latent_shape(tapped.batch))
+    stem = _stem(subnet.model.name)
     cuts = {}
     for signature, features in stored.items():
         computed = {site for site, bit in enumerate(signature) if bit == "1"}
         key = sha256_of_json([signature, sorted(features), {k: v.shape[1:] for k, v in backups.items()}])[:8]
-        cuts[signature] = cut(tapped, f"{stem}-{key}-fp32-{shape}", computed, features, backups)
+        cuts[signature] = cut(tapped, f"{stem}-{key}-fp32-{shape}", computed, features, backups, prepared.hoisted)
     return cuts
 
 
@@ -241,14 +273,12 @@ def _step(
     return StepRecord(timestep=timestep, graph=part.model.graph.name, reads=reads, writes=writes)
 
 
-def _feature_tensors(traced: Trace) -> list[list[TensorRecord]]:
-    values = {node.name: node.meta["val"] for node in traced.program.graph_module.graph.nodes if "val" in node.meta}
+def _feature_tensors(traced: Trace, batch: int) -> list[list[TensorRecord]]:
+    values = {node.name: node.meta.get("val") for node in traced.program.graph_module.graph.nodes}
 
     def record(name: str) -> TensorRecord:
-        value = values[name]
-        return TensorRecord(
-            name=name, dtype=str(value.dtype).removeprefix("torch."), shape=[int(n) for n in value.shape]
-        )
+        dtype = str(values[name].dtype).removeprefix("torch.")
+        return TensorRecord(name=name, dtype=dtype, shape=traced.shape(name, batch))
 
     return [[record(name) for name in names] for names in traced.outputs]
 
@@ -268,6 +298,6 @@ def sites_of(subnet: SubNet) -> str:
     return ",".join(site.name for site in subnet.sites)
 
 
-def retrace(model: Model, subnet: SubNet, batch: int = 1) -> Trace:
+def retrace(model: Model, subnet: SubNet) -> Trace:
     """Trace ``model`` with the SubNet's sites and guidance."""
-    return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, batch)
+    return trace(model, sites_of(subnet), subnet.sampler.guidance_scale)

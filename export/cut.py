@@ -38,10 +38,16 @@ class Cut:
 
 
 def cut(
-    tapped: Tapped, name: str, computed: Collection[int], stored: Collection[int], backups: dict[str, np.ndarray]
+    tapped: Tapped,
+    name: str,
+    computed: Collection[int],
+    stored: Collection[int],
+    backups: dict[str, np.ndarray],
+    hoisted: Collection[str] = (),
 ) -> Cut:
     """Cut the graph that computes the sites ``computed`` and hands out the features of the sites ``stored``.
 
+    ``hoisted`` names values that prologues compute (:mod:`export.prologue`): they become inputs.
     ``backups`` holds the SubNet's backup tensors; empty means that a skipped site serves its last output as it is.
     """
     sites = tapped.trace.sites
@@ -56,7 +62,7 @@ def cut(
         for index in sorted(stored)
         for output in range(len(tapped.trace.outputs[index]))
     }
-    given = ["latent", "timestep", *tapped.condition_names]
+    given = ["latent", "timestep", *tapped.condition_names, *hoisted]
     graph = ir.convenience.extract(tapped.model.graph, [*given, *served], ["epsilon", *features])
     graph.name = name
     read = [value for value in graph.inputs if value.uses() or value in graph.outputs]

@@ -6,6 +6,7 @@ Converted once per model; :mod:`export.cut` makes each signature's graph out of 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,17 @@ class Tapped:
 
     Attributes:
         trace: what it was made from.
-        model: the graph; outputs are ``epsilon`` and, for each site, :func:`feature_name`.
+        batch: images per call of ``model``.
+        symbolic: the graph as converted, for any number of images.
+        model: the graph at ``batch`` images, optimised; outputs are ``epsilon`` and, for each site,
+            :func:`feature_name`.
         condition_names: the graph inputs that carry the conditions.
         weights_file: the safetensors file that the initializers point into.
     """
 
     trace: Trace
+    batch: int
+    symbolic: ir.Model
     model: ir.Model
     condition_names: tuple[str, ...]
     weights_file: Path
@@ -44,7 +50,7 @@ def feature_name(site: str, output: int) -> str:
     return f"feature.{site}" + (f"#{output}" if output else "")
 
 
-def to_onnx(trace: Trace) -> Tapped:
+def to_onnx(trace: Trace, batch: int = 1) -> Tapped:
     """Convert a trace to ONNX (opset 23), weights left where they are.
 
     Raises:
@@ -65,15 +71,41 @@ def to_onnx(trace: Trace) -> Tapped:
         optimize=False,
     )
     weights_file = _only_weights_file(trace)
-    bound = _bind(model, weights_file, set(trace.program.graph_signature.parameters))
+    _bind(model, weights_file, set(trace.program.graph_signature.parameters))
+
+    ClearMetadataAndDocStringPass()(model)
+    static = model.clone()
+    specialise(static, batch)
+    return Tapped(trace, batch, model, static, conditions, weights_file)
+
+
+def specialise(model: ir.Model, batch: int) -> None:
+    """Fix the number of images, which is the only symbolic size, and optimise.
+
+    Weights stay where they are: folding a node that reads one (a Transpose, mostly) would put a second copy of it into
+    the graph.
+    """
+    graph = model.graph
+    weights = {name for name, value in graph.initializers.items() if isinstance(value.const_value, ir.ExternalTensor)}
 
     def should_fold(node: ir.Node) -> bool | None:
-        # Folding a node that reads a weight (a Transpose, mostly) would put a second copy of it into the graph.
-        return False if any(value is not None and value.name in bound for value in node.inputs) else None
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_size(dimension, batch) for dimension in value.shape])
     optimizer.optimize_ir(model, should_fold=should_fold)
-    ClearMetadataAndDocStringPass()(model)
-    return Tapped(trace, model, conditions, weights_file)
+
+
+def _size(dimension: int | ir.SymbolicDim, batch: int) -> int | ir.SymbolicDim:
+    """Evaluate a size: a whole number, the number of images, or a multiple of it such as ``2*s0``."""
+    if isinstance(dimension, int) or dimension.value is None:
+        return dimension
+    factor = re.fullmatch(r"(?:(\d+)\*)?s\d+", str(dimension.value))
+    if factor is None:
+        return ir.SymbolicDim(None)
+    return int(factor[1] or 1) * batch
 
 
 def _only_weights_file(trace: Trace) -> Path:
@@ -85,8 +117,8 @@ def _only_weights_file(trace: Trace) -> Path:
     return files[0]
 
 
-def _bind(model: ir.Model, weights_file: Path, parameters: set[str]) -> set[str]:
-    """Point the initializers into the checkpoint; return the names of those that do."""
+def _bind(model: ir.Model, weights_file: Path, parameters: set[str]) -> None:
+    """Point the initializers into the checkpoint."""
     with weights_file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         header = json.loads(stream.read(length))
@@ -116,4 +148,3 @@ def _bind(model: ir.Model, weights_file: Path, parameters: set[str]) -> set[str]
     if missing:
         name = missing[0].removeprefix(_PREFIX)
         raise DipgoError(f"{weights_file}: holds no tensor '{name}'; it belongs to another model")
-    return bound

@@ -53,10 +53,9 @@ def random_subnet(
     gates[0] = True
     weights: dict[str, np.ndarray] = {}
     if channels is not None:
-        values = {node.name: node.meta.get("val") for node in trace.program.graph_module.graph.nodes}
         for site, outputs in zip(trace.sites, trace.outputs, strict=True):
             for output, name in enumerate(outputs):
-                width = [values[name].shape[site.channel_axis]] if channels else []
+                width = [trace.shape(name, 1)[site.channel_axis]] if channels else []
                 drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *width))
                 weights[backup_name(site.name, output)] = drawn.astype(np.float32)
     identity = SamplerIdentity(

@@ -65,9 +65,8 @@ class Backups(nn.Module):
 
 
 def _channels(trace: Trace) -> list[list[int]]:
-    values = {node.name: node.meta["val"] for node in trace.program.graph_module.graph.nodes if "val" in node.meta}
     return [
-        [int(values[name].shape[site.channel_axis]) for name in names]
+        [trace.shape(name, 1)[site.channel_axis] for name in names]
         for site, names in zip(trace.sites, trace.outputs, strict=True)
     ]
 

@@ -118,9 +118,8 @@ def _cheapest(damage: np.ndarray, price: float) -> np.ndarray:
                 best[latest, a] = costs[b] + price
                 came[latest, a] = b
     total = best + before[calls]
-    a, b = np.unravel_index(int(np.argmin(total)), total.shape)
+    a, b = divmod(int(np.argmin(total)), calls)
     column = np.zeros(calls, bool)
-    a, b = int(a), int(b)
     while True:
         column[a] = True
         if a == 0:
@@ -148,7 +147,7 @@ def _damage(
 
 
 def _fit(gram: torch.Tensor, a: int, b: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit F_t by w₀ F_a + w₁ F_b per channel, with a ridge toward linear extrapolation; ``gram`` is [channels, t, t]."""
+    """Fit F_t by w₀ F_a + w₁ F_b per channel, with a ridge toward extrapolation; ``gram`` is [channels, t, t]."""
     steps = torch.arange(gram.shape[-1], dtype=gram.dtype)
     if a == b:
         return torch.ones_like(gram[:, 0]), torch.zeros_like(gram[:, 0])

@@ -1,8 +1,8 @@
 """Fixed policies: the schedules that a search must start from and beat.
 
 A policy computes some steps in full and serves backups in between. What it serves is either the last output as it is
-(reuse) or the straight line through the last two (extrapolation). Budgets are met from below and then filled with
-part of one more step, so that policies are compared at equal MACs.
+(reuse) or the straight line through the last two (extrapolation). Budgets are met to within one site, so that policies
+are compared at equal MACs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dipgo.gating import backup_name
 from dipgo.liveness import canonical
 from dipgo.trace import Trace
 
-SPACINGS = {"uniform": 1.0, "late": 1.4, "later": 1.8, "early": 0.7}
+SPACINGS = {"uniform": 1.0, "late": 1.4, "early": 0.7}
+SERVINGS = ("inside", "whole", "mixed")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Policy:
     """A schedule by rule.
 
     Attributes:
-        name: spacing and what is served, such as ``uniform reuse``.
+        name: spacing, what is served, and where.
         gates: bool ``[calls, sites]``.
         weights: backup tensors ``[calls, 2]`` by name; empty for reuse.
     """
@@ -40,31 +41,53 @@ class Policy:
 
 
 def policies(trace: Trace, calls: int, budget: float) -> list[Policy]:
-    """Return every spacing with reuse and with extrapolation, at ``budget``."""
+    """Return reuse and extrapolation at ``budget``, with every spacing and every way to serve a skipped step."""
     found = []
-    for spacing, power in SPACINGS.items():
-        for served, learned in (("reuse", False), ("extrapolation", True)):
-            gates = spaced(trace, calls, budget, power, learned)
-            weights = extrapolation(trace, gates) if learned else {}
-            found.append(Policy(f"{spacing} {served}", gates, weights))
+    for spacing_name in SPACINGS:
+        for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
+            for learned in (False, True):
+                gates = spaced(trace, calls, budget, SPACINGS[spacing_name], serving, learned)
+                weights = extrapolation(trace, gates) if learned else {}
+                what = "extrapolation" if learned else "reuse"
+                found.append(Policy(f"{spacing_name} {what}, {serving}", gates, weights))
     return found
 
 
-def spaced(trace: Trace, calls: int, budget: float, power: float, learned: bool = False) -> np.ndarray:
-    """Return gates that compute as many whole steps as the budget allows, then fill it with part of one more.
+def spaced(
+    trace: Trace, calls: int, budget: float, power: float, serving: str = "inside", learned: bool = False
+) -> np.ndarray:
+    """Return gates that compute whole steps, as many as the budget allows, and serve backups in between.
 
-    ``power`` 1 spaces the steps evenly, above 1 densely at the end, below 1 densely at the start.
+    Args:
+        power: 1 spaces the computed steps evenly, above 1 densely at the end, below 1 densely at the start.
+        serving: where a skipped step is served. ``whole``: at the output, so that nothing runs; ``inside``: at the
+            inner sites, and what stands behind them runs, on today's latent and timestep; ``mixed``: whole in the
+            first step after a computed one, inside in the others.
+        learned: whether backups will be weighted (two terms) or last outputs.
+
+    One step more than fits is computed in part where that comes closer to the budget.
     """
     limit = budget * trace.full_macs * calls
-    best = np.zeros((calls, len(trace.sites)), bool)
-    best[0] = True
+    rest = np.zeros(len(trace.sites), bool)
+    rest[trace.output_sites()] = True
+
+    def gates_of(count: int) -> np.ndarray:
+        steps = spacing(calls, count, power)
+        gates = np.zeros((calls, len(trace.sites)), bool)
+        for step in range(calls):
+            first = step > 0 and step - 1 in steps
+            if serving == "inside" or (serving == "mixed" and not first):
+                gates[step] = rest
+        gates[steps] = True
+        return canonical(gates, 2 if learned else 1, trace.live_sites)
+
+    best = gates_of(1)
     for count in range(2, calls + 1):
-        gates = np.zeros_like(best)
-        gates[spacing(calls, count, power)] = True
+        gates = gates_of(count)
         if trajectory_macs(trace, gates, learned) > limit:
-            break
+            return trim(trace, gates, best, limit, learned)
         best = gates
-    return fill(trace, best, limit, learned)
+    return best
 
 
 def spacing(calls: int, count: int, power: float) -> list[int]:
@@ -77,18 +100,23 @@ def spacing(calls: int, count: int, power: float) -> list[int]:
     return chosen
 
 
-def fill(trace: Trace, gates: np.ndarray, limit: float, learned: bool) -> np.ndarray:
-    """Spend what is left of ``limit`` MACs on the step furthest from a computed one, from the last site backwards."""
-    computed = np.flatnonzero(gates.all(axis=1))
-    distance = np.abs(np.arange(len(gates))[:, None] - computed).min(axis=1)
-    step = int(distance.argmax())
-    result = gates.copy()
-    for site in reversed(range(gates.shape[1])):
-        trial = result.copy()
-        trial[step, site] = True
-        if trajectory_macs(trace, canonical(trial, 2 if learned else 1, trace.live_sites), learned) <= limit:
-            result = trial
-    return canonical(result, 2 if learned else 1, trace.live_sites)
+def trim(trace: Trace, above: np.ndarray, below: np.ndarray, limit: float, learned: bool) -> np.ndarray:
+    """Bring gates that cost too much under ``limit`` MACs: skip inner sites of one computed step after another.
+
+    Steps are taken from the last to the second, in each every other site from the first on, so that no site misses
+    two computed steps in a row while that can be helped. Falls back to ``below`` where a whole step's worth must go.
+    """
+    gates = above.copy()
+    inner = [site for site in range(gates.shape[1]) if site not in trace.output_sites()]
+    computed = [step for step in np.flatnonzero(gates[:, inner].all(axis=1)) if step > 0]
+    for offset in (0, 1):
+        for number, step in enumerate(reversed(computed)):
+            for site in inner[(number + offset) % 2 :: 2]:
+                gates[step, site] = False
+                result = canonical(gates, 2 if learned else 1, trace.live_sites)
+                if trajectory_macs(trace, result, learned) <= limit:
+                    return result
+    return below
 
 
 def extrapolation(trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:

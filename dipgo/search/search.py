@@ -47,10 +47,10 @@ class Settings:
     batch: int = 8
     pool: int = 512
     held_out: int = 32
-    gate_iterations: int = 100
-    backup_iterations: int = 400
+    gate_iterations: int = 60
+    backup_iterations: int = 800
     width: int = 128
-    gate_rate: float = 3e-3
+    gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     terms: int = 2
     by_channel: bool = True
@@ -58,7 +58,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, gate_iterations=20, backup_iterations=100),
+    "quick": Settings(pool=128, held_out=16, gate_iterations=15, backup_iterations=150),
 }
 METHODS = ("dipgo", "paper")
 

@@ -11,6 +11,9 @@ from dipgo.errors import DipgoError
 def session_from_graph(path: Path, threads: int | None = None) -> Any:
     """Return an ``InferenceSession`` on the CPU; ``threads`` None leaves the choice to ONNX Runtime.
 
+    Idle threads do not spin: a program has several sessions, and the spinning threads of one would take the cores
+    from the next.
+
     Raises:
         DipgoError: onnxruntime is missing, or refuses the graph.
     """
@@ -20,6 +23,7 @@ def session_from_graph(path: Path, threads: int | None = None) -> Any:
         raise DipgoError("onnxruntime is not installed; run: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

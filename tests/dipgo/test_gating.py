@@ -61,9 +61,7 @@ def test_skipped_modules_do_not_run(task):
         return hook
 
     inner = {site.name: f"{site.name}.{'to_q' if 'attn' in site.name else 'net.0'}" for site in subnet.sites}
-    handles = [
-        task.pipe.transformer.get_submodule(inner[name]).register_forward_hook(count(name)) for name in calls
-    ]
+    handles = [task.pipe.transformer.get_submodule(inner[name]).register_forward_hook(count(name)) for name in calls]
     with gated(task.pipe.transformer, subnet):
         images(task)
     for handle in handles:

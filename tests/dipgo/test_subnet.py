@@ -37,7 +37,8 @@ def test_round_trip(subnet, tmp_path, learned):
         subnet = replace(subnet, weights={}, terms=1)
     save_subnet(subnet, tmp_path / "s.json")
     read = load_subnet(tmp_path / "s.json")
-    assert (read.model, read.sampler, read.sites, read.cost) == (subnet.model, subnet.sampler, subnet.sites, subnet.cost)
+    for part in ("model", "sampler", "sites", "cost", "terms"):
+        assert getattr(read, part) == getattr(subnet, part)
     assert np.array_equal(read.gates, subnet.gates)
     assert read.terms == subnet.terms
     assert read.weights.keys() == subnet.weights.keys()

@@ -67,10 +67,13 @@ def test_macs_under_gates_agree_with_a_gated_run(unet):
     with torch.no_grad(), intercepting(denoiser, names, record):
         call()
     gates = row(unet, "down_blocks.1", "mid_block", "up_blocks.0")
-    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with intercepting(denoiser, names, lambda site, compute: compute() if gates[site] else served[site]):
-            with FlopCounterMode(display=False) as counter:
-                call()
+    with (
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        intercepting(denoiser, names, lambda site, compute: compute() if gates[site] else served[site]),
+        FlopCounterMode(display=False) as counter,
+    ):
+        call()
     # the gated run still computes down_blocks.2, which nobody reads: the graph knows, Python does not
     assert unet.macs(gates) == counter.get_total_flops() // 2
     assert canonical(np.stack([row(unet), gates]), 1, unet.live_sites)[1].sum() < gates.sum()
@@ -95,7 +98,7 @@ def test_plan_stores_what_later_steps_read_and_no_more(unet):
     gates[4] = False
     plans = plan(gates, 1, unet.live_sites)
     assert plans[1].stored == index(unet, "up_blocks.1")
-    assert plans[2].served == {site: (1,) for site in index(unet, "up_blocks.1")}
+    assert plans[2].served == dict.fromkeys(index(unet, "up_blocks.1"), (1,))
     assert plans[2].computed == index(unet, "down_blocks.0", "up_blocks.2")
     assert plans[3].stored == index(unet, "up_blocks.2")
     assert plans[4].computed == frozenset()

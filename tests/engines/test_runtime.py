@@ -84,7 +84,7 @@ def test_calls_do_not_leak_into_each_other(bundle):
 def test_wrong_requests_are_refused(bundle):
     with engines.load(bundle) as program:
         assert program.class_of("dog") == program.class_of("1") == 1
-        with pytest.raises(UsageError, match="class 'wolf' is unknown to .*; it has: cat, dog, fox"):
+        with pytest.raises(UsageError, match=r"class 'wolf' is unknown to .*; it has: cat, dog, fox"):
             program.class_of("wolf")
         with pytest.raises(UsageError, match="class 7 is unknown"):
             program.class_conditions([7])

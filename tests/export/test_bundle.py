@@ -62,7 +62,7 @@ def test_no_bundle(tmp_path):
 def test_another_schema_is_refused(bundle):
     document = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps(document | {"schema": "dipgo.bundle/2"}))
-    with pytest.raises(DipgoError, match="schema is 'dipgo.bundle/2'"):
+    with pytest.raises(DipgoError, match=r"schema is 'dipgo\.bundle/2'"):
         open_bundle(bundle)
 
 
@@ -96,7 +96,7 @@ def test_subnet_of_another_model_is_refused(task, tiny_dit, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(DipgoError, match="its weights .* is not that of"):
+    with pytest.raises(DipgoError, match=r"its weights .* is not that of"):
         compile_subnet(subnet, find_model(str(other)), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -113,7 +113,7 @@ def test_damaged_model_folders_are_refused(tiny_dit, tmp_path):
     with pytest.raises(DipgoError, match="no safetensors weights"):
         find_model(str(other))
     (other / "model_index.json").unlink()
-    with pytest.raises(DipgoError, match="no model_index.json"):
+    with pytest.raises(DipgoError, match=r"no model_index\.json"):
         find_model(str(other))
     with pytest.raises(DipgoError, match="no model 'nowhere': neither built in"):
         find_model("nowhere")
