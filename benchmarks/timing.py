@@ -64,9 +64,9 @@ def time_interleaved(
     """Time callables against each other.
 
     After ``warm_up`` untimed rounds, each round runs every candidate once, forwards and backwards in turn, so that
-    drift of the machine falls on all alike. Each timed run directly follows an untimed one of the same candidate: what is
-    measured is steady use of one program, not how well it finds the caches that another left. There are at least ``repeats`` rounds and at least ``seconds`` of them
-    in all.
+    drift of the machine falls on all alike. Each timed run directly follows an untimed one of the same candidate: what
+    is measured is steady use of one program, not how well it finds the caches that another left. There are at least
+    ``repeats`` rounds and at least ``seconds`` of them in all.
     """
     for done in range(warm_up):
         progress("warm up", done, warm_up, "")

@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, diffusers folder, or hub id.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
@@ -317,9 +319,11 @@ def main() -> None:
         code = _fail(str(error), error.exit_code)
     except TyperException as error:
         code = _fail(f"{error.format_message().rstrip('.')}; see 'dipgo --help'", 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         code = _fail("interrupted; what was not finished was not written", 1)
-    sys.exit(130 if code == 130 else int(code or 0))
+    sys.exit(int(code or 0))
 
 
 def _fail(message: str, code: int) -> int:

@@ -57,15 +57,19 @@ def cut_prologue(tapped: Tapped, kind: str, names: list[str], calls: int) -> Pro
     """Cut the prologue that computes ``names``, or None where there is nothing to compute."""
     if not names:
         return None
-    given = [_timestep_by_row(tapped.symbolic), *tapped.condition_names]
-    graph = ir.convenience.extract(tapped.symbolic.graph, given, names)
+    # Shapes are read off latent and timestep too, until the number of images is fixed; then those inputs go unused.
+    by_row = _timestep_by_row(tapped.symbolic)
+    given = dict.fromkeys([by_row, "timestep", "latent", *tapped.condition_names])
+    graph = ir.convenience.extract(tapped.symbolic.graph, list(given), names)
     model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
     batch = tapped.batch * (calls if kind == STEPS else 1)
     specialise(model, batch)
     RemoveUnusedNodesPass()(model)
-    graph.inputs[0].name = "timestep"
     for unused in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(unused)
+    for value in graph.inputs:
+        if value.name == by_row:
+            value.name = "timestep"
     record = PrologueRecord(
         file="",
         kind=kind,

@@ -1,7 +1,6 @@
 """The command line: the whole path in a real process, and one line for everything that is wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -61,8 +60,8 @@ def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, *arguments)
     assert code == 0, out
     subnet = load_subnet(output)
-    smallest = min(site.macs for site in subnet.sites) / subnet.cost.full
-    assert 0.6 - smallest <= subnet.cost.ratio <= 0.6
+    one_site = subnet.sites[0].macs / subnet.cost.full
+    assert 0.6 - one_site <= subnet.cost.ratio <= 0.6
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
 
@@ -87,7 +86,7 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--method", "q", "-o", "OUT"], 2, "unknown method 'q'"),
         (["search", "nowhere", "--steps", 5, "--budget", 0.5, "-o", "OUT"], 1, "no model 'nowhere'"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "SUBNET"], 2, "--force"),
-        (["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"], 2, "'five' is not a valid int"),
+        (["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"], 2, "Invalid value for '--steps'"),
         (["search", "MODEL"], 2, "Missing option"),
         (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
         (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
@@ -111,21 +110,20 @@ def test_bad_input_is_one_line(arguments, code, message, tiny_dit, subnet_file, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
+    log = tmp_path / "log"
+    output = tmp_path / "out" / "s.json"
+    output.parent.mkdir()
     command = [sys.executable, "-m", "dipgo.cli", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "s.json")], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    os.set_blocking(process.stderr.fileno(), False)
-    seen, deadline = "", time.time() + 120
-    while "gates" not in seen and time.time() < deadline:
-        seen += process.stderr.read() or ""
+    with log.open("w") as stream:
+        process = subprocess.Popen([*command, "-o", str(output)], stderr=stream)
+    deadline = time.time() + 120
+    while "backups" not in log.read_text() and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(60) == 1
-    os.set_blocking(process.stderr.fileno(), True)
-    seen += process.stderr.read()
-    assert "dipgo: interrupted" in seen
-    assert "Traceback" not in seen
-    assert list(tmp_path.iterdir()) == []
+    assert "dipgo: interrupted" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert list(output.parent.iterdir()) == []
 
 
 def test_record_of_the_search_is_complete(tiny_dit, subnet_file):

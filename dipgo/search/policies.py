@@ -43,10 +43,12 @@ class Policy:
 def policies(trace: Trace, calls: int, budget: float) -> list[Policy]:
     """Return reuse and extrapolation at ``budget``, with every spacing and every way to serve a skipped step."""
     found = []
-    for spacing_name in SPACINGS:
+    for spacing_name, power in SPACINGS.items():
         for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
             for learned in (False, True):
-                gates = spaced(trace, calls, budget, SPACINGS[spacing_name], serving, learned)
+                gates = spaced(trace, calls, budget, power, serving, learned)
+                if trajectory_macs(trace, gates, learned) > budget * trace.full_macs * calls:
+                    continue  # serving inside costs too much for this budget, even with one computed step
                 weights = extrapolation(trace, gates) if learned else {}
                 what = "extrapolation" if learned else "reuse"
                 found.append(Policy(f"{spacing_name} {what}, {serving}", gates, weights))

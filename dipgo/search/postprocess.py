@@ -40,13 +40,19 @@ def gates_at_budget(trace: Trace, scores: np.ndarray, budget: float, learned: bo
         else:
             high = middle - 1
     gates = keep(low)
-    smallest = min(site.macs for site in trace.sites)
-    for flat in order[low:]:
-        if limit - trajectory_macs(trace, gates, learned) < smallest:
-            break
-        trial = gates.copy()
-        trial[1 + flat // scores.shape[1], flat % scores.shape[1]] = True
-        trial = canonical(trial, 2 if learned else 1, trace.live_sites)
-        if trajectory_macs(trace, trial, learned) <= limit:
-            gates = trial
+    macs = np.array([site.macs for site in trace.sites])
+    changed = True
+    while changed:  # a gate that nobody read before may be read now, so another pass may find more
+        changed = False
+        left = limit - trajectory_macs(trace, gates, learned)
+        for flat in order:
+            step, site = 1 + flat // scores.shape[1], flat % scores.shape[1]
+            if gates[step, site] or macs[site] > left:
+                continue
+            trial = gates.copy()
+            trial[step, site] = True
+            trial = canonical(trial, 2 if learned else 1, trace.live_sites)
+            cost = trajectory_macs(trace, trial, learned)
+            if trial[step, site] and cost <= limit:
+                gates, left, changed = trial, limit - cost, True
     return gates

@@ -56,7 +56,7 @@ def perturb_the_weights(folder: Path) -> None:
 def swap_two_cache_reads(folder: Path) -> None:
     def change(record: dict) -> None:
         for step in record["steps"]:
-            names = [name for name in step["reads"] if ".ff." in name]
+            names = [name for name in step["reads"] if "transformer_blocks" in name]
             slots = {step["reads"][name] for name in names}
             if len(slots) > 1:
                 served = [step["reads"][name] for name in names]

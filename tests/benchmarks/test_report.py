@@ -55,7 +55,7 @@ def test_another_schema_version_is_refused(measured: Measured, tmp_path: Path):
 def test_the_page_maps_every_gate(measured: Measured):
     report, folder = measured
     found = cells((folder / "report.html").read_text())
-    assert len(found) == len(report.sites) * len(report.gates) == 32
+    assert len(found) == len(report.sites) * len(report.gates)
     assert found.count("on") == np.sum(report.gates)
 
 

@@ -38,7 +38,7 @@ def test_every_other_round_runs_backwards():
     ran: list[str] = []
     candidates = {name: (lambda name=name: ran.append(name)) for name in "abc"}
     timings = time_interleaved(candidates, repeats=2, warm_up=1)
-    assert "".join(ran) == "abc" + "abc" + "cba"
+    assert "".join(ran) == "abc" + "aabbcc" + "ccbbaa"  # warm-up, then each twice: untimed, timed
     assert [len(timing.samples) for timing in timings.values()] == [2, 2, 2]
     assert order("ab", 3) == ["b", "a"]
 

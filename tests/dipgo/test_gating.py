@@ -15,7 +15,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+    return make_task(find_model(tiny_dit), STEPS, sites="transformer_blocks.*.attn1,transformer_blocks.*.ff")
 
 
 def images(task, seed=0):

@@ -21,7 +21,8 @@ def names(model, spec):
 def test_granularities(tiny_dit, unet):
     dit = find_model(tiny_dit)
     assert names(dit, "block") == ["transformer_blocks.0", "transformer_blocks.1"]
-    assert names(dit, None) == [f"transformer_blocks.{k}.{part}" for k in (0, 1) for part in ("attn1", "ff")]
+    layers = [f"transformer_blocks.{k}.{part}" for k in (0, 1) for part in ("attn1", "ff")]
+    assert names(dit, None) == [*layers, "proj_out_2"]
     assert names(unet, None) == [
         *(f"down_blocks.{k}" for k in range(3)),
         *(f"up_blocks.{k}" for k in range(3)),

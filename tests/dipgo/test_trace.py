@@ -38,7 +38,7 @@ def test_macs_of_a_block_by_hand(dit):
     tokens, width = 64, 32
     attention = 4 * tokens * width * width + 2 * tokens * tokens * width
     feed_forward = 2 * tokens * width * 4 * width
-    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2
+    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [tokens * width * 4]
     assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
 
 
@@ -87,8 +87,13 @@ def test_dependents_of_a_skipped_block_are_dead(unet):
     assert live == index(unet, "up_blocks.1", "up_blocks.2", "down_blocks.0")
 
 
-def test_dit_reads_the_timestep_even_where_no_site_computes(dit):
-    assert dit.reads_input(np.zeros(len(dit.sites), bool))
+def test_dit_reads_the_timestep_until_its_output_is_skipped(dit):
+    output = dit.output_sites()
+    assert [dit.sites[site].name for site in output] == ["proj_out_2"]
+    inside = np.zeros(len(dit.sites), bool)
+    assert not dit.reads_input(inside)
+    inside[output] = True
+    assert dit.reads_input(inside)
 
 
 def test_plan_stores_what_later_steps_read_and_no_more(unet):

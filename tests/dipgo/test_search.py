@@ -1,0 +1,218 @@
+"""The search: budgets are met, dependencies respected, and what is returned is the best on held-out noise."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dipgo.cost import trajectory_macs
+from dipgo.families import GuidedDenoiser
+from dipgo.liveness import canonical
+from dipgo.models import find_model
+from dipgo.search.backups import Backups, learn_backups
+from dipgo.search.calibration import calibrate, dynamic_gates
+from dipgo.search.gates import dependent_shares
+from dipgo.search.losses import final_latent, psnr
+from dipgo.search.policies import extrapolation, policies, spacing
+from dipgo.search.postprocess import gates_at_budget
+from dipgo.search.pruner import Pruner, straight_through
+from dipgo.search.search import Settings, search
+from dipgo.search.task import Pool, make_task
+from dipgo.trace import trace
+from dipgo.zoo.digits import load_classifier, load_digits
+from tests.models import tiny_unet
+
+STEPS = 8
+TINY = Settings(batch=4, pool=32, held_out=8, gate_iterations=3, backup_iterations=5, width=16)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**31), budget=st.floats(0.3, 1))
+def test_post_processing_meets_the_budget(task, unet, seed, budget):
+    for traced in (task.trace, unet):
+        scores = np.random.default_rng(seed).random((STEPS, len(traced.sites)))
+        gates = gates_at_budget(traced, scores, budget)
+        share = trajectory_macs(traced, gates) / (traced.full_macs * STEPS)
+        assert share <= budget
+        assert gates[0].all()
+        assert np.array_equal(gates, canonical(gates, 1, traced.live_sites)), "nothing is computed for nobody"
+        for step, site in np.argwhere(~gates)[:5]:
+            more = gates.copy()
+            more[step, site] = True
+            more = canonical(more, 1, traced.live_sites)
+            if more[step, site]:
+                assert trajectory_macs(traced, more) / (traced.full_macs * STEPS) > budget, "one more would still fit"
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
+def test_policies_meet_the_budget(task, unet, budget):
+    for traced in (task.trace, unet):
+        for policy in policies(traced, STEPS, budget):
+            share = trajectory_macs(traced, policy.gates, bool(policy.weights)) / (traced.full_macs * STEPS)
+            assert share <= budget, policy.name
+            assert share >= budget - 1 / STEPS, policy.name
+            assert policy.gates[0].all()
+
+
+def test_spacing():
+    assert spacing(20, 5, 1.0) == [0, 4, 8, 12, 16]
+    late = np.diff(spacing(20, 5, 1.8))
+    assert (np.diff(late) <= 0).all()
+    for count in range(1, 21):
+        steps = spacing(20, count, 1.8)
+        assert steps[0] == 0
+        assert len(set(steps)) == count
+        assert steps == sorted(steps)
+        assert steps[-1] < 20
+
+
+def test_extrapolation_is_exact_on_straight_lines(task):
+    gates = np.random.default_rng(0).random((STEPS, len(task.trace.sites))) < 0.5
+    gates[:2] = True
+    table = extrapolation(task.trace, gates)
+    line = 3.0 * np.arange(STEPS) - 5
+    for index, site in enumerate(task.trace.sites):
+        for step in np.flatnonzero(~gates[:, index]):
+            past = np.flatnonzero(gates[:step, index])[::-1][:2]
+            assert table[f"backup.{site.name}"][step] @ line[past] == pytest.approx(line[step])
+
+
+def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
+    gates = policies(task.trace, STEPS, 0.5)[1].gates
+    backups = Backups(task.trace, gates)
+    start = extrapolation(task.trace, gates)
+    for name, array in backups.arrays().items():
+        assert np.allclose(array, start[name][:, :, None] * np.ones_like(array))
+    batch = task.sampling.draw(4, 0)
+    target = task.trajectory.full(batch.noise, batch.conditions)
+
+    def loss():
+        with torch.no_grad():
+            return final_latent(
+                task.trajectory.gated(batch.noise, batch.conditions, gates, backups(), backups.terms), target
+            ).item()
+
+    before = loss()
+    learn_backups(backups, task.trajectory, iter([(batch, target)] * 20), 20, 2e-2, final_latent)
+    assert loss() < 0.8 * before
+
+
+def test_gradient_reaches_every_parameter_of_the_pruner():
+    """In the public code the attention is a no-op and its parameters get no gradient."""
+    torch.manual_seed(0)
+    for attention in ("step", "site", "both"):
+        pruner = Pruner(4, 3, width=16, hidden=8, layers=2, attention=attention)
+        assert torch.equal(pruner() > 0.5, torch.ones(4, 3, dtype=torch.bool)), "keep everything at the start"
+        optimiser = torch.optim.SGD(pruner.parameters(), lr=0.5)
+        target = torch.rand(4, 3)
+        for _ in range(2):  # the last layer starts at zero: behind it gradient flows from the second step on
+            optimiser.zero_grad()
+            ((straight_through(pruner(), (pruner() > 0.5).float()) - target) ** 2).sum().backward()
+            optimiser.step()
+        for name, parameter in pruner.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_shares_count_dependents(unet):
+    shares = dict(zip((site.name for site in unet.sites), dependent_shares(unet).tolist(), strict=True))
+    own = {site.name: site.macs / unet.full_macs for site in unet.sites}
+    assert shares["up_blocks.2"] > 0.95, "everything feeds the last block"
+    assert shares["down_blocks.1"] >= own["down_blocks.1"]
+    assert shares["up_blocks.1"] == pytest.approx(
+        sum(own[name] for name in ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")),
+        abs=0.02,
+    )
+
+
+@pytest.mark.parametrize("method", ["dipgo", "paper"])
+def test_search_returns_the_best_candidate(task, method):
+    subnet = search(task, 0.5, method, replace(TINY, gate_iterations=2))
+    scores = subnet.search["held_out_psnr_db"]
+    assert scores[subnet.search["chosen"]] == max(scores.values())
+    assert 0.4 <= subnet.cost.ratio <= 0.5
+    assert subnet.gates[0].all()
+    if method == "paper":
+        assert not subnet.weights
+
+
+def test_searches_are_reproducible(task):
+    first, second = (search(task, 0.5, settings=TINY, seed=3) for _ in range(2))
+    assert np.array_equal(first.gates, second.gates)
+    assert first.search["held_out_psnr_db"] == second.search["held_out_psnr_db"]
+    for name, array in first.weights.items():
+        assert np.array_equal(array, second.weights[name])
+
+
+def test_pool_yields_full_trajectories(task):
+    batches = iter(Pool(task, 32, 4, seed=5))
+    for _ in range(20):  # past the first sweep
+        batch, target = next(batches)
+    again = task.trajectory.full(batch.noise, batch.conditions)
+    assert len(batch.noise) == 4
+    assert torch.allclose(again[-1], target[-1], atol=1e-4)
+
+
+def test_dynamic_gates_meet_the_budget_and_beat_random_ones_by_their_own_estimate(task):
+    batch = task.sampling.draw(4, 9)
+    calibration = calibrate(task.trajectory, batch, probes=2, seed=0)
+    assert (calibration.damage[np.isfinite(calibration.damage)] >= 0).all()
+    gates = dynamic_gates(task.trace, calibration, 0.5)
+    assert trajectory_macs(task.trace, gates, True) <= 0.5 * task.trace.full_macs * STEPS
+
+    def estimate(some):
+        total = 0.0
+        for site in range(some.shape[1]):
+            past = []
+            for step in range(STEPS):
+                if some[step, site]:
+                    past = [step, *past][:2]
+                else:
+                    total += calibration.damage[site, step, past[0], past[-1]]
+        return total
+
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        other = gates_at_budget(task.trace, generator.random(gates.shape), 0.5, learned=True)
+        assert estimate(gates) <= estimate(other) * 1.01
+
+
+def test_psnr():
+    black, grey = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), -0.8)
+    assert psnr(grey, black) == pytest.approx(20.0, abs=1e-4)
+    assert psnr(black, black) == float("inf")
+
+
+def test_guidance_is_what_diffusers_computes(task):
+    guided: GuidedDenoiser = task.trajectory.guided
+    batch = task.sampling.draw(3, 1)
+    moment = torch.full((3,), 500.0)
+    with torch.no_grad():
+        epsilon = guided(batch.noise, moment, batch.conditions)
+        labels = batch.conditions["class_labels"]
+        halves = [
+            task.pipe.transformer(batch.noise, moment.long(), class_labels=part).sample for part in labels.chunk(2)
+        ]
+    assert (labels[:3] == 1000).all()
+    assert torch.allclose(epsilon, halves[0] + 4.0 * (halves[1] - halves[0]), atol=1e-5)
+
+
+def test_shipped_classifier_reads_held_out_digits():
+    images, labels = load_digits("held-out")
+    assert images.shape == (500, 1, 32, 32)
+    with torch.no_grad():
+        accuracy = (load_classifier()(images).argmax(1) == labels).float().mean()
+    assert accuracy >= 0.97
