@@ -110,6 +110,10 @@ def headlines(
     if judged and not losses:
         best = f"; the next best at equal compute, '{judged[0][0]}', has {decibels(judged[0][1])}"
     speedup = own.timing.speedup
+    ahead = [row for row in others if row.timing and row.timing.speedup.median > speedup.median]
+    if ahead:
+        rivals = ", ".join(f"'{row.name}' {row.timing.speedup.median:.2f}" for row in ahead if row.timing)
+        losses.append(f"Loses in speed at equal MACs: {speedup.median:.2f} times the full program's, against {rivals}.")
     if speedup.median < 1:
         losses.append(f"Slower than the full program: {speedup.median:.2f} times its speed.")
     results = [

@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.heatmap import heatmap
 from benchmarks.page import write_report
 from benchmarks.report import ReportRecord, Row, headlines, json_schema, milliseconds, read_report
+from benchmarks.timing import Spread
 from dipgo.errors import DipgoError, UsageError
 
 Measured = tuple[ReportRecord, Path]
@@ -91,8 +92,10 @@ def test_the_page_has_a_row_a_program_in_both_tables(measured: Measured):
 def test_headlines_begin_with_what_is_lost(measured: Measured):
     report, _ = measured
 
-    def with_psnr(row: Row, psnr: float) -> Row:
-        return row.model_copy(update={"quality": row.quality.model_copy(update={"psnr_db": psnr})})
+    def with_psnr(row: Row, psnr: float, speedup: float = 1.5) -> Row:
+        timing = row.timing.model_copy(update={"speedup": Spread(median=speedup, p5=speedup, p95=speedup)})
+        quality = row.quality.model_copy(update={"psnr_db": psnr})
+        return row.model_copy(update={"quality": quality, "timing": timing})
 
     full, own = report.rows[:2]
     first, second = report.row("uniform reuse"), report.row("uniform extrapolation")
@@ -105,7 +108,9 @@ def test_headlines_begin_with_what_is_lost(measured: Measured):
 
     lines = headlines(*given, [full, with_psnr(own, 33), with_psnr(first, 29), with_psnr(second, 32.25)], *rest)
     assert not any("Loses" in entry.line for entry in lines)
-    assert any(f"the next best at equal compute, '{second.name}', has 32.2 dB" in entry.line for entry in lines)
+    lines = headlines(*given, [full, with_psnr(own, 33, 2.0), with_psnr(first, 29, 2.5), with_psnr(second, 32)], *rest)
+    assert lines[0].line.endswith(f"2.00 times the full program's, against '{first.name}' 2.50.")
+    assert any(f"the next best at equal compute, '{second.name}', has 32.0 dB" in entry.line for entry in lines)
 
 
 def test_an_existing_folder_is_refused_without_force(measured: Measured, tmp_path: Path):

@@ -13,7 +13,6 @@ from dipgo.families import GuidedDenoiser
 from dipgo.liveness import canonical
 from dipgo.models import find_model
 from dipgo.search.backups import Backups, learn_backups
-from dipgo.search.calibration import calibrate, dynamic_gates
 from dipgo.search.gates import dependent_shares
 from dipgo.search.losses import final_latent, psnr
 from dipgo.search.policies import extrapolation, policies, spacing
@@ -159,30 +158,6 @@ def test_pool_yields_full_trajectories(task):
     again = task.trajectory.full(batch.noise, batch.conditions)
     assert len(batch.noise) == 4
     assert torch.allclose(again[-1], target[-1], atol=1e-4)
-
-
-def test_dynamic_gates_meet_the_budget_and_beat_random_ones_by_their_own_estimate(task):
-    batch = task.sampling.draw(4, 9)
-    calibration = calibrate(task.trajectory, batch, probes=2, seed=0)
-    assert (calibration.damage[np.isfinite(calibration.damage)] >= 0).all()
-    gates = dynamic_gates(task.trace, calibration, 0.5)
-    assert trajectory_macs(task.trace, gates, True) <= 0.5 * task.trace.full_macs * STEPS
-
-    def estimate(some):
-        total = 0.0
-        for site in range(some.shape[1]):
-            past = []
-            for step in range(STEPS):
-                if some[step, site]:
-                    past = [step, *past][:2]
-                else:
-                    total += calibration.damage[site, step, past[0], past[-1]]
-        return total
-
-    generator = np.random.default_rng(0)
-    for _ in range(10):
-        other = gates_at_budget(task.trace, generator.random(gates.shape), 0.5, learned=True)
-        assert estimate(gates) <= estimate(other) * 1.01
 
 
 def test_psnr():
