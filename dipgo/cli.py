@@ -131,13 +131,14 @@ def run(
     from dipgo.files import new_file, refuse_existing
     from engines.images import grid
 
+    output = output.with_suffix(".png")
     refuse_existing(output, force)
     with engines.load(bundle, threads) as program:
         chosen = program.class_of(label)
         pixels = program.generate([chosen] * count, seed, _bar("generate"))
-    with new_file(output.with_suffix(".png")) as draft:
+    with new_file(output) as draft:
         grid(pixels).save(draft)
-    typer.echo(f"{count} image{'s' * (count > 1)}: {output.with_suffix('.png')}")
+    typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
 
 
 @app.command()

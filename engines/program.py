@@ -53,8 +53,15 @@ class Program:
         return self.record.latent.shape[0]
 
     def noise(self, count: int, seed: int) -> np.ndarray:
-        """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU."""
-        return torch_randn([count, *self.record.latent.shape[1:]], seed)
+        """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU.
+
+        Raises:
+            UsageError: a seed that torch's noise cannot be rebuilt from.
+        """
+        try:
+            return torch_randn([count, *self.record.latent.shape[1:]], seed)
+        except ValueError as error:
+            raise UsageError(f"{error}; give another seed") from error
 
     def class_of(self, label: str) -> int:
         """Return the class that ``label`` names, by its name or its number.

@@ -14,7 +14,7 @@ from pydantic import Field
 from safetensors.numpy import load_file
 
 from dipgo.errors import DipgoError
-from dipgo.files import sha256_of
+from dipgo.files import sha256_of, sha256_of_json
 from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
 
 SCHEMA = "dipgo.bundle/1"
@@ -134,6 +134,12 @@ class BundleRecord(Record):
     naive_cache_bytes: int = Field(description="what the cache would take if every site's outputs were kept")
     files: dict[str, FileRecord]
     versions: dict[str, str]
+    sha256: str = Field(default="", description="of this record as canonical JSON, with this field empty")
+
+    def sealed(self) -> BundleRecord:
+        """Return the record with its own checksum."""
+        blank = self.model_copy(update={"sha256": ""})
+        return blank.model_copy(update={"sha256": sha256_of_json(blank.model_dump(mode="json", by_alias=True))})
 
 
 def json_schema() -> dict[str, Any]:
@@ -165,6 +171,10 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     if not folder.is_dir():
         raise DipgoError(f"{folder}: no such bundle; make one with 'dipgo export' or 'dipgo compile'")
     record = read_record(folder / RECORD_FILE, BundleRecord, SCHEMA, "bundle", "export it again")
+    if record.sha256 != record.sealed().sha256:
+        raise DipgoError(
+            f"{folder / RECORD_FILE}: altered since the bundle was made (checksum differs); export it again"
+        )
     for name, expected in record.files.items():
         path = folder / name
         if name != Path(name).name or not path.is_file():

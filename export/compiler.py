@@ -109,8 +109,8 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
     check_same_model(subnet, traced)
     if [float(t) for t in subnet.sampler.timesteps] != list(sampler.timesteps):
         raise DipgoError(
-            f"the SubNet was searched for {subnet.sampler.steps} steps of {subnet.sampler.class_name}, not for "
-            f"{sampler.steps} steps of {sampler.name}; search again"
+            f"the SubNet's {len(subnet.sampler.timesteps)} timesteps are not those of {sampler.steps} steps of "
+            f"{sampler.name}, which has {sampler.calls}; search again"
         )
     subnet = normalise(subnet, traced)
     learned = bool(subnet.weights)
@@ -167,7 +167,7 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
             },
             versions={name: version(name) for name in ("dipgo", "torch", "diffusers", "onnx", "onnxscript", "onnx-ir")},
         )
-        (draft / RECORD_FILE).write_text(record.text())
+        (draft / RECORD_FILE).write_text(record.sealed().text())
 
 
 def compile_subnet(subnet: SubNet, model: Model, folder: Path, force: bool = False) -> None:

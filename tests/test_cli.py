@@ -115,7 +115,12 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     output.parent.mkdir()
     command = [sys.executable, "-m", "dipgo.cli", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
     with log.open("w") as stream:
-        process = subprocess.Popen([*command, "-o", str(output)], stderr=stream)
+        # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
+        process = subprocess.Popen(
+            [*command, "-o", str(output)],
+            stderr=stream,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     deadline = time.time() + 120
     while "backups" not in log.read_text() and time.time() < deadline:
         time.sleep(0.1)

@@ -86,6 +86,8 @@ def test_wrong_requests_are_refused(bundle):
         assert program.class_of("dog") == program.class_of("1") == 1
         with pytest.raises(UsageError, match=r"class 'wolf' is unknown to .*; it has: cat, dog, fox"):
             program.class_of("wolf")
+        with pytest.raises(UsageError, match=r"seed 4294967296 is outside .*; give another seed"):
+            program.generate([0], 2**32)
         with pytest.raises(UsageError, match="class 7 is unknown"):
             program.class_conditions([7])
         with pytest.raises(UsageError, match=r"noise is \[2, 4, 8, 8\], the bundle was compiled for \[1, 4, 8, 8\]"):

@@ -52,6 +52,14 @@ def test_damaged_files_are_refused(bundle, name, damage):
         open_bundle(bundle)
 
 
+def test_an_altered_program_is_refused(bundle):
+    document = json.loads((bundle / "bundle.json").read_text())
+    document["steps"][1]["timestep"] += 1
+    (bundle / "bundle.json").write_text(json.dumps(document))
+    with pytest.raises(DipgoError, match=r"bundle\.json: altered since the bundle was made"):
+        open_bundle(bundle)
+
+
 def test_no_bundle(tmp_path):
     with pytest.raises(DipgoError, match="no such bundle"):
         open_bundle(tmp_path / "none")
