@@ -172,9 +172,8 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
         raise DipgoError(f"{folder}: no such bundle; make one with 'dipgo export' or 'dipgo compile'")
     record = read_record(folder / RECORD_FILE, BundleRecord, SCHEMA, "bundle", "export it again")
     if record.sha256 != record.sealed().sha256:
-        raise DipgoError(
-            f"{folder / RECORD_FILE}: altered since the bundle was made (checksum differs); export it again"
-        )
+        path = folder / RECORD_FILE
+        raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); export it again")
     for name, expected in record.files.items():
         path = folder / name
         if name != Path(name).name or not path.is_file():

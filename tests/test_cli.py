@@ -119,7 +119,7 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
         process = subprocess.Popen(
             [*command, "-o", str(output)],
             stderr=stream,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other threads here
         )
     deadline = time.time() + 120
     while "backups" not in log.read_text() and time.time() < deadline:
