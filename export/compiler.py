@@ -170,13 +170,13 @@ def write_bundle(prepared: Prepared, subnet: SubNet, sampler: Sampler, folder: P
         (draft / RECORD_FILE).write_text(record.sealed().text())
 
 
-def compile_subnet(subnet: SubNet, model: Model, folder: Path, force: bool = False) -> None:
+def compile_subnet(subnet: SubNet, model: Model, folder: str | Path, force: bool = False) -> None:
     """Compile a SubNet for ``model`` from nothing: trace, convert, write the bundle (see :func:`write_bundle`)."""
     traced = retrace(model, subnet)
     check_same_model(subnet, traced)
     pipe = model.pipeline()
     sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, model.family.scales_noise)
-    write_bundle(prepare(traced, pipe), subnet, sampler, folder, force)
+    write_bundle(prepare(traced, pipe), subnet, sampler, Path(folder), force)
 
 
 def scheduler_of(subnet: SubNet) -> Any:
