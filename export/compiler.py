@@ -205,12 +205,6 @@ def normalise(subnet: SubNet, traced: Trace) -> SubNet:
     return replace(subnet, gates=gates, weights=weights, cost=cost_of(traced, gates, bool(weights)))
 
 
-def full_subnet(traced: Trace, template: SubNet) -> SubNet:
-    """Return the SubNet with every gate 1 on the template's model and sampler: the full model."""
-    gates = np.ones((template.calls, len(traced.sites)), bool)
-    return replace(template, gates=gates, weights={}, terms=1, cost=cost_of(traced, gates), search={"method": "full"})
-
-
 def _signature(entry: StepPlan, subnet: SubNet) -> str:
     return "".join("1" if site in entry.computed else "0" for site in range(len(subnet.sites)))
 

@@ -18,7 +18,7 @@ from dipgo.sampler import make_scheduler, tabulate
 from dipgo.search.task import make_task
 from dipgo.trace import trace
 from dipgo.trajectory import Trajectory
-from export.compiler import full_subnet, prepare, write_bundle
+from export.compiler import prepare, write_bundle
 from tests.models import random_subnet, tiny_unet, tiny_vae
 
 STEPS = 5
@@ -59,8 +59,8 @@ def compiled(prepared, subnet, sampler, folder, classes, seed):
 def test_full_program_equals_the_pipeline(task, prepared, tmp_path, name):
     scheduler = make_scheduler(name, task.pipe.scheduler)
     sampler = tabulate(scheduler, STEPS)
-    template = random_subnet(task.trace, sampler, seed=0)
-    images = compiled(prepared, full_subnet(task.trace, template), sampler, tmp_path / "b", [0, 1, 2], 7)
+    everything = random_subnet(task.trace, sampler, seed=0, keep=1.0)
+    images = compiled(prepared, everything, sampler, tmp_path / "b", [0, 1, 2], 7)
     pipe, kept = task.pipe, task.pipe.scheduler
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
