@@ -85,6 +85,29 @@ def search(
     _search(model, steps, budget, output, sampler, sites, guidance, method, preset, seed, threads, force)
 
 
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/formats.md.")],
+    output: OutputOption,
+    model: Annotated[str | None, typer.Option(help="Name, folder or hub id; what the file was published for.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Inference steps; the file's own by default.")] = None,
+    sampler: SamplerOption = None,
+    sites: SitesOption = None,
+    guidance: GuidanceOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Read DiP-GO gates, DeepCache settings, a step mask or a SmoothCache schedule into a SubNet."""
+    from dipgo.files import refuse_existing
+    from dipgo.imports.importer import import_subnet, summary
+    from dipgo.subnet import save_subnet
+
+    refuse_existing(output, force)
+    with _spinner("read and trace"):
+        subnet = import_subnet(file, model, steps, sampler, sites, guidance)
+    save_subnet(subnet, output, force)
+    typer.echo(f"SubNet: {output}, {summary(subnet)}")
+
+
 @app.command()
 def export(
     subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],

@@ -1,0 +1,139 @@
+"""A pickle read as data.
+
+A pickle is a program for a stack machine, which ``pickle.load`` lets import and call whatever it names. This machine
+knows the opcodes that build plain values and no others. A global becomes a :class:`Name` and must be one that the
+reader expects; a call becomes a :class:`Call`, a record of what was to be called. Nothing is imported, called or
+instantiated, so there is nothing to escape from.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+PERSISTENT = "persistent id"  # what a reference to something outside the pickle is recorded as a call of
+
+_CONSTANTS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"),
+}
+_WORDS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A global that the pickle names, as ``module.name``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the pickle asks for; it is not made."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+
+def read_pickle(stream: BinaryIO, names: Collection[str]) -> Any:
+    """Read one pickle (protocols 2 to 5) and leave the stream behind it.
+
+    Args:
+        stream: a seekable binary stream.
+        names: the globals that may occur, as ``module.name``.
+
+    Returns:
+        Lists, tuples, dicts (keys: strings, numbers and flat tuples of them), constants, :class:`Name`, :class:`Call`.
+
+    Raises:
+        ValueError: not a pickle, a global that is not among ``names``, or an opcode that plain values do not need.
+    """
+    machine = _Machine(names)
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            machine.step(opcode.name, argument)
+        (result,) = machine.stack
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError("it is damaged") from error
+    return result
+
+
+class _Machine:
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, opcode: str, argument: Any) -> None:  # noqa: PLR0912 - one branch an opcode
+        stack = self.stack
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case _ if opcode in _CONSTANTS:
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append(_WORDS[opcode])
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(self.above_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self.above(len(stack) - int(opcode[-1]))))
+            case "APPEND":
+                self.append(self.above(len(stack) - 1))
+            case "APPENDS":
+                self.append(self.above_mark())
+            case "SETITEM":
+                self.set_items(self.above(len(stack) - 2))
+            case "SETITEMS":
+                self.set_items(self.above_mark())
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(self.name(*argument.split(" ")))
+            case "STACK_GLOBAL":
+                stack.append(self.name(*self.above(len(stack) - 2)))
+            case "REDUCE":
+                function, arguments = self.above(len(stack) - 2)
+                stack.append(Call(function.name, tuple(arguments)))
+            case "BINPERSID":
+                stack.append(Call(PERSISTENT, (stack.pop(),)))
+            case _:
+                raise ValueError(f"it uses the opcode {opcode}, which plain data do not need; nothing was run")
+
+    def above(self, start: int) -> list[Any]:
+        if start < 0:
+            raise IndexError("the stack is too short")
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def above_mark(self) -> list[Any]:
+        return self.above(self.marks.pop())
+
+    def append(self, values: list[Any]) -> None:
+        self.stack[-1].extend(values)
+
+    def set_items(self, values: list[Any]) -> None:
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if not all(isinstance(part, str | int) for part in (key if isinstance(key, tuple) else (key,))):
+                raise ValueError("a key of a dict in it is neither text, a number nor a flat tuple of them")
+            self.stack[-1][key] = value
+
+    def name(self, module: str, name: str) -> Name:
+        if f"{module}.{name}" not in self.names:
+            raise ValueError(f"it names '{module}.{name}', which gates do not need; nothing was run")
+        return Name(f"{module}.{name}")
