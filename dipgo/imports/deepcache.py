@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import nn
 
+    from dipgo.trace import Trace
+
 _LAYERS = 3  # of a block, as DeepCache numbers branches, whatever the model
 _KEYS = {
     *("cache_interval", "cache_branch_id", "cache_layer_id", "cache_block_id"),
@@ -62,6 +64,9 @@ class DeepCache:
         site = next((name for name in kept if name in names), kept[0])
         return {site: np.isin(numbers, full)}
 
+    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+        return {"cache_interval": self.interval, "cache_branch_id": self.branch, "curve": self.curve}
+
 
 def full_steps(steps: int, interval: int, curve: tuple[float, int] | None) -> list[int]:
     """Return the steps that are computed in full.
@@ -79,9 +84,9 @@ def full_steps(steps: int, interval: int, curve: tuple[float, int] | None) -> li
     power, center = curve
     count = -(-steps // interval)
     while power > 1:
-        ends = np.power(np.array([-center, steps - center], complex), 1 / power)
-        points = np.power(np.linspace(ends[0], ends[1], count + 1), power)
-        inner = np.unique(np.trunc(points.real).astype(int))[1:-1] + center
+        first, last = (end ** (1 / power) for end in (-center, steps - center))  # complex where the end is negative
+        points = np.real(np.linspace(first, last, count + 1) ** power)
+        inner = np.unique(np.trunc(points).astype(int))[1:-1] + center
         if len(inner) + 1 == count:
             return sorted({0, *inner.tolist()})
         power -= 0.02

@@ -19,9 +19,12 @@ import numpy as np
 
 from dipgo.imports.pickles import PERSISTENT, Call, Name, read_pickle
 from dipgo.imports.schedule import by_call, is_mask
+from dipgo.subnet import Cost
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dipgo.trace import Trace
 
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _STORAGE = "torch.storage._load_from_bytes"
@@ -34,10 +37,14 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class DipgoGates:
-    """Gates by block key, bool ``[steps, blocks]``. The defaults are those of the one file that was published."""
+    """Gates by block key, bool ``[steps, blocks]``, and where they come from.
+
+    The default model and sampler are those of the one file that was published.
+    """
 
     keys: tuple[Key, ...]
     gates: np.ndarray
+    source: str | None = None
     format = "DiP-GO gates"
     model = "sd-1.5"
     sampler = "ddim"
@@ -60,6 +67,21 @@ class DipgoGates:
         rows = by_call(self.gates, timesteps, "the list of gates")
         return dict(zip(self.modules, rows.T, strict=True))
 
+    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+        return {"source": self.source, "published_macs": published_cost(traced, gates).model_dump()}
+
+
+def published_cost(traced: Trace, gates: np.ndarray) -> Cost:
+    """MACs as the paper counts them: layers only, each site by its gate, what lies outside of sites at every call.
+
+    The SubNet's own cost also counts attention products, and nothing for a step that computes nothing.
+    """
+    layers = traced.by_layer()
+    sites = np.array([site.macs for site in layers.sites])
+    full = layers.full_macs * len(gates)
+    kept = full - int((~gates @ sites).sum())
+    return Cost(full=full, subnet=kept, ratio=kept / full)
+
 
 def read_fact_sheet(document: Any) -> DipgoGates | None:
     """Read the JSON form; None where the document is something else.
@@ -76,7 +98,7 @@ def read_fact_sheet(document: Any) -> DipgoGates | None:
     if wrong is not None:
         raise ValueError(f"'keep' of step {wrong} is not a list of {len(order)} entries, 0 or 1")
     keys = tuple(tuple(int(part) if part.isdigit() else part for part in str(key).split("/")) for key in order)
-    return _checked(keys, np.array(keep, bool))
+    return _checked(keys, np.array(keep, bool), str(document.get("source", "")) or None)
 
 
 def read_gates_pickle(data: bytes) -> DipgoGates:
@@ -94,8 +116,8 @@ def read_gates_pickle(data: bytes) -> DipgoGates:
     return _checked(keys, np.array([[_gate(step[key]) for key in keys] for step in steps], bool))
 
 
-def _checked(keys: tuple[Key, ...], gates: np.ndarray) -> DipgoGates:
-    read = DipgoGates(keys, gates)
+def _checked(keys: tuple[Key, ...], gates: np.ndarray, source: str | None = None) -> DipgoGates:
+    read = DipgoGates(keys, gates, source)
     if len(set(read.modules)) != len(keys):
         raise ValueError("two of its keys name the same block")
     return read

@@ -147,7 +147,6 @@ def apply(schedule: Schedule, traced: Trace, sampler: Sampler) -> SubNet:
     if not gates[0].all():
         raise ValueError("step 0 is not computed in full, but nothing is cached yet")
     gates = canonical(gates, 1, traced.live_sites)
-    layers = traced.without_attention_products()
     return SubNet(
         model=traced.model.identity(),
         sampler=SamplerIdentity(
@@ -160,22 +159,21 @@ def apply(schedule: Schedule, traced: Trace, sampler: Sampler) -> SubNet:
         sites=traced.sites,
         gates=gates,
         cost=cost_of(traced, gates),
-        search={
-            "method": f"import of {schedule.format}",
-            "without_attention_products": cost_of(layers, gates).model_dump(),
-        },
+        search={"method": f"import of {schedule.format}", **schedule.record(traced, gates)},
     )
 
 
 def summary(subnet: SubNet) -> str:
     """Return one line on what an import found."""
-    layers = subnet.search["without_attention_products"]
+    published = subnet.search.get("published_macs")
+    beside = ""
+    if published:
+        beside = f" ({published['ratio']:.2%} of {published['full'] / subnet.calls / 1e9:.2f} G a call as published)"
     signatures = len(np.unique(subnet.gates, axis=0))
     empty = int((~subnet.gates.any(axis=1)).sum())
     return (
         f"{subnet.search['method']}: {subnet.gates.sum()} of {subnet.gates.size} gates, {signatures} signatures, "
-        f"{empty} empty steps; keeps {subnet.cost.ratio:.2%} of the MACs ({layers['ratio']:.2%} of "
-        f"{layers['full'] / subnet.calls / 1e9:.2f} G a call without attention products)"
+        f"{empty} empty steps; keeps {subnet.cost.ratio:.2%} of the MACs{beside}"
     )
 
 

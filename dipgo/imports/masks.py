@@ -17,6 +17,8 @@ from dipgo.imports.schedule import by_call, is_mask
 if TYPE_CHECKING:
     from torch import nn
 
+    from dipgo.trace import Trace
+
 
 @dataclass(frozen=True)
 class StepMask:
@@ -38,6 +40,9 @@ class StepMask:
         self, names: Sequence[str], denoiser: nn.Module, timesteps: Sequence[float]
     ) -> Mapping[str, np.ndarray]:
         return dict.fromkeys(names, by_call(self.mask, timesteps, "the step mask"))
+
+    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+        return {}
 
 
 def read_step_mask(document: Any) -> StepMask | None:

@@ -10,6 +10,8 @@ import numpy as np
 if TYPE_CHECKING:  # a file is recognised, or refused, without torch
     from torch import nn
 
+    from dipgo.trace import Trace
+
 
 class Schedule(Protocol):
     """What a file says about which modules run when.
@@ -46,6 +48,9 @@ class Schedule(Protocol):
         Raises:
             ValueError: in one line, why the schedule does not fit this model or these timesteps.
         """
+
+    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+        """Return what else the SubNet notes under ``search``, given its gates (bool ``[calls, sites]``)."""
 
 
 def is_mask(value: Any) -> bool:

@@ -19,6 +19,8 @@ from dipgo.imports.schedule import by_call, is_mask
 if TYPE_CHECKING:
     from torch import nn
 
+    from dipgo.trace import Trace
+
 Key = tuple[str, str | None]
 
 _KEY = re.compile(r"[a-zA-Z]\w*(-\d+)?")
@@ -46,6 +48,9 @@ class SmoothCache:
     ) -> Mapping[str, np.ndarray]:
         rows = {key: by_call(mask, timesteps, f"'{_text(key)}'") for key, mask in self.masks.items()}
         return {name: rows[key] for name, key in self._keys(denoiser).items()}
+
+    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+        return {}
 
     def _keys(self, denoiser: nn.Module) -> dict[str, Key]:
         """Return the modules that the file speaks of (``….<block>.<layer type>``), each with its key."""

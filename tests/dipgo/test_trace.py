@@ -42,6 +42,14 @@ def test_macs_of_a_block_by_hand(dit):
     assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
 
 
+def test_macs_by_layer_by_hand(dit):
+    """No attention products; biases, once an output feature."""
+    tokens, width = 64, 32
+    attention = 4 * (tokens * width * width + width)
+    feed_forward = 2 * tokens * width * 4 * width + 4 * width + width
+    assert [site.macs for site in dit.by_layer().sites] == [attention, feed_forward] * 2 + [tokens * width * 4 + 4]
+
+
 def test_macs_agree_with_a_run_on_meta_tensors(dit, unet):
     for traced in (dit, unet):
         assert traced.full_macs == call_macs(traced.model, traced.model.empty_denoiser())

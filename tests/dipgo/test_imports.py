@@ -1,0 +1,424 @@
+"""What others publish, read into SubNets: by an independent computation where it says what to compute, and no code."""
+
+import collections
+import contextlib
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo.cost import cost_of
+from dipgo.errors import DipgoError, UsageError
+from dipgo.gating import gated
+from dipgo.imports.deepcache import full_steps, read_deepcache
+from dipgo.imports.importer import apply, import_subnet, read_schedule
+from dipgo.models import find_model
+from dipgo.sampler import make_scheduler, tabulate
+from dipgo.subnet import load_subnet
+from dipgo.trace import trace
+from tests.dipgo.test_sampler import BASE
+from tests.models import tiny_unet
+from tests.test_cli import run
+
+KEYS = [
+    *(("down", "block", depth, 0) for depth in range(3)),
+    ("mid", "mid_block", 0, 0),
+    *(("up", "block", depth, 0) for depth in (2, 1, 0)),
+]
+MODULES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"]
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return tiny_unet(tmp_path_factory.mktemp("unet"))
+
+
+@pytest.fixture(scope="module")
+def blocks(unet):
+    return trace(unet, "block", 1.0)
+
+
+@pytest.fixture(scope="module")
+def branches(unet):
+    return trace(unet, "up_blocks.*.attentions.*,up_blocks.1.upsamplers.0", 1.0)
+
+
+@pytest.fixture(scope="module")
+def layers(tiny_dit):
+    return trace(find_model(tiny_dit), "layer", 1.0)
+
+
+def sampler(steps, name="ddim"):
+    return tabulate(make_scheduler(name, BASE), steps)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def tensors(gates):
+    """The public code's structure: a list of dicts of one-hot tensors."""
+    rows = [[torch.eye(2)[int(gate)].clone() for gate in row] for row in gates]
+    return [dict(zip(KEYS, row, strict=True)) for row in rows]
+
+
+def some_gates(seed=0, steps=6):
+    gates = np.random.default_rng(seed).random((steps, len(KEYS))) < 0.7
+    gates[0] = gates[:, -1] = True  # the last up block too, so that no step is empty
+    return gates
+
+
+def by_name(subnet):
+    return {site.name: subnet.gates[:, index].tolist() for index, site in enumerate(subnet.sites)}
+
+
+# DiP-GO gates
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_gates_pickled_by_torch(tmp_path, protocol):
+    gates = some_gates()
+    schedule = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(tensors(gates), protocol)))
+    assert schedule.keys == tuple(KEYS)
+    assert schedule.modules == MODULES
+    assert np.array_equal(schedule.gates, gates)
+
+
+def test_gates_that_share_a_storage_are_told_apart(tmp_path):
+    gates = some_gates(1)
+    whole = torch.stack([torch.stack(list(step.values())) for step in tensors(gates)]).half()
+    steps = [dict(zip(KEYS, row, strict=True)) for row in whole]
+    schedule = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(steps)))
+    assert np.array_equal(schedule.gates, gates)
+
+
+def test_both_forms_give_one_subnet_and_what_nobody_reads_is_off(tmp_path, blocks):
+    gates = some_gates()
+    sheet = {"block_order": ["/".join(map(str, key)) for key in KEYS], "keep": gates.astype(int).tolist()}
+    for content in (sheet, pickle.dumps(tensors(gates))):
+        subnet = apply(read_schedule(write(tmp_path / "gates", content)), blocks, sampler(6))
+        for module, column in by_name(subnet).items():
+            wanted = gates[:, MODULES.index(module)]
+            assert (column <= wanted).all()
+        for step, row in enumerate(subnet.gates):
+            given = gates[step, [MODULES.index(site.name) for site in subnet.sites]]
+            assert blocks.live_sites(row) == blocks.live_sites(given)
+            assert set(np.flatnonzero(row)) <= blocks.live_sites(row, range(len(row)))
+        assert subnet.cost == cost_of(blocks, subnet.gates)
+
+
+class Reduced:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def legacy_file(stored):
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    parts = [0x1950A86A20F9469CFC6C, 1001, system, stored, ["1"]]
+    return b"".join(pickle.dumps(part, 2) for part in parts) + bytes(16)
+
+
+def in_a_tensor(storage):
+    return [
+        {KEYS[0]: Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (2,), (1,), False, collections.OrderedDict())}
+    ]
+
+
+class State:
+    def __reduce__(self):
+        return (collections.OrderedDict, (), {"x": 1})
+
+
+def harmful(command):
+    """Objects whose pickles run ``command`` when they are unpickled."""
+    call = Reduced(os.system, command)
+    rebuild, parts = torch.zeros(2).__reduce_ex__(4)
+    return {
+        "a call at the top": call,
+        "a call in the place of a gate": [{KEYS[0]: call}],
+        "a call in a storage": in_a_tensor(Reduced(torch.storage._load_from_bytes, legacy_file(call))),
+        "eval": Reduced(eval, f"__import__('os').system({command!r})"),
+        "a call in a tensor's hooks": [{KEYS[0]: Reduced(rebuild, *parts[:5], call)}],
+    }
+
+
+@pytest.mark.parametrize("name", list(harmful("")))
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(name, tmp_path, monkeypatch, capsys):
+    marker = tmp_path / "marker"
+    path = write(tmp_path / "gates.pkl", pickle.dumps(harmful(f"touch {marker}")[name]))
+    with contextlib.suppress(Exception):  # torch may find, after the command ran, that its result is no storage
+        pickle.loads(path.read_bytes())
+    assert marker.exists(), "unpickled as it is, this file is harmful"
+    marker.unlink()
+
+    code, _, err = run(monkeypatch, capsys, "import", path, "-o", tmp_path / "out.json")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("dipgo: ")]
+    assert "nothing was run" in line
+    assert "known formats: DiP-GO gates" in line
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_text_pickles_are_no_way_round(tmp_path):
+    marker = tmp_path / "marker"
+    for content in (
+        f"cos\nsystem\n(S'touch {marker}'\ntR.".encode(),
+        f"(S'touch {marker}'\nios\nsystem\n.".encode(),
+        f"\x80\x02(S'touch {marker}'\nios\nsystem\n.".encode("latin-1"),
+        f"\x80\x02(cos\nsystem\nS'touch {marker}'\no.".encode("latin-1"),
+    ):
+        pickle.loads(content)
+        assert marker.exists(), "unpickled as it is, this file is harmful"
+        marker.unlink()
+        with pytest.raises(DipgoError, match="known formats"):
+            read_schedule(write(tmp_path / "gates.pkl", content))
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps([{KEYS[0]: torch.tensor([0.3, 0.7])}]), "a gate in it is \\[0.3"),
+        (pickle.dumps([{KEYS[0]: torch.zeros(3)}]), "not a tensor of two values"),
+        (pickle.dumps([{KEYS[0]: 1}]), "not a tensor of two values"),
+        (pickle.dumps([{("down", "resnet", 0, 0): torch.tensor([0.0, 1.0])}]), "down/resnet/0/0 is no block key"),
+        (pickle.dumps([{"x": 1}, {"y": 2}]), "do not have the same blocks"),
+        (pickle.dumps({"x": 1}), "not a list of dicts"),
+        (pickle.dumps([{(1, (2,)): 1}]), "a key of a dict in it"),
+        (pickle.dumps([{KEYS[0]: bytearray(3)}]), "it uses the opcode BYTEARRAY8|names 'builtins.bytearray'"),
+        (pickle.dumps(State()), "it uses the opcode BUILD"),
+        (pickle.dumps(tensors(some_gates()))[:2000], "known formats"),
+        (pickle.dumps(in_a_tensor(Reduced(torch.storage._load_from_bytes, legacy_file([1])))), "something else than"),
+        (pickle.dumps(in_a_tensor(Reduced(torch.storage._load_from_bytes, b"PK\3\4"))), "known formats"),
+        (b"\x80\x04a.", "it is damaged"),
+        (b"\x80", "known formats"),
+        (b"\x80\x04" + b"(" * 10_000 + b"t" * 10_000 + b".", "not a list of dicts"),
+    ],
+)
+def test_wrong_pickles_are_refused(content, message, tmp_path):
+    with pytest.raises(DipgoError, match=message) as caught:
+        read_schedule(write(tmp_path / "gates.pkl", content))
+    assert "known formats" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# DeepCache
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "curve", "expected"),
+    [
+        (10, 3, None, [0, 3, 6, 9]),
+        (4, 1, None, [0, 1, 2, 3]),
+        (20, 5, (2.0, 20), [0, 9, 15, 19]),
+        (50, 5, (1.4, 15), [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]),
+        (50, 10, (1.2, 20), [0, 11, 20, 28, 38]),
+    ],
+)
+def test_full_steps_are_deepcache_s(steps, interval, curve, expected):
+    assert full_steps(steps, interval, curve) == expected
+
+
+@pytest.mark.parametrize("branch", [0, 1, 3])
+def test_deepcache_computes_what_deepcache_computes(branch, unet, branches, tmp_path):
+    """Its shallow steps by hand: the kept feature enters the way up, and the rest runs on today's latent."""
+    schedule = read_schedule(write(tmp_path / "x.json", {"cache_interval": 3, "cache_branch_id": branch}))
+    model = unet.empty_denoiser().from_pretrained(unet.folder / "unet").eval()
+    subnet = apply(schedule, branches, sampler(7))
+    torch.manual_seed(1)
+    latents, text = torch.randn(7, 1, 4, 8, 8), torch.randn(1, 77, 24)
+    kept = {}
+    entry = {0: "up_blocks.2.attentions.0", 1: "up_blocks.1", 3: "up_blocks.1.attentions.0"}[branch]
+    assert schedule.sites(model) == entry
+
+    def shallow(latent, timestep):
+        temb = model.time_embedding(model.time_proj(timestep))
+        first = model.conv_in(latent)
+        skips = [first, *model.down_blocks[0](first, temb, encoder_hidden_states=text)[1]]
+        feature = kept["feature"]
+        if branch == 3:
+            up = model.up_blocks[1]
+            feature = up.resnets[1](torch.cat([feature, skips.pop()], 1), temb)
+            feature = up.upsamplers[0](up.attentions[1](feature, text, return_dict=False)[0])
+        last = model.up_blocks[2]
+        if branch == 0:
+            feature = last.resnets[1](torch.cat([feature, first], 1), temb)
+            feature = last.attentions[1](feature, text, return_dict=False)[0]
+        else:
+            feature = last(feature, tuple(skips[:2]), temb, encoder_hidden_states=text)
+        return model.conv_out(model.conv_act(model.conv_norm_out(feature)))
+
+    def keep(module, args, output):
+        kept["feature"] = output[0] if isinstance(output, tuple) else output
+
+    with torch.no_grad():
+        expected = []
+        for step, latent in enumerate(latents):
+            timestep = torch.tensor([subnet.sampler.timesteps[step]])
+            if step % 3 == 0:
+                hook = model.get_submodule(entry).register_forward_hook(keep)
+                expected.append(model(latent, timestep, text, return_dict=False)[0])
+                hook.remove()
+            else:
+                expected.append(shallow(latent, timestep))
+        with gated(model, subnet):
+            for step, latent in enumerate(latents):
+                timestep = torch.tensor([subnet.sampler.timesteps[step]])
+                actual = model(latent, timestep, text, return_dict=False)[0]
+                torch.testing.assert_close(actual, expected[step], rtol=1e-5, atol=1e-5)
+    assert subnet.cost.ratio < 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "branch"),
+    [
+        ({}, 0),
+        ({"cache_branch_id": 5}, 5),
+        ({"skip_mode": "uniform", "cache_block_id": 1, "cache_layer_id": 2}, 5),
+        ({"uniform": True, "cache_layer_id": 0, "cache_block_id": 0}, 1),
+        ({"uniform": True, "cache_layer_id": 0, "cache_block_id": 2}, 3),
+    ],
+)
+def test_deepcache_s_two_numberings(settings, branch):
+    assert read_deepcache({"cache_interval": 2, **settings}).branch == branch
+
+
+def test_what_only_the_kept_feature_reads_falls_away(blocks):
+    subnet = apply(read_deepcache({"cache_interval": 2, "cache_branch_id": 1}), blocks, sampler(4))
+    assert by_name(subnet) == {name: [True, name in ("down_blocks.0", "up_blocks.2")] * 2 for name in MODULES}
+
+
+# Step masks and SmoothCache
+
+
+def test_a_step_mask_costs_its_share(layers, tmp_path):
+    mask = [1, 0, 1, 1, 0, 0, 1, 0]
+    subnet = apply(read_schedule(write(tmp_path / "mask.json", mask)), layers, sampler(8))
+    assert np.array_equal(subnet.gates, np.repeat(np.array(mask, bool)[:, None], len(layers.sites), axis=1))
+    assert subnet.cost.ratio == 0.5
+
+
+def test_calls_at_one_timestep_share_a_row(layers, tmp_path):
+    schedule = read_schedule(write(tmp_path / "mask.json", [1, 0, 1, 1, 0, 1]))
+    subnet = apply(schedule, layers, sampler(6, "pndm"))
+    assert subnet.gates[:, 0].tolist() == [True, False, False, True, True, False, True]
+    assert len(set(subnet.sampler.timesteps)) == 6
+
+
+def test_smoothcache_by_layer_type_and_by_block(layers, tmp_path):
+    schedule = {"attn": [1, 0, 0, 1], "mlp": [1, 1, 0, 1], "mlp-1": [1, 0, 1, 0]}
+    subnet = apply(read_schedule(write(tmp_path / "50.json", schedule)), layers, sampler(4))
+    assert by_name(subnet) == {
+        "transformer_blocks.0.attn1": [True, False, False, True],
+        "transformer_blocks.1.attn1": [True, False, False, True],
+        "transformer_blocks.0.ff": [True, True, False, True],
+        "transformer_blocks.1.ff": [True, False, True, False],
+        "proj_out_2": [True] * 4,
+    }
+
+
+def test_smoothcache_takes_the_sites_that_it_needs(tiny_dit, tmp_path):
+    path = write(tmp_path / "diffuser_schedule.json", {"attn1": [1, 0, 1]})
+    subnet = import_subnet(path, tiny_dit, guidance_scale=1.0)
+    assert [site.name for site in subnet.sites] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert subnet.sampler.class_name == "DDIMScheduler"
+    assert subnet.sampler.steps == 3
+
+
+# The command
+
+
+def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path, monkeypatch, capsys):
+    path, output = write(tmp_path / "mask.json", [1, 0, 1, 0]), tmp_path / "out" / "subnet.json"
+    code, out, err = run(monkeypatch, capsys, "import", path, "--model", tiny_dit, "-o", output)
+    assert code == 0, err
+    assert "a step mask: 10 of 20 gates, 2 signatures, 2 empty steps; keeps 50.00%" in out
+    subnet = load_subnet(output)
+    assert subnet.sampler.guidance_scale == 4.0
+    assert subnet.search["file"] == "mask.json"
+    code, out, err = run(monkeypatch, capsys, "import", path, "--model", tiny_dit, "-o", output)
+    assert (code, "--force" in err) == (2, True)
+
+
+REFUSED = {
+    "not UTF-8": (b"\xff\xfe[1]", "neither UTF-8 text nor a pickle of gates"),
+    "not JSON": (b"1, 0, 1", "neither JSON nor"),
+    "deep JSON": (b"[" * 100_000, "neither JSON nor"),
+    "other JSON": ({"schedule": "fast"}, "a format that is not known"),
+    "a SubNet": ({"schema": "dipgo.subnet/1", "gates": [[1]]}, "a format that is not known"),
+    "empty": (b"", "neither JSON nor"),
+    "an empty list": ([], "a format that is not known"),
+    "soft gates": ([1, 0.5, 1], "a format that is not known"),
+    "ragged SmoothCache": ({"attn1": [1, 0], "ff": [1]}, "different lengths: attn1 2, ff 1"),
+    "ragged gates": ({"block_order": ["down/block/0/0"], "keep": [[1], [1, 0]]}, "'keep' of step 1"),
+    "no interval": ({"cache_interval": 0}, "cache_interval is 0"),
+    "unknown setting": ({"cache_interval": 2, "speed": 3}, "no setting 'speed'"),
+    "two meanings": ({"cache_interval": 2, "cache_layer_id": 0, "cache_block_id": 0}, "give cache_branch_id"),
+    "a curve without effect": ({"cache_interval": 2, "pow": 1.4}, "no effect unless uniform is false"),
+    "half a curve": ({"cache_interval": 2, "uniform": False, "center": 3}, "needs 'pow'"),
+    "unknown mode": ({"cache_interval": 2, "skip_mode": "random"}, "skip_mode 'random' is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
+    content, message = REFUSED[name]
+    path = write(tmp_path / "file", content)
+    code, _, err = run(monkeypatch, capsys, "import", path, "--model", "sd-1.5", "-o", tmp_path / "out.json")
+    (line,) = [line for line in err.splitlines() if line.startswith("dipgo: ")]
+    assert code == 1
+    assert message in line
+    assert "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask" in line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(DipgoError, match="no such file"):
+        read_schedule(tmp_path / "none.json")
+    with pytest.raises(DipgoError, match="cannot be read"):
+        read_schedule(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "error", "message"),
+    [
+        ([1, 0, 1], {"steps": 4}, UsageError, "a step mask for 3 steps, not 4"),
+        ([0, 1, 1], {}, DipgoError, "step 0 is not computed in full"),
+        ({"attn1": [0, 1]}, {}, DipgoError, "step 0 is not computed in full"),
+        ({"attn2": [1, 1]}, {}, DipgoError, "'attn2' is no layer in the transformer blocks of DiTTransformer2DModel"),
+        ({"ff-7": [1, 1]}, {}, DipgoError, "'ff-7' is no layer"),
+        ({"cache_interval": 2}, {}, UsageError, "give --steps"),
+        ({"cache_interval": 2}, {"steps": 4}, DipgoError, "DeepCache is for UNets, and DiTTransformer2DModel is none"),
+        ({"ff": [1, 1]}, {"sites": "proj_out_2"}, UsageError, "gates 'transformer_blocks.0.ff', which is no site"),
+        ([1, 0, 1], {"model": None}, UsageError, "give --model"),
+        ([1], {}, UsageError, "at least 2"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(content, options, error, message, tiny_dit, tmp_path):
+    with pytest.raises(DipgoError, match=message) as caught:
+        import_subnet(write(tmp_path / "x.json", content), **{"model": tiny_dit, **options})
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or error is UsageError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache_branch_id": 9}, "branch 9 lies in block 3, but the UNet has 3"),
+        ({"uniform": False, "pow": 1.01, "center": 25}, "no schedule of 25 steps out of 50 with pow 1.01"),
+    ],
+)
+def test_deepcache_settings_that_do_not_fit_are_refused(settings, message, unet):
+    schedule = read_deepcache({"cache_interval": 2, **settings})
+    with pytest.raises(ValueError, match=message):
+        schedule.columns([], unet.empty_denoiser(), range(50))
