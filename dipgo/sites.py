@@ -20,8 +20,9 @@ class Site:
 
     Attributes:
         name: its dotted name inside the denoiser.
-        macs: multiply-accumulates inside it for one denoiser call at batch 1 of images (guidance doubles it).
-        params: number of parameters inside it.
+        macs: multiply-accumulates that go when it alone is skipped, those inside it and those that feed nothing else,
+            for one denoiser call at batch 1 of images (guidance doubles it).
+        params: number of parameters that go with them.
         channel_axis: axis of its outputs along which a backup may hold one weight a channel.
     """
 
