@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.families import FAMILIES, Family
+from dipgo.families import COMPONENTS, Family, family_for
 from dipgo.files import sha256_of, sha256_of_json
 from dipgo.records import ModelIdentity, read_json
 
@@ -149,26 +149,41 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     An architecture is found too: all works on it that needs no weights; with ``random_weights`` the rest as well.
 
     Raises:
-        DipgoError: no such model, a folder that is incomplete, or a denoiser of no supported class.
+        DipgoError: no such model, or a folder that is incomplete.
+        UsageError: a denoiser that takes more than a latent and conditions, or conditions that cannot be guessed.
     """
     folder = _locate(name)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise DipgoError(f"{folder}: no model_index.json in it; give a folder saved by a pipeline's save_pretrained")
     index = read_json(index_file, "model_index.json")
-    for family in FAMILIES:
-        if index.get(family.component, [None, None])[1] == family.denoiser_class:
-            break
-    else:
-        known = ", ".join(family.denoiser_class for family in FAMILIES)
-        raise DipgoError(f"{index_file}: {index.get('_class_name')} has no denoiser dipgo supports ({known})")
-    config = read_json(folder / family.component / "config.json", "model configuration")
+    component = next((name for name in COMPONENTS if (index.get(name) or [None])[0] == "diffusers"), None)
+    if component is None:
+        raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
+    config = read_json(folder / component / "config.json", "model configuration")
+    family = family_for(index[component][1], component, config, str(index.get("_class_name")))
+    _check_latent(index_file, config)
+    family.example(config, 1)  # refuses what cannot be conditioned
     model = Model(name, folder, family, config, random_weights)
     if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
     for path in model.weights_files:
         check_safetensors(path)
     return model
+
+
+def _check_latent(index_file: Path, config: dict[str, Any]) -> None:
+    """Refuse a denoiser that is not a map from a latent ``[B, C, H, W]`` of known size to ε of the same size."""
+    given, made = config.get("in_channels"), config.get("out_channels")
+    if config.get("sample_size") is None or given is None:
+        raise UsageError(
+            f"{index_file}: the denoiser's configuration gives no sample_size or in_channels; not supported"
+        )
+    if made is not None and made < given:
+        raise UsageError(
+            f"{index_file}: the denoiser takes {given} channels and makes {made} (inpainting, depth, upscaling); only "
+            "text, class and unconditional generation are supported"
+        )
 
 
 def check_safetensors(path: Path) -> None:

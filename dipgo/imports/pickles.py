@@ -55,9 +55,15 @@ def read_pickle(stream: BinaryIO, names: Collection[str]) -> Any:
         for opcode, argument, _ in pickletools.genops(stream):
             machine.step(opcode.name, argument)
         (result,) = machine.stack
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError("it is damaged") from error
+    except _Refused:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError("the pickle is damaged") from error
     return result
+
+
+class _Refused(ValueError):
+    """A pickle that is whole, and asks for more than plain values."""
 
 
 class _Machine:
@@ -112,7 +118,7 @@ class _Machine:
             case "BINPERSID":
                 stack.append(Call(PERSISTENT, (stack.pop(),)))
             case _:
-                raise ValueError(f"it uses the opcode {opcode}, which plain data do not need; nothing was run")
+                raise _Refused(f"the pickle uses the opcode {opcode}, which plain data do not need; nothing was run")
 
     def above(self, start: int) -> list[Any]:
         if start < 0:
@@ -130,10 +136,11 @@ class _Machine:
     def set_items(self, values: list[Any]) -> None:
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not all(isinstance(part, str | int) for part in (key if isinstance(key, tuple) else (key,))):
-                raise ValueError("a key of a dict in it is neither text, a number nor a flat tuple of them")
+                raise _Refused("a key of a dict in the pickle is neither text, a number nor a flat tuple of them")
             self.stack[-1][key] = value
 
     def name(self, module: str, name: str) -> Name:
-        if f"{module}.{name}" not in self.names:
-            raise ValueError(f"it names '{module}.{name}', which gates do not need; nothing was run")
-        return Name(f"{module}.{name}")
+        full = ".".join((module, name))
+        if full not in self.names:
+            raise _Refused(f"the pickle names {full[:80]!r}, which gates do not need; nothing was run")
+        return Name(full)

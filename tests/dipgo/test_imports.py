@@ -5,6 +5,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,14 +195,14 @@ def test_text_pickles_are_no_way_round(tmp_path):
         (pickle.dumps([{("down", "resnet", 0, 0): torch.tensor([0.0, 1.0])}]), "down/resnet/0/0 is no block key"),
         (pickle.dumps([{"x": 1}, {"y": 2}]), "do not have the same blocks"),
         (pickle.dumps({"x": 1}), "not a list of dicts"),
-        (pickle.dumps([{(1, (2,)): 1}]), "a key of a dict in it"),
-        (pickle.dumps([{KEYS[0]: bytearray(3)}]), "it uses the opcode BYTEARRAY8|names 'builtins.bytearray'"),
-        (pickle.dumps(State()), "it uses the opcode BUILD"),
-        (pickle.dumps(tensors(some_gates()))[:2000], "known formats"),
+        (pickle.dumps([{(1, (2,)): 1}]), "a key of a dict in the pickle"),
+        (pickle.dumps([{KEYS[0]: bytearray(3)}]), "names 'builtins.bytearray'"),
+        (pickle.dumps(State()), "uses the opcode BUILD"),
+        (pickle.dumps(tensors(some_gates()))[:2000], "the pickle is damaged"),
         (pickle.dumps(in_a_tensor(Reduced(torch.storage._load_from_bytes, legacy_file([1])))), "something else than"),
-        (pickle.dumps(in_a_tensor(Reduced(torch.storage._load_from_bytes, b"PK\3\4"))), "known formats"),
-        (b"\x80\x04a.", "it is damaged"),
-        (b"\x80", "known formats"),
+        (pickle.dumps(in_a_tensor(Reduced(torch.storage._load_from_bytes, b"PK\3\4"))), "the pickle is damaged"),
+        (b"\x80\x04a.", "the pickle is damaged"),
+        (b"\x80", "the pickle is damaged"),
         (b"\x80\x04" + b"(" * 10_000 + b"t" * 10_000 + b".", "not a list of dicts"),
     ],
 )
@@ -335,6 +337,13 @@ def test_smoothcache_takes_the_sites_that_it_needs(tiny_dit, tmp_path):
 
 
 # The command
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    formats = [read_schedule(write(tmp_path / "x.json", example.encode())).format for example in examples]
+    assert formats == ["DiP-GO gates", "DeepCache", "DeepCache", "a step mask", "SmoothCache"]
 
 
 def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path, monkeypatch, capsys):

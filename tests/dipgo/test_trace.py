@@ -38,16 +38,22 @@ def test_macs_of_a_block_by_hand(dit):
     tokens, width = 64, 32
     attention = 4 * tokens * width * width + 2 * tokens * tokens * width
     feed_forward = 2 * tokens * width * 4 * width
-    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [tokens * width * 4]
+    output = tokens * width * 4
+    modulation = 256 * width + width * width + width * 2 * width  # of the output alone: it goes where the output goes
+    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [output + modulation]
     assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
 
 
 def test_macs_by_layer_by_hand(dit):
-    """No attention products; biases, once an output feature."""
+    """No attention products; biases once an output feature, and before each site a normalisation, twice an element."""
     tokens, width = 64, 32
+    norm = 2 * tokens * width
     attention = 4 * (tokens * width * width + width)
     feed_forward = 2 * tokens * width * 4 * width + 4 * width + width
-    assert [site.macs for site in dit.by_layer().sites] == [attention, feed_forward] * 2 + [tokens * width * 4 + 4]
+    modulation = (256 + 1) * width + (width + 1) * width + (width + 1) * 2 * width
+    output = tokens * width * 4 + 4 + modulation
+    expected = [attention + norm, feed_forward + norm] * 2 + [output + norm]
+    assert [site.macs for site in dit.by_layer().sites] == expected
 
 
 def test_macs_agree_with_a_run_on_meta_tensors(dit, unet):
