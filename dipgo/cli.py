@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 from dipgo.errors import DipgoError, UsageError
 
 if TYPE_CHECKING:
-    from dipgo.search.search import Report
+    from dipgo.search.journal import Report
     from dipgo.subnet import SubNet
 
 app = typer.Typer(
@@ -48,6 +48,22 @@ SitesOption = Annotated[
 ]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default by default.")]
 MethodOption = Annotated[str, typer.Option(help="dipgo, or paper for the published procedure.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the search; may be given again."),
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Prompts to search on, one a line, UTF-8, where prompts condition the model.")
+]
+ClassesOption = Annotated[
+    str | None, typer.Option(help="Classes to search on, joined by commas, or all, where classes condition the model.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to search: cpu, or cuda where torch has it.")]
+RunFolderOption = Annotated[
+    Path | None, typer.Option(help="Keep checkpoints and figures of the search in this folder; see --resume.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the search in --run-folder.")]
+TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too, in --run-folder.")]
 PresetOption = Annotated[str, typer.Option(help="default, or quick for a first look.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 SourceOption = Annotated[
@@ -77,12 +93,39 @@ def search(
     guidance: GuidanceOption = None,
     method: MethodOption = "dipgo",
     preset: PresetOption = "default",
+    settings: SetOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    run_folder: RunFolderOption = None,
+    resume: ResumeOption = False,
+    tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Search a SubNet and write it to a JSON file."""
-    _search(model, steps, budget, output, sampler, sites, guidance, method, preset, seed, threads, force)
+    if (resume or tensorboard) and run_folder is None:
+        raise UsageError("--resume and --tensorboard need --run-folder")
+    choice = {"prompts": prompts, "classes": classes, "device": device}
+    keep = {"run_folder": run_folder, "resume": resume, "tensorboard": tensorboard}
+    _search(
+        model,
+        steps,
+        budget,
+        output,
+        sampler,
+        sites,
+        guidance,
+        method,
+        preset,
+        seed,
+        threads,
+        force,
+        settings or (),
+        choice,
+        keep,
+    )
 
 
 @app.command(name="import")
@@ -238,6 +281,9 @@ def _search(
     seed: int,
     threads: int | None,
     force: bool,
+    overrides: Sequence[str] = (),
+    choice: Mapping[str, Any] = MappingProxyType({}),
+    keep: Mapping[str, Any] = MappingProxyType({}),
 ) -> SubNet:
     from dipgo.files import refuse_existing
 
@@ -252,18 +298,20 @@ def _search(
     with _spinner("load and trace"):
         import torch
 
-        from dipgo.search.search import PRESETS, describe
+        from dipgo.search.search import describe
         from dipgo.search.search import search as run_search
+        from dipgo.search.settings import settings_of
         from dipgo.search.task import make_task
         from dipgo.subnet import save_subnet
 
-        if preset not in PRESETS:
-            raise UsageError(f"unknown preset '{preset}'; use {' or '.join(PRESETS)}")
+        settings = settings_of(method, preset, overrides)
         if threads:
             torch.set_num_threads(threads)
-        task = make_task(found, steps, sampler, sites, guidance)
+        task = make_task(found, steps, sampler, sites, guidance, **choice)
     with _phases() as report:
-        subnet = run_search(task, budget, method, PRESETS[preset], seed, report)
+        subnet = run_search(task, budget, method, settings, seed, report, **keep)
+    if not _is_main():
+        return subnet
     save_subnet(subnet, output, force)
     typer.echo(f"SubNet: {output}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
     return subnet
@@ -316,6 +364,8 @@ def _phases() -> Iterator[Report]:
     bars: dict[str, tqdm[Any]] = {}
 
     def report(phase: str, iteration: int, total: int, figure: str) -> None:
+        if not _is_main():
+            return
         bar = bars.get(phase) or bars.setdefault(phase, tqdm(total=total, desc=phase))
         bar.set_postfix_str(figure, refresh=False)
         bar.update(iteration - bar.n)
@@ -327,6 +377,11 @@ def _phases() -> Iterator[Report]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _is_main() -> bool:
+    """Whether this is the first of the processes that ``accelerate launch`` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
@@ -351,7 +406,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
+    if _is_main():  # all processes stop for one reason
+        print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,12 +37,13 @@ def refuse_existing(path: Path, force: bool) -> None:
 def new_file(path: Path, force: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is renamed, on any failure removed."""
     refuse_existing(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    with full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
     draft = Path(name)
     try:
-        with _full_disk(path):
+        with full_disk(path):
             yield draft
         draft.chmod(0o644)
         draft.replace(path)
@@ -53,10 +55,11 @@ def new_file(path: Path, force: bool = True) -> Iterator[Path]:
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it goes."""
     refuse_existing(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    with full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        with _full_disk(path):
+        with full_disk(path):
             yield draft
         draft.chmod(0o755)
         if path.exists():
@@ -67,10 +70,11 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, a quota or a limit on file sizes into one line."""
     try:
         yield
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DipgoError(f"{path}: the disk is full; nothing was written, free some space and run again") from error
         raise

@@ -6,17 +6,18 @@ term and channel. The correction starts at zero, so learning starts from the ext
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import torch
 from torch import nn
 
-from dipgo.families import Conditions
 from dipgo.gating import backup_name
+from dipgo.search.losses import Loss
+from dipgo.search.optimise import Descent, optimise
 from dipgo.search.policies import extrapolation
+from dipgo.search.run import Phase
+from dipgo.search.task import Batches
 from dipgo.trace import Trace
-from dipgo.trajectory import Batch, Trajectory
+from dipgo.trajectory import Trajectory
 
 
 class Backups(nn.Module):
@@ -74,26 +75,18 @@ def _channels(trace: Trace) -> list[list[int]]:
 def learn_backups(
     backups: Backups,
     trajectory: Trajectory,
-    batches: Iterator[tuple[Batch, list[torch.Tensor]]],
-    iterations: int,
-    rate: float,
-    loss_of: Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor],
-    after: Callable[[int, float], None] = lambda iteration, loss: None,
+    batches: Batches,
+    descent: Descent,
+    loss_of: Loss,
+    phase: Phase,
+    kept: float | None = None,
 ) -> None:
-    """Learn the corrections with Adam and a cosine schedule; ``batches`` yields noise with its full trajectory."""
-    optimiser = torch.optim.Adam(backups.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
-    for iteration in range(iterations):
-        batch, target = next(batches)
+    """Learn the corrections by gradient through the gated trajectory; ``kept`` is the ratio of MACs, to report."""
+    figures = {} if kept is None else {"kept": kept}
+
+    def loss_at(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch, target = batches[number]
         latents = trajectory.gated(batch.noise, batch.conditions, backups.gates, backups(), backups.terms)
-        loss = loss_of(latents, target)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        after(iteration, loss.item())
+        return loss_of(latents, target), figures
 
-
-def select(conditions: Conditions, picks: torch.Tensor, count: int) -> Conditions:
-    """Return the rows ``picks`` of conditions that hold one or two halves of ``count`` rows."""
-    return {name: torch.cat([half[picks] for half in value.split(count)]) for name, value in conditions.items()}
+    optimise(backups, loss_at, descent, trajectory, phase)

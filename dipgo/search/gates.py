@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import torch
 
 from dipgo.cost import trajectory_macs
 from dipgo.liveness import canonical
+from dipgo.search.losses import Loss
+from dipgo.search.optimise import Descent, optimise
 from dipgo.search.policies import extrapolation
 from dipgo.search.postprocess import gates_at_budget
 from dipgo.search.pruner import Pruner, straight_through
+from dipgo.search.run import Phase
+from dipgo.search.task import Batches
 from dipgo.trace import Trace
-from dipgo.trajectory import Batch, Trajectory
-
-Loss = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
-Batches = Iterator[tuple[Batch, list[torch.Tensor]]]
-After = Callable[[int, float], None]
+from dipgo.trajectory import Trajectory
 
 
 def dependent_shares(trace: Trace) -> torch.Tensor:
@@ -37,41 +35,45 @@ def paper_scores(
     trace: Trace,
     trajectory: Trajectory,
     batches: Batches,
-    iterations: int,
-    rate: float,
+    descent: Descent,
     loss_of: Loss,
+    phase: Phase,
     alpha: float = 1.0,
     threshold: float = 0.2,
-    after: After = lambda iteration, loss: None,
+    weighted: bool = True,
 ) -> np.ndarray:
-    """The paper's optimisation (Eq. 3): consistency + α · sparsity while more than τ of the MACs are kept.
+    """The paper's optimisation (Eq. 3): consistency + α · sparsity while τ or more of the MACs are kept.
 
-    Skipped sites serve their last output. SGD with a cosine schedule, as in the paper. Departures: the cost that stops
-    the sparsity loss is the canonical one of the traced graph, and step 0, always computed, bears no sparsity loss.
+    Skipped sites serve their last output. The sparsity is the mean of the gates weighted by γ, so 1 where all are
+    kept. It comes and goes from iteration to iteration, as in the public code. Departures: the MACs that τ is compared
+    with are the canonical ones of the traced graph; step 0, always computed, bears no sparsity loss; and the weights
+    are divided by their sum, since with dependents they sum to more than 1.
+
+    Args:
+        alpha: α.
+        threshold: τ.
+        weighted: by γ; else every gate counts alike.
 
     Returns:
         The probability to keep, float ``[calls, sites]``.
     """
-    optimiser = torch.optim.SGD(pruner.parameters(), lr=rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
-    gamma = dependent_shares(trace)
-    for iteration in range(iterations):
-        batch, target = next(batches)
+    gamma = dependent_shares(trace) if weighted else torch.ones(len(trace.sites))
+    gamma = (gamma / gamma.sum()).to(trajectory.device)
+
+    def loss_at(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch, target = batches[number]
         keep = pruner()
         hard = (keep > 0.5).float()
         hard[0] = 1
         gates = straight_through(keep, hard)
         latents = trajectory.supernet(batch.noise, batch.conditions, gates, {}, terms=1)
         loss = loss_of(latents, target)
-        kept = canonical(hard.numpy() > 0, 1, trace.live_sites)
-        if trajectory_macs(trace, kept) / (trace.full_macs * len(kept)) >= threshold:
-            loss = loss + alpha * (gates[1:] * gamma).sum(dim=1).mean() / gamma.sum()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        after(iteration, loss.item())
+        kept = _kept(trace, canonical(hard.cpu().numpy() > 0, 1, trace.live_sites))
+        if kept >= threshold:
+            loss = loss + alpha * (gates[1:] * gamma).sum(dim=1).mean()
+        return loss, {"kept": kept}
+
+    optimise(pruner, loss_at, descent, trajectory, phase)
     with torch.no_grad():
         return pruner().numpy()
 
@@ -81,11 +83,10 @@ def budgeted_scores(
     trace: Trace,
     trajectory: Trajectory,
     batches: Batches,
-    iterations: int,
-    rate: float,
+    descent: Descent,
     loss_of: Loss,
+    phase: Phase,
     budget: float,
-    after: After = lambda iteration, loss: None,
 ) -> np.ndarray:
     """Gates by gradient at a fixed budget: every iteration runs exactly the SubNet that its scores would give.
 
@@ -95,18 +96,20 @@ def budgeted_scores(
     Returns:
         The probability to keep, float ``[calls, sites]``.
     """
-    optimiser = torch.optim.Adam(pruner.parameters(), lr=rate)
-    for iteration in range(iterations):
-        batch, target = next(batches)
+
+    def loss_at(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch, target = batches[number]
         keep = pruner()
-        hard = gates_at_budget(trace, keep.detach().numpy(), budget, learned=True)
-        gates = straight_through(keep, torch.from_numpy(hard.astype(np.float32)))
+        hard = gates_at_budget(trace, keep.detach().cpu().numpy(), budget, learned=True)
+        gates = straight_through(keep, torch.from_numpy(hard.astype(np.float32)).to(keep.device))
         weights = {name: torch.from_numpy(array) for name, array in extrapolation(trace, hard).items()}
         latents = trajectory.supernet(batch.noise, batch.conditions, gates, weights, terms=2)
-        loss = loss_of(latents, target)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        after(iteration, loss.item())
+        return loss_of(latents, target), {"kept": _kept(trace, hard, learned=True)}
+
+    optimise(pruner, loss_at, descent, trajectory, phase)
     with torch.no_grad():
         return pruner().numpy()
+
+
+def _kept(trace: Trace, gates: np.ndarray, learned: bool = False) -> float:
+    return trajectory_macs(trace, gates, learned) / (trace.full_macs * len(gates))

@@ -6,17 +6,33 @@ import numpy as np
 import torch
 from torch import nn
 
+from dipgo.errors import UsageError
+
+ATTENTION = {"step": ("step",), "site": ("site",), "both": ("step", "site")}
+
 
 class Pruner(nn.Module):
     """Predicts for every step and site the probability to keep it.
 
-    Queries ``[steps x sites, D]`` pass a transformer encoder that attends within a step, over the steps of a site, or
-    both in turn, then one small head per gate with two logits and a softmax. Defaults are the paper's: D = 512, one
-    layer, within a step. At the start the last linear of each head is zero and its bias says what to keep, so the
-    first SubNet is the warm start itself (keep everything, as in the paper, where none is given).
+    Queries ``[steps x sites, D]`` pass a transformer encoder that attends within a step (``attention="step"``), over
+    the steps of a site (``"site"``), or ``"both"`` in turn, then one small head per gate with two logits and a
+    softmax. Defaults are the paper's: D = 512, one layer, within a step. At the start the last linear of each head is
+    zero and its bias says what to keep, so the first SubNet is the warm start itself (keep everything, as in the
+    paper, where none is given).
 
     The public code discards its encoder's output, so there the attention has no effect; here gradient reaches every
     parameter once the heads have left zero.
+
+    Args:
+        width: D.
+        layers: of the encoder; with ``"both"`` each is two, one a direction.
+        heads: of the attention; they divide D.
+        hidden: width of the feed-forward layers and of the prediction heads.
+        start: bool ``[steps, sites]``, the SubNet to start from.
+        confidence: the difference of the two logits at the start.
+
+    Raises:
+        UsageError: dimensions that make no network.
     """
 
     def __init__(
@@ -32,10 +48,15 @@ class Pruner(nn.Module):
         confidence: float = 1.0,
     ) -> None:
         super().__init__()
+        if attention not in ATTENTION:
+            raise UsageError(f"unknown attention '{attention}'; use {', '.join(ATTENTION)}")
+        if min(width, heads, hidden) < 1 or layers < 0 or width % heads:
+            raise UsageError(
+                f"pruner of width {width}, {heads} heads, hidden {hidden}: give heads that divide the width"
+            )
         self.steps, self.sites, self.attention = steps, sites, attention
         self.queries = nn.Parameter(torch.randn(steps, sites, width))
-        scopes = {"step": ["step"], "site": ["site"], "both": ["step", "site"]}[attention]
-        self.scopes = scopes * layers
+        self.scopes = ATTENTION[attention] * layers
         self.encoder = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, dim_feedforward=hidden, dropout=0.0, batch_first=True)
             for _ in self.scopes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,51 +18,17 @@ from dipgo.cost import check_budget, cost_of
 from dipgo.errors import UsageError
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import budgeted_scores, paper_scores
-from dipgo.search.losses import final_latent, psnr
+from dipgo.search.journal import Report, silent
+from dipgo.search.losses import Loss, make_loss, psnr
 from dipgo.search.policies import Policy, extrapolation, policies
 from dipgo.search.postprocess import gates_at_budget
+from dipgo.search.processes import processes
 from dipgo.search.pruner import Pruner
+from dipgo.search.run import Cadence, Run, open_run
+from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.task import Pool, Task
 from dipgo.subnet import SubNet
 from dipgo.trajectory import Batch
-
-Report = Callable[[str, int, int, str], None]
-"""Called with the phase, the iteration, how many there are, and a short figure."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long and with what to search.
-
-    Attributes:
-        batch: images an iteration.
-        pool: noises whose full trajectories are kept for the phases that use them more than once.
-        held_out: noises on which candidates are compared; never used for learning.
-        gate_iterations: of the gate phase.
-        backup_iterations: of the backup phase.
-        width: of the pruner's queries.
-        gate_rate, backup_rate: learning rates.
-        terms: K, how many computed outputs a backup combines.
-        by_channel: one backup weight a channel instead of one a site.
-    """
-
-    batch: int = 8
-    pool: int = 512
-    held_out: int = 32
-    gate_iterations: int = 60
-    backup_iterations: int = 800
-    width: int = 128
-    gate_rate: float = 3e-4
-    backup_rate: float = 2e-2
-    terms: int = 2
-    by_channel: bool = True
-
-
-PRESETS = {
-    "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, gate_iterations=15, backup_iterations=150),
-}
-METHODS = ("dipgo", "paper")
 
 
 @dataclass(frozen=True)
@@ -81,7 +49,10 @@ def search(
     method: str = "dipgo",
     settings: Settings = PRESETS["default"],
     seed: int = 0,
-    report: Report = lambda phase, iteration, total, figure: None,
+    report: Report = silent,
+    run_folder: Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
 ) -> SubNet:
     """Search a SubNet that keeps ``budget`` of the full trajectory's MACs.
 
@@ -90,17 +61,41 @@ def search(
     and the best is returned, so the result is never worse there than the best policy. ``method="paper"``: the paper's
     procedure, from keep-everything, serving last outputs.
 
+    Started by ``accelerate launch``, every process of it searches on its share and returns the same.
+
+    Args:
+        run_folder: where checkpoints and figures are kept, see :mod:`dipgo.search.run`.
+        resume: go on with the run that lies there.
+        tensorboard: log figures for TensorBoard too.
+
     Raises:
         UsageError: an unknown method, or a budget that cannot be met.
+        DipgoError: a loss that is not finite, a run folder that does not fit, a full disk.
     """
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
     check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
+    check(settings)
     started = time.time()
     torch.manual_seed(seed)
-    judge = _Judge(task, settings.held_out, seed)
-    run = _paper if method == "paper" else _dipgo
-    candidates = run(task, budget, settings, seed, judge, report)
+    task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)
+    group = processes(task.trajectory.device)
+    record = {
+        "model": task.model.identity().model_dump(by_alias=True),
+        "sampler": task.identity.model_dump(by_alias=True),
+        "sites": task.trajectory.names,
+        "choices": [str(choice) for choice in task.sampling.choices],
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "settings": asdict(settings),
+        "processes": group.count,
+    }
+    cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
+    run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
+    judge = _Judge(task, settings.held_out, seed, run)
+    follow = _paper if method == "paper" else _dipgo
+    candidates = follow(task, budget, settings, seed, judge, run)
     best = max(candidates, key=lambda candidate: candidate.psnr)
     return SubNet(
         model=task.model.identity(),
@@ -138,29 +133,33 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
     )
 
 
-def _dipgo(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report) -> list[_Candidate]:
+def _dipgo(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, run: Run) -> list[_Candidate]:
     trace, calls = task.trace, task.sampler.calls
-    candidates = []
     fixed = policies(trace, calls, budget)
-    for number, policy in enumerate(fixed):
-        candidates.append(judge(policy.name, policy.gates, policy.weights))
-        report("policies", number + 1, len(fixed), f"{policy.name} {candidates[-1].psnr:.2f} dB")
+
+    def judged() -> dict[str, np.ndarray]:
+        found = []
+        for number, policy in enumerate(fixed):
+            found.append(judge.psnr(policy.gates, policy.weights))
+            run.report("policies", number + 1, len(fixed), f"{policy.name} {found[-1]:.2f} dB")
+        return {"psnr": np.array(found)}
+
+    found = run.once("policies", judged)["psnr"]
+    candidates = [_Candidate(p.name, p.gates, p.weights, float(db)) for p, db in zip(fixed, found, strict=True)]
     start = max((c for c in candidates if c.weights), key=lambda candidate: candidate.psnr)
 
-    pool = iter(Pool(task, settings.pool, settings.batch, seed + 1))
+    pool = Pool(task, settings.pool, settings.batch, seed + 1, run.processes, settings.chunk)
     masks = {start.name: start.gates}
     if settings.gate_iterations:
-        pruner = Pruner(calls, len(trace.sites), settings.width, start=start.gates, confidence=0.5)
         scores = budgeted_scores(
-            pruner,
+            _pruner(task, settings, start.gates),
             trace,
             task.trajectory,
             pool,
-            settings.gate_iterations,
-            settings.gate_rate,
-            final_latent,
+            settings.gate_descent,
+            _loss(task, settings),
+            run.phase("gates"),
             budget,
-            lambda k, loss: report("gates", k + 1, settings.gate_iterations, f"loss {loss:.2e}"),
         )
         moved = gates_at_budget(trace, scores, budget, learned=True)
         candidates.append(judge("gates by gradient", moved, extrapolation(trace, moved)))
@@ -172,48 +171,73 @@ def _dipgo(task: Task, budget: float, settings: Settings, seed: int, judge: _Jud
         backups,
         task.trajectory,
         pool,
-        settings.backup_iterations,
-        settings.backup_rate,
-        final_latent,
-        lambda k, loss: report("backups", k + 1, settings.backup_iterations, f"loss {loss:.2e}"),
+        settings.backup_descent,
+        _loss(task, settings),
+        run.phase("backups"),
+        cost_of(trace, masks[name], learned=True).ratio,
     )
     candidates.append(judge(f"{name}, learned backups", masks[name], backups.arrays()))
     return candidates
 
 
-def _paper(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, report: Report) -> list[_Candidate]:
-    trace, calls = task.trace, task.sampler.calls
-    pruner = Pruner(calls, len(trace.sites))
+def _paper(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, run: Run) -> list[_Candidate]:
     scores = paper_scores(
-        pruner,
-        trace,
+        _pruner(task, settings, None),
+        task.trace,
         task.trajectory,
-        iter(Pool(task, settings.pool, 1, seed + 1)),
-        settings.gate_iterations,
-        0.1,
-        final_latent,
-        threshold=min(0.2, budget),
-        after=lambda k, loss: report("gates", k + 1, settings.gate_iterations, f"loss {loss:.2e}"),
+        Pool(task, settings.pool, settings.batch, seed + 1, run.processes, settings.chunk),
+        settings.gate_descent,
+        _loss(task, settings),
+        run.phase("gates"),
+        settings.alpha,
+        min(settings.tau, budget),
+        settings.gamma,
     )
-    return [judge("paper", gates_at_budget(trace, scores, budget), {})]
+    return [judge("paper", gates_at_budget(task.trace, scores, budget), {})]
+
+
+def _pruner(task: Task, settings: Settings, start: np.ndarray | None) -> Pruner:
+    return Pruner(
+        task.sampler.calls,
+        len(task.trace.sites),
+        settings.width,
+        settings.layers,
+        settings.heads,
+        settings.hidden,
+        settings.attention,
+        start,
+        confidence=1.0 if start is None else 0.5,
+    )
+
+
+def _loss(task: Task, settings: Settings) -> Loss:
+    return make_loss(settings.loss, task.decode, settings.step_weights)
 
 
 class _Judge:
-    """Compares candidates on noise that nothing is learned from, by PSNR of the decoded images to the full ones."""
+    """Compares candidates on noise that nothing is learned from, by PSNR of the decoded images to the full ones.
 
-    def __init__(self, task: Task, count: int, seed: int) -> None:
-        self.task = task
+    With several processes the main one judges for all, so that all choose alike.
+    """
+
+    def __init__(self, task: Task, count: int, seed: int, run: Run) -> None:
+        self.task, self.run = task, run
         self.batch: Batch = task.sampling.draw(count, 2_000_000 + seed)
-        self.reference = self._images(task.trajectory.full(self.batch.noise, self.batch.conditions))
 
     def __call__(self, name: str, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> _Candidate:
-        candidate = _Candidate(name, gates, weights, 0.0)
+        return _Candidate(name, gates, weights, self.run.processes.from_main(lambda: self.psnr(gates, weights)))
+
+    def psnr(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> float:
+        """Return the PSNR in dB; for the main process alone."""
         tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
+        terms = next((array.shape[1] for array in weights.values()), 1)
         with torch.no_grad():
-            latents = self.task.trajectory.gated(
-                self.batch.noise, self.batch.conditions, gates, tensors, candidate.terms
-            )
-        return replace(candidate, psnr=psnr(self._images(latents), self.reference))
+            latents = self.task.trajectory.gated(self.batch.noise, self.batch.conditions, gates, tensors, terms)
+        return psnr(self._images(latents), self.reference)
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        return self._images(self.task.trajectory.full(self.batch.noise, self.batch.conditions))
 
     def _images(self, latents: list[torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dipgo.errors import UsageError
-from dipgo.families import GuidedDenoiser
+from dipgo.errors import DipgoError, UsageError
+from dipgo.families import Family, GuidedDenoiser
 from dipgo.models import Model
 from dipgo.records import SamplerIdentity
 from dipgo.sampler import Sampler, make_scheduler, tabulate
-from dipgo.search.backups import select
+from dipgo.search.processes import ALONE, Processes
 from dipgo.trace import Trace, trace
-from dipgo.trajectory import Batch, Sampling, Trajectory
+from dipgo.trajectory import Batch, Sampling, Trajectory, select
+
+
+class Batches(Protocol):
+    """Batches by number, each with the latents of its full trajectory after 0, 1, … calls."""
+
+    def __getitem__(self, number: int, /) -> tuple[Batch, list[torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,14 @@ class Task:
 
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """Return the same task under another sampler."""
-        sampler = tabulate(scheduler, steps, self.model.family.scales_noise)
-        trajectory = Trajectory(self.trajectory.guided, self.trajectory.sites, sampler)
-        return Task(self.model, self.pipe, self.trace, trajectory, self.sampling)
+        return self.with_trajectory(sampler=tabulate(scheduler, steps, self.model.family.scales_noise))
+
+    def with_trajectory(self, **changes: Any) -> Task:
+        """Return the same task with attributes of its trajectory changed: ``precision``, ``recompute``, …"""
+        return replace(self, trajectory=replace(self.trajectory, **changes))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode final latents to images in [-1, 1], not clamped."""
+        """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes."""
         vae = self.pipe.vae
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
@@ -68,6 +79,9 @@ def make_task(
     sites: str | None = None,
     guidance_scale: float | None = None,
     traced: Trace | None = None,
+    device: str = "cpu",
+    prompts: Path | None = None,
+    classes: str | None = None,
 ) -> Task:
     """Load a model and prepare a search on it.
 
@@ -77,13 +91,21 @@ def make_task(
         sites: granularity or patterns; None takes the family's default.
         guidance_scale: None takes the default of the pipeline's ``__call__``.
         traced: a trace to use again; it must fit the other arguments.
+        device: where to run, as torch names it.
+        prompts: a file with one prompt a line, to draw from where prompts condition; None draws the empty prompt.
+        classes: names or numbers joined by commas, to draw from where classes condition; None or ``all`` draws from
+            all that have names.
 
     Raises:
-        UsageError, DipgoError: see :func:`dipgo.sampler.tabulate` and :func:`dipgo.trace.trace`.
+        UsageError, DipgoError: see :func:`dipgo.sampler.tabulate`, :func:`dipgo.trace.trace` and :func:`choices_of`.
     """
     if steps < 2:
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
+    place = _device(device)
     pipe = model.pipeline()
+    choices = choices_of(model.family, pipe, prompts, classes)
+    if place.type != "cpu":
+        pipe.to(place)
     if guidance_scale is None:
         guidance_scale = float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
     table = tabulate(make_scheduler(sampler, pipe.scheduler), steps, model.family.scales_noise)
@@ -91,36 +113,143 @@ def make_task(
     family = model.family
     denoiser = getattr(pipe, family.component)
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
-    choices: list[Any] = sorted(set(family.labels(pipe).values())) or [""]
     sampling = Sampling(pipe, guided, family, model.latent_shape(1), choices)
-    return Task(model, pipe, traced, Trajectory(guided, traced.sites, table), sampling)
+    return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)
+
+
+def choices_of(family: Family, pipe: Any, prompts: Path | None, classes: str | None) -> list[Any]:
+    """Return the classes or prompts that noise is paired with.
+
+    Raises:
+        UsageError: prompts for a model that classes condition or the reverse, or a class that the model lacks.
+        DipgoError: a prompt file that is missing, empty or not UTF-8.
+    """
+    if family.conditioned_by == "prompt":
+        if classes is not None:
+            raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
+        return read_prompts(prompts) if prompts else [""]
+    if prompts is not None:
+        raise UsageError("this model is conditioned by classes, not prompts; give --classes")
+    labels = family.labels(pipe)
+    if classes is None or classes == "all":
+        return sorted(set(labels.values()))
+    known = {str(number): number for number in labels.values()} | labels
+    chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise UsageError(f"class '{', '.join(unknown)}' is unknown; give names or numbers such as {_some(labels)}")
+    return sorted({known[name] for name in chosen})
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt a line, UTF-8; blank lines are left out.
+
+    Raises:
+        DipgoError: a file that is missing, unreadable, not UTF-8, or holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise DipgoError(f"{path}: no such prompt file") from error
+    except UnicodeDecodeError as error:
+        raise DipgoError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text, one prompt a line") from error
+    except OSError as error:
+        raise DipgoError(f"{path}: not a readable prompt file ({error.strerror})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DipgoError(f"{path}: no prompt in it; give one a line")
+    return prompts
+
+
+def _some(labels: Mapping[str, int]) -> str:
+    return ", ".join(itertools.islice(labels, 3)) + ("" if len(labels) <= 3 else ", …")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        detail = str(error).splitlines()[0]
+        raise UsageError(
+            f"device '{name}' cannot be used here ({detail}); use cpu, or cuda where torch has it"
+        ) from error
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(local)) if local and device.type == "cuda" and device.index is None else device
 
 
 class Pool:
-    """Batches drawn from a pool of noise whose full trajectories are computed once, when first needed."""
+    """Batches of noise and conditions with their full trajectories; batch k is always the same.
 
-    def __init__(self, task: Task, size: int, batch: int, seed: int) -> None:
-        self.task, self.size, self.batch, self.seed = task, size, batch, seed
-        self.parts: list[tuple[Batch, list[torch.Tensor]]] = []
+    A pool of ``size`` images is gone through in order, then again and again in new orders; its full trajectories are
+    computed once, ``chunk`` images at a time, when first needed. ``size = 0`` draws afresh at every iteration and
+    keeps one chunk.
+
+    With several processes the pool is one for all: each takes its own columns of it, ``batch`` of them, so that
+    together they see what one process with the joint batch sees.
+    """
+
+    def __init__(
+        self, task: Task, size: int, batch: int, seed: int, processes: Processes = ALONE, chunk: int = 32
+    ) -> None:
+        self.task, self.batch, self.seed, self.processes = task, batch, seed, processes
+        self.columns = batch * processes.count
+        self.depth = max(1, chunk // self.columns)  # batches in a chunk
+        chunks = -(-size // (self.depth * self.columns))
+        self.rows = chunks * self.depth  # batches in the pool, 0 without end
+        self._chunks: dict[int, list[list[_Image]]] = {}
+        self._orders: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __getitem__(self, number: int) -> tuple[Batch, list[torch.Tensor]]:
+        epoch, place = divmod(number, self.rows) if self.rows else (0, number)
+        own = range(self.processes.rank * self.batch, (self.processes.rank + 1) * self.batch)
+        images = []
+        for index, column in enumerate(own):
+            row = self._order(epoch)[place, column] if epoch else place
+            images.append(self._chunk(int(row) // self.depth)[int(row) % self.depth][index])
+        latents = [torch.cat(parts) for parts in zip(*(image.latents for image in images), strict=True)]
+        return _join([image.batch for image in images]), latents
 
     def __iter__(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
-        chunk = max(self.batch, 32)
-        generator = np.random.default_rng(self.seed)
-        while len(self.parts) * chunk < self.size:
-            batch = self.task.sampling.draw(chunk, self.seed * 1000 + len(self.parts))
-            target = self.task.trajectory.full(batch.noise, batch.conditions)
-            self.parts.append((batch, target))
-            yield from self._slices(batch, target, generator)
-        while True:
-            for part in generator.permutation(len(self.parts)):
-                batch, target = self.parts[part]
-                yield from self._slices(batch, target, generator)
+        return (self[number] for number in itertools.count())
 
-    def _slices(
-        self, batch: Batch, target: list[torch.Tensor], generator: np.random.Generator
-    ) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
-        count = len(batch.noise)
-        order = torch.from_numpy(generator.permutation(count))
-        for picks in order.split(self.batch):
-            part = Batch(batch.noise[picks], select(batch.conditions, picks, count))
-            yield part, [latents[picks] for latents in target]
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the row that each column takes at each place of an epoch, int ``[rows, columns]``."""
+        if self._orders[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            rows = np.tile(np.arange(self.rows)[:, None], self.columns)
+            self._orders = (epoch, generator.permuted(rows, axis=0))
+        return self._orders[1]
+
+    def _chunk(self, number: int) -> list[list[_Image]]:
+        """Return this process's images of a chunk, ``[depth][batch]``."""
+        if number not in self._chunks:
+            if not self.rows:
+                self._chunks.clear()
+            seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            drawn = self.task.sampling.draw(self.depth * self.columns, seed)
+            places = torch.arange(self.depth * self.columns).view(self.depth, self.columns)
+            first = self.processes.rank * self.batch
+            own = select(drawn, places[:, first : first + self.batch].flatten())
+            latents = self.task.trajectory.full(own.noise, own.conditions)
+            images = [
+                _Image(select(own, torch.tensor([index])), [latent[index : index + 1] for latent in latents])
+                for index in range(len(own.noise))
+            ]
+            self._chunks[number] = [images[row : row + self.batch] for row in range(0, len(images), self.batch)]
+        return self._chunks[number]
+
+
+@dataclass(frozen=True)
+class _Image:
+    batch: Batch
+    latents: list[torch.Tensor]
+
+
+def _join(batches: list[Batch]) -> Batch:
+    """Stack batches of one image each; the halves of their conditions stay halves."""
+    conditions = {
+        name: torch.stack([batch.conditions[name] for batch in batches], dim=1).flatten(0, 1)
+        for name in batches[0].conditions
+    }
+    return Batch(torch.cat([batch.noise for batch in batches]), conditions)

@@ -15,9 +15,11 @@ from dipgo.models import find_model
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import dependent_shares
 from dipgo.search.losses import final_latent, psnr
+from dipgo.search.optimise import Descent
 from dipgo.search.policies import extrapolation, policies, spacing
 from dipgo.search.postprocess import gates_at_budget
 from dipgo.search.pruner import Pruner, straight_through
+from dipgo.search.run import Run
 from dipgo.search.search import Settings, search
 from dipgo.search.task import Pool, make_task
 from dipgo.trace import trace
@@ -100,7 +102,9 @@ def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
             ).item()
 
     before = loss()
-    learn_backups(backups, task.trajectory, iter([(batch, target)] * 20), 20, 2e-2, final_latent)
+    learn_backups(
+        backups, task.trajectory, [(batch, target)] * 20, Descent(20, 2e-2), final_latent, Run().phase("backups")
+    )
     assert loss() < 0.8 * before
 
 

@@ -1,0 +1,161 @@
+"""How long and with what to search: one record, its presets, and ``NAME=VALUE`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_type_hints
+
+import torch
+
+from dipgo.errors import UsageError
+from dipgo.search.optimise import Descent
+
+PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+METHODS = ("dipgo", "paper")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a search that is not the task and the budget.
+
+    Attributes:
+        batch: images an iteration, in each process.
+        pool: noises whose full trajectories are kept for the phases that use them more than once; 0 draws fresh noise
+            at every iteration.
+        chunk: how many full trajectories are computed at once.
+        held_out: noises on which candidates are compared; never used for learning.
+        gate_iterations: of the gate phase.
+        backup_iterations: of the backup phase.
+        gate_rate, backup_rate: learning rates.
+        gate_schedule, backup_schedule: ``cosine`` or ``constant``.
+        optimiser: of the gate phase, ``adam`` or ``sgd``.
+        warmup, weight_decay, clip: of the gate phase, see :class:`dipgo.search.optimise.Descent`.
+        accumulate: batches that make one update, in every phase.
+        width, layers, heads, hidden, attention: of the pruner, see :class:`dipgo.search.pruner.Pruner`.
+        alpha, tau, gamma: the paper's α, τ, and whether gates are weighted by γ.
+        loss: see :func:`dipgo.search.losses.make_loss`.
+        step_weights: of the latent term, one number a call; empty takes the final latent alone.
+        terms: K, how many computed outputs a backup combines.
+        by_channel: one backup weight a channel instead of one a site.
+        precision: ``fp32``, ``fp16`` or ``bf16``, of the denoiser.
+        recompute: keep no activations between steps: less memory, a third more time.
+        checkpoint_iterations, checkpoint_seconds: how often a run folder gets a checkpoint; 0 is never.
+    """
+
+    batch: int = 8
+    pool: int = 512
+    chunk: int = 32
+    held_out: int = 32
+    gate_iterations: int = 60
+    backup_iterations: int = 800
+    gate_rate: float = 3e-4
+    backup_rate: float = 2e-2
+    gate_schedule: str = "constant"
+    backup_schedule: str = "cosine"
+    optimiser: str = "adam"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    accumulate: int = 1
+    width: int = 128
+    layers: int = 1
+    heads: int = 1
+    hidden: int = 128
+    attention: str = "step"
+    alpha: float = 1.0
+    tau: float = 0.2
+    gamma: bool = True
+    loss: str = "latent"
+    step_weights: tuple[float, ...] = ()
+    terms: int = 2
+    by_channel: bool = True
+    precision: str = "fp32"
+    recompute: bool = False
+    checkpoint_iterations: int = 0
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def gate_descent(self) -> Descent:
+        return Descent(
+            self.gate_iterations,
+            self.gate_rate,
+            self.optimiser,
+            self.gate_schedule,
+            self.warmup,
+            self.weight_decay,
+            self.clip,
+            self.accumulate,
+        )
+
+    @property
+    def backup_descent(self) -> Descent:
+        return Descent(
+            self.backup_iterations, self.backup_rate, schedule=self.backup_schedule, accumulate=self.accumulate
+        )
+
+
+PRESETS = {
+    "default": Settings(),
+    "quick": Settings(pool=128, held_out=16, gate_iterations=15, backup_iterations=150),
+}
+
+PAPER: dict[str, Any] = {
+    "batch": 1,
+    "width": 512,
+    "optimiser": "sgd",
+    "gate_rate": 0.1,
+    "gate_schedule": "cosine",
+    "weight_decay": 1e-4,
+    "clip": 1.0,
+}
+"""Where the paper's optimisation differs from the presets (its section 4.1; clipping is the public code's)."""
+
+
+def settings_of(method: str, preset: str, overrides: Sequence[str] = ()) -> Settings:
+    """Return a preset, as the method needs it, with overrides such as ``alpha=0.5``.
+
+    Raises:
+        UsageError: an unknown method, preset or setting, or a value of the wrong kind.
+    """
+    if method not in METHODS:
+        raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset '{preset}'; use {' or '.join(PRESETS)}")
+    settings = replace(PRESETS[preset], **(PAPER if method == "paper" else {}))
+    kinds = get_type_hints(Settings)
+    changes = {}
+    for pair in overrides:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in kinds:
+            raise UsageError(
+                f"unknown setting '{pair}'; use NAME=VALUE with {', '.join(f.name for f in fields(Settings))}"
+            )
+        changes[name] = _value(name, text, kinds[name])
+    settings = replace(settings, **changes)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings that make no search."""
+    least = {"batch": 1, "chunk": 1, "held_out": 1, "terms": 1, "pool": 0, "gate_iterations": 0, "backup_iterations": 0}
+    for name, lowest in least.items():
+        if getattr(settings, name) < lowest:
+            raise UsageError(f"{name} = {getattr(settings, name)}; give at least {lowest}")
+    if settings.precision not in PRECISIONS:
+        raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is str:
+            return text
+        if kind in (int, float):
+            return kind(text)
+        return tuple(float(part) for part in text.split(",") if part)
+    except (ValueError, KeyError) as error:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers joined by commas")
+        raise UsageError(f"{name} = '{text}': give {wanted}") from error
