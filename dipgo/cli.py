@@ -50,6 +50,9 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the 
 MethodOption = Annotated[str, typer.Option(help="dipgo, or paper for the published procedure.")]
 PresetOption = Annotated[str, typer.Option(help="default, or quick for a first look.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Draw the weights: for structure and speed, images are meaningless.")
+]
 SourceOption = Annotated[
     str | None, typer.Option("--model", help="Where the model lies now, if not where it was searched.")
 ]
@@ -59,10 +62,13 @@ SourceOption = Annotated[
 def models() -> None:
     """List what is built in and supported, with sites and MACs."""
     from dipgo.describe import families_text, model_text
-    from dipgo.models import built_in, find_model
+    from dipgo.models import architectures, built_in, find_model
 
-    for name in built_in():
-        typer.echo(model_text(find_model(name)))
+    for title, names in (("built in:", built_in()), ("architectures, without weights:", architectures())):
+        typer.echo(title)
+        for name in names:
+            typer.echo(f"  {model_text(find_model(name))}")
+        typer.echo()
     typer.echo(families_text())
 
 
@@ -79,10 +85,13 @@ def search(
     preset: PresetOption = "default",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
+    random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
     """Search a SubNet and write it to a JSON file."""
-    _search(model, steps, budget, output, sampler, sites, guidance, method, preset, seed, threads, force)
+    _search(
+        model, steps, budget, output, sampler, sites, guidance, method, preset, seed, threads, force, random_weights
+    )
 
 
 @app.command()
@@ -215,6 +224,7 @@ def _search(
     seed: int,
     threads: int | None,
     force: bool,
+    random_weights: bool = False,
 ) -> SubNet:
     from dipgo.files import refuse_existing
 
@@ -225,7 +235,7 @@ def _search(
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     from dipgo.models import find_model
 
-    found = find_model(model)
+    found = find_model(model, random_weights)
     with _spinner("load and trace"):
         import torch
 
