@@ -190,8 +190,8 @@ def tiny_pixart(folder: Path, sample_size: int = 32) -> str:
     return str(folder)
 
 
-def tiny_unconditional(folder: Path) -> str:
-    """Save a DDIMPipeline: images of 8x8x3 from a UNet2DModel, a class without an entry, which nothing conditions."""
+def tiny_unconditional(folder: Path, pipeline: Any = DDIMPipeline, scheduler: Any = DDIMScheduler) -> str:
+    """Save a pipeline of a UNet2DModel: images of 8x8x3 from a class without an entry, which nothing conditions."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -202,7 +202,7 @@ def tiny_unconditional(folder: Path) -> str:
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    DDIMPipeline(_stirred(unet), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    pipeline(_stirred(unet), scheduler(clip_sample=False)).save_pretrained(folder)
     return str(folder)
 
 

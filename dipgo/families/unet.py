@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import UsageError
-from dipgo.families.family import Conditions, Family
+from dipgo.families.family import Conditions, Family, latent_size
 
 TOKENS = 77  # of CLIP's text encoders
 _UNSUPPORTED = {  # a config entry that asks for a further input: who has it
@@ -37,9 +37,7 @@ def _is_sdxl(config: Mapping[str, Any]) -> bool:
 
 def _time_ids(config: Mapping[str, Any], rows: int, vae_scale: int = 8) -> torch.Tensor:
     """Return SDXL's micro-conditions ``[rows, 6]``: original size, crop, target size, as its pipeline's defaults."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = [float(vae_scale * height), float(vae_scale * width)]
+    pixels = [float(vae_scale * side) for side in latent_size(config)]
     return torch.tensor([[*pixels, 0.0, 0.0, *pixels]]).repeat(rows, 1)
 
 

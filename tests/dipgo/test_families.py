@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from dipgo.errors import UsageError
 from dipgo.families import join
@@ -63,6 +64,15 @@ def test_trajectory_equals_the_pipeline(name, tmp_path):
     with gated(getattr(task.pipe, model.family.component), subnet):
         expected = run_pipeline(task, 4)
     assert same(run_trajectory(task, 4, subnet), expected, images)
+
+
+def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
+    folders = [models.tiny_unconditional(tmp_path / "ddim")]
+    folders += [models.tiny_unconditional(tmp_path / "ddpm", DDPMPipeline, DDPMScheduler)]
+    tasks = [make_task(find_model(folder), STEPS, "ddim", "mid_block", guidance_scale=1.0) for folder in folders]
+    assert type(tasks[1].pipe).__name__ == "DDPMPipeline"
+    assert same(run_trajectory(tasks[1], 5), run_pipeline(tasks[0], 5), images=True)
+    assert isinstance(tasks[1].pipe.scheduler, DDPMScheduler)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart-1024", "sana"])
