@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.families import COMPONENTS, Family, family_for
+from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of, sha256_of_json
 from dipgo.records import ModelIdentity, read_json
 
@@ -62,9 +62,7 @@ class Model:
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return ``[batch, channels, height, width]`` of the latent."""
-        size = self.config["sample_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return (batch, self.config["in_channels"], height, width)
+        return (batch, self.config["in_channels"], *latent_size(self.config))
 
     def pipeline(self) -> Any:
         """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.

@@ -36,8 +36,9 @@ def site_names(denoiser: nn.Module, family: Family, spec: str | None) -> list[st
     """Return the names of the sites that ``spec`` chooses, in the order of the model's definition.
 
     ``spec`` is a granularity of the family, or patterns joined by commas, or None for the family's default. In a
-    pattern ``*`` stands for one part of a dotted name (``transformer_blocks.*.attn1``), and ``a|b`` in a part for a,
-    or for b where there is no a (``down_blocks.*.attentions|resnets.*``: resnets only where no transformer follows).
+    pattern ``*`` stands for any characters inside one part of a dotted name (``transformer_blocks.*.attn1``), and
+    ``a|b`` as a part for a, or for b where there is no a (``up_blocks.*.attentions|resnets.*``: the resnets that no
+    transformer follows).
 
     Raises:
         UsageError: a pattern matches no module, one chosen site lies inside another, or no patterns are given for a

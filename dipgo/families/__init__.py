@@ -11,7 +11,7 @@ from typing import Any
 
 from dipgo.errors import UsageError
 from dipgo.families.dit import DIT
-from dipgo.families.family import Conditions, Family
+from dipgo.families.family import Conditions, Family, latent_size
 from dipgo.families.generic import generic_family
 from dipgo.families.guided import GuidedDenoiser, join
 from dipgo.families.pixart import PIXART
@@ -20,7 +20,17 @@ from dipgo.families.unet import UNET
 FAMILIES = (DIT, PIXART, UNET)
 COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
-__all__ = ["COMPONENTS", "FAMILIES", "Conditions", "Family", "GuidedDenoiser", "family_for", "family_of", "join"]
+__all__ = [
+    "COMPONENTS",
+    "FAMILIES",
+    "Conditions",
+    "Family",
+    "GuidedDenoiser",
+    "family_for",
+    "family_of",
+    "join",
+    "latent_size",
+]
 
 
 def family_for(denoiser_class: str, component: str, config: Mapping[str, Any], pipeline_class: str) -> Family:

@@ -67,3 +67,10 @@ class Family:
                 }
             )
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width of a denoiser's latent."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import UsageError
-from dipgo.families.family import Conditions, Family
+from dipgo.families.family import Conditions, Family, latent_size
 from dipgo.families.guided import GuidedDenoiser
 from dipgo.sampler import make_scheduler, tabulate
 
@@ -29,7 +29,7 @@ _ASKED_FOR_BY = {  # optional inputs that some configurations make necessary
 }
 _NO_CONDITION = ("timestep", "return_dict")
 _CURE = "it needs an entry in dipgo/families"
-_GUIDANCE = 3.0  # while a pipeline is watched
+_STEPS, _GUIDANCE = 4, 3.0  # while a pipeline is watched
 _TOLERANCE = 1e-3
 
 
@@ -144,7 +144,7 @@ class _Generic:
             if len(seen) == calls:
                 raise _Seen
 
-        height, width = _size(denoiser.config)
+        height, width = latent_size(denoiser.config)
         scale = getattr(pipe, "vae_scale_factor", 1)
         offered = {
             "prompt": list(given),
@@ -154,7 +154,7 @@ class _Generic:
             "guidance_scale": _GUIDANCE,
             "generator": _generator(),
             "output_type": "latent",
-            "num_inference_steps": 2,
+            "num_inference_steps": _STEPS,
         }
         accepted = inspect.signature(pipe.__call__).parameters
         pipe.set_progress_bar_config(disable=True)
@@ -167,7 +167,7 @@ class _Generic:
             raise UsageError(f"{type(pipe).__name__} cannot be run ({' '.join(str(error).split())[:160]})") from error
         finally:
             handle.remove()
-        raise UsageError(f"{type(pipe).__name__} calls its denoiser {len(seen)} times in 2 steps; {_CURE}")
+        raise UsageError(f"{type(pipe).__name__} calls its denoiser {len(seen)} times in {_STEPS} steps; {_CURE}")
 
     def _conditions(self, pipe: Any, arguments: dict[str, Any], example: Conditions) -> Conditions:
         """Return the conditions in a call's arguments, and refuse those that a trace would not know."""
@@ -185,28 +185,35 @@ class _Generic:
         return {name: value.to(example[name].dtype) for name, value in passed.items()}
 
     def _check(self, pipe: Any, example: Conditions) -> None:
-        """Compare the pipeline's first step with the same step by the sampler's table."""
-        denoiser = getattr(pipe, self.component)
-        first, second = self._watch(pipe, ["a"], 2)
-        table = tabulate(make_scheduler(None, pipe.scheduler), 2, scales_noise=False)
-        noise = torch.randn((1, denoiser.config["in_channels"], *_size(denoiser.config)), generator=_generator())
+        """Compare the pipeline's first step with the same step by the sampler's table.
+
+        A pipeline whose own sampler has no table (DDPM draws noise) is checked with DDIM.
+        """
+        denoiser, own = getattr(pipe, self.component), pipe.scheduler
+        try:
+            table = tabulate(make_scheduler(None, own), _STEPS, scales_noise=False)
+        except UsageError:
+            other = make_scheduler("ddim", own)
+            table = tabulate(other, _STEPS, scales_noise=False)
+            pipe.scheduler = other
+        try:
+            first, second = self._watch(pipe, ["a"], 2)
+        finally:
+            pipe.scheduler = own
+        shape = (1, denoiser.config["in_channels"], *latent_size(denoiser.config))
+        noise = torch.randn(shape, generator=_generator()).to(pipe.device)
         guided = GuidedDenoiser(denoiser, self.family(bool(example)), _GUIDANCE if example else 1.0)
         conditions = self._conditions(pipe, first, example)
         if any(len(value) != 2 for value in conditions.values()):
             raise UsageError(f"{type(pipe).__name__} does not double its batch for guidance; {_CURE}")
         with torch.no_grad():
             scaled = noise * table.input_scale[0]
-            output = guided(scaled, torch.full((1,), table.timesteps[0]), conditions)
+            output = guided(scaled, torch.full((1,), table.timesteps[0], device=noise.device), conditions)
         latent = (table.rows[1, 0] * noise + table.rows[1, 1] * output) * table.input_scale[1]
         for expected, seen in ((scaled, first[self.latent]), (latent, second[self.latent])):
             same = expected.shape == seen[:1].shape
             if not same or torch.linalg.norm(seen[:1] - expected) > _TOLERANCE * torch.linalg.norm(expected):
                 raise UsageError(f"{type(pipe).__name__} does not sample as dipgo understands its parts; {_CURE}")
-
-
-def _size(config: Mapping[str, Any]) -> tuple[int, int]:
-    size = config["sample_size"]
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _generator() -> torch.Generator:

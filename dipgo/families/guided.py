@@ -28,10 +28,14 @@ class GuidedDenoiser(nn.Module):
         return self.guidance_scale > 1
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        if not self.guided:
-            return self.call(self.denoiser, latent, timestep, conditions)[:, : latent.shape[1]]
-        sample, moment = torch.cat([latent, latent]), torch.cat([timestep, timestep])
+        sample, moment = latent, timestep
+        if self.guided:
+            sample, moment = torch.cat([latent, latent]), torch.cat([timestep, timestep])
+        for name, value in conditions.items():  # tells torch.export too, which takes each size for a symbol of its own
+            torch._check(value.shape[0] == sample.shape[0], lambda name=name: f"'{name}' has not the rows of the batch")
         output = self.call(self.denoiser, sample, moment, conditions)[:, : latent.shape[1]]
+        if not self.guided:
+            return output
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 

@@ -14,11 +14,11 @@ TOKENS = 120  # PixArtAlphaPipeline's own max_sequence_length
 _SIZES = ("resolution", "aspect_ratio")
 
 
-def _sizes(config: Mapping[str, Any], rows: int) -> Conditions:
+def _sizes(config: Mapping[str, Any], rows: int, vae_scale: int = 8) -> Conditions:
     """Return the micro-conditions (the image's height, width and their ratio), which only the 1024 model takes."""
     if config["sample_size"] != 128:
         return {}
-    pixels = 8.0 * config["sample_size"]
+    pixels = float(vae_scale * config["sample_size"])
     return {"resolution": torch.full((rows, 2), pixels), "aspect_ratio": torch.ones(rows, 1)}
 
 
@@ -34,7 +34,7 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
     embeddings, mask, null_embeddings, null_mask = pipe.encode_prompt(
         list(prompts), True, device=pipe.device, clean_caption=True, max_sequence_length=TOKENS
     )
-    sizes = _sizes(pipe.transformer.config, len(prompts))
+    sizes = _sizes(pipe.transformer.config, len(prompts), pipe.vae_scale_factor)
     return (
         {"encoder_hidden_states": null_embeddings, "encoder_attention_mask": null_mask.float(), **sizes},
         {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask.float(), **sizes},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import UsageError
-from dipgo.families.family import Conditions, Family
+from dipgo.families.family import Conditions, Family, latent_size
 
 TOKENS = 77  # of CLIP's text encoders
 _UNSUPPORTED = {  # a config entry that asks for a further input: who has it
@@ -35,11 +35,9 @@ def _is_sdxl(config: Mapping[str, Any]) -> bool:
     return kind is not None
 
 
-def _time_ids(config: Mapping[str, Any], rows: int) -> torch.Tensor:
+def _time_ids(config: Mapping[str, Any], rows: int, vae_scale: int = 8) -> torch.Tensor:
     """Return SDXL's micro-conditions ``[rows, 6]``: original size, crop, target size, as its pipeline's defaults."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = [8.0 * height, 8.0 * width]
+    pixels = [float(vae_scale * side) for side in latent_size(config)]
     return torch.tensor([[*pixels, 0.0, 0.0, *pixels]]).repeat(rows, 1)
 
 
@@ -58,7 +56,7 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
         conditional, unconditional = pipe.encode_prompt(texts, pipe.device, 1, True)
         return {"encoder_hidden_states": unconditional}, {"encoder_hidden_states": conditional}
     conditional, unconditional, pooled, null_pooled = pipe.encode_prompt(texts, device=pipe.device)
-    times = _time_ids(config, len(texts))
+    times = _time_ids(config, len(texts), pipe.vae_scale_factor)
     return (
         {"encoder_hidden_states": unconditional, "text_embeds": null_pooled, "time_ids": times},
         {"encoder_hidden_states": conditional, "text_embeds": pooled, "time_ids": times},
@@ -72,8 +70,6 @@ def _call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, giv
     )[0]
 
 
-_TRANSFORMERS = ("down_blocks.*.attentions.*", "mid_block.attentions.*", "up_blocks.*.attentions.*")
-
 UNET = Family(
     denoiser_class="UNet2DConditionModel",
     component="unet",
@@ -81,20 +77,16 @@ UNET = Family(
     sites={
         "block": ("down_blocks.*", "mid_block", "up_blocks.*"),
         # A transformer reads its resnet's output alone: where it is skipped, nobody reads the resnet, which goes too.
-        "branch": (
-            "down_blocks.*.attentions|resnets.*",
-            "down_blocks.*.downsamplers.*",
-            "mid_block",
-            "up_blocks.*.attentions|resnets.*",
-            "up_blocks.*.upsamplers.*",
-        ),
+        "branch": ("*_blocks.*.attentions|resnets.*", "*_blocks.*.*samplers.*", "mid_block"),
         "layer": (
-            "down_blocks.*.resnets.*",
-            "down_blocks.*.downsamplers.*",
+            "*_blocks.*.resnets.*",
+            "*_blocks.*.*samplers.*",
             "mid_block.resnets.*",
-            "up_blocks.*.resnets.*",
-            "up_blocks.*.upsamplers.*",
-            *(f"{name}.transformer_blocks.*.{part}" for name in _TRANSFORMERS for part in ("attn1", "attn2", "ff")),
+            *(
+                f"{place}.attentions.*.transformer_blocks.*.{part}"
+                for place in ("*_blocks.*", "mid_block")
+                for part in ("attn1", "attn2", "ff")
+            ),
         ),
     },
     granularity="block",
