@@ -160,6 +160,11 @@ class Trace:
                 through.append(site)
         return through
 
+    def execution_order(self) -> list[int]:
+        """Return the sites in the order in which a call computes them."""
+        place = {node.name: number for number, node in enumerate(self.program.graph_module.graph.nodes)}
+        return sorted(range(len(self.sites)), key=lambda site: place[self.outputs[site][0]])
+
     def reads_input(self, row: np.ndarray) -> bool:
         """Whether ε under ``row`` still depends on the latent or the timestep."""
         placeholders = set(list(self.program.graph_signature.user_inputs)[:2])

@@ -78,6 +78,23 @@ class Trajectory:
         with torch.no_grad():
             return self.integrate(noise, denoise)
 
+    def observed(
+        self, noise: torch.Tensor, conditions: Conditions, observe: Callable[[int, int, list[torch.Tensor]], None]
+    ) -> None:
+        """Run with every gate 1, without gradient, and show ``observe`` the outputs of each site at each step."""
+
+        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            def intercept(site: int, compute: Callable[[], Any]) -> Any:
+                output = compute()
+                observe(step, site, take_apart(output)[0])
+                return output
+
+            with intercepting(self.guided.denoiser, self.names, intercept):
+                return self._call(latent, timestep, conditions)
+
+        with torch.no_grad():
+            self.integrate(noise, denoise)
+
     def gated(
         self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, weights: Weights, terms: int
     ) -> list[torch.Tensor]:

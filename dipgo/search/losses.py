@@ -17,7 +17,7 @@ Loss = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 SPAN = 2.0  # decoded images lie in [-1, 1]
-TERMS = ("latent", "ssim", "l1", "l2")
+TERMS = ("latent", "psnr", "ssim", "l1", "l2")
 
 
 def final_latent(latents: list[torch.Tensor], target: list[torch.Tensor]) -> torch.Tensor:
@@ -29,7 +29,9 @@ def make_loss(spec: str, decode: Decode | None = None, step_weights: Sequence[fl
     """Return a loss from a sum such as ``ssim+l1`` or ``0.5*ssim+latent``.
 
     Terms: ``latent``, relative squared error of latents; ``ssim``, 1 - SSIM, ``l1``, mean absolute, and ``l2``, mean
-    squared error, of decoded final images (float32, [-1, 1]; the target is decoded without gradient).
+    squared error, of decoded final images (float32, [-1, 1]; the target is decoded without gradient); ``psnr``, the
+    negative PSNR of the images as they are seen, clamped, in dB: every image counts alike, however far it is off, so
+    few bad ones do not drown the gradient of the others.
 
     Args:
         decode: final latents to images, differentiable; needed for the image terms.
@@ -99,7 +101,14 @@ def psnr(images: torch.Tensor, reference: torch.Tensor, span: float = SPAN) -> f
     return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(span**2 / error)))
 
 
+def _decibels(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    half = SPAN / 2
+    error = (images.clamp(-half, half) - reference.clamp(-half, half)).square().flatten(1).mean(1)
+    return 10 * torch.log10(error / SPAN**2 + 1e-7).mean()  # flat beyond 70 dB, which 8-bit images cannot show
+
+
 _IMAGE_TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "psnr": _decibels,
     "ssim": lambda images, reference: 1 - ssim(images, reference),
     "l1": lambda images, reference: (images - reference).abs().mean(),
     "l2": lambda images, reference: (images - reference).square().mean(),

@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dipgo.cost import trajectory_macs
 from dipgo.gating import backup_name
 from dipgo.liveness import canonical
+from dipgo.search.postprocess import gates_at_budget
 from dipgo.trace import Trace
+from dipgo.trajectory import Batch, Trajectory
 
 SPACINGS = {"uniform": 1.0, "late": 1.4, "early": 0.7}
 SERVINGS = ("inside", "whole", "mixed")
+OUTER = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,40 @@ class Policy:
         return 2 if self.weights else 1
 
 
-def policies(trace: Trace, calls: int, budget: float) -> list[Policy]:
-    """Return reuse and extrapolation at ``budget``, with every spacing and every way to serve a skipped step."""
+def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None = None) -> list[Policy]:
+    """Return every fixed policy that ``budget`` allows.
+
+    Reuse and extrapolation, with every spacing and every way to serve a skipped step; DeepCache-like ones, whose
+    outer sites are computed in every step (Ma et al. 2024); and, where ``drift`` is given (:func:`measure_drift`),
+    schedules that compute a site again once it has drifted far enough, as SmoothCache and TeaCache do.
+    """
     found = []
-    for spacing_name, power in SPACINGS.items():
-        for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
-            for learned in (False, True):
+
+    def add(name: str, gates: np.ndarray, learned: bool) -> None:
+        if trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * calls:
+            found.append(Policy(name, gates, extrapolation(trace, gates) if learned else {}))
+
+    for learned, what in ((False, "reuse"), (True, "extrapolation")):
+        for spacing_name, power in SPACINGS.items():
+            for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
                 gates = spaced(trace, calls, budget, power, serving, learned)
-                if trajectory_macs(trace, gates, learned) > budget * trace.full_macs * calls:
-                    continue  # serving inside costs too much for this budget, even with one computed step
-                weights = extrapolation(trace, gates) if learned else {}
-                what = "extrapolation" if learned else "reuse"
-                found.append(Policy(f"{spacing_name} {what}, {serving}", gates, weights))
+                add(f"{spacing_name} {what}, {serving}", gates, learned)
+        if drift is not None:
+            add(f"by drift, {what}", drifted(trace, drift, budget, learned), learned)
+    for outer in OUTER:
+        if 2 * outer < len(trace.sites):
+            add(f"DeepCache-like, {outer} outer", spaced(trace, calls, budget, 1.0, outer=outer), False)
     return found
 
 
 def spaced(
-    trace: Trace, calls: int, budget: float, power: float, serving: str = "inside", learned: bool = False
+    trace: Trace,
+    calls: int,
+    budget: float,
+    power: float,
+    serving: str = "inside",
+    learned: bool = False,
+    outer: int = 0,
 ) -> np.ndarray:
     """Return gates that compute whole steps, as many as the budget allows, and serve backups in between.
 
@@ -66,12 +87,15 @@ def spaced(
             inner sites, and what stands behind them runs, on today's latent and timestep; ``mixed``: whole in the
             first step after a computed one, inside in the others.
         learned: whether backups will be weighted (two terms) or last outputs.
+        outer: how many of the first and of the last sites, in the order in which they run, are never skipped inside.
 
-    One step more than fits is computed in part where that comes closer to the budget.
+    One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
+    costs too much, so do the gates that are returned.
     """
     limit = budget * trace.full_macs * calls
-    rest = np.zeros(len(trace.sites), bool)
-    rest[trace.output_sites()] = True
+    inner = [site for site in trace.execution_order() if site not in trace.output_sites()]
+    rest = np.ones(len(trace.sites), bool)
+    rest[inner[outer : len(inner) - outer]] = False
 
     def gates_of(count: int) -> np.ndarray:
         steps = spacing(calls, count, power)
@@ -90,6 +114,65 @@ def spaced(
             return trim(trace, gates, best, limit, learned)
         best = gates
     return best
+
+
+def measure_drift(trajectory: Trajectory, batch: Batch) -> np.ndarray:
+    """Return how far each site's output moves from step to step of the full trajectory: float ``[calls, sites]``.
+
+    Relative L1 change (SmoothCache, Liu et al. 2024, eq. 4, with a lag of one step); 0 at the first step.
+    """
+    drift = np.zeros((trajectory.sampler.calls, len(trajectory.sites)))
+    last: dict[int, list[torch.Tensor]] = {}
+
+    def observe(step: int, site: int, outputs: list[torch.Tensor]) -> None:
+        if site in last:
+            change = sum((new - old).abs().sum() for new, old in zip(outputs, last[site], strict=True))
+            size = sum(old.abs().sum() for old in last[site])
+            drift[step, site] = float(change / size) if size > 0 else 0.0
+        last[site] = outputs
+
+    trajectory.observed(batch.noise, batch.conditions, observe)
+    return drift
+
+
+def drifted(trace: Trace, drift: np.ndarray, budget: float, learned: bool = False) -> np.ndarray:
+    """Return gates that compute a site again once the drift since it was last computed exceeds a threshold.
+
+    The threshold is the lowest that the budget allows, by bisection; sites at the output are always computed.
+    """
+    calls, limit = len(drift), budget * trace.full_macs * len(drift)
+
+    def gates_of(threshold: float) -> np.ndarray:
+        gates = np.zeros(drift.shape, bool)
+        since = np.zeros(drift.shape[1])
+        for step in range(calls):
+            since += drift[step]
+            gates[step] = (since > threshold) | (step == 0)
+            since[gates[step]] = 0
+        gates[:, trace.output_sites()] = True
+        return canonical(gates, 2 if learned else 1, trace.live_sites)
+
+    low, high = 0.0, float(drift.sum(axis=0).max()) + 1
+    for _ in range(40):
+        middle = (low + high) / 2
+        if trajectory_macs(trace, gates_of(middle), learned) <= limit:
+            high = middle
+        else:
+            low = middle
+    return gates_of(high)
+
+
+def thinned(trace: Trace, gates: np.ndarray, drift: np.ndarray, budget: float) -> np.ndarray:
+    """Return gates for a smaller budget: of what is computed, what drifted least since it last was goes first."""
+    since = np.zeros(gates.shape)
+    passed = np.zeros(gates.shape[1])
+    for step in range(len(gates)):
+        passed += drift[step]
+        since[step] = passed
+        passed[gates[step]] = 0
+    scores = np.where(gates, 1 + since, 0.0)
+    scores[:, trace.output_sites()] += since.max() + 1  # next to free, and without them a step serves nothing inside
+    return gates_at_budget(trace, scores, budget, learned=True)
 
 
 def spacing(calls: int, count: int, power: float) -> list[int]:

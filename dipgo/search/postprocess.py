@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dipgo.cost import trajectory_macs
@@ -56,3 +58,41 @@ def gates_at_budget(trace: Trace, scores: np.ndarray, budget: float, learned: bo
             if trial[step, site] and cost <= limit:
                 gates, left, changed = trial, limit - cost, True
     return gates
+
+
+def swept_gates(trace: Trace, scores: np.ndarray, budget: float, learned: bool = False) -> np.ndarray:
+    """Skip gates as the public code does: by sweeps over a falling threshold, site by site from the output inwards.
+
+    In each sweep the sites are visited from the last to run to the first; of each, the steps whose score to skip
+    exceeds the threshold are skipped, highest first, together with the sites that nobody reads then, until one more
+    would go below the budget; then the next site has its turn. The threshold begins at 0.95 and falls by 0.05.
+
+    Arguments and result as for :func:`gates_at_budget`. Departure: what reads whom comes from the traced graph.
+    """
+    limit = budget * trace.full_macs * len(scores)
+    gates = np.ones(scores.shape, bool)
+
+    def rows_without(step: int, site: int) -> np.ndarray:
+        row = gates[step].copy()
+        row[site] = False
+        live = trace.live_sites(row)
+        return np.array([kept and index in live for index, kept in enumerate(row)])
+
+    for threshold in np.arange(0.95, -0.01, -0.05):
+        for site in reversed(trace.execution_order()):
+            skip = 1 - scores[:, site]
+            for step in np.argsort(-skip, kind="stable"):
+                if step == 0 or not gates[step, site] or skip[step] <= threshold:
+                    continue
+                trial = gates.copy()
+                trial[step] = rows_without(step, site)
+                if trajectory_macs(trace, trial, learned) < limit:
+                    break
+                gates = trial
+    return canonical(gates, 2 if learned else 1, trace.live_sites)
+
+
+POSTPROCESSES: dict[str, Callable[[Trace, np.ndarray, float, bool], np.ndarray]] = {
+    "bisection": gates_at_budget,
+    "sweep": swept_gates,
+}

@@ -1,12 +1,11 @@
-"""The search: from the best fixed policy, gates by gradient, learned backups; held-out noise chooses."""
+"""The search: the best fixed policy, moved gates, learned backups; noise that nothing was learned from chooses."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,30 @@ from dipgo.errors import UsageError
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import budgeted_scores, paper_scores
 from dipgo.search.journal import Report, silent
-from dipgo.search.losses import Loss, make_loss, psnr
-from dipgo.search.policies import Policy, extrapolation, policies
-from dipgo.search.postprocess import gates_at_budget
+from dipgo.search.judge import Candidate, Judge
+from dipgo.search.losses import Loss, make_loss
+from dipgo.search.moves import improve
+from dipgo.search.policies import Policy, extrapolation, measure_drift, policies, thinned
+from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.processes import processes
 from dipgo.search.pruner import Pruner
 from dipgo.search.run import Cadence, Run, open_run
 from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.task import Pool, Task
 from dipgo.subnet import SubNet
-from dipgo.trajectory import Batch
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    name: str
-    gates: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    psnr: float
+class _Work:
+    """What every phase of a search needs."""
 
-    @property
-    def terms(self) -> int:
-        return next((array.shape[1] for array in self.weights.values()), 1)
+    task: Task
+    settings: Settings
+    seed: int
+    run: Run
+    pool: Pool
+    judge: Judge
+    loss: Loss
 
 
 def search(
@@ -54,19 +55,39 @@ def search(
     resume: bool = False,
     tensorboard: bool = False,
 ) -> SubNet:
-    """Search a SubNet that keeps ``budget`` of the full trajectory's MACs.
+    """Search a SubNet that keeps ``budget`` of the full trajectory's MACs; see :func:`sweep`."""
+    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard)[0]
 
-    ``method="dipgo"``: the best fixed policy (reuse or extrapolation) is the warm start; the gates move by gradient at
-    the budget; backups are learned per step, site, term and channel. Every candidate is compared on held-out noise
-    and the best is returned, so the result is never worse there than the best policy. ``method="paper"``: the paper's
-    procedure, from keep-everything, serving last outputs.
+
+def sweep(
+    task: Task,
+    budgets: Sequence[float],
+    method: str = "dipgo",
+    settings: Settings = PRESETS["default"],
+    seed: int = 0,
+    report: Report = silent,
+    run_folder: Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> list[SubNet]:
+    """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
+
+    ``method="dipgo"``: fixed policies are judged; the best, what moves of its gates improve, and the last budget's
+    gates thinned out are given learned backups for a while, and the best of these learns on. Every candidate is judged
+    on held-out noise and the best is returned, so the result is never worse there than the best policy.
+    ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
+    scores for all budgets.
 
     Started by ``accelerate launch``, every process of it searches on its share and returns the same.
 
     Args:
+        budgets: shares of the full trajectory's MACs to keep.
         run_folder: where checkpoints and figures are kept, see :mod:`dipgo.search.run`.
         resume: go on with the run that lies there.
         tensorboard: log figures for TensorBoard too.
+
+    Returns:
+        One SubNet a budget, in the order of ``budgets``.
 
     Raises:
         UsageError: an unknown method, or a budget that cannot be met.
@@ -74,9 +95,9 @@ def search(
     """
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
-    check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
+    for budget in budgets:
+        check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
     check(settings)
-    started = time.time()
     torch.manual_seed(seed)
     task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)
     group = processes(task.trajectory.device)
@@ -86,37 +107,51 @@ def search(
         "sites": task.trajectory.names,
         "choices": [str(choice) for choice in task.sampling.choices],
         "method": method,
-        "budget": budget,
+        "budgets": list(budgets),
         "seed": seed,
         "settings": asdict(settings),
         "processes": group.count,
     }
     cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
     run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
-    judge = _Judge(task, settings.held_out, seed, run)
-    follow = _paper if method == "paper" else _dipgo
-    candidates = follow(task, budget, settings, seed, judge, run)
-    best = max(candidates, key=lambda candidate: candidate.psnr)
-    return SubNet(
-        model=task.model.identity(),
-        sampler=task.identity,
-        sites=task.trace.sites,
-        gates=best.gates,
-        cost=cost_of(task.trace, best.gates, bool(best.weights)),
-        terms=best.terms,
-        weights=dict(best.weights),
-        search={
-            "method": method,
-            "budget": budget,
-            "seed": seed,
-            "settings": asdict(settings),
-            "seconds": round(time.time() - started, 1),
-            "chosen": best.name,
-            "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
-            "versions": {name: version(name) for name in ("dipgo", "torch", "diffusers")}
-            | {"python": platform.python_version()},
-        },
+    work = _Work(
+        task,
+        settings,
+        seed,
+        run,
+        Pool(task, settings.pool, settings.batch, seed + 1, group, settings.chunk),
+        Judge(task, settings.held_out, 2_000_000 + seed, run),
+        make_loss(settings.loss, task.decode, settings.step_weights),
     )
+    found: dict[float, SubNet] = {}
+    gates = None
+    scores = _paper_scores(work, min(budgets)) if method == "paper" else None
+    for budget in sorted(set(budgets), reverse=True):
+        started = time.time()
+        candidates = _dipgo(work, budget, gates) if scores is None else [_paper(work, budget, scores)]
+        best = max(candidates, key=lambda candidate: candidate.psnr)
+        gates = best.gates
+        found[budget] = SubNet(
+            model=task.model.identity(),
+            sampler=task.identity,
+            sites=task.trace.sites,
+            gates=best.gates,
+            cost=cost_of(task.trace, best.gates, bool(best.weights)),
+            terms=best.terms,
+            weights=dict(best.weights),
+            search={
+                "method": method,
+                "budget": budget,
+                "seed": seed,
+                "settings": asdict(settings),
+                "seconds": round(time.time() - started, 1),
+                "chosen": best.name,
+                "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
+                "versions": {name: version(name) for name in ("dipgo", "torch", "diffusers")}
+                | {"python": platform.python_version()},
+            },
+        )
+    return [found[budget] for budget in budgets]
 
 
 def policy_subnet(task: Task, policy: Policy) -> SubNet:
@@ -133,73 +168,147 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
     )
 
 
-def _dipgo(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, run: Run) -> list[_Candidate]:
-    trace, calls = task.trace, task.sampler.calls
-    fixed = policies(trace, calls, budget)
+def _dipgo(work: _Work, budget: float, last: np.ndarray | None) -> list[Candidate]:
+    fixed, drift = _policies(work, budget)
+    straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
+    moved = _moved(work, budget, straight[0], drift, last)
+    contenders = _distinct(sorted([*moved, *straight], key=lambda candidate: -candidate.psnr))
+    learned = _learned(work, budget, contenders[: work.settings.contenders])
+    return [*fixed, *moved, *learned]
+
+
+def _policies(work: _Work, budget: float) -> tuple[list[Candidate], np.ndarray]:
+    """Judge the fixed policies; returns them, and the drift of every site."""
+    trace, run = work.task.trace, work.run
+
+    def measured() -> dict[str, np.ndarray]:
+        return {"drift": measure_drift(work.task.trajectory, work.task.sampling.draw(8, 3_000_000 + work.seed))}
+
+    drift = run.once("drift", measured)["drift"]
+    fixed = policies(trace, work.task.sampler.calls, budget, drift)
 
     def judged() -> dict[str, np.ndarray]:
-        found = []
+        scores = []
         for number, policy in enumerate(fixed):
-            found.append(judge.psnr(policy.gates, policy.weights))
-            run.report("policies", number + 1, len(fixed), f"{policy.name} {found[-1]:.2f} dB")
-        return {"psnr": np.array(found)}
+            scores.append(work.judge.psnr(policy.gates, policy.weights))
+            run.report(f"policies {budget:g}", number + 1, len(fixed), f"{policy.name} {scores[-1]:.2f} dB")
+        return {"psnr": np.array(scores)}
 
-    found = run.once("policies", judged)["psnr"]
-    candidates = [_Candidate(p.name, p.gates, p.weights, float(db)) for p, db in zip(fixed, found, strict=True)]
-    start = max((c for c in candidates if c.weights), key=lambda candidate: candidate.psnr)
+    scores = run.once(f"policies-{budget:g}", judged)["psnr"]
+    candidates = [Candidate(p.name, p.gates, p.weights, float(db)) for p, db in zip(fixed, scores, strict=True)]
+    return candidates, drift
 
-    pool = Pool(task, settings.pool, settings.batch, seed + 1, run.processes, settings.chunk)
-    masks = {start.name: start.gates}
+
+def _moved(work: _Work, budget: float, start: Candidate, drift: np.ndarray, last: np.ndarray | None) -> list[Candidate]:
+    """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
+    trace, settings, run = work.task.trace, work.settings, work.run
+    proposals = {}
+    if last is not None:
+        proposals["thinned"] = thinned(trace, last, drift, budget)
+    if settings.moves:
+        ground = Judge(work.task, settings.moves_on, 4_000_000 + work.seed, run)
+
+        def improved() -> dict[str, np.ndarray]:
+            gates = improve(
+                trace,
+                start.gates,
+                budget,
+                lambda gates: ground.psnr(gates, extrapolation(trace, gates)),
+                settings.moves,
+                work.seed,
+                lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
+            )
+            return {"gates": gates.astype(np.uint8)}
+
+        proposals["moved"] = run.once(f"moves-{budget:g}", improved)["gates"].astype(bool)
     if settings.gate_iterations:
         scores = budgeted_scores(
-            _pruner(task, settings, start.gates),
+            _pruner(work, start.gates),
             trace,
-            task.trajectory,
-            pool,
+            work.task.trajectory,
+            work.pool,
             settings.gate_descent,
-            _loss(task, settings),
-            run.phase("gates"),
+            work.loss,
+            run.phase(f"gates-{budget:g}"),
             budget,
         )
-        moved = gates_at_budget(trace, scores, budget, learned=True)
-        candidates.append(judge("gates by gradient", moved, extrapolation(trace, moved)))
-        masks["gates by gradient"] = moved
+        proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
+    return [work.judge(name, gates, extrapolation(trace, gates)) for name, gates in proposals.items()]
 
-    name = max(masks, key=lambda mask: next(c.psnr for c in candidates if c.name == mask))
-    backups = Backups(trace, masks[name], settings.terms, settings.by_channel)
+
+def _learned(work: _Work, budget: float, contenders: Sequence[Candidate]) -> list[Candidate]:
+    """Learn backups for each of the contenders for a while, then on for the best of them."""
+    settings = work.settings
+    if not settings.backup_iterations:
+        return []
+    tried: list[tuple[Candidate, Backups]] = []
+    if len(contenders) > 1 and settings.trial_iterations:
+        for number, contender in enumerate(contenders):
+            backups = Backups(work.task.trace, contender.gates, settings.terms, settings.by_channel)
+            phase = f"trial-{budget:g}-{number}"
+            tried.append((_learn(work, contender.name, backups, settings.trial_iterations, phase), backups))
+    else:
+        contender = contenders[0]
+        tried.append((contender, Backups(work.task.trace, contender.gates, settings.terms, settings.by_channel)))
+    best, backups = max(tried, key=lambda pair: pair[0].psnr)
+    name = best.name.removesuffix(LEARNED)
+    return [
+        *(c for c, _ in tried if c.name.endswith(LEARNED)),
+        _learn(work, name, backups, settings.backup_iterations, f"backups-{budget:g}", f"{LEARNED}, on"),
+    ]
+
+
+LEARNED = ", learned backups"
+
+
+def _learn(work: _Work, name: str, backups: Backups, iterations: int, phase: str, suffix: str = LEARNED) -> Candidate:
+    trace = work.task.trace
     learn_backups(
         backups,
-        task.trajectory,
-        pool,
-        settings.backup_descent,
-        _loss(task, settings),
-        run.phase("backups"),
-        cost_of(trace, masks[name], learned=True).ratio,
+        work.task.trajectory,
+        work.pool,
+        replace(work.settings.backup_descent, iterations=iterations),
+        work.loss,
+        work.run.phase(phase),
+        cost_of(trace, backups.gates, learned=True).ratio,
     )
-    candidates.append(judge(f"{name}, learned backups", masks[name], backups.arrays()))
-    return candidates
+    return work.judge(name + suffix, backups.gates, backups.arrays())
 
 
-def _paper(task: Task, budget: float, settings: Settings, seed: int, judge: _Judge, run: Run) -> list[_Candidate]:
-    scores = paper_scores(
-        _pruner(task, settings, None),
-        task.trace,
-        task.trajectory,
-        Pool(task, settings.pool, settings.batch, seed + 1, run.processes, settings.chunk),
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates without those whose gates an earlier one has."""
+    first: dict[bytes, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.gates.tobytes(), candidate)
+    return list(first.values())
+
+
+def _paper_scores(work: _Work, least: float) -> np.ndarray:
+    settings = work.settings
+    return paper_scores(
+        _pruner(work, None),
+        work.task.trace,
+        work.task.trajectory,
+        work.pool,
         settings.gate_descent,
-        _loss(task, settings),
-        run.phase("gates"),
+        work.loss,
+        work.run.phase("gates"),
         settings.alpha,
-        min(settings.tau, budget),
+        min(settings.tau, least),
         settings.gamma,
     )
-    return [judge("paper", gates_at_budget(task.trace, scores, budget), {})]
 
 
-def _pruner(task: Task, settings: Settings, start: np.ndarray | None) -> Pruner:
+def _paper(work: _Work, budget: float, scores: np.ndarray) -> Candidate:
+    gates = POSTPROCESSES[work.settings.postprocess](work.task.trace, scores, budget, False)
+    return work.judge("paper", gates, {})
+
+
+def _pruner(work: _Work, start: np.ndarray | None) -> Pruner:
+    settings = work.settings
     return Pruner(
-        task.sampler.calls,
-        len(task.trace.sites),
+        work.task.sampler.calls,
+        len(work.task.trace.sites),
         settings.width,
         settings.layers,
         settings.heads,
@@ -208,40 +317,6 @@ def _pruner(task: Task, settings: Settings, start: np.ndarray | None) -> Pruner:
         start,
         confidence=1.0 if start is None else 0.5,
     )
-
-
-def _loss(task: Task, settings: Settings) -> Loss:
-    return make_loss(settings.loss, task.decode, settings.step_weights)
-
-
-class _Judge:
-    """Compares candidates on noise that nothing is learned from, by PSNR of the decoded images to the full ones.
-
-    With several processes the main one judges for all, so that all choose alike.
-    """
-
-    def __init__(self, task: Task, count: int, seed: int, run: Run) -> None:
-        self.task, self.run = task, run
-        self.batch: Batch = task.sampling.draw(count, 2_000_000 + seed)
-
-    def __call__(self, name: str, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> _Candidate:
-        return _Candidate(name, gates, weights, self.run.processes.from_main(lambda: self.psnr(gates, weights)))
-
-    def psnr(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> float:
-        """Return the PSNR in dB; for the main process alone."""
-        tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
-        terms = next((array.shape[1] for array in weights.values()), 1)
-        with torch.no_grad():
-            latents = self.task.trajectory.gated(self.batch.noise, self.batch.conditions, gates, tensors, terms)
-        return psnr(self._images(latents), self.reference)
-
-    @cached_property
-    def reference(self) -> torch.Tensor:
-        return self._images(self.task.trajectory.full(self.batch.noise, self.batch.conditions))
-
-    def _images(self, latents: list[torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
-            return self.task.decode(latents[-1])
 
 
 def describe(search_record: Mapping[str, Any]) -> str:

@@ -10,9 +10,12 @@ import torch
 
 from dipgo.errors import UsageError
 from dipgo.search.optimise import Descent
+from dipgo.search.postprocess import POSTPROCESSES
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
+POSITIVE = ("batch", "chunk", "held_out", "terms", "moves_on", "contenders")
+NATURAL = ("pool", "moves", "gate_iterations", "trial_iterations", "backup_iterations")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Settings:
             at every iteration.
         chunk: how many full trajectories are computed at once.
         held_out: noises on which candidates are compared; never used for learning.
-        gate_iterations: of the gate phase.
-        backup_iterations: of the backup phase.
+        moves: trials of the local search on the gates, 0 for none.
+        moves_on: noises on which moves are tried.
+        contenders: how many different gates are given learned backups for a while, of which the best learns on.
+        gate_iterations: of the gate phase; 0 leaves it out.
+        trial_iterations, backup_iterations: of the backup phase, for each of the contenders and for the best.
         gate_rate, backup_rate: learning rates.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
@@ -34,6 +40,7 @@ class Settings:
         accumulate: batches that make one update, in every phase.
         width, layers, heads, hidden, attention: of the pruner, see :class:`dipgo.search.pruner.Pruner`.
         alpha, tau, gamma: the paper's α, τ, and whether gates are weighted by γ.
+        postprocess: from scores to gates, ``bisection`` (the paper's Algorithm 1) or ``sweep`` (the public code's).
         loss: see :func:`dipgo.search.losses.make_loss`.
         step_weights: of the latent term, one number a call; empty takes the final latent alone.
         terms: K, how many computed outputs a backup combines.
@@ -47,8 +54,12 @@ class Settings:
     pool: int = 512
     chunk: int = 32
     held_out: int = 32
-    gate_iterations: int = 60
-    backup_iterations: int = 800
+    moves: int = 100
+    moves_on: int = 16
+    contenders: int = 3
+    gate_iterations: int = 0
+    trial_iterations: int = 60
+    backup_iterations: int = 1200
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     gate_schedule: str = "constant"
@@ -66,7 +77,8 @@ class Settings:
     alpha: float = 1.0
     tau: float = 0.2
     gamma: bool = True
-    loss: str = "latent"
+    postprocess: str = "bisection"
+    loss: str = "psnr"
     step_weights: tuple[float, ...] = ()
     terms: int = 2
     by_channel: bool = True
@@ -97,11 +109,13 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, gate_iterations=15, backup_iterations=150),
+    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, backup_iterations=150),
 }
 
 PAPER: dict[str, Any] = {
     "batch": 1,
+    "loss": "ssim",
+    "gate_iterations": 1000,
     "width": 512,
     "optimiser": "sgd",
     "gate_rate": 0.1,
@@ -139,10 +153,12 @@ def settings_of(method: str, preset: str, overrides: Sequence[str] = ()) -> Sett
 
 def check(settings: Settings) -> None:
     """Refuse settings that make no search."""
-    least = {"batch": 1, "chunk": 1, "held_out": 1, "terms": 1, "pool": 0, "gate_iterations": 0, "backup_iterations": 0}
-    for name, lowest in least.items():
-        if getattr(settings, name) < lowest:
-            raise UsageError(f"{name} = {getattr(settings, name)}; give at least {lowest}")
+    for names, lowest in ((POSITIVE, 1), (NATURAL, 0)):
+        for name in names:
+            if getattr(settings, name) < lowest:
+                raise UsageError(f"{name} = {getattr(settings, name)}; give at least {lowest}")
+    if settings.postprocess not in POSTPROCESSES:
+        raise UsageError(f"unknown postprocess '{settings.postprocess}'; use {', '.join(POSTPROCESSES)}")
     if settings.precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 

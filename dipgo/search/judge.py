@@ -1,0 +1,65 @@
+"""The judge: candidates compared on noise that nothing is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dipgo.search.losses import psnr
+from dipgo.search.run import Run
+from dipgo.search.task import Task
+from dipgo.trajectory import Batch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Gates, what skipped sites serve, and the judge's verdict in dB."""
+
+    name: str
+    gates: np.ndarray
+    weights: Mapping[str, np.ndarray]
+    psnr: float
+
+    @property
+    def terms(self) -> int:
+        return terms_of(self.weights)
+
+
+class Judge:
+    """Compares gates and backups by PSNR of the decoded images to those of the full trajectory.
+
+    With several processes the main one judges for all, so that all choose alike.
+    """
+
+    def __init__(self, task: Task, count: int, seed: int, run: Run) -> None:
+        self.task, self.run = task, run
+        self.batch: Batch = task.sampling.draw(count, seed)
+
+    def __call__(self, name: str, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> Candidate:
+        return Candidate(name, gates, weights, self.run.processes.from_main(lambda: self.psnr(gates, weights)))
+
+    def psnr(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> float:
+        """Return the PSNR in dB; for the main process alone."""
+        tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
+        with torch.no_grad():
+            latents = self.task.trajectory.gated(
+                self.batch.noise, self.batch.conditions, gates, tensors, terms_of(weights)
+            )
+        return psnr(self._images(latents), self.reference)
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        return self._images(self.task.trajectory.full(self.batch.noise, self.batch.conditions))
+
+    def _images(self, latents: list[torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.task.decode(latents[-1])
+
+
+def terms_of(weights: Mapping[str, np.ndarray]) -> int:
+    """Return K: how many computed outputs the backups combine."""
+    return next((array.shape[1] for array in weights.values()), 1)
