@@ -237,42 +237,47 @@ def _moved(work: _Work, budget: float, start: Candidate, drift: np.ndarray, last
 
 
 def _learned(work: _Work, budget: float, contenders: Sequence[Candidate]) -> list[Candidate]:
-    """Learn backups for each of the contenders for a while, then on for the best of them."""
-    settings = work.settings
+    """Learn backups for each of the contenders for a while, then on for the best of them.
+
+    The first contender tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
+    """
+    settings, rate = work.settings, work.settings.backup_rate
     if not settings.backup_iterations:
         return []
-    tried: list[tuple[Candidate, Backups]] = []
-    if len(contenders) > 1 and settings.trial_iterations:
-        for number, contender in enumerate(contenders):
-            backups = Backups(work.task.trace, contender.gates, settings.terms, settings.by_channel)
-            phase = f"trial-{budget:g}-{number}"
-            tried.append((_learn(work, contender.name, backups, settings.trial_iterations, phase), backups))
-    else:
-        contender = contenders[0]
-        tried.append((contender, Backups(work.task.trace, contender.gates, settings.terms, settings.by_channel)))
-    best, backups = max(tried, key=lambda pair: pair[0].psnr)
-    name = best.name.removesuffix(LEARNED)
-    return [
-        *(c for c, _ in tried if c.name.endswith(LEARNED)),
-        _learn(work, name, backups, settings.backup_iterations, f"backups-{budget:g}", f"{LEARNED}, on"),
-    ]
+    trials: list[_Trial] = []
+    for number, contender in enumerate(contenders):
+        for trial_rate in (rate, rate / 4) if number == 0 else (rate,):
+            phase = f"trial-{budget:g}-{len(trials)}"
+            trials.append(_learn(work, contender, trial_rate, settings.trial_iterations, phase))
+        rate = max(trials, key=lambda trial: trial.candidate.psnr).rate
+    best = max(trials, key=lambda trial: trial.candidate.psnr)
+    longer = _learn(work, best.candidate, best.rate, settings.backup_iterations, f"backups-{budget:g}", best.backups)
+    return [*(trial.candidate for trial in trials if settings.trial_iterations), longer.candidate]
 
 
-LEARNED = ", learned backups"
+@dataclass(frozen=True)
+class _Trial:
+    candidate: Candidate
+    backups: Backups
+    rate: float
 
 
-def _learn(work: _Work, name: str, backups: Backups, iterations: int, phase: str, suffix: str = LEARNED) -> Candidate:
-    trace = work.task.trace
+def _learn(
+    work: _Work, start: Candidate, rate: float, iterations: int, phase: str, backups: Backups | None = None
+) -> _Trial:
+    trace, settings = work.task.trace, work.settings
+    name = f"{start.name}, longer" if backups else f"{start.name}, backups learned at {rate:g}"
+    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel)
     learn_backups(
         backups,
         work.task.trajectory,
         work.pool,
-        replace(work.settings.backup_descent, iterations=iterations),
+        replace(settings.backup_descent, iterations=iterations, rate=rate),
         work.loss,
         work.run.phase(phase),
         cost_of(trace, backups.gates, learned=True).ratio,
     )
-    return work.judge(name + suffix, backups.gates, backups.arrays())
+    return _Trial(work.judge(name, backups.gates, backups.arrays()), backups, rate)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

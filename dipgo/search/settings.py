@@ -33,7 +33,7 @@ class Settings:
         contenders: how many different gates are given learned backups for a while, of which the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
         trial_iterations, backup_iterations: of the backup phase, for each of the contenders and for the best.
-        gate_rate, backup_rate: learning rates.
+        gate_rate, backup_rate: learning rates; backups try a quarter of theirs too.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
         warmup, weight_decay, clip: of the gate phase, see :class:`dipgo.search.optimise.Descent`.
@@ -109,7 +109,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, backup_iterations=150),
+    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, trial_iterations=30, backup_iterations=150),
 }
 
 PAPER: dict[str, Any] = {
