@@ -1,0 +1,274 @@
+"""What searches find against every fixed policy, at equal MACs and on held-out noise; run in torch, without engines.
+
+dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
+dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
+python -m benchmarks.search_table build/search --paper build/paper -o benchmarks/results/search-digits-dit-ddim.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.environment import Environment, environment, load_average
+from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from dipgo.errors import DipgoError
+from dipgo.files import new_file
+from dipgo.models import find_model
+from dipgo.records import ModelIdentity, Record, SamplerIdentity
+from dipgo.sampler import make_scheduler
+from dipgo.search.policies import measure_drift, policies
+from dipgo.search.task import Task, make_task
+from dipgo.subnet import SubNet, load_subnet
+from dipgo.trajectory import Batch
+
+CHUNK = 32
+CONVERGED_STEPS = 500
+PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Cell(Record):
+    """One row at one budget.
+
+    ``psnr_db``: over all pixels together, to the full trajectory. ``image_psnr_db``: mean of the images' own.
+    ``converged_db``: as ``psnr_db``, to the same sampler at 500 steps, on the first images. ``what``: the policy that
+    was chosen, where the row has several.
+    """
+
+    row: str
+    budget: float
+    macs_ratio: float
+    psnr_db: float
+    image_psnr_db: float
+    converged_db: float | None
+    class_accuracy: float | None
+    what: str = ""
+    search_seconds: float | None = None
+
+
+class TableRecord(Record):
+    """The result file."""
+
+    command: str
+    model: ModelIdentity
+    sampler: SamplerIdentity
+    images: int
+    converged_images: int
+    full_class_accuracy: float | None
+    full_converged_db: float | None
+    cells: list[Cell]
+    environment: Environment
+
+
+class Judge:
+    """Holds the noise, the full trajectory's images and the converged ones."""
+
+    def __init__(self, task: Task, images: int, converged: int) -> None:
+        self.task = task
+        self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
+        self.reference = self.full(task)
+        self.labels = np.concatenate([_labels(batch) for batch in self.batches])
+        long = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), CONVERGED_STEPS)
+        self.converged = self.full(long, -(-converged // CHUNK)) if converged else None
+
+    def full(self, task: Task, batches: int | None = None) -> np.ndarray:
+        """Return images of the full model under ``task``'s sampler, ``[n, height, width, channels]`` in [0, 1]."""
+        found = []
+        for batch in tqdm(self.batches[:batches], desc=f"full, {task.sampler.steps} steps", leave=False):
+            found.append(self._images(task.trajectory.full(batch.noise, batch.conditions)[-1]))
+        return np.concatenate(found)
+
+    def gated(self, gates: np.ndarray, weights: Mapping[str, np.ndarray], terms: int) -> np.ndarray:
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        found = []
+        with torch.no_grad():
+            for batch in self.batches:
+                latents = self.task.trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)
+                found.append(self._images(latents[-1]))
+        return np.concatenate(found)
+
+    def cell(self, row: str, budget: float, ratio: float, images: np.ndarray, **more: object) -> Cell:
+        close = None
+        if self.converged is not None:
+            close = psnr(images[: len(self.converged)], self.converged)
+        return Cell(
+            row=row,
+            budget=budget,
+            macs_ratio=round(ratio, 4),
+            psnr_db=psnr(images, self.reference),
+            image_psnr_db=float(image_psnr(images, self.reference).mean()),
+            converged_db=close,
+            class_accuracy=self.accuracy(images),
+            **more,
+        )
+
+    def accuracy(self, images: np.ndarray) -> float | None:
+        return class_accuracy(images, self.labels.tolist()) if is_digits(self.task.model.name, images) else None
+
+    def _images(self, latent: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            decoded = self.task.decode(latent)
+        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Cell]:
+    """Yield all rows of the budgets that ``found`` was searched for."""
+    task = judge.task
+    trace, calls = task.trace, task.sampler.calls
+    drift = measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000))
+    for subnet in found:
+        budget = float(subnet.search["budget"])
+        steps = max(2, round(task.sampler.steps * budget))
+        same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
+        yield judge.cell("fewer steps, same solver", budget, steps / calls, judge.full(same))
+        if task.sampler.name != "DPMSolverMultistepScheduler":
+            dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
+            yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, steps / calls, judge.full(dpm))
+        scores = subnet.search["held_out_psnr_db"]
+        fixed = {policy.name: policy for policy in policies(trace, calls, budget, drift)}
+        chosen = {name: name for name in PLAIN if name in fixed}
+        deep = [name for name in fixed if name.startswith("DeepCache")]
+        if deep:
+            chosen["DeepCache-like, the best"] = max(deep, key=lambda name: scores[name])
+        chosen["best fixed policy of all"] = max(fixed, key=lambda name: scores[name])
+        for row, name in chosen.items():
+            policy = fixed[name]
+            images = judge.gated(policy.gates, policy.weights, policy.terms)
+            ratio = trace_ratio(task, policy.gates, bool(policy.weights))
+            yield judge.cell(row.removesuffix(", inside"), budget, ratio, images, what=name)
+        for row, subnets in (("the paper's method", paper), ("**dipgo**", [subnet])):
+            for one in subnets:
+                if float(one.search["budget"]) == budget:
+                    yield judge.cell(
+                        row,
+                        budget,
+                        one.cost.ratio,
+                        judge.gated(one.gates, one.weights, one.terms),
+                        what=one.search["chosen"],
+                        search_seconds=one.search["seconds"],
+                    )
+
+
+def trace_ratio(task: Task, gates: np.ndarray, learned: bool) -> float:
+    from dipgo.cost import cost_of
+
+    return cost_of(task.trace, gates, learned).ratio
+
+
+def markdown(record: TableRecord, source: str) -> str:
+    """Return the table: a row a method, a column a budget, PSNR to the full trajectory (and to the converged one)."""
+    budgets = sorted({cell.budget for cell in record.cells}, reverse=True)
+    rows = list(dict.fromkeys(cell.row for cell in record.cells))
+    by_place = {(cell.row, cell.budget): cell for cell in record.cells}
+    lines = [
+        f"PSNR in dB to the full {record.sampler.steps}-step {record.sampler.class_name.removesuffix('Scheduler')} "
+        f"trajectory, guidance {record.sampler.guidance_scale:g}, over {record.images} held-out pairs of noise and "
+        f"class; in brackets to {CONVERGED_STEPS} steps, over {record.converged_images}"
+        + (f" (the full trajectory itself: {record.full_converged_db:.1f})" if record.full_converged_db else "")
+        + "; class accuracy of the images after the bar"
+        + (f" (full: {record.full_class_accuracy:.1%})." if record.full_class_accuracy is not None else "."),
+        "",
+        "| at equal MACs | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for row in rows:
+        texts = [_text(by_place.get((row, budget))) for budget in budgets]
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    place = record.environment
+    seconds = [cell.search_seconds for cell in record.cells if cell.row == "**dipgo**" and cell.search_seconds]
+    lines += [
+        "",
+        f"`{record.command}`; searches took {', '.join(f'{value / 60:.0f}' for value in seconds)} minutes on "
+        f"{place.cpu}, {place.cores} cores. From [{source}]({source}).",
+    ]
+    return "\n".join(lines)
+
+
+def _text(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    close = f" ({cell.converged_db:.1f})" if cell.converged_db is not None else ""
+    seen = f" \\| {cell.class_accuracy:.1%}" if cell.class_accuracy is not None else ""
+    return f"{cell.psnr_db:.1f}{close}{seen}"
+
+
+def publish(record: TableRecord, source: str, marker: str) -> None:
+    """Put the table between ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->`` in the README."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, found, rest = README.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise DipgoError(f"README.md has no place '{begin} … {end}'; add it where the table should stand")
+    README.write_text(f"{before}{begin}\n{markdown(record, source)}\n{end}{after}")
+
+
+def load_folder(folder: Path) -> list[SubNet]:
+    """Return the SubNets in a folder, the largest budget first."""
+    subnets = [load_subnet(path) for path in sorted(folder.glob("*.json")) if path.stem[:1].isdigit()]
+    if not subnets:
+        raise DipgoError(f"{folder}: no SubNet in it; write some with dipgo search --budget 0.5,0.25 -o {folder}")
+    return sorted(subnets, key=lambda subnet: -float(subnet.search["budget"]))
+
+
+def _labels(batch: Batch) -> np.ndarray:
+    labels = batch.conditions.get("class_labels")
+    if labels is None:
+        return np.zeros(len(batch.noise), int)
+    return labels[-len(batch.noise) :].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
+    parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
+    parser.add_argument("--publish", metavar="MARKER", help="put the table into the README, between these markers")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    load = load_average()
+    found = load_folder(arguments.searched)
+    paper = load_folder(arguments.paper) if arguments.paper else []
+    first = found[0]
+    task = make_task(
+        find_model(first.model.name),
+        first.sampler.steps,
+        first.sampler.class_name,
+        ",".join(site.name for site in first.sites),
+        first.sampler.guidance_scale,
+    )
+    judge = Judge(task, arguments.images, arguments.converged)
+    table = []
+    for cell in cells(judge, found, paper):
+        table.append(cell)
+        print(f"{cell.budget:g}  {cell.row}: {cell.psnr_db:.2f} dB  {cell.what}", flush=True)
+    record = TableRecord(
+        command="python -m benchmarks.search_table " + " ".join(sys.argv[1:]),
+        model=first.model,
+        sampler=first.sampler,
+        images=len(judge.reference),
+        converged_images=0 if judge.converged is None else len(judge.converged),
+        full_class_accuracy=judge.accuracy(judge.reference),
+        full_converged_db=None
+        if judge.converged is None
+        else psnr(judge.reference[: len(judge.converged)], judge.converged),
+        cells=table,
+        environment=environment(load),
+    )
+    with new_file(arguments.output) as draft:
+        draft.write_text(record.text())
+    source = str(arguments.output)
+    print(markdown(record, source))
+    if arguments.publish:
+        publish(record, source, arguments.publish)
+
+
+if __name__ == "__main__":
+    main()
