@@ -66,6 +66,9 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the sea
 TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too, in --run-folder.")]
 PresetOption = Annotated[str, typer.Option(help="default, or quick for a first look.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Draw the weights: for structure and speed, images are meaningless.")
+]
 SourceOption = Annotated[
     str | None, typer.Option("--model", help="Where the model lies now, if not where it was searched.")
 ]
@@ -75,10 +78,13 @@ SourceOption = Annotated[
 def models() -> None:
     """List what is built in and supported, with sites and MACs."""
     from dipgo.describe import families_text, model_text
-    from dipgo.models import built_in, find_model
+    from dipgo.models import architectures, built_in, find_model
 
-    for name in built_in():
-        typer.echo(model_text(find_model(name)))
+    for title, names in (("built in:", built_in()), ("architectures, without weights:", architectures())):
+        typer.echo(title)
+        for name in names:
+            typer.echo(f"  {model_text(find_model(name))}")
+        typer.echo()
     typer.echo(families_text())
 
 
@@ -102,6 +108,7 @@ def search(
     resume: ResumeOption = False,
     tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
+    random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
     """Search a SubNet and write it to a JSON file."""
@@ -122,6 +129,7 @@ def search(
         seed,
         threads,
         force,
+        random_weights,
         settings or (),
         choice,
         keep,
@@ -258,6 +266,7 @@ def _search(
     seed: int,
     threads: int | None,
     force: bool,
+    random_weights: bool = False,
     overrides: Sequence[str] = (),
     choice: Mapping[str, Any] = MappingProxyType({}),
     keep: Mapping[str, Any] = MappingProxyType({}),
@@ -271,7 +280,7 @@ def _search(
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     from dipgo.models import find_model
 
-    found = find_model(model)
+    found = find_model(model, random_weights)
     with _spinner("load and trace"):
         import torch
 

@@ -20,10 +20,10 @@ def model_text(model: Model) -> str:
     denoiser = model.empty_denoiser()
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     sites = {spec: len(site_names(denoiser, model.family, spec)) for spec in model.family.sites}
-    counts = ", ".join(f"{count} {spec} sites" for spec, count in sites.items())
+    counts = ", ".join(f"{count} {spec}" for spec, count in sites.items())
     return (
         f"{model.name}: {model.family.denoiser_class}, {parameters / 1e6:.2f} M parameters, "
-        f"{call_macs(model, denoiser) / 1e6:.1f} M MACs a call, {counts}"
+        f"{call_macs(model, denoiser) / 1e9:.3f} G MACs a call, sites: {counts or 'by pattern'}"
     )
 
 
@@ -31,10 +31,13 @@ def families_text() -> str:
     """The supported classes of denoisers, with their site patterns."""
     from dipgo.families import FAMILIES
 
-    lines = ["", "supported denoisers, from a diffusers folder or a hub id (granularity: site patterns):"]
+    lines = ["denoisers with sites of their own, from a diffusers folder or a hub id (granularity: site patterns):"]
     for family in FAMILIES:
         lines.append(f"  {family.denoiser_class}")
         lines += [f"    {spec}: {', '.join(patterns)}" for spec, patterns in family.sites.items()]
+    lines.append(
+        "  any other class of diffusers that is called on a latent, a timestep and text embeddings: --sites PATTERN,…"
+    )
     return "\n".join(lines)
 
 

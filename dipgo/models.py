@@ -1,4 +1,8 @@
-"""Models: find and load a diffusers pipeline by built-in name, folder or hub id, and fingerprint it."""
+"""Models: find and load a diffusers pipeline by built-in name, folder or hub id, and fingerprint it.
+
+Two kinds ship with the package: small trained models (``zoo``), and public architectures at their true sizes without
+weights (``architectures``), for counting, for importing what others publish, and, with random weights, for speed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipgo.errors import DipgoError
-from dipgo.families import FAMILIES, Family
+from dipgo.errors import DipgoError, UsageError
+from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of, sha256_of_json
 from dipgo.records import ModelIdentity, read_json
 
 BUILT_IN = Path(__file__).parent / "zoo"
+ARCHITECTURES = Path(__file__).parent / "architectures"
 
 
 @dataclass(frozen=True)
@@ -26,44 +31,62 @@ class Model:
         folder: where it lies.
         family: how its denoiser is called.
         config: the denoiser's configuration.
+        random_weights: draw the denoiser's weights, always the same, instead of reading them. For structure and speed:
+            images are meaningless.
     """
 
     name: str
     folder: Path
     family: Family
     config: dict[str, Any]
+    random_weights: bool = False
 
     @property
     def weights_files(self) -> list[Path]:
-        """The safetensors files of the denoiser, in order of name."""
+        """The safetensors files of the denoiser, in order of name; none for an architecture and random weights."""
+        if self.random_weights:
+            return []
         return sorted((self.folder / self.family.component).glob("diffusion_pytorch_model*.safetensors"))
 
     def identity(self) -> ModelIdentity:
         """Return the fingerprints that tie a SubNet or bundle to this model."""
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         digests = [sha256_of(path) for path in self.weights_files]
+        weights = (digests[0] if len(digests) == 1 else sha256_of_json(digests)) if digests else None
         return ModelIdentity(
             name=self.name,
             class_name=self.family.denoiser_class,
             config_sha256=sha256_of_json(config),
-            weights_sha256=digests[0] if len(digests) == 1 else sha256_of_json(digests),
+            weights_sha256=weights,
         )
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return ``[batch, channels, height, width]`` of the latent."""
-        size = self.config["sample_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return (batch, self.config["in_channels"], height, width)
+        return (batch, self.config["in_channels"], *latent_size(self.config))
 
     def pipeline(self) -> Any:
-        """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet."""
+        """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.
+
+        With random weights, what the folder does not hold is drawn (VAE) or left out (tokenizer, text encoder; see
+        :meth:`dipgo.families.Family.conditions`).
+
+        Raises:
+            UsageError: an architecture without weights, and random ones were not asked for.
+            DipgoError: a folder that diffusers cannot load.
+        """
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
 
+        if not self.weights_files and not self.random_weights:
+            raise UsageError(
+                f"'{self.name}' is an architecture without weights; give a folder or hub id that has them, or "
+                "--random-weights where images do not matter"
+            )
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        drawn = self._drawn_components() if self.random_weights else {}
         try:
-            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True)
+            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **drawn)
         except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
             raise DipgoError(
                 f"{self.folder}: cannot load it as a diffusers pipeline ({_one_line(error)}); download or save it again"
@@ -72,6 +95,24 @@ class Model:
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
         return pipe
+
+    def _drawn_components(self) -> dict[str, nn.Module | None]:
+        """Return the denoiser and the VAE with random weights, and None for each component that is not there."""
+        import diffusers
+
+        index = read_json(self.folder / "model_index.json", "model_index.json")
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+        components: dict[str, nn.Module | None] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name, (_, class_name) in sorted(entries.items()):
+                part = self.folder / name
+                if name == self.family.component or (name == "vae" and not list(part.glob("*.safetensors"))):
+                    config = self.config if name == self.family.component else read_json(part / "config.json", name)
+                    components[name] = getattr(diffusers, class_name).from_config(config)
+                elif not part.is_dir():
+                    components[name] = None
+        return components
 
     def empty_denoiser(self) -> nn.Module:
         """Return the denoiser with its buffers but with weights that were never read or allocated, for tracing."""
@@ -95,30 +136,52 @@ def built_in() -> list[str]:
     return sorted(path.parent.name for path in BUILT_IN.glob("*/model_index.json"))
 
 
-def find_model(name: str) -> Model:
+def architectures() -> list[str]:
+    """Return the names of the architectures that ship with the package, without weights."""
+    return sorted(path.parent.name for path in ARCHITECTURES.glob("*/model_index.json"))
+
+
+def find_model(name: str, random_weights: bool = False) -> Model:
     """Find MODEL: a built-in name, a local diffusers folder, or a hub id (then downloaded through huggingface_hub).
 
+    An architecture is found too: all works on it that needs no weights; with ``random_weights`` the rest as well.
+
     Raises:
-        DipgoError: no such model, a folder that is incomplete, or a denoiser of no supported class.
+        DipgoError: no such model, or a folder that is incomplete.
+        UsageError: a denoiser that takes more than a latent and conditions, or conditions that cannot be guessed.
     """
     folder = _locate(name)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise DipgoError(f"{folder}: no model_index.json in it; give a folder saved by a pipeline's save_pretrained")
     index = read_json(index_file, "model_index.json")
-    for family in FAMILIES:
-        if index.get(family.component, [None, None])[1] == family.denoiser_class:
-            break
-    else:
-        known = ", ".join(family.denoiser_class for family in FAMILIES)
-        raise DipgoError(f"{index_file}: {index.get('_class_name')} has no denoiser dipgo supports ({known})")
-    config = read_json(folder / family.component / "config.json", "model configuration")
-    model = Model(name, folder, family, config)
-    if not model.weights_files:
+    component = next((name for name in COMPONENTS if (index.get(name) or [None])[0] == "diffusers"), None)
+    if component is None:
+        raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
+    config = read_json(folder / component / "config.json", "model configuration")
+    family = family_for(index[component][1], component, config, str(index.get("_class_name")))
+    _check_latent(index_file, config)
+    family.example(config, 1)  # refuses what cannot be conditioned
+    model = Model(name, folder, family, config, random_weights)
+    if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
     for path in model.weights_files:
         check_safetensors(path)
     return model
+
+
+def _check_latent(index_file: Path, config: dict[str, Any]) -> None:
+    """Refuse a denoiser that is not a map from a latent ``[B, C, H, W]`` of known size to ε of the same size."""
+    given, made = config.get("in_channels"), config.get("out_channels")
+    if config.get("sample_size") is None or given is None:
+        raise UsageError(
+            f"{index_file}: the denoiser's configuration gives no sample_size or in_channels; not supported"
+        )
+    if made is not None and made < given:
+        raise UsageError(
+            f"{index_file}: the denoiser takes {given} channels and makes {made} (inpainting, depth, upscaling); only "
+            "text, class and unconditional generation are supported"
+        )
 
 
 def check_safetensors(path: Path) -> None:
@@ -135,10 +198,12 @@ def check_safetensors(path: Path) -> None:
 def _locate(name: str) -> Path:
     if name in built_in():
         return BUILT_IN / name
+    if name in architectures():
+        return ARCHITECTURES / name
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise DipgoError(f"no model '{name}': neither built in ({', '.join(built_in())}) nor a folder")
+        raise DipgoError(f"no model '{name}': neither built in ({_shipped()}) nor a folder")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -146,9 +211,12 @@ def _locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, not found, gated: each has a class of its own
         raise DipgoError(
-            f"no model '{name}': not built in ({', '.join(built_in())}), not a folder, and the hub says: "
-            f"{_one_line(error)}"
+            f"no model '{name}': not built in ({_shipped()}), not a folder, and the hub says: {_one_line(error)}"
         ) from error
+
+
+def _shipped() -> str:
+    return ", ".join([*built_in(), *architectures()])
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ the dependents" (Algorithm 1) without a hand-written topology, and MACs are summ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -98,6 +98,25 @@ class Trace:
         """MACs of one call under a row of gates, for one row of the denoiser's batch (guidance doubles it)."""
         return self._row_macs(tuple(bool(gate) for gate in row))
 
+    def priced(self) -> Trace:
+        """Return the trace with the cost of each site: the MACs and parameters that go when it alone is skipped.
+
+        That is what lies inside the module, and what feeds nothing but it: a UNet's transformer takes its resnet along.
+        """
+        nodes = {node.name: node for node in self.program.graph_module.graph.nodes}
+        parameters = self.program.graph_signature.inputs_to_parameters
+        ones = np.ones(len(self.sites), bool)
+        whole = self._live(ones, range(len(ones)))
+        sites = []
+        for index, site in enumerate(self.sites):
+            row = ones.copy()
+            row[index] = False
+            gone = whole - self._live(row, np.flatnonzero(row)) | set(self.outputs[index])
+            macs = sum(self._macs[name] for name in gone)
+            params = sum(nodes[name].meta["val"].numel() for name in gone if name in parameters)
+            sites.append(replace(site, macs=macs, params=params))
+        return replace(self, sites=tuple(sites))
+
     def live_sites(self, row: np.ndarray, wanted: Iterable[int] = ()) -> set[int]:
         """Return the sites whose outputs are read in a call under ``row`` by ε or by the sites ``wanted``.
 
@@ -181,16 +200,17 @@ def trace(model: Model, sites: str | None, guidance_scale: float) -> Trace:
     nodes = {node.name: node for node in program.graph_module.graph.nodes if node.op != "output"}
     macs = {name: _node_macs(node) // rows for name, node in nodes.items()}
     inputs = {name: tuple(source.name for source in node.all_input_nodes) for name, node in nodes.items()}
-    records = tuple(
-        _record(name, denoiser.get_submodule(name), nodes, macs, nodes[outputs[index][0]].meta["val"].ndim)
-        for index, name in enumerate(names)
+    ranks = [nodes[first].meta["val"].ndim for first, *_ in outputs]
+    bare = tuple(
+        Site(name, macs=0, params=0, channel_axis=rank - 1 if rank == 3 else 1)
+        for name, rank in zip(names, ranks, strict=True)
     )
     shapes = {
         name: tuple(_growth(size) for size in node.meta["val"].shape)
         for name, node in nodes.items()
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return Trace(model, program, records, tuple(outputs), epsilon, guidance_scale, shapes, inputs, macs)
+    return Trace(model, program, bare, tuple(outputs), epsilon, guidance_scale, shapes, inputs, macs).priced()
 
 
 def _hint(size: Any) -> Any:
@@ -232,20 +252,6 @@ def _refuse_shared_outputs(program: ExportedProgram, names: Sequence[str], outpu
             other = owner.setdefault(value, site)
             if value in placeholders or other != site:
                 raise DipgoError(f"site '{site}' hands on a value that it did not compute; leave it out")
-
-
-def _record(name: str, module: nn.Module, nodes: dict[str, Node], macs: dict[str, int], rank: int) -> Site:
-    path = f"guided.denoiser.{name}"
-    inside = sum(
-        macs[node.name]
-        for node in nodes.values()
-        if any(
-            inner == path or inner.startswith(path + ".")
-            for inner, _ in (node.meta.get("nn_module_stack") or {}).values()
-        )
-    )
-    params = sum(parameter.numel() for parameter in module.parameters())
-    return Site(name, inside, params, channel_axis=rank - 1 if rank == 3 else 1)
 
 
 def _node_macs(node: Node) -> int:

@@ -128,9 +128,13 @@ def choices_of(family: Family, pipe: Any, prompts: Path | None, classes: str | N
         if classes is not None:
             raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
         return read_prompts(prompts) if prompts else [""]
+    if family.conditioned_by == "nothing":
+        if prompts is not None or classes is not None:
+            raise UsageError("this model is conditioned by nothing; leave --prompts and --classes out")
+        return [""]
     if prompts is not None:
         raise UsageError("this model is conditioned by classes, not prompts; give --classes")
-    labels = family.labels(pipe)
+    labels = family.labels(pipe) or {str(number): number for number in range(family.null_class or 0)}
     if classes is None or classes == "all":
         return sorted(set(labels.values()))
     known = {str(number): number for number in labels.values()} | labels

@@ -13,10 +13,17 @@ from dipgo.sampler import ALIASES, make_scheduler, tabulate
 BASE = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
 
+V_PREDICTION = diffusers.DDIMScheduler(
+    beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", steps_offset=1
+)
+
+
 @pytest.mark.parametrize("name", sorted(ALIASES))
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_table_equals_scheduler(name, steps):
-    scheduler = make_scheduler(name, BASE)
+@pytest.mark.parametrize("base", [BASE, V_PREDICTION], ids=["epsilon", "v"])
+def test_table_equals_scheduler(name, steps, base):
+    scheduler = make_scheduler(name, base)
+    assert scheduler.config.prediction_type == base.config.prediction_type
     sampler = tabulate(scheduler, steps)
     generator = torch.Generator().manual_seed(steps)
     noise, *outputs = torch.randn(sampler.calls + 1, 2, 4, 8, 8, generator=generator)

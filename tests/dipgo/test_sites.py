@@ -1,6 +1,9 @@
 """Choosing sites by pattern."""
 
+import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.errors import DipgoError, UsageError
 from dipgo.models import find_model
@@ -28,6 +31,56 @@ def test_granularities(tiny_dit, unet):
         *(f"up_blocks.{k}" for k in range(3)),
         "mid_block",
     ]
+
+
+# Blocks: down + mid + up. Branches: resnets outside the mid block, one mid block, samplers. Layers: resnets, samplers,
+# and three for each transformer block.
+COUNTS = {
+    "sd-1.5": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9)),
+    "sd-2.1": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9)),
+    "sdxl": (3 + 1 + 3, (6 + 9) + 1 + 4, (6 + 2 + 9) + 4 + 3 * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2)),
+    "dit-xl-2": (28, 28, 28 * 2 + 1),
+    "pixart-alpha": (28, 28, 28 * 3 + 1),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_granularities_of_the_true_architectures(name):
+    model = find_model(name)
+    assert tuple(len(names(model, spec)) for spec in ("block", "branch", "layer")) == COUNTS[name]
+
+
+PARTS = ("resnets", "attentions")
+
+
+def test_a_branch_is_a_resnet_with_its_transformer(unet):
+    """What the sites of a block save apart is what the block saves as one, resnets included."""
+    blocks, branches = trace(unet, "block", 1.0), trace(unet, "branch", 1.0)
+    listed = [site.name for site in branches.sites]
+    assert "down_blocks.0.attentions.0" in listed
+    assert "down_blocks.0.resnets.0" not in listed
+    assert "down_blocks.2.resnets.0" in listed
+    for block in blocks.sites:
+        parts = [site for site in branches.sites if f"{site.name}.".startswith(f"{block.name}.")]
+        assert sum(site.macs for site in parts) == block.macs
+        assert sum(site.params for site in parts) == block.params
+    row = np.ones(len(listed), bool)
+    row[listed.index("up_blocks.1.attentions.0")] = False
+    denoiser, example = unet.empty_denoiser(), unet.family.example(unet.config, 1)
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
+        unet.family.call(denoiser, torch.zeros(unet.latent_shape(1)), torch.ones(1), example)
+    flops = {part: counter.get_flop_counts()[f"UNet2DConditionModel.up_blocks.1.{part}.0"] for part in PARTS}
+    assert branches.full_macs - branches.macs(row) == sum(sum(part.values()) for part in flops.values()) // 2
+
+
+def test_alternatives_choose_the_first_that_exists(unet):
+    assert names(unet, "down_blocks.*.attentions|resnets.0") == [
+        "down_blocks.0.attentions.0",
+        "down_blocks.1.attentions.0",
+        "down_blocks.2.resnets.0",
+    ]
+    assert names(unet, "*_blocks.0.*samplers.*") == ["down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"]
 
 
 def test_patterns_match_one_part_of_a_name(unet):

@@ -38,7 +38,9 @@ def test_macs_of_a_block_by_hand(dit):
     tokens, width = 64, 32
     attention = 4 * tokens * width * width + 2 * tokens * tokens * width
     feed_forward = 2 * tokens * width * 4 * width
-    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [tokens * width * 4]
+    output = tokens * width * 4
+    modulation = 256 * width + width * width + width * 2 * width  # of the output alone: it goes where the output goes
+    assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [output + modulation]
     assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engines
-from dipgo.families import GuidedDenoiser
+from dipgo.families import GuidedDenoiser, join
 from dipgo.gating import gated
 from dipgo.models import find_model
 from dipgo.sampler import make_scheduler, tabulate
@@ -19,7 +19,7 @@ from dipgo.search.task import make_task
 from dipgo.trace import trace
 from dipgo.trajectory import Trajectory
 from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_unet, tiny_vae
+from tests.models import random_subnet, tiny_sdxl, tiny_unet, tiny_vae
 
 STEPS = 5
 
@@ -89,6 +89,8 @@ def test_any_subnet_equals_gated_torch(task, prepared, tmp_path_factory, seed, k
     [
         ("block", 5.0, 1, None),
         ("block", 1.0, 2, 1),
+        ("branch", 5.0, 2, 1),
+        ("layer", 5.0, 1, None),
         ("down_blocks.*.resnets.*,up_blocks.*.attentions.*,mid_block", 5.0, 2, 1),
     ],
 )
@@ -109,6 +111,23 @@ def test_unet_with_tuple_outputs(tmp_path, sites, guidance, terms, channels):
         weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
         with torch.no_grad():
             expected = trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1].numpy()
+        with engines.load(tmp_path / "b") as program:
+            actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in conditions.items()})
+        assert error(actual, expected) <= 1e-4
+
+
+def test_sdxl_with_all_its_conditions(tmp_path):
+    task = make_task(find_model(tiny_sdxl(tmp_path / "model")), STEPS, sites="branch", guidance_scale=4.0)
+    family, terms = task.model.family, 2
+    prepared = prepare(task.trace, SimpleNamespace(vae=tiny_vae()))
+    conditions = join(*family.conditions(task.pipe, ["a red fox"]), True)
+    for seed in range(2):
+        subnet = random_subnet(task.trace, task.sampler, seed, 0.5, terms, 1)
+        write_bundle(prepared, subnet, task.sampler, tmp_path / "b", force=True)
+        noise = torch.randn(task.model.latent_shape(1), generator=torch.Generator().manual_seed(seed))
+        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+        with torch.no_grad():
+            expected = task.trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1].numpy()
         with engines.load(tmp_path / "b") as program:
             actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in conditions.items()})
         assert error(actual, expected) <= 1e-4

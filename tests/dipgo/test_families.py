@@ -1,0 +1,127 @@
+"""Every family against the real diffusers pipeline; and classes that no family names."""
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from dipgo.errors import UsageError
+from dipgo.families import join
+from dipgo.gating import gated
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from dipgo.trace import trace
+from tests import models
+from tests.models import random_subnet
+
+STEPS = 4
+PROMPTS = ["a cat", "two dogs in the rain"]
+MAKERS = {
+    "sd": models.tiny_sd,
+    "sd-v": lambda folder: models.tiny_sd(folder, "v_prediction"),
+    "sdxl": models.tiny_sdxl,
+    "pixart-256": models.tiny_pixart,
+    "pixart-1024": lambda folder: models.tiny_pixart(folder, 128),
+    "sana": models.tiny_sana,
+    "unconditional": models.tiny_unconditional,
+}
+GENERIC = {"sana": "transformer_blocks.*.attn1,transformer_blocks.*.ff", "unconditional": "down_blocks.*,up_blocks.*"}
+
+
+def run_pipeline(task, seed):
+    """Return the final latents of the pipeline itself."""
+    pipe = task.pipe
+    pipe.set_progress_bar_config(disable=True)
+    given = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": STEPS}
+    if task.model.family.conditioned_by == "nothing":
+        images = pipe(batch_size=2, output_type="pt", **given).images
+        return images * 2 - 1
+    return pipe(PROMPTS, guidance_scale=task.guidance_scale, output_type="latent", **given).images
+
+
+def run_trajectory(task, seed, subnet=None):
+    noise = torch.randn((2, *task.model.latent_shape(1)[1:]), generator=torch.Generator().manual_seed(seed))
+    conditions = join(*task.model.family.conditions(task.pipe, PROMPTS), task.guidance_scale > 1)
+    with torch.no_grad():
+        if subnet is None:
+            return task.trajectory.full(noise, conditions)[-1]
+        return task.trajectory.gated(noise, conditions, subnet.gates, {}, 1)[-1]
+
+
+def same(actual, expected, images=False):
+    if images:  # where there is no latent, what is compared are pixels, which the pipeline clamps
+        actual = actual.clamp(-1, 1)
+    return torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_trajectory_equals_the_pipeline(name, tmp_path):
+    """Prompts encoded by real text encoders, real schedulers; full, then under random gates."""
+    images = name == "unconditional"
+    model = find_model(MAKERS[name](tmp_path / name))
+    task = make_task(model, STEPS, sites=GENERIC.get(name), guidance_scale=1.0 if images else 4.0)
+    assert same(run_trajectory(task, 3), run_pipeline(task, 3), images)
+    subnet = random_subnet(task.trace, task.sampler, seed=1)
+    with gated(getattr(task.pipe, model.family.component), subnet):
+        expected = run_pipeline(task, 4)
+    assert same(run_trajectory(task, 4, subnet), expected, images)
+
+
+def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
+    folders = [models.tiny_unconditional(tmp_path / "ddim")]
+    folders += [models.tiny_unconditional(tmp_path / "ddpm", DDPMPipeline, DDPMScheduler)]
+    tasks = [make_task(find_model(folder), STEPS, "ddim", "mid_block", guidance_scale=1.0) for folder in folders]
+    assert type(tasks[1].pipe).__name__ == "DDPMPipeline"
+    assert same(run_trajectory(tasks[1], 5), run_pipeline(tasks[0], 5), images=True)
+    assert isinstance(tasks[1].pipe.scheduler, DDPMScheduler)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart-1024", "sana"])
+def test_examples_have_the_form_of_conditions(name, tmp_path):
+    model = find_model(MAKERS[name](tmp_path / name))
+    conditions = join(*model.family.conditions(model.pipeline(), PROMPTS), True)
+    example = model.family.example(model.config, 4)
+    assert {key: (value.shape, value.dtype) for key, value in conditions.items()} == {
+        key: (value.shape, value.dtype) for key, value in example.items()
+    }
+
+
+def test_classes_without_an_entry_need_patterns(tmp_path):
+    model = find_model(models.tiny_unconditional(tmp_path / "m"))
+    with pytest.raises(UsageError, match="UNet2DModel has no sites of its own; give --sites as patterns"):
+        trace(model, None, 1.0)
+    with pytest.raises(UsageError, match="'block' matches no module of UNet2DModel; use one of module names such as"):
+        trace(model, "block", 1.0)
+
+
+def half_noise(pipe):
+    """Let the pipeline step in a way that its scheduler's configuration does not tell."""
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *args, **kwargs: step(output / 2, *args, **kwargs)
+
+
+def other_times(pipe):
+    pipe.transformer.register_to_config(timestep_scale=0.001)
+
+
+def long_prompts(pipe):
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda *args, **kwargs: encode(*args, **kwargs | {"max_sequence_length": 20})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (half_noise, "does not sample as dipgo understands"),
+        (other_times, "does not sample as dipgo understands"),
+        (long_prompts, r"passes 'encoder_hidden_states' of shape \[2, 20, 12\], not \[1, 300, 12\]"),
+    ],
+    ids=["step", "timesteps", "length"],
+)
+def test_pipelines_with_ways_of_their_own_are_refused(tmp_path, change, message):
+    model = find_model(models.tiny_sana(tmp_path / "m"))
+    pipe = model.pipeline()
+    model.family.conditions(pipe, PROMPTS)
+    pipe = model.pipeline()
+    change(pipe)
+    with pytest.raises(UsageError, match=message):
+        model.family.conditions(pipe, PROMPTS)

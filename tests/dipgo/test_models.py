@@ -1,0 +1,133 @@
+"""The architectures that ship without weights, random weights, and models that are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.families import family_of
+from dipgo.models import architectures, find_model
+from dipgo.search.task import make_task
+from tests.models import tiny_sd
+
+# DiP-GO's figures, tables 1 to 4 and 8. All but DiT's leave out the products inside attention; PixArt's count guidance.
+PUBLISHED_GMACS = {
+    "sd-1.5": 338.83,
+    "sd-2.1": 760.8,
+    "sdxl": 11950 / 4,
+    "dit-xl-2": 118.64,
+    "pixart-alpha": 85650 / 20 / 2,
+}
+MILLION_PARAMETERS = {"sd-1.5": 859.5, "sd-2.1": 865.9, "sdxl": 2567.5, "dit-xl-2": 749.8, "pixart-alpha": 611.3}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_GMACS))
+def test_architectures_have_their_true_size(name):
+    model = find_model(name)
+    denoiser = model.empty_denoiser().to("meta")
+    assert sum(p.numel() for p in denoiser.parameters()) / 1e6 == pytest.approx(MILLION_PARAMETERS[name], abs=0.1)
+    conditions = {key: value.to("meta") for key, value in model.family.example(model.config, 1).items()}
+    latent = torch.empty(model.latent_shape(1), device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.family.call(denoiser, latent, torch.ones(1, device="meta"), conditions)
+    products = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in products.items() if "bmm" in op or "attention" in op)
+    counted = sum(products.values()) - (0 if name == "dit-xl-2" else attention)
+    assert counted / 2e9 == pytest.approx(PUBLISHED_GMACS[name], rel=1e-3)
+
+
+def test_architectures_are_found_but_not_loaded():
+    assert architectures() == sorted(PUBLISHED_GMACS)
+    for name in architectures():
+        model = find_model(name)
+        assert model.identity().weights_sha256 is None
+        with pytest.raises(UsageError, match=r"architecture without weights.*--random-weights"):
+            model.pipeline()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Stable Diffusion folder as the shipped architectures are: configurations alone."""
+    folder = Path(tiny_sd(tmp_path_factory.mktemp("models") / "bare"))
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "tokenizer")
+    return str(folder)
+
+
+def test_random_weights_are_explicit_and_always_the_same(bare):
+    with pytest.raises(DipgoError, match="no safetensors weights"):
+        find_model(bare)
+    state = torch.random.get_rng_state()
+    first, second = (find_model(bare, random_weights=True).pipeline() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for component in ("unet", "vae"):
+        mine, other = (getattr(pipe, component).state_dict() for pipe in (first, second))
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert first.text_encoder is None
+
+
+def test_random_weights_leave_a_checkpoint_unread(tiny_dit):
+    real, drawn = find_model(tiny_dit), find_model(tiny_dit, random_weights=True)
+    assert real.identity().weights_sha256
+    assert drawn.identity().weights_sha256 is None
+    mine, other = real.pipeline(), drawn.pipeline()
+    assert not torch.equal(mine.transformer.proj_out_2.weight, other.transformer.proj_out_2.weight)
+    assert torch.equal(mine.vae.decoder.conv_in.weight, other.vae.decoder.conv_in.weight)
+
+
+def test_prompts_have_stand_ins_where_no_text_encoder_is(bare):
+    task = make_task(find_model(bare, random_weights=True), 3, guidance_scale=4.0)
+    null, given = task.model.family.conditions(task.pipe, ["a cat", "a dog"])
+    _, again = task.model.family.conditions(task.pipe, ["a dog"])
+    embeddings = given["encoder_hidden_states"]
+    assert embeddings.shape == (2, 77, 24)
+    assert torch.equal(embeddings[1], again["encoder_hidden_states"][0])
+    assert not torch.equal(embeddings[0], embeddings[1])
+    assert torch.equal(null["encoder_hidden_states"][0], null["encoder_hidden_states"][1])
+    batch = task.sampling.draw(2, 0)
+    assert torch.isfinite(task.trajectory.full(batch.noise, batch.conditions)[-1]).all()
+
+
+def folder_of(tmp_path, pipeline, component, denoiser, **config):
+    (tmp_path / component).mkdir()
+    index = {"_class_name": pipeline, component: ["diffusers", denoiser]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / component / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "component", "denoiser", "config", "message"),
+    [
+        ("StableDiffusionInpaintPipeline", "unet", "UNet2DConditionModel", {"in_channels": 9}, "takes 9 channels"),
+        ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", {"time_cond_proj_dim": 256}, "LCM"),
+        ("KandinskyPipeline", "unet", "UNet2DConditionModel", {"addition_embed_type": "image"}, "'image' embeddings"),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel", {"sample_size": None}, "no sample_size"),
+        ("HunyuanImagePipeline", "transformer", "HunyuanImageTransformer2DModel", {}, "takes 'encoder_hidden_states'"),
+        ("ZImagePipeline", "transformer", "ZImageTransformer2DModel", {}, "not called on a latent and a timestep"),
+        ("DDPMPipeline", "unet", "UNet2DModel", {"num_class_embeds": 10}, "takes 'class_labels'"),
+        ("DDPMPipeline", "unet", "UNet9DModel", {}, "diffusers has no UNet9DModel"),
+        ("WuerstchenPriorPipeline", "prior", "PriorTransformer", {}, "no transformer or unet"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(tmp_path, pipeline, component, denoiser, config, message):
+    usual = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 8}
+    if "encoder_hidden_states" in message:
+        del usual["cross_attention_dim"]
+    with pytest.raises(DipgoError, match=message) as raised:
+        find_model(folder_of(tmp_path, pipeline, component, denoiser, **usual | config), random_weights=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pipeline_without_a_denoiser_has_no_family(bare):
+    pipe = find_model(bare, random_weights=True).pipeline()
+    assert family_of(pipe).denoiser_class == "UNet2DConditionModel"
+    pipe.unet = None
+    with pytest.raises(UsageError, match="holds no denoiser"):
+        family_of(pipe)
