@@ -76,6 +76,10 @@ def search(
         raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
     check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
     check(settings)
+    if len(settings.step_weights) not in (0, task.sampler.calls):
+        raise UsageError(
+            f"{len(settings.step_weights)} step weights for {task.sampler.calls} calls of the denoiser; give one a call"
+        )
     started = time.time()
     torch.manual_seed(seed)
     task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)

@@ -231,6 +231,21 @@ def command(model, output, folder, *more, settings=SETTINGS):
     return [sys.executable, "-m", "dipgo.cli", "search", model, *SEARCH, "-o", str(output), *pairs, *keep, *more]
 
 
+@pytest.mark.parametrize("method", ["dipgo", "paper"])
+def test_a_search_with_everything_switched_on(task, method, tmp_path):
+    """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
+    pairs = [f"{name}={value}" for name, value in SETTINGS.items() if "iterations" not in name]
+    pairs += ["gate_iterations=3", "backup_iterations=3", "precision=fp16", "recompute=true", "loss=0.5*ssim+l1+latent"]
+    pairs += ["accumulate=2", "warmup=1", "clip=1", "attention=both", "heads=2", "layers=2", "hidden=8", "pool=0"]
+    settings = settings_of(method, "default", pairs)
+    subnet = search(task, 0.6, method, settings, run_folder=tmp_path / "run", tensorboard=True)
+    scores = subnet.search["held_out_psnr_db"]
+    assert scores[subnet.search["chosen"]] == max(scores.values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["phase"] == "gates"] == [1, 2, 3]
+    assert all(0 < line["kept"] <= 1 and math.isfinite(line["loss"]) for line in lines)
+
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

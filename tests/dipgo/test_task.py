@@ -152,6 +152,10 @@ def test_settings_by_name():
         ("gamma=maybe", "give true or false"),
         ("step_weights=1,x", "numbers joined by commas"),
         ("precision=fp8", "unknown precision 'fp8'"),
+        ("loss=mse", "loss term 'mse'"),
+        ("heads=3", "heads must divide the width"),
+        ("attention=all", "unknown attention 'all'"),
+        ("optimiser=lion", "unknown optimiser 'lion'"),
     ],
 )
 def test_settings_that_make_no_sense(pair, message):
