@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from dipgo.errors import DipgoError, UsageError
+from dipgo.errors import DipgoError
 
 if TYPE_CHECKING:
     from dipgo.search.journal import Report
@@ -38,6 +38,9 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output th
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
 StepsOption = Annotated[int, typer.Option(help="Inference steps of the full trajectory.")]
 BudgetOption = Annotated[float, typer.Option(help="Share of the full trajectory's MACs to keep, in (0, 1].")]
+BudgetsOption = Annotated[
+    str, typer.Option(help="The same, or several joined by commas: 0.5,0.35,0.25; each starts from the last.")
+]
 SamplerOption = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++2m, euler, heun, pndm, unipc or a diffusers class; the model's own by default."),
@@ -92,7 +95,7 @@ def models() -> None:
 def search(
     model: ModelArgument,
     steps: StepsOption,
-    budget: BudgetOption,
+    budget: BudgetsOption,
     output: OutputOption,
     sampler: SamplerOption = None,
     sites: SitesOption = None,
@@ -111,28 +114,28 @@ def search(
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Search a SubNet and write it to a JSON file."""
-    if (resume or tensorboard) and run_folder is None:
-        raise UsageError("--resume and --tensorboard need --run-folder")
-    choice = {"prompts": prompts, "classes": classes, "device": device}
-    keep = {"run_folder": run_folder, "resume": resume, "tensorboard": tensorboard}
+    """Search a SubNet and write it to a JSON file; with several budgets one each, into a folder with a Pareto plot."""
     _search(
-        model,
-        steps,
-        budget,
-        output,
-        sampler,
-        sites,
-        guidance,
-        method,
-        preset,
-        seed,
-        threads,
-        force,
-        settings or (),
-        choice,
-        keep,
-        random_weights,
+        model=model,
+        steps=steps,
+        budgets=budget,
+        output=output,
+        sampler=sampler,
+        sites=sites,
+        guidance=guidance,
+        method=method,
+        preset=preset,
+        settings=tuple(settings or ()),
+        prompts=prompts,
+        classes=classes,
+        device=device,
+        seed=seed,
+        threads=threads,
+        run_folder=run_folder,
+        resume=resume,
+        tensorboard=tensorboard,
+        random_weights=random_weights,
+        force=force,
     )
 
 
@@ -259,6 +262,10 @@ def compile_(
     guidance: GuidanceOption = None,
     method: MethodOption = "dipgo",
     preset: PresetOption = "default",
+    settings: SetOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Write the report too.")] = True,
@@ -268,62 +275,43 @@ def compile_(
     from dipgo.files import refuse_existing
 
     refuse_existing(output, force)
-    subnet_file = output / "subnet.json"
-    subnet = _search(model, steps, budget, subnet_file, sampler, sites, guidance, method, preset, seed, threads, force)
+    (subnet,) = _search(
+        model=model,
+        steps=steps,
+        budgets=str(budget),
+        output=output / "subnet.json",
+        sampler=sampler,
+        sites=sites,
+        guidance=guidance,
+        method=method,
+        preset=preset,
+        settings=tuple(settings or ()),
+        prompts=prompts,
+        classes=classes,
+        device=device,
+        seed=seed,
+        threads=threads,
+        force=force,
+    )
     _export(subnet, output / "bundle", model, force)
     typer.echo(f"bundle: {output / 'bundle'}")
     if measure:
         _bench(output / "bundle", output / "report", model, 64, 10, threads, force)
 
 
-def _search(
-    model: str,
-    steps: int,
-    budget: float,
-    output: Path,
-    sampler: str | None,
-    sites: str | None,
-    guidance: float | None,
-    method: str,
-    preset: str,
-    seed: int,
-    threads: int | None,
-    force: bool,
-    overrides: Sequence[str] = (),
-    choice: Mapping[str, Any] = MappingProxyType({}),
-    keep: Mapping[str, Any] = MappingProxyType({}),
-    random_weights: bool = False,
-) -> SubNet:
+def _search(**options: Any) -> list[SubNet]:
+    """Carry out a search; the options are those of :class:`dipgo.search.request.Request`."""
     from dipgo.files import refuse_existing
 
-    refuse_existing(output, force)
-    if not 0 < budget <= 1:
-        raise UsageError(f"budget {budget} is outside (0, 1]; give the share of the full trajectory's MACs to keep")
-    if steps < 2:
-        raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
-    from dipgo.models import find_model
-
-    found = find_model(model, random_weights)
-    with _spinner("load and trace"):
-        import torch
-
+    refuse_existing(options["output"], options["force"])
+    with _spinner("load"):
+        from dipgo.search.request import Request, carry_out
         from dipgo.search.search import describe
-        from dipgo.search.search import search as run_search
-        from dipgo.search.settings import settings_of
-        from dipgo.search.task import make_task
-        from dipgo.subnet import save_subnet
 
-        settings = settings_of(method, preset, overrides)
-        if threads:
-            torch.set_num_threads(threads)
-        task = make_task(found, steps, sampler, sites, guidance, **choice)
-    with _phases() as report:
-        subnet = run_search(task, budget, method, settings, seed, report, **keep)
-    if not _is_main():
-        return subnet
-    save_subnet(subnet, output, force)
-    typer.echo(f"SubNet: {output}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
-    return subnet
+    found = carry_out(Request(**options), _spinner, _phases)
+    for file, subnet in found:
+        typer.echo(f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
+    return [subnet for _, subnet in found]
 
 
 def _export(subnet: SubNet, output: Path, model: str | None, force: bool) -> None:

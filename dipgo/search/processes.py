@@ -72,5 +72,5 @@ def processes(device: torch.device) -> Processes:
     from accelerate import PartialState
 
     # The others wait while the main process compares candidates, which may take long.
-    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=2))
     return Processes(state.process_index, state.num_processes)

@@ -11,6 +11,14 @@ from dipgo.errors import UsageError
 ATTENTION = {"step": ("step",), "site": ("site",), "both": ("step", "site")}
 
 
+def check_dimensions(width: int, layers: int, heads: int, hidden: int, attention: str) -> None:
+    """Refuse, with UsageError, dimensions that make no network."""
+    if attention not in ATTENTION:
+        raise UsageError(f"unknown attention '{attention}'; use {', '.join(ATTENTION)}")
+    if min(width, heads, hidden) < 1 or layers < 0 or width % heads:
+        raise UsageError(f"pruner of width {width}, {heads} heads, hidden {hidden}: heads must divide the width")
+
+
 class Pruner(nn.Module):
     """Predicts for every step and site the probability to keep it.
 
@@ -48,12 +56,7 @@ class Pruner(nn.Module):
         confidence: float = 1.0,
     ) -> None:
         super().__init__()
-        if attention not in ATTENTION:
-            raise UsageError(f"unknown attention '{attention}'; use {', '.join(ATTENTION)}")
-        if min(width, heads, hidden) < 1 or layers < 0 or width % heads:
-            raise UsageError(
-                f"pruner of width {width}, {heads} heads, hidden {hidden}: give heads that divide the width"
-            )
+        check_dimensions(width, layers, heads, hidden, attention)
         self.steps, self.sites, self.attention = steps, sites, attention
         self.queries = nn.Parameter(torch.randn(steps, sites, width))
         self.scopes = ATTENTION[attention] * layers

@@ -102,20 +102,27 @@ class Phase:
     def restore(self, module: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Put module, optimiser and scaler where the newest checkpoint left them; returns the iterations done.
 
+        The main process reads, and hands what it has to the others, so that all begin with the same parameters.
+
         Raises:
             DipgoError: a checkpoint that is damaged, or of another model or other settings.
         """
-        if self.path and self.path.exists():
+
+        def begin() -> tuple[int, dict[str, torch.Tensor], dict[str, float]]:
+            if self.path is None or not self.path.exists():
+                return 0, pack(module, optimiser), scaler.state_dict()
             record, tensors = read_checkpoint(self.path)
             self.run.check(record, self.path)
-            try:
-                unpack(tensors, module, optimiser)
-            except (ValueError, KeyError) as error:
-                raise DipgoError(
-                    f"{self.path}: a checkpoint of another model ({error}); give another --run-folder"
-                ) from error
-            scaler.load_state_dict(record.scaler)
-            self.kept = record.iteration
+            return record.iteration, tensors, record.scaler
+
+        self.kept, tensors, scaling = self.run.processes.from_main(begin)
+        try:
+            unpack(tensors, module, optimiser)
+        except (ValueError, KeyError) as error:
+            raise DipgoError(
+                f"{self.path}: a checkpoint of another model ({error}); give another --run-folder"
+            ) from error
+        scaler.load_state_dict(scaling)
         if self.run.journal:
             self.run.journal.rewind(self.name, self.kept)
         self._last = time.monotonic()

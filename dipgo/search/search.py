@@ -98,6 +98,10 @@ def sweep(
     for budget in budgets:
         check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
     check(settings)
+    if len(settings.step_weights) not in (0, task.sampler.calls):
+        raise UsageError(
+            f"{len(settings.step_weights)} step weights for {task.sampler.calls} calls of the denoiser; give one a call"
+        )
     torch.manual_seed(seed)
     task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)
     group = processes(task.trajectory.device)

@@ -9,8 +9,10 @@ from typing import Any, get_type_hints
 import torch
 
 from dipgo.errors import UsageError
+from dipgo.search.losses import make_loss
 from dipgo.search.optimise import Descent
 from dipgo.search.postprocess import POSTPROCESSES
+from dipgo.search.pruner import check_dimensions
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
@@ -159,6 +161,9 @@ def check(settings: Settings) -> None:
                 raise UsageError(f"{name} = {getattr(settings, name)}; give at least {lowest}")
     if settings.postprocess not in POSTPROCESSES:
         raise UsageError(f"unknown postprocess '{settings.postprocess}'; use {', '.join(POSTPROCESSES)}")
+    make_loss(settings.loss, lambda latents: latents, settings.step_weights)
+    check_dimensions(settings.width, settings.layers, settings.heads, settings.hidden, settings.attention)
+    _ = settings.gate_descent, settings.backup_descent  # they check themselves
     if settings.precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 

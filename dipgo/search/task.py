@@ -67,8 +67,13 @@ class Task:
         return replace(self, trajectory=replace(self.trajectory, **changes))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes."""
-        vae = self.pipe.vae
+        """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes.
+
+        Where the pipeline has no VAE the latents are the images.
+        """
+        vae = getattr(self.pipe, "vae", None)
+        if vae is None:
+            return latents
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
 
@@ -107,7 +112,8 @@ def make_task(
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
-        guidance_scale = float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
+        option = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        guidance_scale = float(option.default) if option else 1.0
     table = tabulate(make_scheduler(sampler, pipe.scheduler), steps, model.family.scales_noise)
     traced = traced or trace(model, sites, guidance_scale)
     family = model.family
@@ -124,13 +130,21 @@ def choices_of(family: Family, pipe: Any, prompts: Path | None, classes: str | N
         UsageError: prompts for a model that classes condition or the reverse, or a class that the model lacks.
         DipgoError: a prompt file that is missing, empty or not UTF-8.
     """
+    if family.conditioned_by == "nothing":
+        if prompts is not None or classes is not None:
+            raise UsageError("this model is conditioned by nothing; leave --prompts and --classes out")
+        return [""]
     if family.conditioned_by == "prompt":
         if classes is not None:
             raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
         return read_prompts(prompts) if prompts else [""]
+    if family.conditioned_by == "nothing":
+        if prompts is not None or classes is not None:
+            raise UsageError("this model is conditioned by nothing; leave --prompts and --classes out")
+        return [""]
     if prompts is not None:
         raise UsageError("this model is conditioned by classes, not prompts; give --classes")
-    labels = family.labels(pipe)
+    labels = family.labels(pipe) or {str(number): number for number in range(family.null_class or 0)}
     if classes is None or classes == "all":
         return sorted(set(labels.values()))
     known = {str(number): number for number in labels.values()} | labels

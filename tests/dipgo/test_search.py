@@ -28,8 +28,6 @@ from tests.models import tiny_unet
 
 STEPS = 8
 TINY = Settings(
-    batch=4, pool=32, held_out=8, gate_iterations=3, moves=4, moves_on=4, trial_iterations=2, backup_iterations=5, width=16
-)
     batch=4,
     pool=32,
     held_out=8,

@@ -1,0 +1,133 @@
+"""A search as it is asked for on the command line: what on, what for, how, and where the result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dipgo.errors import UsageError
+from dipgo.files import refuse_existing
+from dipgo.models import find_model
+from dipgo.search.journal import Report
+from dipgo.search.pareto import write_pareto
+from dipgo.search.processes import processes
+from dipgo.search.search import sweep
+from dipgo.search.settings import settings_of
+from dipgo.search.task import make_task
+from dipgo.subnet import SubNet, save_subnet
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``dipgo search``, as they are given there.
+
+    Attributes:
+        budgets: one number, or several joined by commas.
+        output: the SubNet's JSON file; with several budgets a folder.
+    """
+
+    model: str
+    steps: int
+    budgets: str
+    output: Path
+    sampler: str | None = None
+    sites: str | None = None
+    guidance: float | None = None
+    method: str = "dipgo"
+    preset: str = "default"
+    settings: tuple[str, ...] = ()
+    prompts: Path | None = None
+    classes: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    threads: int | None = None
+    run_folder: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    random_weights: bool = False
+    force: bool = False
+
+
+def carry_out(
+    request: Request,
+    busy: Callable[[str], AbstractContextManager[None]],
+    phases: Callable[[], AbstractContextManager[Report]],
+) -> list[tuple[Path, SubNet]]:
+    """Search as requested and write what was found.
+
+    Args:
+        busy: shows that work of a name goes on.
+        phases: yields what shows the progress of phases.
+
+    Returns:
+        The SubNets and their files, one a budget; nothing in other processes than the main one.
+
+    Raises:
+        UsageError, DipgoError: in one line, before or during the search; nothing half is written.
+    """
+    import torch
+
+    refuse_existing(request.output, request.force)
+    budgets = budgets_of(request.budgets)
+    if (request.resume or request.tensorboard) and request.run_folder is None:
+        raise UsageError("--resume and --tensorboard need --run-folder")
+    if request.steps < 2:
+        raise UsageError(f"steps = {request.steps}: with one step there is nothing to reuse; give at least 2")
+    settings = settings_of(request.method, request.preset, request.settings)
+    model = find_model(request.model, request.random_weights)
+    with busy("load and trace"):
+        if request.threads:
+            torch.set_num_threads(request.threads)
+        task = make_task(
+            model,
+            request.steps,
+            request.sampler,
+            request.sites,
+            request.guidance,
+            device=request.device,
+            prompts=request.prompts,
+            classes=request.classes,
+        )
+    with phases() as report:
+        found = sweep(
+            task,
+            budgets,
+            request.method,
+            settings,
+            request.seed,
+            report,
+            request.run_folder,
+            request.resume,
+            request.tensorboard,
+        )
+    if not processes(task.trajectory.device).main:
+        return []
+    single = len(budgets) == 1
+    files = [request.output if single else request.output / f"{budget:g}.json" for budget in budgets]
+    for file, subnet in zip(files, found, strict=True):
+        save_subnet(subnet, file, request.force)
+    if not single:
+        write_pareto(found, request.output)
+    return list(zip(files, found, strict=True))
+
+
+def budgets_of(text: str) -> list[float]:
+    """Return the budgets in ``0.5,0.35``.
+
+    Raises:
+        UsageError: something that is no number in (0, 1], or the same budget twice.
+    """
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"budget '{text}': give a number, or several joined by commas, such as 0.5,0.35") from error
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise UsageError(
+                f"budget {budget:g} is outside (0, 1]; give the share of the full trajectory's MACs to keep"
+            )
+    if len(set(budgets)) < len(budgets):
+        raise UsageError(f"budget '{text}' names one twice; give each once")
+    return budgets

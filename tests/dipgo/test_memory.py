@@ -1,0 +1,105 @@
+"""The memory estimate, from fake tensors, against what real runs save."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from dipgo.families import GuidedDenoiser
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.search.memory import memory_estimate
+from dipgo.search.task import make_task
+from dipgo.trace import trace
+from dipgo.trajectory import Trajectory
+from tests.models import tiny_unet
+
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def dit(tiny_dit):
+    task = make_task(find_model(tiny_dit), 2)
+    batch = task.sampling.draw(BATCH, 0)
+    return task.model, task.trace, task.trajectory, batch.noise, batch.conditions
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    model = tiny_unet(folder)
+    traced = trace(model, "block", 5.0)
+    denoiser = UNet2DConditionModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), 2)
+    trajectory = Trajectory(GuidedDenoiser(denoiser, model.family, 5.0), traced.sites, sampler, traced.live_sites)
+    return model, traced, trajectory, torch.randn(BATCH, 4, 8, 8), {"encoder_hidden_states": torch.randn(6, 77, 24)}
+
+
+@pytest.fixture(params=["dit", "unet"])
+def ground(request):
+    return request.getfixturevalue(request.param)
+
+
+def saved_bytes(trajectory, noise, conditions, calls):
+    """What a real SuperNet saves for its backward pass; the first step has no gradient."""
+    trajectory = replace(trajectory, sampler=tabulate(DDIMScheduler(clip_sample=False), calls))
+    gates = torch.ones(calls, len(trajectory.sites), requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        trajectory.supernet(noise, conditions, gates, {}, 1)
+    own = {tensor.untyped_storage()._cdata for tensor in trajectory.guided.state_dict().values()}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for key, size in storages.items() if key not in own)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_activations_are_what_autograd_saves(ground, precision):
+    model, traced, trajectory, noise, conditions = ground
+    way = replace(trajectory, precision=precision)
+    measured = saved_bytes(way, noise, conditions, 4) - saved_bytes(way, noise, conditions, 3)
+    estimate = memory_estimate(model, traced, 4, BATCH, precision=precision)
+    cached = estimate.caches / 4  # saved too, some of it as an activation anyway; counted apart
+    assert 0.98 * estimate.activations <= measured <= 1.02 * (estimate.activations + cached)
+
+
+def test_parts_of_the_estimate(ground):
+    model, traced, trajectory, noise, _ = ground
+    outputs = [sum(4 * np.prod(traced.shape(name, BATCH)) for name in names) for names in traced.outputs]
+    supernet = memory_estimate(model, traced, 5, BATCH, learned=1000)
+    parameters = sum(parameter.nbytes for parameter in trajectory.guided.parameters())
+    assert parameters <= supernet.weights <= parameters + sum(buffer.nbytes for buffer in trajectory.guided.buffers())
+    assert supernet.caches == 5 * sum(outputs)
+    assert supernet.learned == 8000
+    assert supernet.latents == 4 * 6 * noise.nbytes
+    gates = np.ones((5, len(traced.sites)), bool)
+    gates[3, 1] = False
+    few = memory_estimate(model, traced, 5, BATCH, gates, terms=2, adam=True, learned=1000, pool=30)
+    assert few.caches == 2 * outputs[1] + sum(outputs), "two outputs of one site are read later"
+    assert few.learned == 16000
+    assert few.pool == 10 * 6 * noise.nbytes
+    kept = memory_estimate(model, traced, 5, BATCH, recompute=False)
+    assert kept.activations == 4 * supernet.activations
+    assert supernet.total < kept.total
+
+
+def test_a_loss_on_images_counts_the_decoder(dit):
+    model, traced, *_ = dit
+    latent, images = (memory_estimate(model, traced, 5, BATCH, loss=loss) for loss in ("latent", "0.5*ssim+latent"))
+    assert images.weights > latent.weights
+    assert images.activations >= latent.activations
+
+
+def test_stable_diffusion_fits_40_gb():
+    """Block sites, 50 steps, 512x512, one image with guidance, a loss on the decoded image."""
+    model = find_model("sd-1.5")
+    traced = trace(model, "block", 7.5)
+    pruner = 37_852_676  # parameters of the public code's pruner for these 450 gates
+    for precision in (None, torch.bfloat16):
+        estimate = memory_estimate(
+            model, traced, 50, precision=precision, loss="ssim+l1", learned=pruner, adam=True, pool=512
+        )
+        assert 10e9 < estimate.total < 20e9
+        all_kept = memory_estimate(model, traced, 50, precision=precision, recompute=False)
+        assert all_kept.total > 100e9, "which is why steps are recomputed"

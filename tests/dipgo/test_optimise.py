@@ -1,0 +1,403 @@
+"""The loop: what it descends on, what stops it, how it goes on; in real processes where processes matter."""
+
+import json
+import math
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.search.backups import Backups, learn_backups
+from dipgo.search.checkpoint import read_checkpoint
+from dipgo.search.gates import budgeted_scores, paper_scores
+from dipgo.search.losses import final_latent, make_loss
+from dipgo.search.optimise import Descent, optimise
+from dipgo.search.policies import spaced
+from dipgo.search.pruner import Pruner
+from dipgo.search.run import Run, open_run
+from dipgo.search.search import search
+from dipgo.search.settings import settings_of
+from dipgo.search.task import Pool, make_task
+from dipgo.subnet import load_subnet
+
+STEPS = 6
+SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
+SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "width": 16, "gate_iterations": 12, "backup_iterations": 30}
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+@pytest.fixture(scope="module")
+def gates(task):
+    return spaced(task.trace, STEPS, 0.5, 1.0, "inside", learned=True)
+
+
+def learnt(task, gates, descent, pool, run=None, loss=final_latent):
+    backups = Backups(task.trace, gates)
+    learn_backups(backups, task.trajectory, pool, descent, loss, (run or Run()).phase("backups"))
+    return backups.arrays()
+
+
+def assert_close(first, second, tolerance):
+    for name, array in first.items():
+        assert np.abs(array - second[name]).max() <= tolerance, name
+
+
+def test_rates():
+    cosine = Descent(100, 0.5, warmup=4)
+    assert [cosine.rate_at(k) for k in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert cosine.rate_at(4) == 0.5
+    assert cosine.rate_at(52) == pytest.approx(0.25)
+    assert 0 < cosine.rate_at(99) < 0.001
+    assert [Descent(9, 0.5, schedule="constant").rate_at(k) for k in (0, 8)] == [0.5, 0.5]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    torch_own = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=0.3), 20)
+    for k in range(20):
+        assert Descent(20, 0.3).rate_at(k) == pytest.approx(torch_own.get_last_lr()[0])
+        torch_own.optimizer.step()
+        torch_own.step()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"optimiser": "lion"}, {"schedule": "step"}, {"accumulate": 0}, {"clip": -1}, {"rate": math.nan}]
+)
+def test_descents_that_make_no_sense(wrong):
+    with pytest.raises(UsageError):
+        Descent(**{"iterations": 1, "rate": 0.1} | wrong)
+
+
+@pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "latent"), ("sgd", "ssim+l1")])
+def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
+    """Batches 2k and 2k + 1 of two images make the update of one batch with all four."""
+    descent = Descent(3, 2e-2 if optimiser == "adam" else 1.0, optimiser, clip=0.05)
+    pairs = Pool(task, 0, 2, seed=1)
+
+    class Joint:
+        def __getitem__(self, number):
+            halves = [pairs[2 * number], pairs[2 * number + 1]]
+            unconditional, conditional = zip(
+                *(half.conditions["class_labels"].split(2) for half, _ in halves), strict=True
+            )
+            batch = replace(
+                halves[0][0],
+                noise=torch.cat([half.noise for half, _ in halves]),
+                conditions={"class_labels": torch.cat([*unconditional, *conditional])},
+            )
+            return batch, [torch.cat(parts) for parts in zip(*(target for _, target in halves), strict=True)]
+
+    measure = make_loss(loss, task.decode)
+    parts = learnt(task, gates, replace(descent, accumulate=2), pairs, loss=measure)
+    whole = learnt(task, gates, descent, Joint(), loss=measure)
+    start = Backups(task.trace, gates).arrays()
+    assert max(np.abs(whole[name] - start[name]).max() for name in start) > 1e-3
+    assert_close(parts, whole, 1e-5)
+
+
+def test_clipping_bounds_the_update(task):
+    module = torch.nn.Linear(3, 1)
+    before = module.weight.detach().clone(), module.bias.detach().clone()
+    data = 100 * torch.ones(2, 3)
+    descent = Descent(1, 1.0, "sgd", "constant", clip=0.5)
+    optimise(module, lambda _: (module(data).square().sum(), {}), descent, task.trajectory, Run().phase("p"))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, module.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_float16_scales_the_loss_and_leaves_out_overflows(task):
+    """A gradient that overflows only because of the scale costs an iteration and a halving, nothing else."""
+    half = task.with_trajectory(precision=torch.float16).trajectory
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    values = []
+
+    def loss_at(number):
+        values.append(module.weight.item())
+        # float16 on the way: its largest value, 65504, is below the first scale, 65536
+        return (module.weight.sum().half() * 1).float(), {}
+
+    optimise(module, loss_at, Descent(4, 0.25, "sgd", "constant"), half, Run().phase("p"))
+    assert values == [1.0, 1.0, 0.75, 0.5], "the first update overflowed, the others did not"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp_path, where):
+    run = replace(open_run(tmp_path / "run", {"seed": 0}), cadence=replace(Run().cadence, iterations=2))
+    pool = Pool(task, 16, 2, seed=1)
+    calls = 0
+
+    def loss(latents, target):
+        nonlocal calls
+        calls += 1
+        value = final_latent(latents, target)
+        if calls < 6:
+            return value
+        return value * math.nan if where == "loss" else value + (0 * value).sqrt()  # the root's slope is infinite
+
+    with pytest.raises(DipgoError) as error:
+        learnt(task, gates, Descent(9, 1e-2), pool, run, loss)
+    text = str(error.value)
+    assert f"phase 'backups': the {where} is nan at iteration 6" in text
+    assert f"the checkpoint of iteration 4 is kept in {tmp_path}/run/backups.safetensors" in text
+    assert "\n" not in text
+    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == [
+        "backups.safetensors",
+        "journal.jsonl",
+        "run.json",
+    ]
+    again = open_run(tmp_path / "run", {"seed": 0}, resume=True)
+    resumed = learnt(task, gates, Descent(9, 1e-2), pool, again)
+    straight = learnt(task, gates, Descent(9, 1e-2), pool)
+    assert_close(resumed, straight, 0)
+
+
+@pytest.mark.parametrize("kind", ["paper", "budgeted"])
+def test_gate_phases_resume_to_the_same_bits(task, tmp_path, kind):
+    def scores(run, stop=False):
+        torch.manual_seed(7)
+        pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
+        calls = 0
+
+        def loss(latents, target):
+            nonlocal calls
+            calls += 1
+            if stop and calls == 6:
+                raise KeyboardInterrupt
+            return final_latent(latents, target)
+
+        phase = run.phase("gates")
+        pool = Pool(task, 8, 2, seed=3)
+        if kind == "paper":
+            descent = Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4)
+            return paper_scores(pruner, task.trace, task.trajectory, pool, descent, loss, phase)
+        descent = Descent(8, 1e-2, schedule="constant")
+        return budgeted_scores(pruner, task.trace, task.trajectory, pool, descent, loss, phase, 0.5)
+
+    folder = tmp_path / "run"
+    run = replace(open_run(folder, {}), cadence=replace(Run().cadence, iterations=2))
+    with pytest.raises(KeyboardInterrupt):
+        scores(run, stop=True)
+    resumed = scores(open_run(folder, {}, resume=True))
+    assert np.array_equal(resumed, scores(Run()))
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 9)), "no iteration is missing or told twice"
+    assert {"phase", "loss", "kept", "rate", "seconds", "peak_memory"} <= lines[0].keys()
+
+
+def test_tau_switches_the_sparsity_term(task):
+    """With the threshold above what is kept, the loss is the consistency alone; below, α Σ γ g is added."""
+    pool = Pool(task, 4, 2, seed=3)
+    losses = {}
+    for threshold, alpha, weighted in ((2.0, 1.0, True), (0.2, 1.0, True), (0.2, 0.5, False)):
+        torch.manual_seed(7)
+        pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8)
+        told = []
+        run = Run(report=lambda phase, k, total, figure, told=told: told.append(figure))
+        descent = Descent(1, 0.1, "sgd")
+        paper_scores(
+            pruner,
+            task.trace,
+            task.trajectory,
+            pool,
+            descent,
+            final_latent,
+            run.phase("gates"),
+            alpha,
+            threshold,
+            weighted,
+        )
+        losses[threshold, alpha] = float(told[0].split()[1].rstrip(","))
+    assert losses[2.0, 1.0] == pytest.approx(0, abs=1e-6), "everything is kept at the start"
+    assert losses[0.2, 1.0] == pytest.approx(1, abs=1e-3)
+    assert losses[0.2, 0.5] == pytest.approx(0.5, abs=1e-3)
+
+
+def command(model, output, folder, *more, settings=SETTINGS):
+    pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    keep = ("--run-folder", str(folder)) if folder else ()
+    return [sys.executable, "-m", "dipgo.cli", "search", model, *SEARCH, "-o", str(output), *pairs, *keep, *more]
+
+
+@pytest.mark.parametrize("method", ["dipgo", "paper"])
+def test_a_search_with_everything_switched_on(task, method, tmp_path):
+    """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
+    pairs = [f"{name}={value}" for name, value in SETTINGS.items() if "iterations" not in name]
+    pairs += ["gate_iterations=3", "backup_iterations=3", "precision=fp16", "recompute=true", "loss=0.5*ssim+l1+latent"]
+    pairs += ["accumulate=2", "warmup=1", "clip=1", "attention=both", "heads=2", "layers=2", "hidden=8", "pool=0"]
+    settings = settings_of(method, "default", pairs)
+    subnet = search(task, 0.6, method, settings, run_folder=tmp_path / "run", tensorboard=True)
+    scores = subnet.search["held_out_psnr_db"]
+    assert scores[subnet.search["chosen"]] == max(scores.values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["phase"] == "gates"] == [1, 2, 3]
+    assert all(0 < line["kept"] <= 1 and math.isfinite(line["loss"]) for line in lines)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
+    """SIGKILL in the phase of gates, then in that of backups; what comes out is the same to the last bit."""
+    folder = tmp_path / "run"
+    settings = SETTINGS | {"checkpoint_iterations": 3}
+    for phase, after, more in (("gates", 5, ()), ("backups", 10, ("--resume",))):
+        arguments = command(tiny_dit, tmp_path / "killed.json", folder, *more, settings=settings)
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        journal = folder / "journal.jsonl"
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            text = journal.read_text() if journal.exists() else ""
+            if f'"phase": "{phase}", "iteration": {after},' in text:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL, "killed while it ran"
+        assert not (tmp_path / "killed.json").exists()
+    last = command(tiny_dit, tmp_path / "killed.json", folder, "--resume", settings=settings)
+    subprocess.run(last, env=ENVIRONMENT, check=True, capture_output=True)
+    killed = load_subnet(tmp_path / "killed.json")
+    pairs = [f"{name}={value}" for name, value in settings.items()]
+    straight = search(make_task(find_model(tiny_dit), STEPS), 0.6, settings=settings_of("dipgo", "default", pairs))
+    assert killed.weights
+    assert np.array_equal(killed.gates, straight.gates)
+    assert_close(killed.weights, straight.weights, 0)
+    assert killed.search["held_out_psnr_db"] == straight.search["held_out_psnr_db"]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(task, gates, tmp_path):
+    """A limit on the size of files stands for a disk that fills; it raises EFBIG."""
+    run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    calls = 0
+
+    def loss(latents, target):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        return final_latent(latents, target)
+
+    try:
+        with pytest.raises(DipgoError) as error:
+            learnt(task, gates, Descent(9, 1e-2), Pool(task, 4, 2, seed=1), run, loss)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    path = tmp_path / "run" / "backups.safetensors"
+    assert f"{path}: the disk is full" in str(error.value)
+    assert f"the checkpoint of iteration 3 is kept in {path}" in str(error.value)
+    assert read_checkpoint(path)[0].iteration == 3
+    assert not [entry for entry in path.parent.iterdir() if entry.name.startswith(".")], "nothing half written"
+
+
+def test_a_real_disk_that_fills(tiny_dit, tmp_path):
+    """The command stops with one line and, once there is room, goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        settings = SETTINGS | {"gate_iterations": 0, "checkpoint_iterations": 3}
+        arguments = command(tiny_dit, tmp_path / "out.json", disk / "run", settings=settings)
+        filler = disk / "filler"  # takes what the first checkpoint leaves
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        kept = disk / "run" / "backups.safetensors"
+        while process.poll() is None and not kept.exists():
+            time.sleep(0.002)
+        with filler.open("wb", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(b"x" * 4096)
+        _, errors = process.communicate(timeout=60)
+        lines = [line for line in errors.splitlines() if line.startswith("dipgo: ")]
+        assert process.returncode == 1, errors
+        assert len(lines) == 1
+        assert "the disk is full" in lines[0]
+        assert "Traceback" not in errors
+        filler.unlink()
+        subprocess.run([*arguments, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
+        assert load_subnet(tmp_path / "out.json").weights
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+PARALLEL = """
+import sys
+import numpy as np, torch
+from dipgo.models import find_model
+from dipgo.search.backups import Backups, learn_backups
+from dipgo.search.checkpoint import read_checkpoint
+from dipgo.search.gates import budgeted_scores
+from dipgo.search.losses import make_loss
+from dipgo.search.optimise import Descent
+from dipgo.search.policies import spaced
+from dipgo.search.processes import processes
+from dipgo.search.pruner import Pruner
+from dipgo.search.run import Run
+from dipgo.search.search import search
+from dipgo.search.settings import settings_of
+from dipgo.search.task import Pool, make_task
+
+def both(model, images):
+    torch.set_num_threads(1)
+    task = make_task(find_model(model), 6)
+    group = processes(torch.device("cpu"))
+    run = Run(processes=group)
+    gates = spaced(task.trace, 6, 0.5, 1.0, "inside", learned=True)
+    backups = Backups(task.trace, gates)
+    loss = make_loss("ssim+latent", task.decode)
+    pool = Pool(task, 16, images // group.count, 1, group)
+    learn_backups(backups, task.trajectory, pool, Descent(6, 2e-2, clip=0.1, accumulate=2), loss, run.phase("b"))
+    torch.manual_seed(group.rank)  # only the main process's parameters count
+    pruner = Pruner(6, len(task.trace.sites), width=16, hidden=8)
+    scores = budgeted_scores(pruner, task.trace, task.trajectory, pool, Descent(4, 1e-2), loss, run.phase("g"), 0.5)
+    return group, {**backups.arrays(), "scores": scores}
+
+if __name__ == "__main__":
+    group, arrays = both(sys.argv[1], 4)
+    np.savez(f"{sys.argv[2]}/{group.rank}-of-{group.count}.npz", **arrays)
+"""
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
+    subprocess.run([*LAUNCH, script, tiny_dit, tmp_path], env=ENVIRONMENT, check=True, capture_output=True)
+    first, second = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("0-of-2", "1-of-2"))
+    _, alone = runpy.run_path(str(script))["both"](tiny_dit, 4)
+    assert_close(first, second, 0)
+    assert_close(first, alone, 1e-5)
+
+
+def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "s.json"
+    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 4}
+    arguments = [*LAUNCH, *command(tiny_dit, output, folder, settings=settings)[1:]]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("SubNet: ") == 1
+    assert load_subnet(output).cost.ratio <= 0.6
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["phase"] == "backups"] == [1, 2, 3, 4]
+    output.unlink()
+    output.with_suffix(".safetensors").unlink(missing_ok=True)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("dipgo: ")] == [
+        f"dipgo: {folder} exists; --resume goes on with it, or give another --run-folder"
+    ]

@@ -1,0 +1,182 @@
+"""The run folder: what a resume accepts, what it refuses in one line, and what is logged."""
+
+import builtins
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.search.checkpoint import pack, read_checkpoint
+from dipgo.search.run import Cadence, Run, open_run
+
+SETTINGS = {
+    "model": {"name": "m", "weights_sha256": "ab"},
+    "budget": 0.5,
+    "settings": {"alpha": 1.0, "step_weights": ()},
+}
+
+
+def ground(width=3):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(width, 2)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
+    module(torch.ones(1, width)).sum().backward()
+    optimiser.step()
+    return module, optimiser, torch.amp.GradScaler("cpu", enabled=False)
+
+
+def begun(folder, iteration=3):
+    run = open_run(folder, SETTINGS)
+    run.phase("gates").keep(iteration, *ground())
+    return run
+
+
+def test_a_checkpoint_holds_everything_and_no_pickle(tmp_path):
+    begun(tmp_path / "run")
+    path = tmp_path / "run" / "gates.safetensors"
+    record, tensors = read_checkpoint(path)
+    module, optimiser, scaler = ground()
+    draws = torch.rand(2)
+    module.weight.data.zero_()
+    optimiser.state.clear()
+    assert open_run(tmp_path / "run", SETTINGS, resume=True).phase("gates").restore(module, optimiser, scaler) == 3
+    again = pack(module, optimiser)
+    assert record.iteration == 3
+    assert {"module.weight", "optimiser.0.exp_avg_sq", "optimiser.1.step", "rng.cpu"} <= tensors.keys()
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert torch.equal(torch.rand(2), draws), "the random numbers go on where they were"
+    for entry in (tmp_path / "run").iterdir():
+        with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, EOFError)), entry.open("rb") as stream:
+            pickle.load(stream)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": {"name": "m", "weights_sha256": "cd"}},
+            'was begun with model.weights_sha256 = "ab", now it is "cd"',
+        ),
+        ({"budget": 0.4}, "was begun with budget = 0.5, now it is 0.4"),
+        ({"settings": {"alpha": 2.0, "step_weights": ()}}, "was begun with settings.alpha = 1.0, now it is 2.0"),
+    ],
+)
+def test_other_settings_or_another_model_are_refused(tmp_path, change, message):
+    begun(tmp_path / "run")
+    with pytest.raises(DipgoError) as error:
+        open_run(tmp_path / "run", SETTINGS | change, resume=True)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_run_or_shape_is_refused(tmp_path):
+    begun(tmp_path / "a")
+    other = open_run(tmp_path / "b", SETTINGS | {"budget": 0.4})
+    checkpoint = tmp_path / "a" / "gates.safetensors"
+    (tmp_path / "b" / "gates.safetensors").write_bytes(checkpoint.read_bytes())
+    with pytest.raises(DipgoError, match="of another model or of other settings"):
+        other.phase("gates").restore(*ground())
+    same = open_run(tmp_path / "a", SETTINGS, resume=True)
+    with pytest.raises(DipgoError, match=r"'weight' is \[2, 3\], this search needs \[2, 4\]"):
+        same.phase("gates").restore(*ground(4))
+    (tmp_path / "a" / "backups.safetensors").write_bytes(checkpoint.read_bytes())
+    with pytest.raises(DipgoError, match="a checkpoint of phase 'gates'"):
+        same.phase("backups").restore(*ground())
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    begun(tmp_path / "run")
+    path = tmp_path / "run" / "gates.safetensors"
+    whole = path.read_bytes()
+    run = open_run(tmp_path / "run", SETTINGS, resume=True)
+    for content in (whole[:-10], whole[:100], b"", pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(DipgoError, match=r"not a readable checkpoint .*; remove it to begin its phase anew"):
+            run.phase("gates").restore(*ground())
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(DipgoError, match="not a readable checkpoint"):
+        run.phase("gates").restore(*ground())
+
+
+def test_folders_that_exist(tmp_path):
+    begun(tmp_path / "run")
+    with pytest.raises(UsageError, match="--resume goes on with it"):
+        open_run(tmp_path / "run", SETTINGS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DipgoError, match="holds files but no run"):
+        open_run(tmp_path / "other", SETTINGS, resume=True)
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
+    fresh = open_run(tmp_path / "fresh", SETTINGS, resume=True)
+    assert fresh.phase("gates").restore(*ground()) == 0, "a kill before the first file is no reason to refuse"
+    (tmp_path / "run" / "run.json").write_text('{"schema": "dipgo.run/0"}')
+    with pytest.raises(DipgoError, match="not a run that this version reads"):
+        open_run(tmp_path / "run", SETTINGS, resume=True)
+
+
+def test_once_is_made_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"psnr": np.array([1.5, 2.5]), "gates": np.eye(3, dtype=bool)}
+
+    for resume in (False, True, True):
+        arrays = open_run(tmp_path / "run", SETTINGS, resume).once("policies", make)
+        assert arrays["psnr"].tolist() == [1.5, 2.5]
+        assert arrays["gates"].dtype == bool
+    assert len(calls) == 1
+    Run().once("policies", make)
+    assert len(calls) == 2, "without a folder nothing is kept"
+
+
+def test_what_is_due():
+    counted = replace(Run(), cadence=Cadence(iterations=4, seconds=0)).phase("p")
+    assert [k for k in range(1, 13) if counted.due(k)] == [4, 8, 12]
+    timed = replace(Run(), cadence=Cadence(iterations=0, seconds=60)).phase("p")
+    assert not timed.due(1)
+    timed._last -= 61
+    assert timed.due(2)
+
+
+def test_drafts_that_a_kill_left_are_cleared(tmp_path):
+    begun(tmp_path / "run")
+    (tmp_path / "run" / ".gates-abc.safetensors").write_bytes(b"half")
+    open_run(tmp_path / "run", SETTINGS, resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["gates.safetensors", "run.json"]
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path):
+    """Also after a resume: what came after the checkpoint is hidden, not shown twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    begun(tmp_path / "run", iteration=2)
+    for last, loss in ((4, 1.0), (6, 0.5)):
+        run = open_run(tmp_path / "run", SETTINGS, resume=True, tensorboard=True)
+        phase = run.phase("gates")
+        for iteration in range(phase.restore(*ground()) + 1, last + 1):
+            phase.tell(iteration, 6, {"loss": loss, "kept": 0.5})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "gates")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(k, 0.5) for k in (3, 4, 5, 6)]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert lines == [{"phase": "gates", "iteration": k, "loss": 0.5, "kept": 0.5} for k in (3, 4, 5, 6)]
+
+
+def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *rest, **named):
+        if name.startswith(("tensorboard", "torch.utils.tensorboard")):
+            raise ImportError(name)
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DipgoError, match=r"pip install 'dipgo\[logs\]'"):
+        open_run(tmp_path / "run", SETTINGS, tensorboard=True)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,170 @@
+"""What the search draws: prompts, classes, pools, and settings by name."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.families import FAMILIES
+from dipgo.models import find_model
+from dipgo.search.processes import Processes
+from dipgo.search.settings import Settings, settings_of
+from dipgo.search.task import Pool, choices_of, make_task, read_prompts
+from dipgo.trajectory import Sampling
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+def family(kind):
+    return next(family for family in FAMILIES if family.conditioned_by == kind)
+
+
+def test_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red fox\n\n  ein grüner Frosch \r\n狐\n".encode())
+    assert read_prompts(path) == ["a red fox", "ein grüner Frosch", "狐"]
+    assert choices_of(family("prompt"), None, path, None) == read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no prompt in it"),
+        (b" \n\n\t\n", "no prompt in it"),
+        (b"fine\n\xff\xfe\n", "not UTF-8 (byte 5)"),
+        (None, "no such prompt file"),
+    ],
+)
+def test_prompt_files_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DipgoError) as error:
+        read_prompts(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DipgoError, match="not a readable prompt file"):
+        read_prompts(tmp_path)
+
+
+def test_classes(tiny_dit, task, tmp_path):
+    kind = task.model.family
+    assert choices_of(kind, task.pipe, None, None) == choices_of(kind, task.pipe, None, "all") == [0, 1, 2]
+    assert choices_of(kind, task.pipe, None, "fox, 0") == [0, 2]
+    for wrong in ("wolf", "0,7", ""):
+        with pytest.raises(UsageError, match="give names or numbers such as cat, dog, fox"):
+            choices_of(kind, task.pipe, None, wrong)
+    with pytest.raises(UsageError, match="conditioned by classes"):
+        choices_of(kind, task.pipe, tmp_path / "p.txt", None)
+    with pytest.raises(UsageError, match="conditioned by prompts"):
+        choices_of(family("prompt"), None, None, "cat")
+    only = make_task(find_model(tiny_dit), STEPS, classes="dog", traced=task.trace)
+    assert set(only.sampling.draw(8, 0).conditions["class_labels"].tolist()) == {1000, 1}
+
+
+def test_each_prompt_is_encoded_once(task):
+    seen = []
+
+    def conditions(pipe, prompts):
+        seen.extend(prompts)
+        return {"e": torch.zeros(1, 2)}, {"e": torch.full((1, 2), float(len(prompts[0])))}
+
+    guided = SimpleNamespace(denoiser=task.pipe.transformer, guided=True)
+    sampling = Sampling(None, guided, SimpleNamespace(conditions=conditions), (1, 4, 8, 8), ["a", "bb", "ccc"])
+    for seed in range(5):
+        batch = sampling.draw(6, seed)
+        assert batch.conditions["e"].shape == (12, 2)
+        assert (batch.conditions["e"][:6] == 0).all()
+        assert (batch.conditions["e"][6:] > 0).all()
+    assert sorted(seen) == ["a", "bb", "ccc"]
+
+
+def rows(pool, numbers):
+    return [pool[number][0].noise for number in numbers]
+
+
+def test_a_pool_covers_itself_in_every_epoch_and_is_random_access(task):
+    pool = Pool(task, 12, 2, seed=5, chunk=4)
+    assert pool.rows == 6
+    epochs = [torch.cat(rows(pool, range(start, start + 6))) for start in (0, 6, 12)]
+    as_sets = [{tuple(image.flatten()[:4].tolist()) for image in epoch} for epoch in epochs]
+    assert len(as_sets[0]) == 12
+    assert as_sets[0] == as_sets[1] == as_sets[2]
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[1], epochs[2])
+    again = Pool(task, 12, 2, seed=5, chunk=4)
+    for number in (17, 3, 8):
+        (batch, target), (other, other_target) = pool[number], again[number]
+        assert torch.equal(batch.noise, other.noise)
+        assert torch.equal(batch.conditions["class_labels"], other.conditions["class_labels"])
+        assert torch.equal(target[-1], other_target[-1])
+        full = task.trajectory.full(batch.noise, batch.conditions)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(full, target, strict=True))
+
+
+@pytest.mark.parametrize("size", [0, 12])
+def test_shares_of_a_pool_make_the_joint_batch(task, size):
+    whole = Pool(task, size, 6, seed=1)
+    parts = [Pool(task, size, 2, 1, Processes(rank, 3)) for rank in range(3)]
+    for number in (0, 1, 7):
+        batch, target = whole[number]
+        pieces = [part[number] for part in parts]
+        assert torch.equal(batch.noise, torch.cat([piece.noise for piece, _ in pieces]))
+        assert torch.allclose(target[-1], torch.cat([latents[-1] for _, latents in pieces]), atol=1e-5)
+        halves = [piece.conditions["class_labels"].split(2) for piece, _ in pieces]
+        expected = torch.cat([half[k] for k in (0, 1) for half in halves])
+        assert torch.equal(batch.conditions["class_labels"], expected)
+
+
+def test_fresh_noise_never_repeats(task):
+    pool = Pool(task, 0, 2, seed=1, chunk=4)
+    drawn = torch.cat(rows(pool, range(10))).flatten(1)
+    assert len(np.unique(drawn.numpy(), axis=0)) == 20
+    assert len(pool._chunks) == 1
+
+
+def test_settings_by_name():
+    changed = settings_of("dipgo", "quick", ["alpha=0.5", "gamma=false", "loss=ssim+l1", "batch=3", "step_weights=0,1"])
+    assert (changed.alpha, changed.gamma, changed.loss, changed.batch) == (0.5, False, "ssim+l1", 3)
+    assert changed.step_weights == (0.0, 1.0)
+    assert changed.backup_iterations == 150
+    paper = settings_of("paper", "default", ["gate_rate=10"])
+    assert (paper.width, paper.optimiser, paper.gate_rate, paper.batch, paper.tau) == (512, "sgd", 10, 1, 0.2)
+    assert settings_of("dipgo", "default") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("alfa=1", "unknown setting 'alfa=1'"),
+        ("alpha", "unknown setting 'alpha'"),
+        ("alpha=much", "alpha = 'much': give a number"),
+        ("batch=1.5", "give a whole number"),
+        ("batch=0", "give at least 1"),
+        ("gamma=maybe", "give true or false"),
+        ("step_weights=1,x", "numbers joined by commas"),
+        ("precision=fp8", "unknown precision 'fp8'"),
+        ("loss=mse", "loss term 'mse'"),
+        ("heads=3", "heads must divide the width"),
+        ("attention=all", "unknown attention 'all'"),
+        ("optimiser=lion", "unknown optimiser 'lion'"),
+    ],
+)
+def test_settings_that_make_no_sense(pair, message):
+    with pytest.raises(UsageError) as error:
+        settings_of("dipgo", "default", [pair])
+    assert message in str(error.value)
+
+
+def test_a_device_that_is_not_there(tiny_dit):
+    for name in ("cuda:9", "quantum"):
+        with pytest.raises(UsageError, match=f"device '{name}' cannot be used here"):
+            make_task(find_model(tiny_dit), STEPS, device=name)

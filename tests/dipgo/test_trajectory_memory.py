@@ -1,0 +1,271 @@
+"""The trajectory: recomputed steps give the same gradient, only what is read later is kept, devices, precision."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch.utils import _pytree as pytree
+
+from dipgo.errors import DipgoError
+from dipgo.families import GuidedDenoiser
+from dipgo.gating import take_apart
+from dipgo.liveness import canonical, plan
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.search.backups import Backups
+from dipgo.search.losses import final_latent, make_loss
+from dipgo.search.policies import extrapolation
+from dipgo.search.pruner import straight_through
+from dipgo.search.task import make_task
+from dipgo.trace import trace
+from dipgo.trajectory import Trajectory
+from tests.models import tiny_unet
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def dit(tiny_dit):
+    task = make_task(find_model(tiny_dit), STEPS, sampler="dpm++2m")
+    batch = task.sampling.draw(2, 0)
+    return task.trace, task.trajectory, batch.noise, batch.conditions
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    model = tiny_unet(folder)
+    traced = trace(model, "block", 5.0)
+    denoiser = UNet2DConditionModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), STEPS)
+    trajectory = Trajectory(GuidedDenoiser(denoiser, model.family, 5.0), traced.sites, sampler, traced.live_sites)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    return traced, trajectory, noise, {"encoder_hidden_states": torch.randn(4, 77, 24, generator=generator)}
+
+
+@pytest.fixture(params=["dit", "unet"])
+def ground(request):
+    return request.getfixturevalue(request.param)
+
+
+def random_gates(traced, seed, keep=0.5, calls=STEPS):
+    gates = np.random.default_rng(seed).random((calls, len(traced.sites))) < keep
+    gates[0] = True
+    return gates
+
+
+def gradients(module, latents, target):
+    for parameter in module.parameters():
+        parameter.grad = None
+    loss = final_latent(latents, target)
+    loss.backward()
+    return loss.item(), [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in module.parameters()
+    ]
+
+
+def assert_same(first, second, tolerance=1e-6):
+    assert first[0] == pytest.approx(second[0], rel=tolerance)
+    scale = max(gradient.abs().max().item() for gradient in first[1])
+    assert scale > 0
+    for a, b in zip(first[1], second[1], strict=True):
+        assert (a - b).abs().max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_recomputed_steps_give_the_gradient_of_backups(ground, terms):
+    traced, trajectory, noise, conditions = ground
+    target = trajectory.full(noise, conditions)
+    for seed in range(2):
+        gates = random_gates(traced, seed)
+        backups = Backups(traced, gates, terms)
+        for parameter in backups.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        plain, again = (
+            gradients(backups, way.gated(noise, conditions, gates, backups(), terms), target)
+            for way in (trajectory, replace(trajectory, recompute=True))
+        )
+        assert_same(plain, again)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_recomputed_steps_give_the_gradient_of_gates(ground, terms):
+    traced, trajectory, noise, conditions = ground
+    target = trajectory.full(noise, conditions)
+    hard = random_gates(traced, 3)
+    kept = torch.from_numpy(hard).float()
+    weights = {name: torch.from_numpy(a) for name, a in extrapolation(traced, hard).items()} if terms > 1 else {}
+    scores = torch.nn.ParameterList([torch.rand(hard.shape, generator=torch.Generator().manual_seed(1))])
+    plain, again = (
+        gradients(
+            scores,
+            way.supernet(noise, conditions, straight_through(scores[0], kept), weights, terms),
+            target,
+        )
+        for way in (trajectory, replace(trajectory, recompute=True))
+    )
+    assert_same(plain, again)
+
+
+def test_supernet_equals_the_subnet_of_its_gates(ground):
+    """Both branches, mixed by hard gates, are the SubNet that executes only one of them."""
+    traced, trajectory, noise, conditions = ground
+    gates = random_gates(traced, 5)
+    table = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
+    with torch.no_grad():
+        for weights, terms in (({}, 1), (table, 2)):
+            mixed = trajectory.supernet(noise, conditions, torch.from_numpy(gates).float(), weights, terms)
+            gated = trajectory.gated(noise, conditions, gates, weights, terms)
+            assert torch.allclose(mixed[-1], gated[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_trace_the_result_is_the_same(ground):
+    traced, trajectory, noise, conditions = ground
+    blind = Trajectory(trajectory.guided, trajectory.sites, trajectory.sampler)
+    gates = random_gates(traced, 7, keep=0.3)
+    with torch.no_grad():
+        for way, terms in ((trajectory, 1), (trajectory, 2)):
+            weights = {name: torch.from_numpy(a) for name, a in extrapolation(traced, gates).items()}
+            weights = weights if terms > 1 else {}
+            found = way.gated(noise, conditions, gates, weights, terms)[-1]
+            assert torch.equal(found, blind.gated(noise, conditions, gates, weights, terms)[-1])
+
+
+def held_bytes(run):
+    """Bytes of tensors that are alive because of ``run`` when it returns, saved for the backward pass or otherwise."""
+
+    def tensors():
+        gc.collect()
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+    before = {tensor.untyped_storage()._cdata for tensor in tensors()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        result = run()
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in [*tensors(), *saved]}
+    assert result
+    return sum(size for key, size in storages.items() if key not in before)
+
+
+def test_recomputing_holds_latents_and_live_outputs(ground):
+    traced, trajectory, noise, conditions = ground
+    gates = canonical(random_gates(traced, 2), 2, traced.live_sites)
+    backups = Backups(traced, gates)
+    weights = backups()
+    plain, less = (
+        held_bytes(lambda way=way: way.gated(noise, conditions, gates, weights, 2))
+        for way in (trajectory, replace(trajectory, recompute=True))
+    )
+    outputs = sum(
+        4 * np.prod(traced.shape(name, len(noise)))
+        for entry in plan(gates, 2, traced.live_sites)
+        for site in entry.stored
+        for name in traced.outputs[site]
+    )
+    assert less <= plain / 4
+    assert outputs <= less <= outputs + 5 * (STEPS + 1) * noise.nbytes + 2 * noise.nbytes
+
+
+def test_only_live_outputs_outlive_their_step(ground, monkeypatch):
+    """While a step runs without gradient, the outputs alive are those that it or a later step reads."""
+    traced, trajectory, noise, conditions = ground
+    gates = random_gates(traced, 4)
+    weights = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
+    plans = plan(gates, 2, traced.live_sites)
+    last = {}
+    for step, entry in enumerate(plans):
+        last |= {(source, site): step for site, past in entry.served.items() for source in past}
+    made, counts = {}, []
+    original = Trajectory._call
+
+    def call(self, latent, timestep, conditions):
+        step = len(counts)
+        counts.append(
+            {key for key, references in made.items() if any(reference() is not None for reference in references)}
+        )
+
+        def remember(site):
+            def hook(module, args, output):
+                made[step, site] = [weakref.ref(tensor) for tensor in take_apart(output)[0]]
+
+            return hook
+
+        modules = [self.guided.denoiser.get_submodule(name) for name in self.names]
+        handles = [module.register_forward_hook(remember(site)) for site, module in enumerate(modules)]
+        try:
+            return original(self, latent, timestep, conditions)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    monkeypatch.setattr(Trajectory, "_call", call)
+    with torch.no_grad():
+        trajectory.gated(noise, conditions, gates, weights, 2)
+    assert [found for found in counts if found]
+    for now, found in enumerate(counts):
+        assert found <= {key for key, step in last.items() if key[0] < now <= step}
+
+
+def test_a_site_whose_output_changes_shape_is_refused(ground, monkeypatch):
+    traced, trajectory, noise, conditions = ground
+    name = trajectory.names[0]
+    module = trajectory.guided.denoiser.get_submodule(name)
+    original = type(module).forward
+    calls = []
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        calls.append(self is module)
+        return output if sum(calls) < 3 else pytree.tree_map(lambda tensor: tensor[..., :-1], output)
+
+    monkeypatch.setattr(type(module), "forward", forward)
+    gates = np.ones((STEPS, len(traced.sites)), bool)
+    with pytest.raises(DipgoError) as error:
+        trajectory.gated(noise, conditions, gates, {}, 1)
+    assert f"site '{name}' hands on [" in str(error.value)
+    assert "at step 0 but [" in str(error.value)
+    assert "at step 2" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_and_gives_finite_float32_gradient(ground, precision):
+    traced, trajectory, noise, conditions = ground
+    half = replace(trajectory, precision=precision)
+    gates = random_gates(traced, 2)
+    backups = Backups(traced, gates)
+    with torch.no_grad():
+        exact = trajectory.gated(noise, conditions, gates, backups(), 2)[-1]
+    latents = half.gated(noise, conditions, gates, backups(), 2)
+    assert latents[-1].dtype == torch.float32
+    distance = (latents[-1] - exact).norm() / exact.norm()
+    assert 0 < distance < (0.1 if precision == torch.bfloat16 else 0.02), "in half precision, and no further away"
+    target = trajectory.full(noise, conditions)
+    plain = gradients(backups, latents, target)
+    again = gradients(backups, replace(half, recompute=True).gated(noise, conditions, gates, backups(), 2), target)
+    assert_same(plain, again, 1e-5)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in plain[1])
+
+
+def test_everything_is_on_the_device_of_the_denoiser(tiny_dit):
+    """On the meta device any tensor left on the CPU is an error."""
+    task = make_task(find_model(tiny_dit), 3, device="meta")
+    traced, trajectory = task.trace, task.trajectory
+    batch = task.sampling.draw(2, 0)
+    assert batch.noise.device.type == "meta"
+    target = trajectory.full(batch.noise, batch.conditions)
+    gates = random_gates(traced, 0, calls=3)
+    backups = Backups(traced, gates).to("meta")
+    table = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
+    keep = torch.from_numpy(gates).float()
+    for way in (trajectory, replace(trajectory, recompute=True)):
+        latents = way.gated(batch.noise, batch.conditions, gates, backups(), 2)
+        loss = make_loss("ssim+latent", task.decode)(latents, target)
+        loss.backward()
+        assert loss.device.type == "meta"
+        assert way.supernet(batch.noise, batch.conditions, keep, table, 2)[-1].device.type == "meta"
