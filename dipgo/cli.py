@@ -17,7 +17,9 @@ from typer.exceptions import TyperException
 from dipgo.errors import DipgoError
 
 if TYPE_CHECKING:
+    from dipgo.latency import LatencyProfile
     from dipgo.search.journal import Report
+    from dipgo.search.task import Task
     from dipgo.subnet import SubNet
 
 app = typer.Typer(
@@ -50,6 +52,9 @@ SitesOption = Annotated[
     typer.Option(help="block, branch or layer, or module patterns joined by commas; the family's own by default."),
 ]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default by default.")]
+CostOption = Annotated[
+    str, typer.Option(help="What the budget is a share of: macs, latency (measured here), or a latency profile's file.")
+]
 MethodOption = Annotated[str, typer.Option(help="dipgo, or paper for the published procedure.")]
 SetOption = Annotated[
     list[str] | None,
@@ -100,6 +105,7 @@ def search(
     sampler: SamplerOption = None,
     sites: SitesOption = None,
     guidance: GuidanceOption = None,
+    cost: CostOption = "macs",
     method: MethodOption = "dipgo",
     preset: PresetOption = "default",
     settings: SetOption = None,
@@ -123,6 +129,7 @@ def search(
         sampler=sampler,
         sites=sites,
         guidance=guidance,
+        cost=cost,
         method=method,
         preset=preset,
         settings=tuple(settings or ()),
@@ -260,6 +267,7 @@ def compile_(
     sampler: SamplerOption = None,
     sites: SitesOption = None,
     guidance: GuidanceOption = None,
+    cost: CostOption = "macs",
     method: MethodOption = "dipgo",
     preset: PresetOption = "default",
     settings: SetOption = None,
@@ -283,6 +291,7 @@ def compile_(
         sampler=sampler,
         sites=sites,
         guidance=guidance,
+        cost=cost,
         method=method,
         preset=preset,
         settings=tuple(settings or ()),
@@ -308,7 +317,12 @@ def _search(**options: Any) -> list[SubNet]:
         from dipgo.search.request import Request, carry_out
         from dipgo.search.search import describe
 
-    found = carry_out(Request(**options), _spinner, _phases)
+    def measure(task: Task, threads: int | None) -> LatencyProfile:
+        from benchmarks.latency import measure_latency
+
+        return measure_latency(task, threads=threads)
+
+    found = carry_out(Request(**options), _spinner, _phases, measure)
     for file, subnet in found:
         typer.echo(f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
     return [subnet for _, subnet in found]

@@ -76,7 +76,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["search", "MODEL", "--steps", 5, "--budget", 0, "-o", "OUT"], 2, "budget 0.0 is outside (0, 1]"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0, "-o", "OUT"], 2, "budget 0 is outside (0, 1]"),
         (["search", "MODEL", "--steps", 5, "--budget", 1.5, "-o", "OUT"], 2, "budget 1.5 is outside (0, 1]"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.1, "-o", "OUT"], 2, "what step 0 and the ungated parts"),
         (["search", "MODEL", "--steps", 1, "--budget", 0.5, "-o", "OUT"], 2, "at least 2"),
@@ -123,12 +123,12 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     with log.open("w") as stream:
         # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
         process = subprocess.Popen(
-            [*command, "-o", str(output)],
+            [*command, "--set", "moves=0", "--set", "held_out=4", "-o", str(output)],
             stderr=stream,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other threads here
         )
     deadline = time.time() + 120
-    while "backups" not in log.read_text() and time.time() < deadline:
+    while "trial" not in log.read_text() and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(60) == 1

@@ -7,7 +7,6 @@ are compared at equal MACs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,15 +86,15 @@ def spaced(
             inner sites, and what stands behind them runs, on today's latent and timestep; ``mixed``: whole in the
             first step after a computed one, inside in the others.
         learned: whether backups will be weighted (two terms) or last outputs.
-        outer: how many of the first and of the last sites, in the order in which they run, are never skipped inside.
+        outer: how many of the first and of the last sites, in the order in which they run, are never skipped.
 
     One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
     costs too much, so do the gates that are returned.
     """
     limit = budget * trace.full_macs * calls
-    inner = [site for site in trace.execution_order() if site not in trace.output_sites()]
-    rest = np.ones(len(trace.sites), bool)
-    rest[inner[outer : len(inner) - outer]] = False
+    order = trace.execution_order()
+    rest = np.zeros(len(trace.sites), bool)
+    rest[[*trace.output_sites(), *order[:outer], *order[len(order) - outer :]]] = True
 
     def gates_of(count: int) -> np.ndarray:
         steps = spacing(calls, count, power)
@@ -111,7 +110,7 @@ def spaced(
     for count in range(2, calls + 1):
         gates = gates_of(count)
         if trajectory_macs(trace, gates, learned) > limit:
-            return trim(trace, gates, best, limit, learned)
+            return trim(trace, gates, best, limit, learned, np.flatnonzero(~rest))
         best = gates
     return best
 
@@ -185,14 +184,15 @@ def spacing(calls: int, count: int, power: float) -> list[int]:
     return chosen
 
 
-def trim(trace: Trace, above: np.ndarray, below: np.ndarray, limit: float, learned: bool) -> np.ndarray:
-    """Bring gates that cost too much under ``limit`` MACs: skip inner sites of one computed step after another.
+def trim(
+    trace: Trace, above: np.ndarray, below: np.ndarray, limit: float, learned: bool, inner: np.ndarray
+) -> np.ndarray:
+    """Bring gates that cost too much under ``limit`` MACs: skip the sites ``inner`` of one computed step after another.
 
     Steps are taken from the last to the second, in each every other site from the first on, so that no site misses
     two computed steps in a row while that can be helped. Falls back to ``below`` where a whole step's worth must go.
     """
     gates = above.copy()
-    inner = [site for site in range(gates.shape[1]) if site not in trace.output_sites()]
     computed = [step for step in np.flatnonzero(gates[:, inner].all(axis=1)) if step > 0]
     for offset in (0, 1):
         for number, step in enumerate(reversed(computed)):
@@ -218,7 +218,7 @@ def extrapolation(trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _extrapolate(column: Sequence[bool] | np.ndarray) -> np.ndarray:
+def _extrapolate(column: np.ndarray) -> np.ndarray:
     weights = np.zeros((len(column), 2), np.float32)
     past: list[int] = []
     for step, gate in enumerate(column):

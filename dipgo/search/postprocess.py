@@ -67,7 +67,8 @@ def swept_gates(trace: Trace, scores: np.ndarray, budget: float, learned: bool =
     exceeds the threshold are skipped, highest first, together with the sites that nobody reads then, until one more
     would go below the budget; then the next site has its turn. The threshold begins at 0.95 and falls by 0.05.
 
-    Arguments and result as for :func:`gates_at_budget`. Departure: what reads whom comes from the traced graph.
+    Arguments and result as for :func:`gates_at_budget`, but what is kept lies just above the budget. Departure: what
+    reads whom comes from the traced graph.
     """
     limit = budget * trace.full_macs * len(scores)
     gates = np.ones(scores.shape, bool)

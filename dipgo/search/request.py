@@ -9,13 +9,14 @@ from pathlib import Path
 
 from dipgo.errors import UsageError
 from dipgo.files import refuse_existing
+from dipgo.latency import LatencyProfile, read_profile
 from dipgo.models import find_model
 from dipgo.search.journal import Report
 from dipgo.search.pareto import write_pareto
 from dipgo.search.processes import processes
 from dipgo.search.search import sweep
 from dipgo.search.settings import settings_of
-from dipgo.search.task import make_task
+from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, save_subnet
 
 
@@ -26,6 +27,7 @@ class Request:
     Attributes:
         budgets: one number, or several joined by commas.
         output: the SubNet's JSON file; with several budgets a folder.
+        cost: what budgets are a share of: ``macs``, ``latency`` as measured here and now, or a latency profile's file.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Request:
     sampler: str | None = None
     sites: str | None = None
     guidance: float | None = None
+    cost: str = "macs"
     method: str = "dipgo"
     preset: str = "default"
     settings: tuple[str, ...] = ()
@@ -54,12 +57,14 @@ def carry_out(
     request: Request,
     busy: Callable[[str], AbstractContextManager[None]],
     phases: Callable[[], AbstractContextManager[Report]],
+    measure: Callable[[Task, int | None], LatencyProfile],
 ) -> list[tuple[Path, SubNet]]:
     """Search as requested and write what was found.
 
     Args:
         busy: shows that work of a name goes on.
         phases: yields what shows the progress of phases.
+        measure: measures a latency profile on a number of threads.
 
     Returns:
         The SubNets and their files, one a budget; nothing in other processes than the main one.
@@ -76,6 +81,7 @@ def carry_out(
     if request.steps < 2:
         raise UsageError(f"steps = {request.steps}: with one step there is nothing to reuse; give at least 2")
     settings = settings_of(request.method, request.preset, request.settings)
+    profile = None if request.cost in ("macs", "latency") else read_profile(Path(request.cost))
     model = find_model(request.model, request.random_weights)
     with busy("load and trace"):
         if request.threads:
@@ -90,6 +96,9 @@ def carry_out(
             prompts=request.prompts,
             classes=request.classes,
         )
+    if request.cost == "latency":
+        with busy("measure latency"):
+            profile = measure(task, request.threads)
     with phases() as report:
         found = sweep(
             task,
@@ -101,6 +110,7 @@ def carry_out(
             request.run_folder,
             request.resume,
             request.tensorboard,
+            profile,
         )
     if not processes(task.trajectory.device).main:
         return []

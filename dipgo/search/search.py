@@ -15,6 +15,7 @@ import torch
 
 from dipgo.cost import check_budget, cost_of
 from dipgo.errors import UsageError
+from dipgo.latency import LatencyProfile, timed
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import budgeted_scores, paper_scores
 from dipgo.search.journal import Report, silent
@@ -29,6 +30,7 @@ from dipgo.search.run import Cadence, Run, open_run
 from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.task import Pool, Task
 from dipgo.subnet import SubNet
+from dipgo.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ def search(
     run_folder: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    profile: LatencyProfile | None = None,
 ) -> SubNet:
     """Search a SubNet that keeps ``budget`` of the full trajectory's MACs; see :func:`sweep`."""
-    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard)[0]
+    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile)[0]
 
 
 def sweep(
@@ -69,6 +72,7 @@ def sweep(
     run_folder: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    profile: LatencyProfile | None = None,
 ) -> list[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
 
@@ -85,6 +89,7 @@ def sweep(
         run_folder: where checkpoints and figures are kept, see :mod:`dipgo.search.run`.
         resume: go on with the run that lies there.
         tensorboard: log figures for TensorBoard too.
+        profile: measured times, of which the budgets are shares then, instead of MACs; kept with the SubNets.
 
     Returns:
         One SubNet a budget, in the order of ``budgets``.
@@ -95,6 +100,9 @@ def sweep(
     """
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
+    traced = task.trace
+    if profile:
+        task = replace(task, trace=timed(traced, profile))
     for budget in budgets:
         check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
     check(settings)
@@ -115,6 +123,7 @@ def sweep(
         "seed": seed,
         "settings": asdict(settings),
         "processes": group.count,
+        "profile": profile.model_dump(by_alias=True) if profile else None,
     }
     cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
     run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
@@ -138,14 +147,15 @@ def sweep(
         found[budget] = SubNet(
             model=task.model.identity(),
             sampler=task.identity,
-            sites=task.trace.sites,
+            sites=traced.sites,
             gates=best.gates,
-            cost=cost_of(task.trace, best.gates, bool(best.weights)),
+            cost=cost_of(traced, best.gates, bool(best.weights)),
             terms=best.terms,
             weights=dict(best.weights),
             search={
                 "method": method,
                 "budget": budget,
+                "cost": _cost(task.trace, best, profile),
                 "seed": seed,
                 "settings": asdict(settings),
                 "seconds": round(time.time() - started, 1),
@@ -156,6 +166,14 @@ def sweep(
             },
         )
     return [found[budget] for budget in budgets]
+
+
+def _cost(priced: Trace, best: Candidate, profile: LatencyProfile | None) -> dict[str, Any]:
+    """Return what the budget was a share of, and for latency the profile and the share that is kept by it."""
+    if profile is None:
+        return {"kind": "macs"}
+    ratio = cost_of(priced, best.gates, bool(best.weights)).ratio
+    return {"kind": "latency", "ratio": round(ratio, 6), "profile": profile.model_dump(mode="json", by_alias=True)}
 
 
 def policy_subnet(task: Task, policy: Policy) -> SubNet:

@@ -90,7 +90,7 @@ def test_gradient_passes_the_decoder(tiny_dit, spec):
 
 @pytest.mark.parametrize("spec", ["", "ssim+", "mse", "x*ssim", "-1*l1", "0*l1", "nan*l1", "ssim*0.5"])
 def test_specs_that_make_no_sense(spec):
-    with pytest.raises(UsageError, match="use a sum of latent, ssim, l1, l2"):
+    with pytest.raises(UsageError, match="use a sum of latent, psnr, ssim, l1, l2"):
         make_loss(spec, lambda latent: latent)
     with pytest.raises(UsageError, match="not all of them 0"):
         make_loss("latent", None, [0.0, 0.0])

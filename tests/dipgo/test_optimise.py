@@ -34,6 +34,7 @@ from dipgo.subnet import load_subnet
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
 SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "width": 16, "gate_iterations": 12, "backup_iterations": 30}
+SETTINGS |= {"moves": 3, "moves_on": 2, "contenders": 2, "trial_iterations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,8 @@ def test_a_search_with_everything_switched_on(task, method, tmp_path):
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if line["phase"] == "gates"] == [1, 2, 3]
+    gates = "gates" if method == "paper" else "gates-0.6"
+    assert [line["iteration"] for line in lines if line["phase"] == gates] == [1, 2, 3]
     assert all(0 < line["kept"] <= 1 and math.isfinite(line["loss"]) for line in lines)
 
 
@@ -253,7 +255,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
     """SIGKILL in the phase of gates, then in that of backups; what comes out is the same to the last bit."""
     folder = tmp_path / "run"
     settings = SETTINGS | {"checkpoint_iterations": 3}
-    for phase, after, more in (("gates", 5, ()), ("backups", 10, ("--resume",))):
+    for phase, after, more in (("gates-0.6", 5, ()), ("backups-0.6", 10, ("--resume",))):
         arguments = command(tiny_dit, tmp_path / "killed.json", folder, *more, settings=settings)
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         journal = folder / "journal.jsonl"
@@ -314,7 +316,7 @@ def test_a_real_disk_that_fills(tiny_dit, tmp_path):
         arguments = command(tiny_dit, tmp_path / "out.json", disk / "run", settings=settings)
         filler = disk / "filler"  # takes what the first checkpoint leaves
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        kept = disk / "run" / "backups.safetensors"
+        kept = disk / "run" / "backups-0.6.safetensors"
         while process.poll() is None and not kept.exists():
             time.sleep(0.002)
         with filler.open("wb", buffering=0) as stream, suppress(OSError):
@@ -393,7 +395,7 @@ def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path
     assert done.stdout.count("SubNet: ") == 1
     assert load_subnet(output).cost.ratio <= 0.6
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if line["phase"] == "backups"] == [1, 2, 3, 4]
+    assert [line["iteration"] for line in lines if line["phase"] == "backups-0.6"] == [1, 2, 3, 4]
     output.unlink()
     output.with_suffix(".safetensors").unlink(missing_ok=True)
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -1,0 +1,60 @@
+"""Latency as the cost of a search: measured time a site, in the place of MACs.
+
+A profile is measured from an engine on one machine (``benchmarks/latency.py``); here it prices a trace, so that
+whatever asks the trace for costs (budgets, policies, post-processing) asks for nanoseconds instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from dipgo.errors import DipgoError
+from dipgo.records import ModelIdentity, Record, read_record
+from dipgo.trace import Trace
+
+SCHEMA = "dipgo.latency/1"
+
+
+class SiteLatency(Record):
+    """Time that goes when a site is skipped and everything it reads is still computed."""
+
+    name: str
+    nanoseconds: int = Field(ge=0)
+
+
+class LatencyProfile(Record):
+    """Time of one call of the denoiser for one image, by site; ``base`` is what no site holds."""
+
+    schema_id: Literal["dipgo.latency/1"] = Field(alias="schema", default="dipgo.latency/1")
+    model: ModelIdentity
+    engine: str
+    machine: str
+    guidance_scale: float
+    base_nanoseconds: int = Field(ge=0)
+    sites: list[SiteLatency]
+
+
+def read_profile(path: Path) -> LatencyProfile:
+    """Read a profile; DipgoError where it is missing or damaged."""
+    return read_record(path, LatencyProfile, SCHEMA, "latency profile", "measure it again with --cost latency")
+
+
+def timed(trace: Trace, profile: LatencyProfile) -> Trace:
+    """Return the trace with nanoseconds for MACs: each site's at its output, the base at ε.
+
+    Raises:
+        DipgoError: a profile of other sites, or of another model.
+    """
+    names = [site.name for site in trace.sites]
+    if [site.name for site in profile.sites] != names:
+        raise DipgoError("the latency profile is of other sites than this search's; measure it again")
+    identity = trace.model.identity()
+    if (profile.model.config_sha256, profile.guidance_scale > 1) != (identity.config_sha256, trace.guidance_scale > 1):
+        raise DipgoError(f"the latency profile is of another model ({profile.model.name}); measure it again")
+    costs = {outputs[0]: site.nanoseconds for outputs, site in zip(trace.outputs, profile.sites, strict=True)}
+    costs[trace.epsilon] = costs.get(trace.epsilon, 0) + profile.base_nanoseconds
+    return replace(trace, _macs=dict.fromkeys(trace._macs, 0) | costs).priced()

@@ -1,0 +1,83 @@
+"""Latency as the cost: a profile measured on a real program prices the trace."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.latency import measure_latency
+from dipgo.cost import cost_of
+from dipgo.errors import DipgoError
+from dipgo.latency import LatencyProfile, SiteLatency, read_profile, timed
+from dipgo.models import find_model
+from dipgo.search.search import search
+from dipgo.search.settings import Settings
+from dipgo.search.task import make_task
+
+QUICK = Settings(
+    batch=2, pool=4, held_out=2, moves=0, contenders=1, trial_iterations=1, backup_iterations=1, checkpoint_seconds=0
+)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), 8)
+
+
+@pytest.fixture(scope="module")
+def profile(task):
+    return measure_latency(task, repeats=5, threads=1)
+
+
+def made_up(task, nanoseconds):
+    sites = [
+        SiteLatency(name=site.name, nanoseconds=ns) for site, ns in zip(task.trace.sites, nanoseconds, strict=True)
+    ]
+    return LatencyProfile(
+        model=task.model.identity(),
+        engine="none",
+        machine="none",
+        guidance_scale=task.guidance_scale,
+        base_nanoseconds=7,
+        sites=sites,
+    )
+
+
+def test_measured_profile_has_every_site_and_takes_time(task, profile, tmp_path):
+    assert [site.name for site in profile.sites] == [site.name for site in task.trace.sites]
+    assert profile.base_nanoseconds + sum(site.nanoseconds for site in profile.sites) > 10_000
+    path = tmp_path / "profile.json"
+    path.write_text(profile.text())
+    assert read_profile(path) == profile
+
+
+def test_priced_trace_adds_up_what_is_computed(task):
+    count = len(task.trace.sites)
+    priced = timed(task.trace, made_up(task, [10**k for k in range(1, count + 1)]))
+    outputs = task.trace.output_sites()
+    for row in np.random.default_rng(0).random((20, count)) < 0.5:
+        row[outputs] = True  # else nothing inside is read, and computing it would be dead work
+        assert priced.macs(row) == 7 + sum(10 ** (k + 1) for k in np.flatnonzero(row))
+
+
+def test_budget_is_a_share_of_the_time(task):
+    """Where one site takes nearly all the time, the budget is about that site's gates alone."""
+    nanoseconds = [1] * len(task.trace.sites)
+    nanoseconds[0] = 1_000_000
+    profile = made_up(task, nanoseconds)
+    subnet = search(task, 0.51, settings=QUICK, profile=profile)
+    assert subnet.search["cost"]["kind"] == "latency"
+    assert LatencyProfile.model_validate(subnet.search["cost"]["profile"]) == profile
+    assert subnet.gates[:, 0].sum() == 4
+    assert subnet.search["cost"]["ratio"] == pytest.approx(0.5, abs=0.01)
+    assert subnet.cost == cost_of(task.trace, subnet.gates, True), "the record still counts MACs"
+
+
+def test_foreign_profile_is_refused(task):
+    profile = made_up(task, [1] * len(task.trace.sites))
+    other = replace(task.trace, sites=task.trace.sites[1:])
+    with pytest.raises(DipgoError, match="other sites"):
+        timed(other, profile)
+    foreign = profile.model_copy(update={"model": profile.model.model_copy(update={"config_sha256": "0" * 64})})
+    with pytest.raises(DipgoError, match="another model"):
+        timed(task.trace, foreign)

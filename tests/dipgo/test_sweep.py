@@ -1,0 +1,153 @@
+"""Sweeps, contenders and proposals: what the procedure adds to its parts."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dipgo.cost import trajectory_macs
+from dipgo.errors import UsageError
+from dipgo.liveness import canonical
+from dipgo.models import find_model
+from dipgo.search.moves import improve
+from dipgo.search.pareto import write_pareto
+from dipgo.search.policies import drifted, measure_drift, policies, spaced, thinned
+from dipgo.search.postprocess import swept_gates
+from dipgo.search.request import budgets_of
+from dipgo.search.search import sweep
+from dipgo.search.settings import Settings
+from dipgo.search.task import make_task
+from dipgo.trace import trace
+from tests.models import tiny_unet
+
+STEPS = 8
+TINY = Settings(
+    batch=2, pool=8, held_out=4, moves=3, moves_on=2, contenders=2, trial_iterations=2, backup_iterations=3, width=16
+)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+
+
+@pytest.fixture(scope="module")
+def drift(task):
+    return measure_drift(task.trajectory, task.sampling.draw(2, 0))
+
+
+@pytest.fixture(scope="module")
+def swept(task):
+    return sweep(task, [0.4, 0.7], settings=TINY)
+
+
+def share(traced, gates, learned=True):
+    return trajectory_macs(traced, gates, learned) / (traced.full_macs * len(gates))
+
+
+def test_sweep_answers_in_the_order_asked_and_meets_every_budget(swept):
+    assert [subnet.search["budget"] for subnet in swept] == [0.4, 0.7]
+    for subnet in swept:
+        scores = subnet.search["held_out_psnr_db"]
+        assert scores[subnet.search["chosen"]] == max(scores.values())
+        assert subnet.cost.ratio <= subnet.search["budget"]
+    names = " ".join(swept[0].search["held_out_psnr_db"])
+    assert "thinned" in names, "the smaller budget starts from the larger"
+    assert "moved" in names
+    assert "longer" in names
+
+
+def test_pareto_holds_every_budget(swept, tmp_path):
+    write_pareto(swept, tmp_path)
+    points = json.loads((tmp_path / "pareto.json").read_text())
+    assert [point["macs_ratio"] for point in points] == sorted(subnet.cost.ratio for subnet in swept)
+    assert all(point["psnr_db"] >= point["best_policy_psnr_db"] for point in points)
+    with Image.open(tmp_path / "pareto.png") as image:
+        assert image.size == (720, 480)
+
+
+def test_paper_sweep_scores_once(task):
+    calls = []
+    settings = Settings(batch=1, pool=4, held_out=2, gate_iterations=2, width=16, loss="latent", optimiser="sgd")
+    found = sweep(task, [0.7, 0.4], "paper", settings, report=lambda phase, *rest: calls.append(phase))
+    assert calls == ["gates", "gates"]
+    assert not found[0].weights
+    assert found[1].cost.ratio <= 0.4
+
+
+def test_moves_never_lose_and_keep_the_budget(task, unet):
+    """The score asks for computation late, which moves can bring about."""
+    for traced in (task.trace, unet):
+        gates = spaced(traced, STEPS, 0.5, 0.7, learned=True)
+
+        def late(moved):
+            return float((moved * np.arange(STEPS)[:, None]).sum())
+
+        better = improve(traced, gates, 0.5, late, trials=60, seed=0)
+        assert late(better) > late(gates)
+        assert share(traced, better) <= 0.5
+        assert better[0].all()
+        assert np.array_equal(better, canonical(better, 2, traced.live_sites))
+
+
+def test_drift_is_the_relative_change_between_steps(task, drift):
+    """Against forward hooks on the denoiser itself."""
+    batch = task.sampling.draw(2, 0)
+    name = task.trace.sites[1].name
+    seen = []
+    module = task.trajectory.guided.denoiser.get_submodule(name)
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    task.trajectory.full(batch.noise, batch.conditions)
+    handle.remove()
+    expected = [float((b - a).abs().sum() / a.abs().sum()) for a, b in itertools.pairwise(seen)]
+    assert drift[0, 1] == 0
+    assert np.allclose(drift[1:, 1], expected, rtol=1e-4)
+
+
+def test_drifted_gates_compute_where_the_output_moves(task, drift):
+    uneven = np.full_like(drift, 0.01)
+    uneven[5:] = 1.0
+    gates = drifted(task.trace, uneven, 0.6)
+    inner = [site for site in range(gates.shape[1]) if site not in task.trace.output_sites()]
+    assert gates[5:, inner].sum() > gates[1:5, inner].sum()
+    assert share(task.trace, drifted(task.trace, drift, 0.6), False) <= 0.6
+
+
+def test_thinned_gates_lie_within_the_larger_ones(task, drift):
+    large = spaced(task.trace, STEPS, 0.7, 1.0, learned=True)
+    small = thinned(task.trace, large, drift, 0.4)
+    assert share(task.trace, small) <= 0.4
+    inner = [site for site in range(small.shape[1]) if site not in task.trace.output_sites()]
+    assert (small[:, inner] & ~large[:, inner]).sum() <= 0.1 * small.sum()
+
+
+def test_deepcache_computes_its_outer_sites_in_every_step(task, unet):
+    for traced in (task.trace, unet):
+        order = traced.execution_order()
+        gates = spaced(traced, STEPS, 0.7, 1.0, outer=1)
+        assert gates[:, [order[0], order[-1]]].all()
+        assert not gates[:, order[1:-1]].all()
+        assert "DeepCache-like, 1 outer" in [policy.name for policy in policies(traced, STEPS, 0.7)]
+    assert [unet.sites[site].name for site in (order[0], order[-1])] == ["down_blocks.0", "up_blocks.2"], "its shortcut"
+
+
+def test_public_sweep_reproduces_the_published_shape(unet):
+    """With equal scores to skip, whole steps go first: the last block takes everything with it."""
+    scores = np.full((10, len(unet.sites)), 0.04)
+    gates = swept_gates(unet, scores, 0.3)
+    rows, counts = np.unique(gates[1:].sum(axis=1), return_counts=True)
+    assert counts[rows == 0].sum() >= 6
+    assert share(unet, gates, False) <= 0.35
+
+
+@pytest.mark.parametrize(("text", "part"), [("0.5;0.3", "give a number"), ("1.5", "outside"), ("0.5,0.5", "twice")])
+def test_bad_budgets(text, part):
+    with pytest.raises(UsageError, match=part):
+        budgets_of(text)
