@@ -6,6 +6,8 @@ weights (``architectures``), for counting, for importing what others publish, an
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,17 @@ class Model:
         return sorted((self.folder / self.family.component).glob("diffusion_pytorch_model*.safetensors"))
 
     def identity(self) -> ModelIdentity:
-        """Return the fingerprints that tie a SubNet or bundle to this model."""
-        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        """Return the fingerprints that tie a SubNet or bundle to this model.
+
+        The configuration's is over what differs from the class's defaults: a newer diffusers writes more keys for the
+        same model.
+        """
+        defaults = {name: option.default for name, option in self._options().items()}
+        config = {
+            key: value
+            for key, value in self.config.items()
+            if not key.startswith("_") and not (key in defaults and _plain(defaults[key]) == value)
+        }
         digests = [sha256_of(path) for path in self.weights_files]
         weights = (digests[0] if len(digests) == 1 else sha256_of_json(digests)) if digests else None
         return ModelIdentity(
@@ -59,6 +70,11 @@ class Model:
             config_sha256=sha256_of_json(config),
             weights_sha256=weights,
         )
+
+    def _options(self) -> Mapping[str, inspect.Parameter]:
+        import diffusers
+
+        return inspect.signature(getattr(diffusers, self.family.denoiser_class).__init__).parameters
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return ``[batch, channels, height, width]`` of the latent."""
@@ -129,6 +145,11 @@ class Model:
                 blank = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
                 setattr(module, name, blank)
         return denoiser.eval()
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def built_in() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,17 @@ def test_a_pipeline_without_a_denoiser_has_no_family(bare):
     pipe.unet = None
     with pytest.raises(UsageError, match="holds no denoiser"):
         family_of(pipe)
+
+
+def test_fingerprint_is_of_the_model_not_of_the_version_that_saved_it(tmp_path):
+    """A folder saved by diffusers itself lists every option; the shipped architecture only what matters."""
+    from diffusers import UNet2DConditionModel
+
+    shipped = find_model("sd-1.5")
+    with torch.device("meta"):
+        config = UNet2DConditionModel.from_config(shipped.config).config
+    full = replace(shipped, config=json.loads(json.dumps(dict(config))))
+    assert len(full.config) > len(shipped.config)
+    assert full.identity() == shipped.identity()
+    other = replace(full, config={**full.config, "layers_per_block": 3})
+    assert other.identity().config_sha256 != shipped.identity().config_sha256
