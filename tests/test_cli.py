@@ -69,7 +69,7 @@ def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
 def test_help_names_every_command(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
-    for command in ("models", "search", "export", "verify", "run", "bench", "inspect", "compile"):
+    for command in ("models", "search", "import", "export", "verify", "run", "bench", "inspect", "compile"):
         assert f"\n  {command} " in out
 
 

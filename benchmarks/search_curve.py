@@ -1,0 +1,72 @@
+"""Quality against search time, from the journal of a run: PSNR of the learning batches as the seconds pass.
+
+python -m benchmarks.search_curve build/search.run -o docs/search-curve.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from dipgo.errors import DipgoError
+from dipgo.files import new_file
+
+WINDOW = 20
+
+
+def curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return for each budget the seconds and the mean PSNR in dB of the last 20 batches, of the phase that learns on.
+
+    Seconds count from the first iteration of the budget's trials.
+
+    Raises:
+        DipgoError: a folder without a journal, or whose search did not learn by the ``psnr`` loss.
+    """
+    journal, run = folder / "journal.jsonl", folder / "run.json"
+    if not journal.is_file() or not run.is_file():
+        raise DipgoError(f"{folder}: no journal in it; give the --run-folder of a search")
+    if json.loads(run.read_text())["settings"]["settings"]["loss"] != "psnr":
+        raise DipgoError(f"{folder}: its search did not learn by PSNR, so its losses are no quality; search with psnr")
+    seconds: dict[str, list[float]] = defaultdict(list)
+    losses: dict[str, list[float]] = defaultdict(list)
+    for line in journal.read_text().splitlines():
+        record = json.loads(line)
+        phase, _, rest = record["phase"].partition("-")
+        budget = rest.partition("-")[0]
+        seconds[budget].append(record["seconds"])
+        losses[budget].append(-record["loss"] if phase == "backups" else np.nan)
+    found = {}
+    for budget, values in losses.items():
+        learning = ~np.isnan(values)
+        quality = np.convolve(np.array(values)[learning], np.full(WINDOW, 1 / WINDOW), mode="valid")
+        found[budget] = (np.cumsum(seconds[budget])[learning][WINDOW - 1 :], quality)
+    return found
+
+
+def main() -> None:
+    import matplotlib.figure
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for budget, (seconds, quality) in curves(arguments.run).items():
+        axes.plot(seconds / 60, quality, label=f"budget {budget}")
+        print(
+            f"budget {budget}: {quality[0]:.1f} dB after {seconds[0]:.0f} s, {quality[-1]:.1f} after {seconds[-1]:.0f}"
+        )
+    axes.set(xlabel="minutes of gradient steps", ylabel="PSNR of the learning batches, dB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with new_file(arguments.output) as draft:
+        figure.savefig(draft, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
