@@ -136,8 +136,8 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
         chosen = {name: name for name in PLAIN if name in fixed}
         deep = [name for name in fixed if name.startswith("DeepCache")]
         if deep:
-            chosen["DeepCache-like, the best"] = max(deep, key=lambda name: scores[name])
-        chosen["best fixed policy of all"] = max(fixed, key=lambda name: scores[name])
+            chosen["DeepCache-like, the best"] = max(deep, key=lambda name: scores.get(name, -np.inf))
+        chosen["best fixed policy of all"] = max(fixed, key=lambda name: scores.get(name, -np.inf))
         for row, name in chosen.items():
             policy = fixed[name]
             images = judge.gated(policy.gates, policy.weights, policy.terms)
@@ -170,7 +170,12 @@ def markdown(record: TableRecord, source: str) -> str:
     lines = [
         f"PSNR in dB to the full {record.sampler.steps}-step {record.sampler.class_name.removesuffix('Scheduler')} "
         f"trajectory, guidance {record.sampler.guidance_scale:g}, over {record.images} held-out pairs of noise and "
-        f"class; in brackets to {CONVERGED_STEPS} steps, over {record.converged_images}"
+        "class"
+        + (
+            f"; in brackets to {CONVERGED_STEPS} steps, over {record.converged_images}"
+            if record.converged_images
+            else ""
+        )
         + (f" (the full trajectory itself: {record.full_converged_db:.1f})" if record.full_converged_db else "")
         + "; class accuracy of the images after the bar"
         + (f" (full: {record.full_class_accuracy:.1%})." if record.full_class_accuracy is not None else "."),
@@ -185,8 +190,9 @@ def markdown(record: TableRecord, source: str) -> str:
     seconds = [cell.search_seconds for cell in record.cells if cell.row == "**dipgo**" and cell.search_seconds]
     lines += [
         "",
-        f"`{record.command}`; searches took {', '.join(f'{value / 60:.0f}' for value in seconds)} minutes on "
-        f"{place.cpu}, {place.cores} cores. From [{source}]({source}).",
+        f"`{record.command}`; {place.cpu}, {place.cores} cores"
+        + (f"; searches took {', '.join(f'{value / 60:.0f}' for value in seconds)} minutes" if seconds else "")
+        + f". From [{source}]({source}).",
     ]
     return "\n".join(lines)
 
