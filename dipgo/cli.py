@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,29 +122,7 @@ def search(
     force: ForceOption = False,
 ) -> None:
     """Search a SubNet and write it to a JSON file; with several budgets one each, into a folder with a Pareto plot."""
-    _search(
-        model=model,
-        steps=steps,
-        budgets=budget,
-        output=output,
-        sampler=sampler,
-        sites=sites,
-        guidance=guidance,
-        cost=cost,
-        method=method,
-        preset=preset,
-        settings=tuple(settings or ()),
-        prompts=prompts,
-        classes=classes,
-        device=device,
-        seed=seed,
-        threads=threads,
-        run_folder=run_folder,
-        resume=resume,
-        tensorboard=tensorboard,
-        random_weights=random_weights,
-        force=force,
-    )
+    _search(locals())
 
 
 @app.command(name="import")
@@ -280,36 +259,19 @@ def compile_(
     force: ForceOption = False,
 ) -> None:
     """All of it: OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/."""
+    options = locals()
     from dipgo.files import refuse_existing
 
     refuse_existing(output, force)
-    (subnet,) = _search(
-        model=model,
-        steps=steps,
-        budgets=str(budget),
-        output=output / "subnet.json",
-        sampler=sampler,
-        sites=sites,
-        guidance=guidance,
-        cost=cost,
-        method=method,
-        preset=preset,
-        settings=tuple(settings or ()),
-        prompts=prompts,
-        classes=classes,
-        device=device,
-        seed=seed,
-        threads=threads,
-        force=force,
-    )
+    (subnet,) = _search(options | {"output": output / "subnet.json"})
     _export(subnet, output / "bundle", model, force)
     typer.echo(f"bundle: {output / 'bundle'}")
     if measure:
         _bench(output / "bundle", output / "report", model, 64, 10, threads, force)
 
 
-def _search(**options: Any) -> list[SubNet]:
-    """Carry out a search; the options are those of :class:`dipgo.search.request.Request`."""
+def _search(options: dict[str, Any]) -> list[SubNet]:
+    """Carry out a search; of a command's options those count that are in :class:`dipgo.search.request.Request`."""
     from dipgo.files import refuse_existing
 
     refuse_existing(options["output"], options["force"])
@@ -322,7 +284,8 @@ def _search(**options: Any) -> list[SubNet]:
 
         return measure_latency(task, threads=threads)
 
-    found = carry_out(Request(**options), _spinner, _phases, measure)
+    request = Request(**{field.name: options[field.name] for field in fields(Request) if field.name in options})
+    found = carry_out(request, _spinner, _phases, measure)
     for file, subnet in found:
         typer.echo(f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
     return [subnet for _, subnet in found]

@@ -6,7 +6,6 @@ whatever asks the trace for costs (budgets, policies, post-processing) asks for 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,4 +56,4 @@ def timed(trace: Trace, profile: LatencyProfile) -> Trace:
         raise DipgoError(f"the latency profile is of another model ({profile.model.name}); measure it again")
     costs = {outputs[0]: site.nanoseconds for outputs, site in zip(trace.outputs, profile.sites, strict=True)}
     costs[trace.epsilon] = costs.get(trace.epsilon, 0) + profile.base_nanoseconds
-    return replace(trace, _macs=dict.fromkeys(trace._macs, 0) | costs).priced()
+    return trace.with_costs(costs)

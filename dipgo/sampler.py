@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dipgo.errors import UsageError
+from dipgo.records import SamplerIdentity
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -53,6 +54,16 @@ class Sampler:
     @property
     def calls(self) -> int:
         return len(self.timesteps)
+
+    def identity(self, guidance_scale: float) -> SamplerIdentity:
+        """Return what a SubNet keeps of the sampler that it belongs to."""
+        return SamplerIdentity(
+            class_name=self.name,
+            config=self.config,
+            steps=self.steps,
+            timesteps=list(self.timesteps),
+            guidance_scale=guidance_scale,
+        )
 
 
 def make_scheduler(name: str | None, base: Any) -> Any:

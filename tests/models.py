@@ -42,7 +42,6 @@ from dipgo.cost import cost_of
 from dipgo.families import FAMILIES
 from dipgo.gating import backup_name
 from dipgo.models import Model
-from dipgo.records import SamplerIdentity
 from dipgo.sampler import Sampler
 from dipgo.subnet import SubNet
 from dipgo.trace import Trace
@@ -274,13 +273,7 @@ def random_subnet(
                 width = [trace.shape(name, 1)[site.channel_axis]] if channels else []
                 drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *width))
                 weights[backup_name(site.name, output)] = drawn.astype(np.float32)
-    identity = SamplerIdentity(
-        class_name=sampler.name,
-        config=sampler.config,
-        steps=sampler.steps,
-        timesteps=list(sampler.timesteps),
-        guidance_scale=trace.guidance_scale,
-    )
+    identity = sampler.identity(trace.guidance_scale)
     return SubNet(
         trace.model.identity(), identity, trace.sites, gates, cost_of(trace, gates, bool(weights)), terms, weights
     )

@@ -13,7 +13,7 @@ from dipgo.errors import UsageError
 from dipgo.families.dit import DIT
 from dipgo.families.family import Conditions, Family, latent_size
 from dipgo.families.generic import generic_family
-from dipgo.families.guided import GuidedDenoiser, join
+from dipgo.families.guided import GuidedDenoiser, default_guidance, join
 from dipgo.families.pixart import PIXART
 from dipgo.families.unet import UNET
 
@@ -26,6 +26,7 @@ __all__ = [
     "Conditions",
     "Family",
     "GuidedDenoiser",
+    "default_guidance",
     "family_for",
     "family_of",
     "join",

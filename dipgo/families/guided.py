@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -45,3 +47,9 @@ def join(unconditional: Conditions, conditional: Conditions, guided: bool) -> Co
     if not guided:
         return conditional
     return {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
+
+
+def default_guidance(pipeline_class: type | None) -> float:
+    """Return the default of a pipeline's ``guidance_scale``; 1, no guidance, where it has none."""
+    option = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale") if pipeline_class else None
+    return float(option.default) if option else 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +17,12 @@ from dipgo.imports.dipgo_gates import read_fact_sheet, read_gates_pickle
 from dipgo.imports.masks import read_step_mask
 from dipgo.imports.schedule import Schedule
 from dipgo.imports.smoothcache import read_smoothcache
-from dipgo.records import SamplerIdentity, read_json
+from dipgo.records import read_json
 from dipgo.subnet import SubNet
 
 if TYPE_CHECKING:  # a file is refused before torch is loaded
+    from torch import nn
+
     from dipgo.models import Model
     from dipgo.sampler import Sampler
     from dipgo.trace import Trace
@@ -107,6 +108,9 @@ def import_subnet(
     if schedule.steps not in (None, count):
         raise UsageError(f"{path} is {schedule.format} for {schedule.steps} steps, not {count}; leave --steps out")
 
+    import diffusers
+
+    from dipgo.families import default_guidance
     from dipgo.models import find_model
     from dipgo.sampler import make_scheduler, tabulate
     from dipgo.trace import trace
@@ -115,19 +119,22 @@ def import_subnet(
     index = read_json(found.folder / "model_index.json", "model_index.json")
     scheduler = make_scheduler(sampler or schedule.sampler, _own_scheduler(found, index))
     table = tabulate(scheduler, count, found.family.scales_noise)
-    scale = _default_guidance(index) if guidance_scale is None else guidance_scale
+    if guidance_scale is None:
+        guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))
     try:
-        spec = sites or schedule.sites(found.empty_denoiser())
-        subnet = apply(schedule, trace(found, spec, scale), table)
+        denoiser = found.empty_denoiser()
+        spec = sites or schedule.sites(denoiser)
+        subnet = apply(schedule, trace(found, spec, guidance_scale), table, denoiser)
     except ValueError as error:
         raise DipgoError(f"{path}: {error}") from error
     return replace(subnet, search={**subnet.search, "file": path.name, "sha256": sha256_of(path)})
 
 
-def apply(schedule: Schedule, traced: Trace, sampler: Sampler) -> SubNet:
+def apply(schedule: Schedule, traced: Trace, sampler: Sampler, denoiser: nn.Module | None = None) -> SubNet:
     """Return the SubNet that a schedule is on a traced model under a sampler.
 
     Sites of which the schedule says nothing are computed, and what is computed for nobody is switched off.
+    ``denoiser`` is the traced model's, where it was built before: it is large.
 
     Raises:
         ValueError: the schedule does not fit, or skips something at step 0.
@@ -137,7 +144,7 @@ def apply(schedule: Schedule, traced: Trace, sampler: Sampler) -> SubNet:
     from dipgo.liveness import canonical
 
     names = [site.name for site in traced.sites]
-    columns = schedule.columns(names, traced.model.empty_denoiser(), sampler.timesteps)
+    columns = schedule.columns(names, denoiser or traced.model.empty_denoiser(), sampler.timesteps)
     strange = [name for name in columns if name not in names]
     if strange:
         raise UsageError(f"{schedule.format} gates '{strange[0]}', which is no site; leave --sites out, or add it")
@@ -149,13 +156,7 @@ def apply(schedule: Schedule, traced: Trace, sampler: Sampler) -> SubNet:
     gates = canonical(gates, 1, traced.live_sites)
     return SubNet(
         model=traced.model.identity(),
-        sampler=SamplerIdentity(
-            class_name=sampler.name,
-            config=sampler.config,
-            steps=sampler.steps,
-            timesteps=list(sampler.timesteps),
-            guidance_scale=traced.guidance_scale,
-        ),
+        sampler=sampler.identity(traced.guidance_scale),
         sites=traced.sites,
         gates=gates,
         cost=cost_of(traced, gates),
@@ -187,12 +188,3 @@ def _own_scheduler(model: Model, index: dict[str, Any]) -> Any:
         raise DipgoError(
             f"{model.folder}: cannot load its scheduler {class_name}; download or save it again"
         ) from error
-
-
-def _default_guidance(index: dict[str, Any]) -> float:
-    """Return the default of the pipeline's ``__call__``; 1, no guidance, where it has none."""
-    import diffusers
-
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    parameters = inspect.signature(pipeline_class.__call__).parameters if pipeline_class else {}
-    return float(parameters["guidance_scale"].default) if "guidance_scale" in parameters else 1.0

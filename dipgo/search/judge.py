@@ -17,12 +17,13 @@ from dipgo.trajectory import Batch
 
 @dataclass(frozen=True)
 class Candidate:
-    """Gates, what skipped sites serve, and the judge's verdict in dB."""
+    """Gates, what skipped sites serve, the judge's verdict in dB, and whether this is a fixed policy."""
 
     name: str
     gates: np.ndarray
     weights: Mapping[str, np.ndarray]
     psnr: float
+    fixed: bool = False
 
     @property
     def terms(self) -> int:

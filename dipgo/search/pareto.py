@@ -15,12 +15,11 @@ def points(subnets: Sequence[SubNet]) -> list[dict[str, float | str]]:
     found = []
     for subnet in subnets:
         scores = subnet.search["held_out_psnr_db"]
-        fixed = {name: score for name, score in scores.items() if ", " in name and "backups" not in name}
         point = {"macs_ratio": subnet.cost.ratio, "psnr_db": scores[subnet.search["chosen"]]}
         point |= {"chosen": subnet.search["chosen"], "seconds": subnet.search["seconds"]}
-        if fixed:
-            best = max(fixed, key=lambda name: fixed[name])
-            point |= {"best_policy": best, "best_policy_psnr_db": fixed[best]}
+        best = subnet.search["best_policy"]
+        if best is not None:
+            point |= {"best_policy": best, "best_policy_psnr_db": scores[best]}
         found.append(point)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,15 @@ class Request:
     """The options of ``dipgo search``, as they are given there.
 
     Attributes:
-        budgets: one number, or several joined by commas.
+        budget: one number, or several joined by commas.
+        settings: overrides as ``NAME=VALUE``.
         output: the SubNet's JSON file; with several budgets a folder.
         cost: what budgets are a share of: ``macs``, ``latency`` as measured here and now, or a latency profile's file.
     """
 
     model: str
     steps: int
-    budgets: str
+    budget: str | float
     output: Path
     sampler: str | None = None
     sites: str | None = None
@@ -40,7 +41,7 @@ class Request:
     cost: str = "macs"
     method: str = "dipgo"
     preset: str = "default"
-    settings: tuple[str, ...] = ()
+    settings: Sequence[str] | None = None
     prompts: Path | None = None
     classes: str | None = None
     device: str = "cpu"
@@ -75,12 +76,12 @@ def carry_out(
     import torch
 
     refuse_existing(request.output, request.force)
-    budgets = budgets_of(request.budgets)
+    budgets = budgets_of(str(request.budget))
     if (request.resume or request.tensorboard) and request.run_folder is None:
         raise UsageError("--resume and --tensorboard need --run-folder")
     if request.steps < 2:
         raise UsageError(f"steps = {request.steps}: with one step there is nothing to reuse; give at least 2")
-    settings = settings_of(request.method, request.preset, request.settings)
+    settings = settings_of(request.method, request.preset, request.settings or ())
     profile = None if request.cost in ("macs", "latency") else read_profile(Path(request.cost))
     model = find_model(request.model, request.random_weights)
     with busy("load and trace"):

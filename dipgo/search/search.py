@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from dipgo.trace import Trace
 
 @dataclass(frozen=True)
 class _Work:
-    """What every phase of a search needs."""
+    """What every phase of a search needs. ``ground`` is where moves are tried, apart from the judge's noise."""
 
     task: Task
     settings: Settings
@@ -43,7 +44,17 @@ class _Work:
     run: Run
     pool: Pool
     judge: Judge
+    ground: Judge
     loss: Loss
+
+    @cached_property
+    def drift(self) -> np.ndarray:
+        """How far every site moves from step to step; measured once, when first needed."""
+
+        def measured() -> dict[str, np.ndarray]:
+            return {"drift": measure_drift(self.task.trajectory, self.task.sampling.draw(8, 3_000_000 + self.seed))}
+
+        return self.run.once("drift", measured)["drift"]
 
 
 def search(
@@ -82,7 +93,7 @@ def sweep(
     ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
     scores for all budgets.
 
-    Started by ``accelerate launch``, every process of it searches on its share and returns the same.
+    Started by ``torchrun`` or ``accelerate launch``, every process of it searches on its share and returns the same.
 
     Args:
         budgets: shares of the full trajectory's MACs to keep.
@@ -134,6 +145,7 @@ def sweep(
         run,
         Pool(task, settings.pool, settings.batch, seed + 1, group, settings.chunk),
         Judge(task, settings.held_out, 2_000_000 + seed, run),
+        Judge(task, settings.moves_on, 4_000_000 + seed, run),
         make_loss(settings.loss, task.decode, settings.step_weights),
     )
     found: dict[float, SubNet] = {}
@@ -160,12 +172,19 @@ def sweep(
                 "settings": asdict(settings),
                 "seconds": round(time.time() - started, 1),
                 "chosen": best.name,
+                "best_policy": _best_policy(candidates),
                 "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
                 "versions": {name: version(name) for name in ("dipgo", "torch", "diffusers")}
                 | {"python": platform.python_version()},
             },
         )
     return [found[budget] for budget in budgets]
+
+
+def _best_policy(candidates: Sequence[Candidate]) -> str | None:
+    """Return the best fixed policy's name; None where none was judged."""
+    fixed = [candidate for candidate in candidates if candidate.fixed]
+    return max(fixed, key=lambda candidate: candidate.psnr).name if fixed else None
 
 
 def _cost(priced: Trace, best: Candidate, profile: LatencyProfile | None) -> dict[str, Any]:
@@ -191,23 +210,18 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
 
 
 def _dipgo(work: _Work, budget: float, last: np.ndarray | None) -> list[Candidate]:
-    fixed, drift = _policies(work, budget)
+    fixed = _policies(work, budget)
     straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
-    moved = _moved(work, budget, straight[0], drift, last)
+    moved = _moved(work, budget, straight[0], last)
     contenders = _distinct(sorted([*moved, *straight], key=lambda candidate: -candidate.psnr))
     learned = _learned(work, budget, contenders[: work.settings.contenders])
     return [*fixed, *moved, *learned]
 
 
-def _policies(work: _Work, budget: float) -> tuple[list[Candidate], np.ndarray]:
-    """Judge the fixed policies; returns them, and the drift of every site."""
-    trace, run = work.task.trace, work.run
-
-    def measured() -> dict[str, np.ndarray]:
-        return {"drift": measure_drift(work.task.trajectory, work.task.sampling.draw(8, 3_000_000 + work.seed))}
-
-    drift = run.once("drift", measured)["drift"]
-    fixed = policies(trace, work.task.sampler.calls, budget, drift)
+def _policies(work: _Work, budget: float) -> list[Candidate]:
+    """Judge the fixed policies."""
+    run = work.run
+    fixed = policies(work.task.trace, work.task.sampler.calls, budget, work.drift)
 
     def judged() -> dict[str, np.ndarray]:
         scores = []
@@ -217,25 +231,23 @@ def _policies(work: _Work, budget: float) -> tuple[list[Candidate], np.ndarray]:
         return {"psnr": np.array(scores)}
 
     scores = run.once(f"policies-{budget:g}", judged)["psnr"]
-    candidates = [Candidate(p.name, p.gates, p.weights, float(db)) for p, db in zip(fixed, scores, strict=True)]
-    return candidates, drift
+    return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
 
 
-def _moved(work: _Work, budget: float, start: Candidate, drift: np.ndarray, last: np.ndarray | None) -> list[Candidate]:
+def _moved(work: _Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
     """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
     trace, settings, run = work.task.trace, work.settings, work.run
     proposals = {}
     if last is not None:
-        proposals["thinned"] = thinned(trace, last, drift, budget)
+        proposals["thinned"] = thinned(trace, last, work.drift, budget)
     if settings.moves:
-        ground = Judge(work.task, settings.moves_on, 4_000_000 + work.seed, run)
 
         def improved() -> dict[str, np.ndarray]:
             gates = improve(
                 trace,
                 start.gates,
                 budget,
-                lambda gates: ground.psnr(gates, extrapolation(trace, gates)),
+                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
                 settings.moves,
                 work.seed,
                 lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),

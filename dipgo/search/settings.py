@@ -53,7 +53,7 @@ class Settings:
     """
 
     batch: int = 8
-    pool: int = 512
+    pool: int = 2048
     chunk: int = 32
     held_out: int = 32
     moves: int = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.families import Family, GuidedDenoiser
+from dipgo.families import Family, GuidedDenoiser, default_guidance
 from dipgo.models import Model
 from dipgo.records import SamplerIdentity
 from dipgo.sampler import Sampler, make_scheduler, tabulate
@@ -49,14 +48,7 @@ class Task:
 
     @property
     def identity(self) -> SamplerIdentity:
-        sampler = self.sampler
-        return SamplerIdentity(
-            class_name=sampler.name,
-            config=sampler.config,
-            steps=sampler.steps,
-            timesteps=list(sampler.timesteps),
-            guidance_scale=self.guidance_scale,
-        )
+        return self.sampler.identity(self.guidance_scale)
 
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """Return the same task under another sampler."""
@@ -112,8 +104,7 @@ def make_task(
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
-        option = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-        guidance_scale = float(option.default) if option else 1.0
+        guidance_scale = default_guidance(type(pipe))
     table = tabulate(make_scheduler(sampler, pipe.scheduler), steps, model.family.scales_noise)
     traced = traced or trace(model, sites, guidance_scale)
     family = model.family
