@@ -1,13 +1,14 @@
 # make demo   the main job on the built-in model, from nothing
 # make test   the test suite
 # make check  ruff and mypy
+# make fuzz   thousands of random SubNets: compiled programs against gated torch
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check fuzz clean
 
 install: $(VENV)/installed
 
@@ -32,6 +33,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: install
+	DIPGO_FUZZ=20 $(BIN)/python -m pytest tests/export/test_parity.py -k any_subnet
 
 clean:
 	rm -rf build $(VENV)

@@ -94,7 +94,7 @@ def compile_baselines(
     """
     total = len(baselines) + 1
     progress("compile baselines", 0, total, "convert")
-    prepared = prepare(task.trace, task.pipe)
+    prepared = prepare(task.trace)
     compiled = []
     for number, (name, build) in enumerate(baselines.items()):
         progress("compile baselines", number + 1, total, name)

@@ -19,7 +19,7 @@ import engines
 from benchmarks.baselines import BASELINES, FULL, Baseline, Compiled, compile_baselines, one_line
 from benchmarks.environment import environment, load_average
 from benchmarks.page import macs, write_report
-from benchmarks.parity import Parity, classes_of, measure
+from benchmarks.parity import Parity, given_of, measure
 from benchmarks.progress import Bars, Progress
 from benchmarks.quality import SEED, compare, generate
 from benchmarks.reference import model_of, subnet_of, task_of
@@ -125,7 +125,7 @@ def bench(
         environment=place,
     )
     names = {number: name for name, number in record.conditioning.labels.items()}
-    captions = [names.get(number, str(number)) for number in classes_of(program, images)]
+    captions = [names.get(each, str(each)) for each in given_of(program, images)]
     write_report(report, pictures[FULL], pictures[SUBJECT], captions, output, force)
     return report
 
@@ -159,17 +159,12 @@ def table(report: ReportRecord) -> str:
         else f"{line[0].ljust(widths[0])}  {line[1]}"
         for line in lines
     ]
-    parity = report.parity
-    held = f"relative error {parity.relative_error_latent:.1e} (latent), {parity.relative_error_image:.1e} (image)"
-    return "\n".join([*text, f"parity: {held}, tolerance {parity.tolerance:.0e}; wall time: {report.scope}"])
+    return "\n".join([*text, f"parity: {report.parity.line()}; wall time: {report.scope}"])
 
 
 def parity_failure(parity: Parity) -> str:
     """Return what is wrong with a parity that did not hold."""
-    return (
-        f"parity failed, relative error {parity.relative_error_latent:.1e} (latent), "
-        f"{parity.relative_error_image:.1e} (image), tolerance {parity.tolerance:.0e}"
-    )
+    return f"parity failed, {parity.line()}"
 
 
 def scope_of(program: Program) -> str:
@@ -208,19 +203,19 @@ def _open(
 
 def _inputs(program: Program) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return noise and conditions of one batch."""
-    return program.noise(program.batch, TIMING_SEED), program.class_conditions(classes_of(program, program.batch))
+    return program.noise(program.batch, TIMING_SEED), program.conditions(given_of(program, program.batch))
 
 
 def _row(entry: Entry, timings: Mapping[str, Timing], pictures: Mapping[str, np.ndarray], full_macs: int) -> Row:
     if entry.program is None:
         return Row(name=entry.name, error=entry.error)
     record, timing = entry.program.record, timings[entry.name]
-    classes = classes_of(entry.program, len(pictures[entry.name]))
+    classes = given_of(entry.program, len(pictures[entry.name]))
     ratio = record.macs / full_macs
     return Row(
         name=entry.name,
         steps=record.sampler.steps,
-        launches=sum(step.graph is not None for step in record.steps),
+        launches=sum(len(step.launches) for step in record.steps),
         graphs=len(record.graphs),
         macs=record.macs,
         macs_ratio=ratio,

@@ -42,7 +42,7 @@ def measure_latency(
     own = task.with_sampler(make_scheduler("ddim", task.pipe.scheduler), len(gates))
     subnet = policy_subnet(own, Policy("latency profile", gates, {}))
     with tempfile.TemporaryDirectory() as folder:
-        write_bundle(prepare(trace, task.pipe), subnet, own.sampler, Path(folder) / "bundle")
+        write_bundle(prepare(trace), subnet, own.sampler, Path(folder) / "bundle")
         seconds = _step_seconds(Path(folder) / "bundle", repeats, threads, progress)
 
     measured = [step for step in range(1, len(gates)) if not is_silent(trace, gates[step], learned=False)]

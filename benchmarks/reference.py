@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
 from benchmarks.progress import Progress, silent
 from dipgo.errors import DipgoError
+from dipgo.families import family_of
 from dipgo.models import Model, find_model
 from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, load_subnet
@@ -19,7 +26,7 @@ def model_of(bundle: Bundle, name: str | None = None) -> Model:
     """
     mine = bundle.record.model
     try:
-        model = find_model(name or mine.name)
+        model = find_model(name or mine.name, bundle.record.random_weights)
     except DipgoError as error:
         if name:
             raise
@@ -50,9 +57,38 @@ def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
     subnet = subnet_of(bundle)
     sampler = subnet.sampler
     progress("load the model", 0, 2, "trace")
-    traced = retrace(model, subnet)
+    traced = retrace(model, subnet, getattr(torch, bundle.record.dtype))
     progress("load the model", 1, 2, "weights")
     task = make_task(model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced)
     progress("load the model", 2, 2, "")
     task.pipe.scheduler = scheduler_of(subnet)
     return task.with_sampler(task.pipe.scheduler, sampler.steps)
+
+
+def cast_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a float32 pipeline with its modules in ``dtype``, as ``from_pretrained(torch_dtype=dtype)`` has.
+
+    Some parameters stay in float32, which the copy shares: those that a module's class names, and a VAE that the
+    pipeline upcasts.
+    """
+    family = family_of(pipe)
+    config = getattr(pipe, family.component).config
+    cast = copy.copy(pipe)
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            upcast = name == "vae" and family.upcasts_vae(config) and getattr(module.config, "force_upcast", False)
+            setattr(cast, name, module if upcast else _cast(module, dtype))
+    return cast
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    replaced: dict[int, Any] = {}  # what deepcopy takes in the place of a parameter or buffer
+    for name, parameter in module.named_parameters():
+        held = torch.float32 if kept.intersection(name.split(".")) else dtype
+        replaced[id(parameter)] = nn.Parameter(parameter.to(held), requires_grad=False)
+    for buffer in module.buffers():
+        replaced[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+    return copy.deepcopy(module, replaced)

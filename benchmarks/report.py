@@ -34,7 +34,7 @@ class Row(Record):
     name: str
     error: str | None = None
     steps: int | None = None
-    launches: int | None = Field(default=None, description="steps that launch a graph")
+    launches: int | None = Field(default=None, description="of graphs, in one trajectory")
     graphs: int | None = None
     macs: int | None = None
     macs_ratio: float | None = Field(default=None, description="MACs over those of the full program")

@@ -205,14 +205,14 @@ def _text(cell: Cell | None) -> str:
     return f"{cell.psnr_db:.1f}{close}{seen}"
 
 
-def publish(record: TableRecord, source: str, marker: str) -> None:
-    """Put the table between ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->`` in the README."""
+def put_between(file: Path, marker: str, text: str) -> None:
+    """Put a text between ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->`` in a file."""
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
-    before, found, rest = README.read_text().partition(begin)
+    before, found, rest = file.read_text().partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise DipgoError(f"README.md has no place '{begin} … {end}'; add it where the table should stand")
-    README.write_text(f"{before}{begin}\n{markdown(record, source)}\n{end}{after}")
+        raise DipgoError(f"{file} has no place '{begin} … {end}'; add it where the table should stand")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def load_folder(folder: Path) -> list[SubNet]:
@@ -273,7 +273,7 @@ def main() -> None:
     source = str(arguments.output)
     print(markdown(record, source))
     if arguments.publish:
-        publish(record, source, arguments.publish)
+        put_between(README, arguments.publish, markdown(record, source))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dipgo.search.journal import Report
     from dipgo.search.task import Task
     from dipgo.subnet import SubNet
+    from export.bundle import BundleRecord
 
 app = typer.Typer(
     help="Search which blocks of a diffusion model to skip, compile what is left into static ONNX graphs, prove it, "
@@ -77,6 +78,17 @@ PresetOption = Annotated[str, typer.Option(help="default, or quick for a first l
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 RandomWeightsOption = Annotated[
     bool, typer.Option("--random-weights", help="Draw the weights: for structure and speed, images are meaningless.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images a call.")]
+DtypeOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+GraphsOption = Annotated[
+    str, typer.Option(help="signature: one graph a set of computed sites; segment: every block in one graph; step.")
+]
+MaxGraphsOption = Annotated[
+    int | None, typer.Option(min=1, help="Merge signatures down to as many, at the least added MACs.")
+]
+WeightsOption = Annotated[
+    str, typer.Option(help="copy: a bundle of its own; in-place: graphs in the pipeline's folder, nothing copied.")
 ]
 SourceOption = Annotated[
     str | None, typer.Option("--model", help="Where the model lies now, if not where it was searched.")
@@ -153,14 +165,30 @@ def export(
     subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],
     output: OutputOption,
     model: SourceOption = None,
+    graphs: GraphsOption = "signature",
+    max_graphs: MaxGraphsOption = None,
+    dtype: DtypeOption = "fp32",
+    batch: BatchOption = 1,
+    weights: WeightsOption = "copy",
+    whole: Annotated[
+        bool, typer.Option("--pipeline/--denoiser", help="With text encoders and VAE decoder, or without.")
+    ] = True,
+    random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Compile a SubNet into a bundle: static ONNX graphs, one weights file, the program."""
+    """Compile a SubNet into a bundle: static ONNX graphs, the weights files, the program."""
     from dipgo.files import refuse_existing
     from dipgo.subnet import load_subnet
 
-    refuse_existing(output, force)
-    _export(load_subnet(subnet), output, model, force)
+    if weights == "copy":
+        refuse_existing(output, force)
+    found = load_subnet(subnet)
+    record = _export(found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole)
+    if max_graphs is not None and record.macs != found.cost.subnet:
+        typer.echo(
+            f"merged into {len(record.graphs)} graphs: {record.macs / found.cost.subnet - 1:+.2%} MACs, "
+            f"{record.macs / found.cost.full:.2%} of the full trajectory's"
+        )
     typer.echo(f"bundle: {output}")
 
 
@@ -183,7 +211,9 @@ def verify(bundle: BundleArgument, model: SourceOption = None) -> None:
 def run(
     bundle: BundleArgument,
     output: OutputOption,
-    label: Annotated[str, typer.Option("--class", help="Class to generate: its name or number.")],
+    label: Annotated[str | None, typer.Option("--class", help="Class to generate: its name or number.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to generate, for a model of prompts.")] = None,
+    negative: Annotated[str | None, typer.Option(help="A prompt to stay away from.")] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 1,
     threads: ThreadsOption = None,
@@ -191,14 +221,19 @@ def run(
 ) -> None:
     """Generate images and save them as one PNG; several are set side by side."""
     import engines
+    from dipgo.errors import UsageError
     from dipgo.files import new_file, refuse_existing
     from engines.images import grid
 
     output = output.with_suffix(".png")
     refuse_existing(output, force)
     with engines.load(bundle, threads) as program:
-        chosen = program.class_of(label)
-        pixels = program.generate([chosen] * count, seed, _bar("generate"))
+        kind = program.record.conditioning.kind
+        if (label is None, prompt is None) != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
+            wanted = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
+            raise UsageError(f"{bundle}: conditioned by {kind}; give {wanted}")
+        given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
+        pixels = program.generate(given, seed, _bar("generate"), negative)
     with new_file(output) as draft:
         grid(pixels).save(draft)
     typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
@@ -291,14 +326,26 @@ def _search(options: dict[str, Any]) -> list[SubNet]:
     return [subnet for _, subnet in found]
 
 
-def _export(subnet: SubNet, output: Path, model: str | None, force: bool) -> None:
+def _export(
+    subnet: SubNet,
+    output: Path,
+    model: str | None,
+    force: bool,
+    batch: int = 1,
+    dtype: str = "fp32",
+    graphs: str = "signature",
+    max_graphs: int | None = None,
+    weights: str = "copy",
+    random_weights: bool = False,
+    whole: bool = True,
+) -> BundleRecord:
     from dipgo.models import find_model
 
-    found = find_model(model or subnet.model.name)
+    found = find_model(model or subnet.model.name, random_weights)
     with _spinner("export"):
-        from export.compiler import compile_subnet
+        from export.compiler import Options, compile_subnet
 
-        compile_subnet(subnet, found, output, force)
+        return compile_subnet(subnet, found, output, force, batch, dtype, Options(graphs, max_graphs, weights), whole)
 
 
 def _bench(

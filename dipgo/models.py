@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dipgo.checkpoint import checkpoint_files
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import COMPONENTS, Family, family_for, latent_size
-from dipgo.files import sha256_of, sha256_of_json
+from dipgo.files import sha256_of_json, sha256_once
+from dipgo.random_weights import randomise
 from dipgo.records import ModelIdentity, read_json
 
 BUILT_IN = Path(__file__).parent / "zoo"
@@ -45,10 +47,14 @@ class Model:
 
     @property
     def weights_files(self) -> list[Path]:
-        """The safetensors files of the denoiser, in order of name; none for an architecture and random weights."""
+        """The safetensors files of the denoiser, in order of name; none for an architecture and random weights.
+
+        One file, or the shards where diffusers would read these: an index stands beside them. Variants (``.fp16.``)
+        beside the plain files are left out; a variant counts where there is nothing plain.
+        """
         if self.random_weights:
             return []
-        return sorted((self.folder / self.family.component).glob("diffusion_pytorch_model*.safetensors"))
+        return checkpoint_files(self.folder / self.family.component, "diffusion_pytorch_model")
 
     def identity(self) -> ModelIdentity:
         """Return the fingerprints that tie a SubNet or bundle to this model.
@@ -62,7 +68,7 @@ class Model:
             for key, value in self.config.items()
             if not key.startswith("_") and not (key in defaults and _plain(defaults[key]) == value)
         }
-        digests = [sha256_of(path) for path in self.weights_files]
+        digests = [sha256_once(path) for path in self.weights_files]
         weights = (digests[0] if len(digests) == 1 else sha256_of_json(digests)) if digests else None
         return ModelIdentity(
             name=self.name,
@@ -75,6 +81,10 @@ class Model:
         import diffusers
 
         return inspect.signature(getattr(diffusers, self.family.denoiser_class).__init__).parameters
+
+    def labels(self) -> dict[str, int]:
+        """Return the classes by name, where classes condition."""
+        return self.family.labels(read_json(self.folder / "model_index.json", "model_index.json"), self.config)
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return ``[batch, channels, height, width]`` of the latent."""
@@ -115,23 +125,30 @@ class Model:
     def _drawn_components(self) -> dict[str, nn.Module | None]:
         """Return the denoiser and the VAE with random weights, and None for each component that is not there."""
         import diffusers
+        from accelerate import init_empty_weights
 
         index = read_json(self.folder / "model_index.json", "model_index.json")
         entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[1]}
         components: dict[str, nn.Module | None] = {}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(0)  # for buffers that a constructor draws
             for name, (_, class_name) in sorted(entries.items()):
                 part = self.folder / name
                 if name == self.family.component or (name == "vae" and not list(part.glob("*.safetensors"))):
                     config = self.config if name == self.family.component else read_json(part / "config.json", name)
-                    components[name] = getattr(diffusers, class_name).from_config(config)
+                    with init_empty_weights(include_buffers=False):
+                        component = getattr(diffusers, class_name).from_config(config)
+                    randomise(component)
+                    components[name] = component
                 elif not part.is_dir():
                     components[name] = None
         return components
 
-    def empty_denoiser(self) -> nn.Module:
-        """Return the denoiser with its buffers but with weights that were never read or allocated, for tracing."""
+    def empty_denoiser(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the denoiser with its buffers but with weights that were never read or allocated, for tracing.
+
+        Floating weights and buffers are in ``dtype``, as ``pipe.to(dtype)`` leaves them.
+        """
         import diffusers
         from accelerate import init_empty_weights
 
@@ -142,8 +159,11 @@ class Model:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 # Pages of a fresh allocation that nobody touches take no memory, and unlike the meta device it does
                 # not clash with the buffers that the constructor computes.
-                blank = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
-                setattr(module, name, blank)
+                held = dtype if parameter.is_floating_point() else parameter.dtype
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=held), requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_floating_point() and dtype != torch.float32:
+                    module._buffers[name] = buffer.to(dtype)
         return denoiser.eval()
 
 
@@ -166,6 +186,8 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     """Find MODEL: a built-in name, a local diffusers folder, or a hub id (then downloaded through huggingface_hub).
 
     An architecture is found too: all works on it that needs no weights; with ``random_weights`` the rest as well.
+    A checkpoint may lie in shards; of variants beside each other (``.fp16.``) the one without a suffix is taken (see
+    :attr:`Model.weights_files`).
 
     Raises:
         DipgoError: no such model, or a folder that is incomplete.

@@ -22,39 +22,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.errors import DipgoError
-from dipgo.families import Conditions, GuidedDenoiser
-from dipgo.gating import take_apart
+from dipgo.exported import Tapped, export_tapped, in_dtype
+from dipgo.families import GuidedDenoiser
 from dipgo.models import Model
 from dipgo.sites import Site, site_names
-
-
-class _Tapped(nn.Module):
-    """The guided denoiser with the outputs of its sites as further outputs."""
-
-    def __init__(self, guided: GuidedDenoiser, names: Sequence[str]) -> None:
-        super().__init__()
-        self.guided = guided
-        self.names = list(names)
-
-    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> Any:
-        taps: dict[str, Any] = {}
-
-        def tap(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if name in taps:
-                    raise DipgoError(f"site '{name}' runs more than once in a call of the denoiser; leave it out")
-                taps[name] = output
-
-            return self.guided.denoiser.get_submodule(name).register_forward_hook(hook)
-
-        handles = [tap(name) for name in self.names]
-        epsilon = self.guided(latent, timestep, conditions)
-        for handle in handles:
-            handle.remove()
-        idle = [name for name in self.names if name not in taps]
-        if idle:
-            raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
-        return epsilon, [take_apart(taps[name])[0] for name in self.names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +39,7 @@ class Trace:
         outputs: for each site, the names of the nodes that are its outputs.
         epsilon: the name of the node that is ε.
         guidance_scale: of the guidance inside the graph.
+        dtype: of the weights, the sites' outputs and float conditions; latent, timestep and ε are float32 always.
         shapes: the shape of every node's tensor at one image, and how much it grows by with each further image.
     """
 
@@ -77,6 +49,7 @@ class Trace:
     outputs: tuple[tuple[str, ...], ...]
     epsilon: str
     guidance_scale: float
+    dtype: torch.dtype
     shapes: dict[str, tuple[tuple[int, int], ...]]
     _inputs: dict[str, tuple[str, ...]]
     _macs: dict[str, int]
@@ -197,28 +170,23 @@ class Trace:
 _EXAMPLE_BATCH = 3  # torch.export takes 0 and 1 for constants, and 2 for the two halves of guidance
 
 
-def trace(model: Model, sites: str | None, guidance_scale: float) -> Trace:
+def trace(model: Model, sites: str | None, guidance_scale: float, dtype: torch.dtype = torch.float32) -> Trace:
     """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.sites.site_names`).
 
-    The number of images stays symbolic; no weights are read. Raises UsageError for bad patterns, DipgoError where
-    torch.export cannot trace the model.
+    The number of images stays symbolic; no weights are read. In a ``dtype`` of 16 bits the graph computes what
+    ``pipe.to(dtype)`` would, but for guidance, which is float32 (see :func:`dipgo.exported.in_dtype`). Raises
+    UsageError for bad patterns, DipgoError where torch.export cannot trace the model.
     """
-    denoiser = model.empty_denoiser()
+    denoiser = model.empty_denoiser(dtype)
     names = site_names(denoiser, model.family, sites)
-    guided = GuidedDenoiser(denoiser, model.family, guidance_scale)
+    family = in_dtype(model.family, dtype)
+    guided = GuidedDenoiser(denoiser, family, guidance_scale)
     rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
-    conditions = model.family.example(model.config, rows)
+    conditions = family.example(model.config, rows)
     example = (torch.zeros(model.latent_shape(_EXAMPLE_BATCH)), torch.ones(_EXAMPLE_BATCH), conditions)
     images = {0: Dim.AUTO}
     dynamic = (images, images, dict.fromkeys(conditions, images))
-    try:
-        with torch.no_grad():
-            program = torch.export.export(_Tapped(guided, names), example, dynamic_shapes=dynamic, strict=False)
-    except DipgoError:
-        raise
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        raise DipgoError(f"torch.export cannot trace {model.family.denoiser_class}: {detail}") from error
+    program = export_tapped(Tapped(guided, names), example, dynamic)
 
     results = list(program.graph_module.graph.output_node().args[0])
     epsilon, flat = results[0].name, [node.name for node in results[1:]]
@@ -242,7 +210,7 @@ def trace(model: Model, sites: str | None, guidance_scale: float) -> Trace:
         for name, node in nodes.items()
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return Trace(model, program, bare, tuple(outputs), epsilon, guidance_scale, shapes, inputs, macs).priced()
+    return Trace(model, program, bare, tuple(outputs), epsilon, guidance_scale, dtype, shapes, inputs, macs).priced()
 
 
 def _hint(size: Any) -> Any:

@@ -1,7 +1,7 @@
 """A lane: the memory of one trajectory under way, with every launch bound to it.
 
-Latent, ε, cache slots and the values of the prologues have fixed addresses for as long as the lane lives, so a step is
-one launch and no copies. A program hands each call a lane of its own.
+Slots and the values of the prologues have fixed addresses for as long as the lane lives, so a step is launches and no
+copies. A program hands each call a lane of its own.
 """
 
 from __future__ import annotations
@@ -11,74 +11,76 @@ from collections.abc import Mapping
 import numpy as np
 
 from engines.onnxrt.runner import Launch, OnnxRuntimeRunner
-from export.bundle import Bundle, StepRecord, TensorRecord
+from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
 
 
 class Lane:
     """Buffers and bound launches for one trajectory at a time.
 
     Attributes:
-        latent, epsilon: what a step reads and writes, float32 ``[B, C, H, W]``.
-        scratch: room for the latent before rounding, float64.
-        launches: one a step; None where ε is the last ε.
+        slots: what launches hand to each other.
+        conditions: the graph inputs of the prompt or class.
+        steps: the launches of every step.
     """
 
     def __init__(self, bundle: Bundle, runner: OnnxRuntimeRunner) -> None:
         record = bundle.record
-        self.record = record
-        self.latent = _empty(record.latent)
-        self.epsilon = _empty(record.latent)
-        self.scratch = np.empty(self.latent.size)
+        self.record, self.tables = record, bundle.tables
+        self.slots = [np.zeros(slot.shape, slot.dtype) for slot in record.slots]
         self.conditions = {tensor.name: _empty(tensor) for tensor in record.conditioning.inputs}
-        self.slots = [np.empty(slot.shape, slot.dtype) for slot in record.slots]
-        self._prologues: list[tuple[Launch, dict[str, np.ndarray]]] = []
         self._hoisted: dict[str, np.ndarray] = {}  # [steps, …] each
-        steps = len(record.steps)
-        for prologue in record.prologues:
-            inputs = {tensor.name: _empty(tensor) for tensor in prologue.inputs}
-            outputs = {tensor.name: _empty(tensor) for tensor in prologue.outputs}
-            self._prologues.append((runner.bind(prologue.file, inputs, outputs), inputs))
-            if "timestep" in inputs:
-                rows = len(inputs["timestep"]) // steps
-                inputs["timestep"][...] = np.repeat([step.timestep for step in record.steps], rows)
-            for name, array in outputs.items():
-                by_step = array.reshape(steps, -1, *array.shape[1:]) if prologue.kind == "steps" else array[None]
-                self._hoisted[name] = np.broadcast_to(by_step, (steps, *by_step.shape[1:]))
-        self.launches = [self._bind(bundle, runner, index, step) for index, step in enumerate(record.steps)]
+        self._prologues = [self._prologue(runner, prologue) for prologue in record.prologues]
+        self.steps: list[list[Launch]] = [
+            [self._bind(runner, index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
+        ]
 
     def begin(self, conditions: Mapping[str, np.ndarray]) -> None:
         """Take the conditions of a new trajectory and run the prologues."""
         for name, array in self.conditions.items():
             array[...] = conditions[name]
-        for launch, inputs in self._prologues:
-            for name, array in inputs.items():
-                if name != "timestep":
-                    array.reshape(-1, *self.conditions[name].shape)[...] = self.conditions[name]
+        for launch, copies in self._prologues:
+            for target, source in copies:
+                target[...] = source
             launch()
 
-    def _bind(self, bundle: Bundle, runner: OnnxRuntimeRunner, index: int, step: StepRecord) -> Launch | None:
-        if step.graph is None:
-            return None
-        graph = self.record.graphs[step.graph]
+    def _prologue(
+        self, runner: OnnxRuntimeRunner, prologue: PrologueRecord
+    ) -> tuple[Launch, list[tuple[np.ndarray, np.ndarray]]]:
+        """Bind a prologue; returns its launch and what to copy where before it: a batch of all steps holds it often."""
+        inputs = {tensor.name: _empty(tensor) for tensor in prologue.inputs}
+        outputs = {tensor.name: _empty(tensor) for tensor in prologue.outputs}
+        steps = len(self.record.steps) if prologue.kind == "steps" else 1
+        copies = []
+        for name, array in inputs.items():
+            by_step = array.reshape(steps, -1, *array.shape[1:])
+            if name in prologue.rows:
+                by_step[...] = self.tables[prologue.rows[name].tensor][:, None]
+            elif name == "timestep":
+                by_step[...] = np.array([step.timestep for step in self.record.steps])[:, None]
+            else:
+                copies.append((by_step, self.conditions[name] if name in self.conditions else self._hoisted[name]))
+        for name, array in outputs.items():
+            by_step = array.reshape(steps, -1, *array.shape[1:])
+            self._hoisted[name] = np.broadcast_to(by_step, (len(self.record.steps), *by_step.shape[1:]))
+        return runner.bind(prologue.file, inputs, outputs), copies
+
+    def _bind(self, runner: OnnxRuntimeRunner, index: int, launch: LaunchRecord) -> Launch:
+        graph = self.record.graphs[launch.graph]
         inputs: dict[str, np.ndarray] = {}
         for tensor in graph.inputs:
             name = tensor.name
-            if name == "latent":
-                inputs[name] = self.latent
+            if name in launch.reads:
+                inputs[name] = self.slots[launch.reads[name]]
+            elif name in graph.rows:
+                row = graph.rows[name].read(self.tables, index, tensor.shape)
+                inputs[name] = np.ascontiguousarray(row, tensor.dtype)
             elif name == "timestep":
-                inputs[name] = np.full(tensor.shape, step.timestep, tensor.dtype)
+                inputs[name] = np.full(tensor.shape, self.record.steps[index].timestep, tensor.dtype)
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
-            elif name in self._hoisted:
-                inputs[name] = self._hoisted[name][index]
-            elif name in graph.coefficients:
-                entry = graph.coefficients[name]
-                row = bundle.backups[entry.tensor][index, entry.term]
-                inputs[name] = np.ascontiguousarray(row.reshape(tensor.shape), tensor.dtype)
             else:
-                inputs[name] = self.slots[step.reads[name]]
-        outputs = {"epsilon": self.epsilon, **{name: self.slots[slot] for name, slot in step.writes.items()}}
-        return runner.bind(graph.file, inputs, outputs)
+                inputs[name] = self._hoisted[name][index]
+        return runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
 
 
 def _empty(tensor: TensorRecord) -> np.ndarray:

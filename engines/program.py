@@ -14,7 +14,10 @@ from dipgo.errors import UsageError
 from engines.lane import Lane
 from engines.noise import torch_randn
 from engines.onnxrt.runner import OnnxRuntimeRunner
+from engines.text import TextEncoder
 from export.bundle import Bundle, open_bundle
+
+AfterStep = Callable[[int, np.ndarray], None]
 
 
 class Program:
@@ -24,17 +27,15 @@ class Program:
     trajectory overwrites from its first step on: calls cannot leak into each other, in one thread or several.
 
     Attributes:
-        launches: step graphs launched since the program was made.
+        launches: graphs of the loop launched since the program was made.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
         self.record = bundle.record
         self.runner = OnnxRuntimeRunner(bundle, threads)
-        solver = self.record.solver
-        self._rows = np.array(solver.rows)  # float64, as the history is: the sums cancel
-        scaled = self._rows[:-1] * np.array(solver.input_scale)[:, None]
-        self._inputs = [np.ascontiguousarray(row[: index + 1]) for index, row in enumerate(scaled)]
+        encoder = self.record.conditioning.encoder
+        self._text = TextEncoder(encoder, bundle.folder, self.runner.run) if encoder else None
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         self.launches = 0
 
@@ -77,15 +78,30 @@ class Program:
         known = ", ".join(list(labels)[:10]) + (", …" if len(labels) > 10 else "")
         raise UsageError(f"class '{label}' is unknown to {self.record.model.name}; it has: {known}")
 
-    def class_conditions(self, classes: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return the graph inputs for one batch of classes.
+    def conditions(self, given: Sequence[int] | Sequence[str], negative: str | None = None) -> dict[str, np.ndarray]:
+        """Return the graph inputs for one batch of classes or prompts.
+
+        ``negative`` is a prompt to stay away from; None is the pipeline's own way without one.
 
         Raises:
-            UsageError: the bundle is not conditioned on classes, or has no such class.
+            UsageError: classes for a model of prompts or the reverse, or a class that the model lacks.
         """
         conditioning = self.record.conditioning
-        if conditioning.kind != "class":
-            raise UsageError(f"{self.bundle.folder}: conditioned by {conditioning.kind}, not by class")
+        if conditioning.kind == "nothing":
+            return {}
+        if conditioning.kind == "class":
+            return self._class_conditions(given)
+        if self._text is None:
+            raise UsageError(f"{self.bundle.folder}: holds no text encoder; pass embeddings to denoise()")
+        if not all(isinstance(prompt, str) for prompt in given):
+            raise UsageError(f"{self.bundle.folder}: conditioned by prompts, not by classes; give --prompt")
+        found = self._text([str(prompt) for prompt in given], negative, conditioning.guided)
+        return {tensor.name: found[tensor.name].astype(tensor.dtype) for tensor in conditioning.inputs}
+
+    def _class_conditions(self, classes: Sequence[Any]) -> dict[str, np.ndarray]:
+        conditioning = self.record.conditioning
+        if not all(isinstance(label, int | np.integer) for label in classes):
+            raise UsageError(f"{self.bundle.folder}: conditioned by classes, not by prompts; give --class")
         known = sorted(set(conditioning.labels.values()))
         unknown = [label for label in classes if known and label not in known]
         if unknown:
@@ -99,7 +115,7 @@ class Program:
         self,
         noise: np.ndarray,
         conditions: Mapping[str, np.ndarray],
-        after_step: Callable[[int, np.ndarray], None] | None = None,
+        after_step: AfterStep | None = None,
     ) -> np.ndarray:
         """Run the trajectory of one batch.
 
@@ -117,37 +133,59 @@ class Program:
         lane = self._take_lane()
         try:
             lane.begin(conditions)
-            history = np.zeros((len(self._rows), noise.size))  # the solver's basis: noise, then every ε; float64
-            history[0] = noise.reshape(-1)
-            flat_epsilon = lane.epsilon.reshape(-1)
-            for index, launch in enumerate(lane.launches):
-                if launch is not None:
-                    np.matmul(self._inputs[index], history[: index + 1], out=lane.scratch)
-                    lane.latent.reshape(-1)[...] = lane.scratch
-                    launch()
-                    self.launches += 1
-                history[index + 1] = flat_epsilon
-                if after_step:
-                    after_step(index, lane.epsilon)
+            loop = self._launches if self.record.solver.kind == "graph" else self._hosted
+            loop(lane, noise, after_step)
+            return lane.slots[self.record.solver.result].copy()
         finally:
             self._lanes.put(lane)
-        return (self._rows[-1] @ history).astype(np.float32).reshape(expected)
+
+    def _launches(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
+        """Run the loop where graphs hold the solver."""
+        np.multiply(noise, self.bundle.tables["solver.rows"][0, 0], out=lane.slots[self.record.steps[0].latent])
+        for index, launches in enumerate(lane.steps):
+            for launch in launches:
+                launch()
+            self.launches += len(launches)
+            if after_step:
+                after_step(index, lane.slots[self.record.steps[index].epsilon])
+
+    def _hosted(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
+        """Run the loop with the solver between launches, in float64: its sums over the whole history cancel."""
+        rows, scale = self.bundle.tables["solver.rows"], self.bundle.tables["solver.input_scale"]
+        history = np.zeros((len(rows), noise.size))
+        history[0] = noise.reshape(-1)
+        latent = lane.slots[self.record.solver.result]
+        for index, launches in enumerate(lane.steps):
+            if launches:
+                latent[...] = (scale[index] * (rows[index, : index + 1] @ history[: index + 1])).reshape(latent.shape)
+                for launch in launches:
+                    launch()
+                self.launches += len(launches)
+            epsilon = lane.slots[self.record.steps[index].epsilon]
+            history[index + 1] = epsilon.reshape(-1)
+            if after_step:
+                after_step(index, epsilon)
+        latent[...] = (rows[-1] @ history).reshape(latent.shape)
 
     def generate(
-        self, classes: Sequence[int], seed: int, progress: Callable[[Sequence[int]], Any] = iter
+        self,
+        given: Sequence[int] | Sequence[str],
+        seed: int,
+        progress: Callable[[Sequence[int]], Any] = iter,
+        negative: str | None = None,
     ) -> np.ndarray:
-        """Generate one image a class: pixels ``[n, height, width, channels]`` in [0, 1], float32.
+        """Generate one image a class or prompt: pixels ``[n, height, width, channels]`` in [0, 1], float32.
 
-        The images are those of the diffusers pipeline called with the same classes and
+        The images are those of the diffusers pipeline called with the same classes or prompts and
         ``generator=torch.Generator().manual_seed(seed)``. A last batch that is not full is filled up and cut.
         """
-        noise = self.noise(len(classes), seed)
+        noise = self.noise(len(given), seed)
         pixels = []
-        for start in progress(range(0, len(classes), self.batch)):
-            chosen = np.arange(start, start + self.batch).clip(max=len(classes) - 1)
-            latent = self.denoise(noise[chosen], self.class_conditions([classes[k] for k in chosen]))
-            pixels.append(self.runner.decode(latent))
-        return np.concatenate(pixels)[: len(classes)].transpose(0, 2, 3, 1)
+        for start in progress(range(0, len(given), self.batch)):
+            chosen = np.arange(start, start + self.batch).clip(max=len(given) - 1)
+            conditions = self.conditions([given[k] for k in chosen], negative)
+            pixels.append(self.runner.decode(self.denoise(noise[chosen], conditions)))
+        return np.concatenate(pixels)[: len(given)].transpose(0, 2, 3, 1)
 
     def _take_lane(self) -> Lane:
         try:

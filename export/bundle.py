@@ -1,11 +1,13 @@
 """The bundle: the deployable folder, schema ``dipgo.bundle/1``. Free of torch: this is all that a runtime needs.
 
-``bundle.json`` describes the program: per step the graph, the cache slots it reads and writes, the rows of the backup
-table, and the solver as a table of coefficients. All graphs lie flat beside one weights file.
+``bundle.json`` describes the program: per step the launches, each with the slots it reads and writes. Graphs lie flat
+in the folder and point into the weights files, which lie as in the pipeline's own folder (``unet/…safetensors``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,53 +32,72 @@ class TensorRecord(Record):
     shape: list[int]
 
 
-class CoefficientRecord(Record):
-    """A graph input that carries one term's weights of a backup: ``tensor[step, term]``, reshaped to the input."""
+class RowRecord(Record):
+    """A graph input that is a row of a table: ``tensor[step]`` or ``tensor[step, term]``, broadcast to the input."""
 
     tensor: str
-    term: int
+    term: int | None = None
+
+    def read(self, tables: Mapping[str, np.ndarray], step: int, shape: Sequence[int]) -> np.ndarray:
+        """Return the row for a step in the input's shape: reshaped where the sizes agree, else repeated by batch."""
+        row = tables[self.tensor][step] if self.term is None else tables[self.tensor][step, self.term]
+        return row.reshape(shape) if row.size == prod(shape) else np.broadcast_to(row, shape)
 
 
 class GraphRecord(Record):
-    """One static graph. ``signature`` names the sites it computes, as a string of 0 and 1 over the SubNet's sites."""
+    """One static graph of the loop.
+
+    ``signature`` names the sites that it computes, as a string of 0 and 1 over the SubNet's sites. ``rows`` are the
+    inputs that come from :attr:`BundleRecord.tables_file`; the others are conditions, values of prologues, and slots.
+    """
 
     file: str
     signature: str
     macs: int
+    parameters: int
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
-    coefficients: dict[str, CoefficientRecord]
+    rows: dict[str, RowRecord]
 
 
 class PrologueRecord(Record):
-    """A graph that runs before the loop and hands values to the step graphs.
+    """A graph that runs before the loop and hands values to the loop's graphs.
 
     ``steps``: once for all steps; the rows of its batch are [step, half, image], the halves being those of guidance.
-    Its ``timestep`` has one entry a row.
-    ``prompt``: once a prompt or class, on the batch of a step.
+    ``prompt``: once a prompt or class, on the batch of a step. ``rows`` are inputs from the tables.
     """
 
     file: str
     kind: Literal["steps", "prompt"]
+    macs: int
+    parameters: int
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
+    rows: dict[str, RowRecord]
 
 
-class StepRecord(Record):
-    """One call of the denoiser.
+class LaunchRecord(Record):
+    """One launch of a graph: ``reads`` maps inputs to slots, ``writes`` outputs to slots."""
 
-    ``graph`` is None where ε is provably the last ε: nothing is launched. ``reads`` maps the graph's cache inputs to
-    slots, ``writes`` its feature outputs to slots.
-    """
-
-    timestep: float
-    graph: str | None
+    graph: str
     reads: dict[str, int]
     writes: dict[str, int]
 
 
+class StepRecord(Record):
+    """One call of the denoiser; no launches where ε is provably the last ε.
+
+    ``latent`` is the slot of x before the step, ``epsilon`` the slot of ε after it.
+    """
+
+    timestep: float
+    launches: list[LaunchRecord]
+    latent: int
+    epsilon: int
+
+
 class SlotRecord(Record):
-    """Memory for one cached feature at a time; features whose lifetimes do not overlap share a slot."""
+    """Memory for one value at a time; values whose lifetimes do not overlap share a slot."""
 
     dtype: str
     shape: list[int]
@@ -84,20 +105,60 @@ class SlotRecord(Record):
 
 
 class SolverRecord(Record):
-    """The sampler as a table (see ``dipgo.sampler``): x_k = rows[k] · [noise, ε_0, ε_1, …]."""
+    """How x goes from step to step.
 
-    input_scale: list[float]
-    rows: list[list[float]]
+    ``graph``: the last graph of a step also writes the next x, so the loop is nothing but launches; silent steps are
+    part of the launch before them. ``host``: the runtime applies the table between launches, because the sampler
+    needs more history than graphs keep. The table of the sampler (see ``dipgo.sampler``) lies in the tables file:
+    ``solver.rows`` and ``solver.input_scale``, float64; x_k = rows[k] · [noise, ε_0, ε_1, …].
+
+    ``history`` is how many past x and ε the graphs combine, ``result`` the slot of the final x.
+    """
+
+    kind: Literal["graph", "host"]
+    history: int
+    result: int
+
+
+class TokenizerRecord(Record):
+    """A tokenizer (file of the ``tokenizers`` library) and the inputs of the text graph that it fills.
+
+    Every prompt is cut and padded to ``length`` tokens.
+    """
+
+    file: str
+    ids: str
+    mask: str | None
+    length: int
+    pad_token: str
+    pad_id: int
+
+
+class TextRecord(Record):
+    """Prompts to conditions: one graph that holds all text encoders.
+
+    ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
+    lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each.
+    """
+
+    file: str
+    tokenizers: list[TokenizerRecord]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    unconditional: Literal["encoded", "zeros"]
+    lower: bool
+    fixed: dict[str, list[float]]
 
 
 class ConditioningRecord(Record):
-    """What the user conditions on, and how it becomes graph inputs."""
+    """What the user conditions on, and how it becomes graph inputs; ``prompt`` without an encoder takes embeddings."""
 
-    kind: Literal["class", "prompt"]
+    kind: Literal["class", "prompt", "nothing"]
     guided: bool
     inputs: list[TensorRecord]
     null_class: int | None = None
     labels: dict[str, int] = Field(default_factory=dict)
+    encoder: TextRecord | None = None
 
 
 class DecoderRecord(Record):
@@ -113,12 +174,23 @@ class FileRecord(Record):
     sha256: str
 
 
+class PartRecord(Record):
+    """A part of the denoiser by binding time: when it runs, its parameters, its MACs in one trajectory."""
+
+    part: Literal["table", "prompt", "steps", "loop"]
+    parameters: int
+    macs: int
+
+
 class BundleRecord(Record):
     """``bundle.json``."""
 
     schema_id: Literal["dipgo.bundle/1"] = Field(alias="schema", default="dipgo.bundle/1")
     model: ModelIdentity
+    random_weights: bool = Field(description="images are meaningless: for speed and structure only")
     sampler: SamplerIdentity
+    dtype: Literal["float32", "float16", "bfloat16"]
+    layout: Literal["signature", "segment", "step"]
     latent: TensorRecord
     conditioning: ConditioningRecord
     solver: SolverRecord
@@ -126,12 +198,13 @@ class BundleRecord(Record):
     graphs: dict[str, GraphRecord]
     slots: list[SlotRecord]
     steps: list[StepRecord]
-    weights_file: str
-    backups_file: str | None
-    decoder: DecoderRecord
+    parts: list[PartRecord]
+    tables_file: str = Field(description="values by step: backup weights, timestep embeddings, the solver")
+    decoder: DecoderRecord | None
     subnet_file: str
     macs: int
     naive_cache_bytes: int = Field(description="what the cache would take if every site's outputs were kept")
+    weights: Literal["copy", "in-place"]
     files: dict[str, FileRecord]
     versions: dict[str, str]
     sha256: str = Field(default="", description="of this record as canonical JSON, with this field empty")
@@ -153,13 +226,13 @@ class Bundle:
     Attributes:
         folder: where it lies.
         record: the content of ``bundle.json``.
-        backups: the backup table, tensors ``[calls, K]`` or ``[calls, K, channels]`` by name.
+        tables: values by step, ``[calls, …]`` each, by name.
     """
 
     def __init__(self, folder: Path, record: BundleRecord) -> None:
         self.folder = folder
         self.record = record
-        self.backups: dict[str, np.ndarray] = load_file(folder / record.backups_file) if record.backups_file else {}
+        self.tables: dict[str, np.ndarray] = load_file(folder / record.tables_file)
 
 
 def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
@@ -176,7 +249,7 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
         raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); export it again")
     for name, expected in record.files.items():
         path = folder / name
-        if name != Path(name).name or not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
             raise DipgoError(f"{path}: missing from the bundle; export it again")
         if path.stat().st_size != expected.bytes or (check_files and sha256_of(path) != expected.sha256):
             raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); export it again")

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 from export.bundle import Bundle
 
+_PARTS = {
+    "table": "while compiling",
+    "prompt": "once a prompt",
+    "steps": "before the loop, all steps in one batch",
+    "loop": "in the loop",
+}
+
 
 def bundle_text(bundle: Bundle) -> str:
-    """Graphs, slots and sizes of a bundle."""
+    """Graphs, slots, parts and sizes of a bundle."""
     record = bundle.record
-    launches = sum(step.graph is not None for step in record.steps)
+    launches = [launch.graph for step in record.steps for launch in step.launches]
+    silent = sum(not step.launches for step in record.steps)
     slots = sum(slot.bytes for slot in record.slots)
     sizes = {name: entry.bytes for name, entry in record.files.items()}
-    graphs = sum(sizes[graph.file] for graph in record.graphs.values())
-    used = {name: sum(step.graph == name for step in record.steps) for name in record.graphs}
+    weights = sum(size for name, size in sizes.items() if "/" in name)
+    own = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
+    solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
     lines = [
         "",
-        f"program    {len(record.steps)} steps, {launches} launches, {len(record.graphs)} graphs",
+        f"program    {len(record.steps)} steps, {silent} of them silent, {len(launches)} launches of "
+        f"{len(record.graphs)} graphs, one a {record.layout}; {record.dtype}, solver {solver}",
         f"slots      {len(record.slots)} slots, {_size(slots)}; "
         f"all sites kept would take {_size(record.naive_cache_bytes)}",
-        f"files      {_size(sizes[record.weights_file])} weights, {_size(graphs)} graphs, "
-        f"{_size(sizes[record.decoder.file])} decoder, {_size(sum(sizes.values()))} in all",
+        f"files      {_size(weights)} weights ({record.weights}), {_size(own)} graphs, "
+        f"{_size(sum(sizes.values()))} in all"
+        + (", random weights: images are meaningless" if record.random_weights else ""),
         "",
+        f"{'computed':<40} {'parameters':>14} {'MACs':>12}",
     ]
+    lines += [
+        f"{_PARTS[part.part]:<40} {part.parameters / 1e6:>12.2f} M {part.macs / 1e9:>10.3f} G" for part in record.parts
+    ]
+    lines.append("")
     for name, graph in record.graphs.items():
         computed = graph.signature.count("1")
         lines.append(
-            f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e6:10.1f} M MACs  "
-            f"{used[name]:>3} steps  {_size(sizes[graph.file])}"
+            f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e9:9.3f} G MACs  "
+            f"{graph.parameters / 1e6:8.2f} M parameters  {launches.count(name):>3} launches  "
+            f"{_size(sizes[graph.file])}"
         )
     return "\n".join(lines)
 

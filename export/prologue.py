@@ -1,23 +1,30 @@
-"""Binding times: what does not depend on the latent is computed before the loop.
+"""Prologues: graphs that run before the loop, and tables, which are evaluated while compiling.
 
-A value that the step graphs read and that depends on the timestep (and perhaps on the prompt or class), such as
-adaLN's modulation, is computed for all steps at once by the ``steps`` prologue, a batch of steps x images. A value
-that depends on the prompt alone, such as cross-attention's keys and values, is computed once by the ``prompt``
-prologue. Both are cut out of the same conversion as the step graphs.
+All are cut out of the same conversion as the loop's graphs, at the number of rows that they run on (see
+:mod:`export.binding` for what they compute).
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from export.bundle import PrologueRecord
+from export.binding import TIMESTEP, Hoisted
+from export.bundle import PrologueRecord, RowRecord
 from export.convert import tensor_record
+from export.launches import LATENT
+from export.macs import node_macs, parameters_of
 from export.tapped import Tapped, specialise
 
-STEPS, PROMPT = "steps", "prompt"
+_ELSEWHERE = "weights"
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -28,64 +35,120 @@ class Prologue:
     record: PrologueRecord
 
 
-def hoisted_values(tapped: Tapped) -> dict[str, str]:
-    """Return the values that step graphs take as inputs instead of computing them: STEPS or PROMPT by name."""
-    graph = tapped.model.graph
-    known = {value.name for node in tapped.symbolic.graph for value in node.outputs}
-    reads: dict[ir.Value, set[str]] = {}
-    for value in graph.inputs:
-        reads[value] = {value.name or ""}
-    for node in graph:
-        sources = set[str]().union(*(reads.get(value, set()) for value in node.inputs if value is not None))
-        reads.update(dict.fromkeys(node.outputs, sources))
+def cut_prologue(
+    tapped: Tapped, kind: Literal["steps", "prompt"], names: Sequence[str], hoisted: Hoisted, calls: int
+) -> Prologue | None:
+    """Cut the prologue that computes ``names``, or None where there is nothing to compute.
 
-    frontier: dict[str, str] = {}
-    for node in graph:
-        if "latent" not in reads[node.outputs[0]]:
-            continue
-        for read in node.inputs:
-            sources = reads.get(read, set()) if read is not None else set()
-            if read is None or read.name is None or not sources or "latent" in sources or read.producer() is None:
-                continue
-            by_row = read.shape is not None and len(read.shape) > 0 and read.shape[0] in _row_counts(tapped)
-            if read.name in known and by_row:
-                frontier[read.name] = STEPS if "timestep" in sources else PROMPT
-    return frontier
-
-
-def cut_prologue(tapped: Tapped, kind: str, names: list[str], calls: int) -> Prologue | None:
-    """Cut the prologue that computes ``names``, or None where there is nothing to compute."""
+    It reads values of earlier binding times as the loop does: tables, and for ``steps`` values of ``prompt``.
+    """
     if not names:
         return None
-    # Shapes are read off latent and timestep too, until the number of images is fixed; then those inputs go unused.
-    by_row = _timestep_by_row(tapped.symbolic)
-    given = dict.fromkeys([by_row, "timestep", "latent", *tapped.condition_names])
-    graph = ir.convenience.extract(tapped.symbolic.graph, list(given), names)
-    model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
-    batch = tapped.batch * (calls if kind == STEPS else 1)
-    specialise(model, batch)
-    RemoveUnusedNodesPass()(model)
-    for unused in [value for value in graph.inputs if not value.uses()]:
-        graph.inputs.remove(unused)
-    for value in graph.inputs:
-        if value.name == by_row:
-            value.name = "timestep"
+    images = tapped.batch * (calls if kind == "steps" else 1)
+    model = _cut(tapped, names, hoisted.read_by(kind), images)
+    graph = model.graph
     record = PrologueRecord(
         file="",
         kind=kind,
+        macs=sum(node_macs(node) for node in graph) // (images * tapped.trace.rows),
+        parameters=sum(parameters_of(graph).values()),
         inputs=[tensor_record(value) for value in graph.inputs],
         outputs=[tensor_record(value) for value in graph.outputs],
+        rows={
+            value.name: RowRecord(tensor=value.name)
+            for value in graph.inputs
+            if value.name and hoisted.binding.get(value.name) == "table"
+        },
     )
     return Prologue(model, record)
+
+
+def evaluate_tables(tapped: Tapped, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
+    """Compute values that depend on the timestep alone: ``[calls, …]`` each.
+
+    They are computed in float32 whatever the graph's dtype, and stay so: who reads a row rounds it.
+    """
+    if not names:
+        return {}
+    import onnxruntime
+
+    calls = len(timesteps)
+    model = _cut(tapped, names, (), calls)
+    weights = _widen(model)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # with it, weights would be copied
+    # Folding constants would read the file below.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+    for name, value in held.items():
+        options.add_initializer(name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _ELSEWHERE).touch()  # must exist, and is not read: the weights are those above
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        proto = ir.to_proto(model).SerializeToString()
+        session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    rows = np.tile(np.array(timesteps, np.float32), tapped.trace.rows)  # guidance asks for both halves
+    values = session.run(list(names), {"timestep": rows})
+    return {name: value[:calls] for name, value in zip(names, values, strict=True)}
+
+
+def _cut(tapped: Tapped, names: Sequence[str], given: Sequence[str], images: int) -> ir.Model:
+    """Cut the graph from what is given to ``names``, at a number of images.
+
+    In two cuts: equal values become one only when the graph is simplified, so it is then that it is cut at what is
+    given, by the names that the loop's graph has too.
+    """
+    # Shapes are read off latent and timestep too, until the number of images is fixed; then those inputs go unused.
+    by_row = _timestep_by_row(tapped.symbolic)
+    inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *tapped.condition_names]))
+    graph = ir.convenience.extract(tapped.symbolic.graph, inputs, list(names))
+    model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
+    specialise(model, images)
+    RemoveUnusedNodesPass()(model)
+    if given:
+        made = {value.name for node in graph for value in node.outputs}
+        graph = ir.convenience.extract(graph, [*inputs, *(name for name in given if name in made)], list(names))
+        model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
+    for unused in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
+        graph.inputs.remove(unused)
+    for value in graph.inputs:
+        if value.name == by_row:
+            value.name = TIMESTEP
+    return model
 
 
 def _timestep_by_row(model: ir.Model) -> str:
     """Return the name of the timestep as the denoiser takes it, one a row: with guidance, of both halves."""
     for node in model.graph:
-        if node.op_type == "Concat" and all(value is not None and value.name == "timestep" for value in node.inputs):
+        if node.op_type == "Concat" and all(value is not None and value.name == TIMESTEP for value in node.inputs):
             return str(node.outputs[0].name)
-    return "timestep"
+    return TIMESTEP
 
 
-def _row_counts(tapped: Tapped) -> set[int]:
-    return {tapped.batch, tapped.batch * tapped.trace.rows}
+def _widen(model: ir.Model) -> dict[str, np.ndarray]:
+    """Turn a graph into a float32 one; returns the weights that lie outside it, mapped where they need no rounding."""
+    weights = {}
+    for name, value in model.graph.initializers.items():
+        held = value.const_value
+        if held is None:
+            continue
+        array = np.asarray(held.numpy())
+        if held.dtype in _HALF:
+            array = array.astype(np.float32)
+        if isinstance(held, ir.ExternalTensor):
+            weights[name] = array
+            kind = ir.DataType.from_numpy(array.dtype)
+            value.const_value = ir.ExternalTensor(
+                _ELSEWHERE, 0, array.nbytes, kind, shape=held.shape, name=name, base_dir=""
+            )
+        else:
+            value.const_value = ir.tensor(array, name=name)
+        value.dtype = value.const_value.dtype
+    for node in model.graph:
+        target = node.attributes.get("to")
+        if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _HALF:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+    for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
+        if value.dtype in _HALF:
+            value.dtype = ir.DataType.FLOAT
+    return weights

@@ -1,61 +1,81 @@
-"""Slots: the least memory that holds the cached features of a schedule.
+"""Slots: the least memory that holds the values which launches hand to each other.
 
-A feature lives from the step that stores it to the last step that reads it. Features of one shape whose lives do not
-overlap share a slot. A slot that a step reads is not written in the same step, so a backend may run in place.
+A value lives from the launch that writes it to the last one that reads it. Values of one shape and dtype whose lives
+do not overlap share a slot. A slot that a launch reads is not written in the same launch, so a backend may run in
+place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
-from dipgo.liveness import StepPlan
+import numpy as np
+
 from export.bundle import SlotRecord, TensorRecord
-
-Feature = tuple[int, int, int]  # step that stored it, site, output
+from export.launches import Launch, Value
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Which slot holds each stored feature, and the slots themselves."""
+    """Which slot holds each value, and the slots themselves."""
 
-    slot_of: dict[Feature, int]
+    slot_of: dict[Value, int]
     slots: list[SlotRecord]
 
 
-def allocate(plans: Sequence[StepPlan], tensors: Sequence[Sequence[TensorRecord]]) -> Allocation:
-    """Allocate slots greedily by lifetime; ``tensors[site][output]`` describes each feature."""
-    last_read: dict[tuple[int, int], int] = {}
-    for step, plan in enumerate(plans):
-        for site, sources in plan.served.items():
-            for source in sources:
-                last_read[source, site] = step
+def prune(launches: Sequence[Launch], kept: Mapping[Value, int]) -> list[Launch]:
+    """Leave out the writes that no launch reads, but for the values ``kept``."""
+    read = set(kept).union(*(launch.reads.values() for launch in launches))
+    return [
+        replace(launch, writes={name: value for name, value in launch.writes.items() if value in read})
+        for launch in launches
+    ]
+
+
+def allocate(
+    launches: Sequence[Launch],
+    tensors: Mapping[str, TensorRecord],
+    given: Sequence[Value] = (),
+    kept: Mapping[Value, int] | None = None,
+) -> Allocation:
+    """Allocate slots greedily by lifetime.
+
+    Args:
+        tensors: what each value is, by its name.
+        given: values that are there before the first launch.
+        kept: values that must stay readable up to a launch, by its number, whether or not it reads them.
+    """
+    last = dict(kept or {})
+    for number, launch in enumerate(launches):
+        for value in launch.reads.values():
+            last[value] = max(number, last.get(value, 0))
 
     slots: list[SlotRecord] = []
-    free_from: list[int] = []  # per slot, the first step that may write it again
-    slot_of: dict[Feature, int] = {}
-    for step, plan in enumerate(plans):
-        for site in sorted(plan.stored):
-            for output, tensor in enumerate(tensors[site]):
-                wanted = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=_bytes(tensor))
-                slot = next((k for k, held in enumerate(slots) if held == wanted and free_from[k] <= step), len(slots))
-                if slot == len(slots):
-                    slots.append(wanted)
-                    free_from.append(0)
-                free_from[slot] = last_read[step, site] + 1
-                slot_of[step, site, output] = slot
+    free_from: list[int] = []  # per slot, the first launch that may write it again
+    slot_of: dict[Value, int] = {}
+
+    def place(value: Value, number: int) -> None:
+        tensor = tensors[value[0]]
+        wanted = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=bytes_of(tensor))
+        slot = next((k for k, held in enumerate(slots) if held == wanted and free_from[k] <= number), len(slots))
+        if slot == len(slots):
+            slots.append(wanted)
+            free_from.append(0)
+        free_from[slot] = last[value] + 1
+        slot_of[value] = slot
+
+    for value in given:
+        place(value, 0)
+    for number, launch in enumerate(launches):
+        for value in launch.writes.values():
+            if value not in slot_of:
+                place(value, number)
     return Allocation(slot_of, slots)
 
 
-def naive_bytes(tensors: Sequence[Sequence[TensorRecord]], terms: int) -> int:
-    """Return what the cache would take if the last ``terms`` outputs of every site were kept."""
-    return terms * sum(_bytes(tensor) for outputs in tensors for tensor in outputs)
-
-
-def _bytes(tensor: TensorRecord) -> int:
-    import numpy as np
-
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count * np.dtype(tensor.dtype).itemsize
+def bytes_of(tensor: TensorRecord) -> int:
+    """Return what a tensor takes in memory."""
+    item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
+    return prod(tensor.shape) * item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -13,6 +14,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PixArtAlphaPipeline,
@@ -73,6 +76,8 @@ def tiny_unet(folder: Path) -> Model:
     """Save a UNet with SD-1.5's block types (three resolutions, cross-attention) and random weights."""
     unet = _unet()
     unet.save_pretrained(folder / "unet")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     family = next(family for family in FAMILIES if family.denoiser_class == "UNet2DConditionModel")
     return Model("tiny-unet", folder, family, dict(unet.config))
 
@@ -120,6 +125,41 @@ def _clip_tokenizer() -> CLIPTokenizer:
 def _t5_tokenizer() -> T5Tokenizer:
     words = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *ascii_lowercase]
     return T5Tokenizer(vocab=[(word, -float(index > 2)) for index, word in enumerate(words)], extra_ids=0)
+
+
+def tiny_dit(folder: Path) -> str:
+    """Save a DiTPipeline with random weights: latent 4x8x8, images 16x16x3, 4 sites by layer, classes 0 to 2."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=1,
+        num_embeds_ada_norm=1000,
+    )
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # adaLN and biases away from their tidy start
+    scheduler = DDIMScheduler(clip_sample=False)
+    DiTPipeline(transformer.eval(), vae.eval(), scheduler).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "cat", "1": "dog", "2": "fox"}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return str(folder)
 
 
 def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dipgo import cli
+from dipgo.gating import gated
 from dipgo.models import find_model
 from dipgo.search.task import make_task
 from dipgo.subnet import load_subnet, save_subnet
-from tests.models import random_subnet
+from tests.models import random_subnet, tiny_sd
 
 
 def run(monkeypatch, capsys, *args):
@@ -40,6 +43,18 @@ def bundle(subnet_file, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory):
+    """A Stable Diffusion pipeline with a SubNet, and its bundle, which takes prompts."""
+    folder = tmp_path_factory.mktemp("cli")
+    task = make_task(find_model(tiny_sd(folder / "model")), 4, guidance_scale=4.0)
+    subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=1)
+    save_subnet(subnet, folder / "subnet.json")
+    command = [sys.executable, "-m", "dipgo.cli", "export", folder / "subnet.json", "-o", folder / "bundle"]
+    subprocess.run(command, check=True)
+    return task.pipe, subnet, folder / "bundle"
+
+
 def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "verify", bundle)
     assert code == 0
@@ -52,6 +67,32 @@ def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "transformer_blocks.1.ff" in out
     assert "slots" in out
+
+
+@pytest.mark.parametrize("negative", [None, "blue"])
+def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, monkeypatch, capsys, negative):
+    pipe, subnet, bundle = prompted
+    code, out, _ = run(monkeypatch, capsys, "verify", bundle)
+    assert code == 0, out
+    arguments = ["run", bundle, "--prompt", "a red fox", "-n", 2, "--seed", 3, "-o", tmp_path / "x.png"]
+    code, out, _ = run(monkeypatch, capsys, *arguments, *(["--negative", negative] if negative else []))
+    assert code == 0, out
+    pipe.set_progress_bar_config(disable=True)
+    with gated(pipe.unet, subnet):
+        images = pipe(
+            ["a red fox"] * 2,
+            negative_prompt=[negative] * 2 if negative else None,
+            guidance_scale=4.0,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+        ).images
+    with Image.open(tmp_path / "x.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    expected = np.concatenate(list(images), axis=1) * 255  # side by side
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).max() <= 1
+    assert expected.std() > 1
 
 
 def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
@@ -98,13 +139,21 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
         (["run", "BUNDLE", "--class", "wolf", "-o", "OUT"], 2, "class 'wolf' is unknown"),
         (["run", "nowhere", "--class", "1", "-o", "OUT"], 1, "no such bundle"),
+        (["run", "BUNDLE", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
+        (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
+        (["run", "PROMPTED", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
+        (["run", "PROMPTED", "--class", "1", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
+        (["run", "PROMPTED", "--class", "1", "--prompt", "a", "-o", "OUT"], 2, "give --prompt alone"),
         (["inspect", "none.json"], 1, "none.json: no such SubNet"),
         (["verify", "nowhere"], 1, "no such bundle"),
         (["nonsense"], 2, "nonsense"),
     ],
 )
-def test_bad_input_is_one_line(arguments, code, message, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(
+    arguments, code, message, tiny_dit, subnet_file, bundle, prompted, tmp_path, monkeypatch, capsys
+):
     places = {"MODEL": tiny_dit, "OUT": tmp_path / "out.json", "SUBNET": subnet_file, "BUNDLE": bundle}
+    places["PROMPTED"] = prompted[-1]
     got, _, err = run(monkeypatch, capsys, *(places.get(a, a) if isinstance(a, str) else a for a in arguments))
     lines = [line for line in err.splitlines() if line.startswith("dipgo: ")]
     assert got == code

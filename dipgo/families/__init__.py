@@ -11,7 +11,7 @@ from typing import Any
 
 from dipgo.errors import UsageError
 from dipgo.families.dit import DIT
-from dipgo.families.family import Conditions, Family, latent_size
+from dipgo.families.family import Conditions, Family, Prompting, latent_size
 from dipgo.families.generic import generic_family
 from dipgo.families.guided import GuidedDenoiser, default_guidance, join
 from dipgo.families.pixart import PIXART
@@ -26,6 +26,7 @@ __all__ = [
     "Conditions",
     "Family",
     "GuidedDenoiser",
+    "Prompting",
     "default_guidance",
     "family_for",
     "family_of",

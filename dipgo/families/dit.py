@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ def _call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, giv
     return denoiser(sample, timestep=timestep, class_labels=given["class_labels"], return_dict=False)[0]
 
 
-def _labels(pipe: Any) -> dict[str, int]:
-    """Return the pipeline's own names of classes, or their numbers where it has none."""
-    return dict(pipe.labels) or {str(label): label for label in range(pipe.transformer.config.num_embeds_ada_norm)}
+def _labels(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the pipeline's own names of classes, as DiTPipeline reads them, or their numbers where it has none."""
+    numbered = (index.get("id2label") or {}).items()
+    entries = {name.strip(): int(number) for number, names in numbered for name in names.split(",")}
+    return dict(sorted(entries.items())) or {str(label): label for label in range(config["num_embeds_ada_norm"])}
 
 
 DIT = Family(

@@ -14,6 +14,39 @@ Conditions = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """How a family's pipelines turn prompts into conditions: the maths of their ``encode_prompt``.
+
+    Attributes:
+        encoders: components that hold the text encoders; a pipeline may lack some of them.
+        tokenizers: components that hold their tokenizers, one an encoder.
+        tokens: what every prompt is cut and padded to.
+        conditions: the conditions that depend on the prompt.
+        encode: ``(encoders, token ids [B, tokens] of each, attention mask [B, tokens] or None of each) -> values`` of
+            :attr:`conditions`.
+        masked: ``text encoder's config -> whether it is given an attention mask``.
+        lower: whether prompts are stripped and lower-cased first.
+        zeros: entry of ``model_index.json`` by which zeros stand for no prompt, not the empty prompt's encoding.
+        fixed: ``(denoiser config, pixels a side of the latent's cell) -> conditions, one row``, which do not depend on
+            the prompt.
+        prefixes: what stands before parameters' names in checkpoints of an older transformers.
+    """
+
+    encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    tokens: int
+    conditions: tuple[str, ...]
+    encode: Callable[
+        [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
+    ]
+    masked: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+    lower: bool = False
+    zeros: str | None = None
+    fixed: Callable[[Mapping[str, Any], int], Conditions] = field(default=lambda config, vae_scale: {})
+    prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """One class of denoiser.
 
@@ -30,7 +63,10 @@ class Family:
         call: ``(denoiser, sample, timestep [B], conditions) -> model output``.
         scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
         null_class: the label of the unconditional half, where classes condition.
-        labels: ``pipeline -> {name: class}``.
+        labels: ``(model_index.json, denoiser config) -> {name: class}``.
+        prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
+        upcasts_vae: ``denoiser config -> whether the pipeline decodes in float32 where the VAE asks for it``
+            (``force_upcast``, which every diffusers VAE has by default, and most pipelines ignore).
     """
 
     denoiser_class: str
@@ -43,7 +79,9 @@ class Family:
     call: Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
     scales_noise: bool = True
     null_class: int | None = None
-    labels: Callable[[Any], dict[str, int]] = field(default=lambda pipe: {})
+    labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
+    prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
+    upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
 
     def conditions(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:
         """Return the conditions of labels or prompts: the unconditional half, then the conditional, B rows each.

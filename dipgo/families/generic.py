@@ -90,6 +90,7 @@ class _Generic:
             example=self.example,
             call=self.call,
             scales_noise=False,  # some pipelines do; the schedulers for which it matters are refused
+            upcasts_vae=lambda config: True,  # not known, and float32 is right in any case
         )
 
     def example(self, config: Mapping[str, Any], rows: int) -> Conditions:

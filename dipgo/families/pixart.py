@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipgo.families.family import Conditions, Family
+from dipgo.families.family import Conditions, Family, Prompting
 
 TOKENS = 120  # PixArtAlphaPipeline's own max_sequence_length
 _SIZES = ("resolution", "aspect_ratio")
@@ -32,8 +32,8 @@ def _example(config: Mapping[str, Any], rows: int) -> Conditions:
 
 def _encode(pipe: Any, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
     embeddings, mask, null_embeddings, null_mask = pipe.encode_prompt(
-        list(prompts), True, device=pipe.device, clean_caption=True, max_sequence_length=TOKENS
-    )
+        list(prompts), True, device=pipe.device, clean_caption=False, max_sequence_length=TOKENS
+    )  # cleaning captions (HTML, addresses, …) takes packages that pipelines do without where they are not installed
     sizes = _sizes(pipe.transformer.config, len(prompts), pipe.vae_scale_factor)
     return (
         {"encoder_hidden_states": null_embeddings, "encoder_attention_mask": null_mask.float(), **sizes},
@@ -51,6 +51,27 @@ def _call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, giv
         return_dict=False,
     )[0]
 
+
+def _encode_tokens(
+    encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """T5's last hidden state and the mask of its padding, which the denoiser does not look at either."""
+    (encoder,), (tokens,), (mask,) = encoders, ids, masks
+    assert mask is not None
+    hidden = encoder(tokens, attention_mask=mask)[0]
+    return hidden, mask.to(hidden.dtype)
+
+
+_PROMPTING = Prompting(
+    encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    tokens=TOKENS,
+    conditions=("encoder_hidden_states", "encoder_attention_mask"),
+    encode=_encode_tokens,
+    masked=lambda config: True,
+    lower=True,
+    fixed=lambda config, vae_scale: _sizes(config, 1, vae_scale),
+)
 
 PIXART = Family(
     denoiser_class="PixArtTransformer2DModel",
@@ -70,4 +91,5 @@ PIXART = Family(
     encode=_encode,
     example=_example,
     call=_call,
+    prompting=lambda config: _PROMPTING,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import UsageError
-from dipgo.families.family import Conditions, Family, latent_size
+from dipgo.families.family import Conditions, Family, Prompting, latent_size
 
 TOKENS = 77  # of CLIP's text encoders
 _UNSUPPORTED = {  # a config entry that asks for a further input: who has it
@@ -70,6 +70,42 @@ def _call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, giv
     )[0]
 
 
+def _encode_sd(
+    encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """CLIP's last hidden state, after the final norm."""
+    return (encoders[0](ids[0], attention_mask=masks[0])[0],)
+
+
+def _encode_sdxl(
+    encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """The last hidden state but one of each encoder, side by side, and the last encoder's pooled embedding."""
+    made = [encoder(tokens, output_hidden_states=True) for encoder, tokens in zip(encoders, ids, strict=True)]
+    hidden = torch.cat([output.hidden_states[-2] for output in made], dim=-1)
+    return hidden, made[-1][0]
+
+
+_SD = Prompting(
+    encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    tokens=TOKENS,
+    conditions=("encoder_hidden_states",),
+    encode=_encode_sd,
+    masked=lambda config: bool(config.get("use_attention_mask")),
+    prefixes=("text_model.",),
+)
+_SDXL = Prompting(
+    encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    tokens=TOKENS,
+    conditions=("encoder_hidden_states", "text_embeds"),
+    encode=_encode_sdxl,
+    zeros="force_zeros_for_empty_prompt",
+    fixed=lambda config, vae_scale: {"time_ids": _time_ids(config, 1, vae_scale)},
+    prefixes=("text_model.",),
+)
+
 UNET = Family(
     denoiser_class="UNet2DConditionModel",
     component="unet",
@@ -93,4 +129,6 @@ UNET = Family(
     encode=_encode,
     example=_example,
     call=_call,
+    prompting=lambda config: _SDXL if _is_sdxl(config) else _SD,
+    upcasts_vae=_is_sdxl,
 )

@@ -100,7 +100,7 @@ def make_task(
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     place = _device(device)
     pipe = model.pipeline()
-    choices = choices_of(model.family, pipe, prompts, classes)
+    choices = choices_of(model.family, model.labels(), prompts, classes)
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
@@ -114,7 +114,7 @@ def make_task(
     return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)
 
 
-def choices_of(family: Family, pipe: Any, prompts: Path | None, classes: str | None) -> list[Any]:
+def choices_of(family: Family, labels: Mapping[str, int], prompts: Path | None, classes: str | None) -> list[Any]:
     """Return the classes or prompts that noise is paired with.
 
     Raises:
@@ -129,16 +129,12 @@ def choices_of(family: Family, pipe: Any, prompts: Path | None, classes: str | N
         if classes is not None:
             raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
         return read_prompts(prompts) if prompts else [""]
-    if family.conditioned_by == "nothing":
-        if prompts is not None or classes is not None:
-            raise UsageError("this model is conditioned by nothing; leave --prompts and --classes out")
-        return [""]
     if prompts is not None:
         raise UsageError("this model is conditioned by classes, not prompts; give --classes")
-    labels = family.labels(pipe) or {str(number): number for number in range(family.null_class or 0)}
+    labels = labels or {str(number): number for number in range(family.null_class or 0)}
     if classes is None or classes == "all":
         return sorted(set(labels.values()))
-    known = {str(number): number for number in labels.values()} | labels
+    known = {str(number): number for number in labels.values()} | dict(labels)
     chosen = [part.strip() for part in classes.split(",") if part.strip()]
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:

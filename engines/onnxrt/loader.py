@@ -8,8 +8,11 @@ from typing import Any
 from dipgo.errors import DipgoError
 
 
-def session_from_graph(path: Path, threads: int | None = None) -> Any:
+def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:
     """Return an ``InferenceSession`` on the CPU; ``threads`` None leaves the choice to ONNX Runtime.
+
+    With ``share_weights`` the weights stay where they are mapped from the file: nothing rearranges them into memory of
+    the session's own, so that any number of sessions take the memory of one.
 
     Idle threads do not spin: a program has several sessions, and the spinning threads of one would take the cores
     from the next.
@@ -24,10 +27,16 @@ def session_from_graph(path: Path, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    disabled = []
+    if share_weights:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        disabled = ["NchwcTransformer", "ConstantFolding"]  # both would write rearranged copies
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
         detail = " ".join(str(error).split())[:300]
         raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); export it again") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.errors import UsageError
 from engines.onnxrt.loader import session_from_graph
 from export.bundle import Bundle
 
@@ -16,6 +17,9 @@ Launch = Callable[[], None]
 # In small graphs waking a second thread costs more than it brings: digits-dit (64 M MACs a row) takes 1.9 ms a step on
 # one thread and 2.1 to 3.3 ms on two.
 ONE_THREAD_MACS = 200_000_000
+
+# From here on graphs share their weights in memory; below, each keeps a copy in the layout that is fastest for it.
+SHARED_PARAMETERS = 100_000_000
 
 
 class OnnxRuntimeRunner:
@@ -28,13 +32,13 @@ class OnnxRuntimeRunner:
         self.bundle = bundle
         largest = max(graph.macs for graph in bundle.record.graphs.values())
         self.threads = threads or (1 if largest < ONE_THREAD_MACS else None)
+        self._shared = max(part.parameters for part in self.bundle.record.parts) > SHARED_PARAMETERS
         self._sessions: dict[str, Any] = {}
 
     def __enter__(self) -> OnnxRuntimeRunner:
         record = self.bundle.record
-        files = [graph.file for graph in record.graphs.values()]
-        files += [prologue.file for prologue in record.prologues] + [record.decoder.file]
-        self._sessions = {file: session_from_graph(self.bundle.folder / file, self.threads) for file in files}
+        for file in [part.file for part in record.graphs.values()] + [part.file for part in record.prologues]:
+            self._session(file)
         return self
 
     def __exit__(
@@ -47,7 +51,7 @@ class OnnxRuntimeRunner:
 
         The arrays are contiguous and must outlive the function, which keeps them alive.
         """
-        session = self._sessions[file]
+        session = self._session(file)
         binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -60,7 +64,24 @@ class OnnxRuntimeRunner:
 
         return launch
 
+    def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run a graph once on these inputs; its session is opened when it is first needed."""
+        session = self._session(file)
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1]."""
+        """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1].
+
+        Raises:
+            UsageError: a bundle without one.
+        """
         record = self.bundle.record.decoder
-        return self._sessions[record.file].run([record.output.name], {record.input.name: latent})[0]
+        if record is None:
+            raise UsageError(f"{self.bundle.folder}: holds no VAE decoder, only latents can be had from it")
+        return self.run(record.file, {record.input.name: latent})[record.output.name]
+
+    def _session(self, file: str) -> Any:
+        if file not in self._sessions:
+            self._sessions[file] = session_from_graph(self.bundle.folder / file, self.threads, self._shared)
+        return self._sessions[file]

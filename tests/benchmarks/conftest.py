@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,14 @@ from export.compiler import prepare, write_bundle
 from tests.models import random_subnet
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep weights that are cast or drawn out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def task(tiny_dit: str) -> Task:
     return make_task(find_model(tiny_dit), 8)
@@ -27,7 +36,7 @@ def bundle(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps, half of the gates off, backups of two outputs weighted by channel."""
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=1)
-    write_bundle(prepare(task.trace, task.pipe), subnet, task.sampler, folder)
+    write_bundle(prepare(task.trace), subnet, task.sampler, folder)
     return folder
 
 

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.baselines import full, uniform_reuse
 from benchmarks.bench import bench, table
+from benchmarks.parity import PROMPTS
 from benchmarks.progress import silent
 from benchmarks.report import ReportRecord
 from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from export.compiler import compile_subnet
 from tests.benchmarks.test_parity import perturb_the_weights
+from tests.models import random_subnet, tiny_sd
 
 Measured = tuple[ReportRecord, Path]
 
@@ -104,3 +110,19 @@ def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Pa
     with pytest.raises(DipgoError, match="full program cannot be measured"):
         bench(bundle, tmp_path / "report", threads=1, progress=silent, baselines={"full": crash})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_prompts_are_benched(tmp_path: Path, dtype: str):
+    """Baselines have the bundle's dtype; the page shows the prompts."""
+    task = make_task(find_model(tiny_sd(tmp_path / "model")), 4, guidance_scale=4.0)
+    subnet = random_subnet(task.trace, task.sampler, seed=2)
+    compile_subnet(subnet, task.model, tmp_path / "bundle", dtype=dtype)
+    baselines = {"full": full, "uniform reuse": uniform_reuse}
+    options = {"images": 8, "repeats": 3, "seconds": 0, "threads": 1, "progress": silent, "baselines": baselines}
+    report = bench(tmp_path / "bundle", tmp_path / "report", **options)
+    assert [row.error for row in report.rows] == [None] * 3
+    assert {row.parity.dtype for row in report.rows} == {{"fp32": "float32", "fp16": "float16"}[dtype]}
+    assert all(row.parity.passed for row in report.rows)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert all(prompt in page for prompt in PROMPTS)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -26,48 +27,92 @@ def rewrite(folder: Path, change) -> None:
     file.write_text(json.dumps(record))
 
 
-def scale_a_solver_coefficient(folder: Path) -> None:
-    def change(record: dict) -> None:
-        record["solver"]["rows"][-1][0] *= 1.01
+def reseal(folder: Path, name: str) -> None:
+    """Record a file's size and checksum as they are now."""
+    path = folder / name
+    changed = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    rewrite(folder, lambda record: record["files"].update({name: changed}))
 
-    rewrite(folder, change)
+
+def change_a_table(folder: Path, name: str, change) -> None:
+    tables = load_file(folder / "tables.safetensors")
+    tables[name] = change(tables[name])
+    save_file(tables, folder / "tables.safetensors")
+    reseal(folder, "tables.safetensors")
+
+
+def scale(table: np.ndarray, row: int, factor: float) -> np.ndarray:
+    """Multiply the first entry of a row, counted among those that are not 0: silent steps have none."""
+    table[np.flatnonzero(table[:, 0])[row], 0] *= factor
+    return table
+
+
+def scale_an_output_coefficient(folder: Path) -> None:
+    change_a_table(folder, "solver.outputs", lambda table: scale(table, 0, 1.01))
+
+
+def scale_a_latent_coefficient(folder: Path) -> None:
+    change_a_table(folder, "solver.latents", lambda table: scale(table, -1, 1.01))
 
 
 def lose_a_solver_coefficient(folder: Path) -> None:
-    def change(record: dict) -> None:
-        record["solver"]["rows"][-1][0] = float("nan")
+    change_a_table(folder, "solver.latents", lambda table: scale(table, -1, float("nan")))
 
-    rewrite(folder, change)
+
+def scale_the_backups(folder: Path) -> None:
+    name = next(name for name in load_file(folder / "tables.safetensors") if name.startswith("backup."))
+    change_a_table(folder, name, lambda table: table * np.float32(1.05))
+
+
+def scale_a_weight(folder: Path, file: str, wanted: str, factor: float) -> None:
+    """Scale the first tensor whose name ends so, where it lies in the file: graphs know its offset."""
+    path = folder / file
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith(wanted))
+    altered = bytearray(path.read_bytes())
+    start = altered.index(weights[name].tobytes())
+    altered[start : start + weights[name].nbytes] = (weights[name] * np.float32(factor)).tobytes()
+    path.write_bytes(altered)
+    reseal(folder, file)
 
 
 def perturb_the_weights(folder: Path) -> None:
-    def change(record: dict) -> None:
-        path = folder / record["weights_file"]
-        weights = load_file(path)
-        name = next(name for name in weights if name.endswith("attn1.to_v.weight"))
-        header_and_order = path.read_bytes()
-        start = header_and_order.index(weights[name].tobytes())
-        altered = bytearray(header_and_order)
-        altered[start : start + weights[name].nbytes] = (weights[name] * 1.05).tobytes()
-        path.write_bytes(altered)
-        record["files"][path.name]["sha256"] = sha256_of(path)
-
-    rewrite(folder, change)
+    scale_a_weight(folder, "transformer/diffusion_pytorch_model.safetensors", "attn1.to_v.weight", 1.05)
 
 
 def swap_two_cache_reads(folder: Path) -> None:
     def change(record: dict) -> None:
         for step in record["steps"]:
-            names = [name for name in step["reads"] if "transformer_blocks" in name]
-            slots = {step["reads"][name] for name in names}
-            if len(slots) > 1:
-                served = [step["reads"][name] for name in names]
-                step["reads"] |= dict(zip(names, served[1:] + served[:1], strict=True))
+            for launch in step["launches"]:
+                names = [name for name in launch["reads"] if "transformer_blocks" in name]
+                slots = {launch["reads"][name] for name in names}
+                if len(slots) > 1:
+                    served = [launch["reads"][name] for name in names]
+                    launch["reads"] |= dict(zip(names, served[1:] + served[:1], strict=True))
 
     rewrite(folder, change)
 
 
-ALTERATIONS = (scale_a_solver_coefficient, lose_a_solver_coefficient, perturb_the_weights, swap_two_cache_reads)
+def add_where_guidance_subtracts(folder: Path) -> None:
+    """Change the graph of the last launch: ε_c - ε_u becomes ε_c + ε_u."""
+    record = json.loads((folder / "bundle.json").read_text())
+    name = next(step for step in reversed(record["steps"]) if step["launches"])["launches"][-1]["graph"]
+    file = record["graphs"][name]["file"]
+    model = onnx.load(str(folder / file), load_external_data=False)
+    next(node for node in reversed(model.graph.node) if node.op_type == "Sub").op_type = "Add"
+    (folder / file).write_bytes(model.SerializeToString())
+    reseal(folder, file)
+
+
+ALTERATIONS = (
+    scale_an_output_coefficient,
+    scale_a_latent_coefficient,
+    lose_a_solver_coefficient,
+    scale_the_backups,
+    perturb_the_weights,
+    swap_two_cache_reads,
+    add_where_guidance_subtracts,
+)
 
 
 def test_a_compiled_bundle_has_the_parity_of_the_gated_pipeline(bundle: Path):

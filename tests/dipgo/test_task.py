@@ -30,7 +30,7 @@ def test_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red fox\n\n  ein grüner Frosch \r\n狐\n".encode())
     assert read_prompts(path) == ["a red fox", "ein grüner Frosch", "狐"]
-    assert choices_of(family("prompt"), None, path, None) == read_prompts(path)
+    assert choices_of(family("prompt"), {}, path, None) == read_prompts(path)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_prompt_files_that_cannot_be_used(tmp_path, content, message):
 
 
 def test_classes(tiny_dit, task, tmp_path):
-    kind = task.model.family
-    assert choices_of(kind, task.pipe, None, None) == choices_of(kind, task.pipe, None, "all") == [0, 1, 2]
-    assert choices_of(kind, task.pipe, None, "fox, 0") == [0, 2]
+    kind, labels = task.model.family, task.model.labels()
+    assert choices_of(kind, labels, None, None) == choices_of(kind, labels, None, "all") == [0, 1, 2]
+    assert choices_of(kind, labels, None, "fox, 0") == [0, 2]
     for wrong in ("wolf", "0,7", ""):
         with pytest.raises(UsageError, match="give names or numbers such as cat, dog, fox"):
-            choices_of(kind, task.pipe, None, wrong)
+            choices_of(kind, labels, None, wrong)
     with pytest.raises(UsageError, match="conditioned by classes"):
-        choices_of(kind, task.pipe, tmp_path / "p.txt", None)
+        choices_of(kind, labels, tmp_path / "p.txt", None)
     with pytest.raises(UsageError, match="conditioned by prompts"):
-        choices_of(family("prompt"), None, None, "cat")
+        choices_of(family("prompt"), {}, None, "cat")
     only = make_task(find_model(tiny_dit), STEPS, classes="dog", traced=task.trace)
     assert set(only.sampling.draw(8, 0).conditions["class_labels"].tolist()) == {1000, 1}
 

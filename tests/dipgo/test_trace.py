@@ -1,15 +1,17 @@
 """Costs and dependencies read from the traced graph, against independent counts."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.cost import check_budget, trajectory_macs
-from dipgo.errors import UsageError
+from dipgo.errors import DipgoError, UsageError
 from dipgo.gating import intercepting
 from dipgo.liveness import canonical, plan
-from dipgo.models import find_model
+from dipgo.models import Model, find_model
 from dipgo.trace import call_macs, trace
 from tests.models import tiny_unet
 
@@ -146,3 +148,55 @@ def test_budget_limits(dit):
     with pytest.raises(UsageError, match="what step 0 and the ungated parts alone cost at 10 steps; give at least"):
         check_budget(dit, 0.05, 10)
     check_budget(dit, 0.3, 10)
+
+
+def test_half_keeps_costs_and_casts_at_the_border(tiny_dit, dit):
+    half = trace(find_model(tiny_dit), "layer", 4.0, torch.float16)
+    assert half.dtype == torch.float16
+    assert half.sites == dit.sites
+    nodes = half.program.graph_module.graph.nodes
+    values = {node.name: getattr(node.meta.get("val"), "dtype", None) for node in nodes}
+    assert values[half.epsilon] == torch.float32
+    assert {values[name] for names in half.outputs for name in names} == {torch.float16}
+    latent, timestep, *_ = half.program.graph_signature.user_inputs
+    assert values[latent] == values[timestep] == torch.float32
+
+
+class _Branching(torch.nn.Module):
+    """A denoiser whose second block decides by the values of its input; ``inner`` runs in one branch alone."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                x = self.inner(x)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Conv2d(4, 4, 1), self.Block()])
+
+    def forward(self, sample, timestep, class_labels, return_dict):
+        for block in self.blocks:
+            sample = block(sample)
+        return (sample,)
+
+
+class _BranchingModel(Model):
+    def empty_denoiser(self, dtype=torch.float32):
+        return _Branching().to(dtype)
+
+
+@pytest.mark.parametrize("sites", ["blocks.0", "blocks.1.inner"])
+def test_what_cannot_be_traced_is_named_with_its_line(tiny_dit, sites, capfd):
+    whole = find_model(tiny_dit)
+    model = _BranchingModel("branching", whole.folder, whole.family, whole.config)
+    with pytest.raises(DipgoError) as caught:
+        trace(model, sites, 1.0)
+    text = str(caught.value)
+    place = r"module 'blocks\.1' \(test_trace\.py:\d+, `if x\.sum\(\) > 0:`\)"
+    assert re.fullmatch(rf"torch\.export cannot trace _Branching: {place} goes by the values .*", text), text
+    assert capfd.readouterr() == ("", "")

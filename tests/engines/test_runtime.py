@@ -23,7 +23,7 @@ def bundle(tiny_dit, tmp_path_factory):
     task = make_task(find_model(tiny_dit), 5)
     subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
     folder = tmp_path_factory.mktemp("runtime") / "b"
-    write_bundle(prepare(task.trace, task.pipe), subnet, task.sampler, folder)
+    write_bundle(prepare(task.trace), subnet, task.sampler, folder)
     return folder
 
 
@@ -65,7 +65,7 @@ def test_calls_do_not_leak_into_each_other(bundle):
                 raise RuntimeError("cancelled")
 
         with pytest.raises(RuntimeError, match="cancelled"):
-            program.denoise(program.noise(1, 2), program.class_conditions([1]), after_step=stop)
+            program.denoise(program.noise(1, 2), program.conditions([1]), after_step=stop)
         assert np.array_equal(program.generate([0], 1), first)
 
         results = {}
@@ -89,9 +89,9 @@ def test_wrong_requests_are_refused(bundle):
         with pytest.raises(UsageError, match=r"seed 4294967296 is outside .*; give another seed"):
             program.generate([0], 2**32)
         with pytest.raises(UsageError, match="class 7 is unknown"):
-            program.class_conditions([7])
+            program.conditions([7])
         with pytest.raises(UsageError, match=r"noise is \[2, 4, 8, 8\], the bundle was compiled for \[1, 4, 8, 8\]"):
-            program.denoise(program.noise(2, 0), program.class_conditions([0]))
+            program.denoise(program.noise(2, 0), program.conditions([0]))
 
 
 def test_grid_places_pictures_in_reading_order():

@@ -21,7 +21,7 @@ def task(tiny_dit):
 
 @pytest.fixture(scope="module")
 def prepared(task):
-    return prepare(task.trace, task.pipe)
+    return prepare(task.trace)
 
 
 @pytest.fixture
@@ -36,7 +36,10 @@ def test_schema(bundle):
     assert json.loads(SCHEMA_FILE.read_text()) == json_schema()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "vae_decoder.onnx", "subnet.json", "subnet.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer/diffusion_pytorch_model.safetensors", "vae_decoder.onnx", "tables.safetensors", "subnet.safetensors"],
+)
 @pytest.mark.parametrize("damage", ["missing", "altered", "truncated"])
 def test_damaged_files_are_refused(bundle, name, damage):
     path = bundle / name
@@ -81,7 +84,7 @@ def test_existing_folder_is_kept_without_force(bundle, task, prepared):
         write_bundle(prepared, other, task.sampler, bundle)
     assert (bundle / "bundle.json").read_bytes() == before
     write_bundle(prepared, other, task.sampler, bundle, force=True)
-    assert open_bundle(bundle).record.backups_file is None
+    assert not [name for name in open_bundle(bundle).tables if name.startswith("backup.")]
 
 
 def test_failure_leaves_nothing(task, prepared, tmp_path, monkeypatch):
@@ -90,7 +93,7 @@ def test_failure_leaves_nothing(task, prepared, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.compiler.shutil, "copyfile", full_disk)
+    monkeypatch.setattr(export.compiler, "save_file", full_disk)
     with pytest.raises(DipgoError, match="disk is full"):
         write_bundle(prepared, random_subnet(task.trace, task.sampler, 0), task.sampler, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

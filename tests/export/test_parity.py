@@ -1,6 +1,6 @@
-"""The compiled program equals gated torch execution, for any SubNet; and the diffusers pipeline, for all gates 1."""
+"""The compiled program equals gated torch execution, for any SubNet and layout; and diffusers, for all gates 1."""
 
-from types import SimpleNamespace
+import os
 
 import numpy as np
 import onnx
@@ -12,16 +12,24 @@ from hypothesis import strategies as st
 
 import engines
 from dipgo.families import GuidedDenoiser, join
-from dipgo.gating import gated
 from dipgo.models import find_model
 from dipgo.sampler import make_scheduler, tabulate
 from dipgo.search.task import make_task
 from dipgo.trace import trace
 from dipgo.trajectory import Trajectory
-from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_sdxl, tiny_unet, tiny_vae
+from export.compiler import Options, prepare, write_bundle
+from export.layouts import LAYOUTS
+from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sdxl, tiny_unconditional, tiny_unet
 
 STEPS = 5
+FUZZ = int(os.environ.get("DIPGO_FUZZ", "1"))  # how many times as many random SubNets: make fuzz
+RANDOM = {
+    "seed": st.integers(0, 2**31),
+    "keep": st.floats(0, 1),
+    "backup": st.sampled_from([(1, None), (1, 1), (2, 0), (2, 1), (3, 1)]),
+    "layout": st.sampled_from(sorted(LAYOUTS)),
+    "sampler": st.sampled_from(["ddim", "dpm++2m", "unipc"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +39,80 @@ def task(tiny_dit):
 
 @pytest.fixture(scope="module")
 def prepared(task):
-    return prepare(task.trace, task.pipe)
+    return prepare(task.trace)
 
 
-def reference(task, subnet, classes, seed):
-    task.pipe.set_progress_bar_config(disable=True)
-    scale = subnet.sampler.guidance_scale
-    generator = torch.Generator().manual_seed(seed)
-    steps = subnet.sampler.steps
-    with gated(task.pipe.transformer, subnet):
-        return task.pipe(
-            classes, guidance_scale=scale, num_inference_steps=steps, generator=generator, output_type="np"
-        ).images
+class Case:
+    """A small model, converted once, and the same model in torch."""
+
+    def __init__(self, traced, denoiser, conditions, scheduler):
+        self.traced, self.conditions, self.scheduler = traced, conditions, scheduler
+        self.guided = GuidedDenoiser(denoiser, traced.model.family, traced.guidance_scale)
+        self.prepared = prepare(traced, whole=False)
+
+    def error(self, folder, seed, keep, backup, sampler, options):
+        """Compile a random SubNet, run it, and return its relative error against gated torch."""
+        terms, channels = backup
+        table = tabulate(make_scheduler(sampler, self.scheduler), STEPS, self.traced.model.family.scales_noise)
+        subnet = random_subnet(self.traced, table, seed, keep, terms, channels)
+        record = write_bundle(self.prepared, subnet, table, folder, force=True, options=options)
+        noise = torch.randn(self.traced.model.latent_shape(1), generator=torch.Generator().manual_seed(seed))
+        with engines.load(folder) as program:
+            given = {name: value.numpy() for name, value in self.conditions.items()}
+            actual = program.denoise(noise.numpy(), given)
+            again = program.denoise(noise.numpy(), given)
+        assert np.array_equal(actual, again)
+        if options.max_graphs:
+            from dipgo.subnet import load_subnet
+
+            subnet = load_subnet(folder / record.subnet_file)
+        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+        trajectory = Trajectory(self.guided, self.traced.sites, table)
+        with torch.no_grad():
+            expected = trajectory.gated(noise, self.conditions, subnet.gates, weights, terms)[-1].numpy()
+        return error(actual, expected)
 
 
 def error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-def compiled(prepared, subnet, sampler, folder, classes, seed):
-    write_bundle(prepared, subnet, sampler, folder, force=True)
-    with engines.load(folder) as program:
-        return program.generate(classes, seed)
+@pytest.fixture(scope="module")
+def dit(task):
+    conditions = join(*task.model.family.conditions(task.pipe, [1]), True)
+    return Case(task.trace, task.pipe.transformer, conditions, task.pipe.scheduler)
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unet")
+    traced = trace(tiny_unet(folder), "layer", 5.0)
+    conditions = {"encoder_hidden_states": torch.randn(2, 77, 24, generator=torch.Generator().manual_seed(0))}
+    denoiser = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    return Case(traced, denoiser, conditions, DDIMScheduler(clip_sample=False))
+
+
+@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**RANDOM)
+def test_any_subnet_equals_gated_torch(dit, tmp_path_factory, seed, keep, backup, layout, sampler):
+    folder = tmp_path_factory.getbasetemp() / "any"
+    assert dit.error(folder, seed, keep, backup, sampler, Options(layout)) <= 1e-4
+
+
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**RANDOM)
+def test_any_subnet_of_a_unet_equals_gated_torch(unet, tmp_path_factory, seed, keep, backup, layout, sampler):
+    folder = tmp_path_factory.getbasetemp() / "any"
+    assert unet.error(folder, seed, keep, backup, sampler, Options(layout)) <= 1e-4
+
+
+@pytest.mark.parametrize("graphs", [1, 2, 4])
+@pytest.mark.parametrize("backup", [(1, None), (2, 1), (3, 0)])
+def test_merged_signatures_equal_their_subnet(unet, tmp_path, graphs, backup):
+    for seed in range(2):
+        options = Options(max_graphs=graphs)
+        assert unet.error(tmp_path / "b", seed, 0.6, backup, "ddim", options) <= 1e-4
+        assert len(engines.load(tmp_path / "b").record.graphs) <= graphs
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++2m", "pndm", "unipc"])
@@ -60,7 +120,9 @@ def test_full_program_equals_the_pipeline(task, prepared, tmp_path, name):
     scheduler = make_scheduler(name, task.pipe.scheduler)
     sampler = tabulate(scheduler, STEPS)
     everything = random_subnet(task.trace, sampler, seed=0, keep=1.0)
-    images = compiled(prepared, everything, sampler, tmp_path / "b", [0, 1, 2], 7)
+    write_bundle(prepared, everything, sampler, tmp_path / "b")
+    with engines.load(tmp_path / "b") as program:
+        images = program.generate([0, 1, 2], 7)
     pipe, kept = task.pipe, task.pipe.scheduler
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
@@ -70,67 +132,56 @@ def test_full_program_equals_the_pipeline(task, prepared, tmp_path, name):
     assert error(images, expected) <= 1e-4
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    seed=st.integers(0, 2**31),
-    keep=st.floats(0, 1),
-    backup=st.sampled_from([(1, None), (1, 1), (2, 0), (2, 1), (3, 1)]),
-)
-def test_any_subnet_equals_gated_torch(task, prepared, tmp_path_factory, seed, keep, backup):
-    terms, channels = backup
-    subnet = random_subnet(task.trace, task.sampler, seed, keep, terms, channels)
-    folder = tmp_path_factory.mktemp("bundles") / "b"
-    images = compiled(prepared, subnet, task.sampler, folder, [0, 2], 3)
-    assert error(images, reference(task, subnet, [0, 2], 3)) <= 1e-4
-
-
 @pytest.mark.parametrize(
     ("sites", "guidance", "terms", "channels"),
     [
         ("block", 5.0, 1, None),
         ("block", 1.0, 2, 1),
         ("branch", 5.0, 2, 1),
-        ("layer", 5.0, 1, None),
         ("down_blocks.*.resnets.*,up_blocks.*.attentions.*,mid_block", 5.0, 2, 1),
     ],
 )
-def test_unet_with_tuple_outputs(tmp_path, sites, guidance, terms, channels):
-    """A UNet's blocks hand out several tensors; with class conditions replaced by random text embeddings."""
-    model = tiny_unet(tmp_path)
-    traced = trace(model, sites, guidance)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), STEPS)
-    prepared = prepare(traced, SimpleNamespace(vae=tiny_vae()))
-    denoiser = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
-    trajectory = Trajectory(GuidedDenoiser(denoiser, model.family, guidance), traced.sites, sampler)
+def test_unet_with_tuple_outputs(unet, tmp_path, sites, guidance, terms, channels):
+    """A UNet's blocks hand out several tensors."""
     rows = 1 if guidance == 1 else 2
-    conditions = {"encoder_hidden_states": torch.randn(rows, 77, 24, generator=torch.Generator().manual_seed(0))}
-    for seed in range(3):
-        subnet = random_subnet(traced, sampler, seed, 0.5, terms, channels)
-        write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True)
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-        with torch.no_grad():
-            expected = trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1].numpy()
-        with engines.load(tmp_path / "b") as program:
-            actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in conditions.items()})
-        assert error(actual, expected) <= 1e-4
+    conditions = {name: value[:rows] for name, value in unet.conditions.items()}
+    case = Case(trace(unet.traced.model, sites, guidance), unet.guided.denoiser, conditions, unet.scheduler)
+    for seed, layout in enumerate(LAYOUTS):
+        assert case.error(tmp_path / "b", seed, 0.5, (terms, channels), "ddim", Options(layout)) <= 1e-4
 
 
-def test_sdxl_with_all_its_conditions(tmp_path):
-    task = make_task(find_model(tiny_sdxl(tmp_path / "model")), STEPS, sites="branch", guidance_scale=4.0)
-    family, terms = task.model.family, 2
-    prepared = prepare(task.trace, SimpleNamespace(vae=tiny_vae()))
-    conditions = join(*family.conditions(task.pipe, ["a red fox"]), True)
-    for seed in range(2):
-        subnet = random_subnet(task.trace, task.sampler, seed, 0.5, terms, 1)
-        write_bundle(prepared, subnet, task.sampler, tmp_path / "b", force=True)
-        noise = torch.randn(task.model.latent_shape(1), generator=torch.Generator().manual_seed(seed))
-        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-        with torch.no_grad():
-            expected = task.trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1].numpy()
-        with engines.load(tmp_path / "b") as program:
-            actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in conditions.items()})
-        assert error(actual, expected) <= 1e-4
+@pytest.mark.parametrize(
+    ("make", "sites"),
+    [
+        (tiny_sdxl, "branch"),
+        (tiny_pixart, "layer"),
+        (lambda folder: tiny_pixart(folder, 128), "layer"),
+        (tiny_sana, "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff"),
+        (tiny_unconditional, "down_blocks.*,up_blocks.*"),
+    ],
+)
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_every_family(tmp_path, make, sites, guidance):
+    model = find_model(make(tmp_path / "model"))
+    if model.family.conditioned_by == "nothing" and guidance > 1:
+        return  # there is nothing to be guided by
+    pipe = model.pipeline()
+    conditions = join(*model.family.conditions(pipe, ["a red fox"]), guidance > 1)
+    scheduler = DDIMScheduler(clip_sample=False)
+    case = Case(trace(model, sites, guidance), getattr(pipe, model.family.component), conditions, scheduler)
+    for seed, layout in enumerate(LAYOUTS):
+        assert case.error(tmp_path / "b", seed, 0.5, (2, 1), "ddim", Options(layout)) <= 1e-4
+
+
+def test_two_images_a_call(task, tmp_path):
+    two = prepare(task.trace, batch=2)
+    subnet = random_subnet(task.trace, task.sampler, 3, 0.5, 2, 1)
+    for layout in LAYOUTS:
+        for batch, each in ((2, two), (1, prepare(task.trace))):
+            write_bundle(each, subnet, task.sampler, tmp_path / str(batch), force=True, options=Options(layout))
+        with engines.load(tmp_path / "2") as pair, engines.load(tmp_path / "1") as single:
+            assert pair.batch == 2
+            assert error(pair.generate([0, 1, 2], 5), single.generate([0, 1, 2], 5)) <= 1e-5
 
 
 def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
@@ -140,40 +191,59 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
     sampler = tabulate(DDIMScheduler(clip_sample=False), 8)
     subnet = random_subnet(traced, sampler, 0, keep=1.0)
     subnet.gates[[2, 3, 6]] = False
-    write_bundle(prepare(traced, SimpleNamespace(vae=tiny_vae())), subnet, sampler, tmp_path / "b")
+    write_bundle(prepare(traced), subnet, sampler, tmp_path / "b")
     with engines.load(tmp_path / "b") as program:
         embeddings = np.ones((1, 77, 24), np.float32)
         program.denoise(program.noise(1, 0), {"encoder_hidden_states": embeddings})
-        assert [step.graph is None for step in program.record.steps] == [not row.any() for row in subnet.gates]
+        assert [not step.launches for step in program.record.steps] == [not row.any() for row in subnet.gates]
         assert program.launches == 5
         assert len(program.record.graphs) == 1
     assert program.record.macs == 5 * traced.full_macs
 
 
-def test_graphs_are_valid_and_hold_no_weights(task, prepared, tmp_path):
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_graphs_are_valid_and_hold_no_weights(task, prepared, tmp_path, layout):
     subnet = random_subnet(task.trace, task.sampler, seed=1, terms=2, channels=1)
-    write_bundle(prepared, subnet, task.sampler, tmp_path / "b")
+    record = write_bundle(prepared, subnet, task.sampler, tmp_path / "b", options=Options(layout))
+    signatures = len(np.unique(subnet.gates, axis=0))
+    assert len(record.graphs) == {"signature": signatures, "step": STEPS}.get(layout, len(record.graphs))
     graphs = sorted((tmp_path / "b").glob("tiny-dit-*.onnx"))
-    assert len(graphs) == len(np.unique(subnet.gates, axis=0)) + 1  # and what is computed before the loop
-    weights = (tmp_path / "b" / "weights.safetensors").stat().st_size
-    parameters = 4 * sum(parameter.numel() for parameter in task.pipe.transformer.parameters())
-    assert abs(weights - parameters) <= 0.02 * parameters
+    assert len(graphs) == len(record.graphs) + len(record.prologues)
+    seen = {}
     for path in graphs:
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.load(str(path), load_external_data=False)
         external = [tensor for tensor in model.graph.initializer if tensor.data_location == 1]
-        if not external:
-            continue  # a step served at the output reads no weight
-        assert {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"} == {
-            "weights.safetensors"
-        }
+        places = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+        assert places <= {"transformer/diffusion_pytorch_model.safetensors", "constants.safetensors"}
         inline = sum(len(tensor.raw_data) for tensor in model.graph.initializer if tensor.data_location == 0)
-        assert inline < 40_000  # the position embedding, which is no parameter, and shape constants
+        assert inline < 4096
         text = path.read_bytes()
         assert b"site-packages" not in text
         assert b"stack_trace" not in text
-        operators = [node.op_type for node in model.graph.node]
-        assert "SequenceAt" not in operators
+        assert "SequenceAt" not in [node.op_type for node in model.graph.node]
+        if path.stem in record.graphs:
+            for tensor in external:
+                if "weight" in tensor.name:
+                    seen.setdefault(tensor.name, []).append(path.stem)
+    if layout == "segment":
+        assert seen
+        assert all(len(holders) == 1 for holders in seen.values())
+
+
+def test_what_leaves_the_loop(task, prepared, tmp_path):
+    """The parts' parameters are the denoiser's, and the loop's graphs hold those of the loop alone."""
+    subnet = random_subnet(task.trace, task.sampler, seed=1, keep=1.0)
+    record = write_bundle(prepared, subnet, task.sampler, tmp_path / "b")
+    parts = {part.part: part for part in record.parts}
+    total = sum(parameter.numel() for parameter in task.pipe.transformer.parameters())
+    assert sum(part.parameters for part in record.parts) == total
+    assert parts["table"].parameters > 0
+    assert parts["steps"].parameters > 0
+    (graph,) = record.graphs.values()
+    assert graph.parameters == parts["loop"].parameters
+    assert {prologue.kind: prologue.parameters for prologue in record.prologues}["steps"] == parts["steps"].parameters
+    assert parts["loop"].macs == graph.macs * STEPS
 
 
 def test_bundles_are_reproducible(task, prepared, tmp_path):

@@ -4,42 +4,60 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dipgo.liveness import plan
 from export.bundle import TensorRecord
-from export.slots import allocate, naive_bytes
+from export.launches import Launch
+from export.slots import allocate, bytes_of, prune
 
-SITES = 4
-TENSORS = [[TensorRecord(name="f", dtype="float32", shape=[2, 3 + site % 2])] for site in range(SITES)]
-
-
-def live_sites(row, wanted):
-    return set(range(SITES))
+NAMES = ["a", "b", "c", "d"]
+TENSORS = {name: TensorRecord(name=name, dtype="float32", shape=[2, 3 + k % 2]) for k, name in enumerate(NAMES)}
 
 
-@given(seed=st.integers(0, 2**31), steps=st.integers(2, 12), terms=st.integers(1, 3), keep=st.floats(0, 1))
-def test_every_read_finds_what_was_stored(seed, steps, terms, keep):
-    gates = np.random.default_rng(seed).random((steps, SITES)) < keep
-    gates[0] = True
-    plans = plan(gates, terms, live_sites)
-    allocation = allocate(plans, TENSORS)
+def random_launches(seed, count):
+    """Each launch writes some values and reads some that were written before it."""
+    random = np.random.default_rng(seed)
+    written, launches = [], []
+    for step in range(count):
+        reads = {f"in{k}": written[index] for k, index in enumerate(random.choice(len(written), 2))} if written else {}
+        writes = {name: (name, step) for name in NAMES if random.random() < 0.6}
+        launches.append(Launch(step, "g", reads, writes))
+        written += writes.values()
+    return launches
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(2, 14))
+def test_every_read_finds_what_was_written(seed, count):
+    launches = random_launches(seed, count)
+    kept = {launches[-1].writes[name]: count for name in launches[-1].writes}
+    launches = prune(launches, kept)
+    allocation = allocate(launches, TENSORS, (), kept)
     held = {}
-    for step, entry in enumerate(plans):
-        reads = {
-            allocation.slot_of[source, site, 0]: (source, site)
-            for site, sources in entry.served.items()
-            for source in sources
-        }
-        for slot, feature in reads.items():
-            assert held[slot] == feature
-        writes = {allocation.slot_of[step, site, 0]: (step, site) for site in entry.stored}
+    for launch in launches:
+        reads = {allocation.slot_of[value]: value for value in launch.reads.values()}
+        for slot, value in reads.items():
+            assert held[slot] == value
+            assert allocation.slots[slot].shape == TENSORS[value[0]].shape
+        writes = {allocation.slot_of[value]: value for value in launch.writes.values()}
+        assert len(writes) == len(launch.writes)
         assert not reads.keys() & writes.keys()
         held.update(writes)
-    assert sum(slot.bytes for slot in allocation.slots) <= naive_bytes(TENSORS, terms + 1)
+    for value in kept:
+        assert held[allocation.slot_of[value]] == value
+
+
+def test_what_nobody_reads_is_not_written():
+    launches = [Launch(0, "g", {}, {"a": ("a", 0), "b": ("b", 0)}), Launch(1, "g", {"x": ("a", 0)}, {})]
+    assert [sorted(launch.writes) for launch in prune(launches, {})] == [["a"], []]
+    assert [sorted(launch.writes) for launch in prune(launches, {("b", 0): 0})] == [["a", "b"], []]
 
 
 def test_disjoint_lives_share_a_slot():
-    gates = np.ones((6, SITES), bool)
-    gates[1, 0] = gates[4, 2] = False  # sites 0 and 2 have one shape, their features live in steps 0-1 and 3-4
-    allocation = allocate(plan(gates, 1, live_sites), TENSORS)
-    assert len(allocation.slots) == 1
-    assert allocation.slots[0].bytes == 24
+    chain = [Launch(step, "g", {"x": ("a", step - 1)} if step else {}, {"a": ("a", step)}) for step in range(6)]
+    allocation = allocate(chain, TENSORS, (), {("a", 5): 6})
+    assert len(allocation.slots) == 2  # what is read, and what is written meanwhile
+    assert sum(slot.bytes for slot in allocation.slots) == 2 * bytes_of(TENSORS["a"])
+
+
+def test_given_values_are_there_before_the_first_launch():
+    launches = [Launch(0, "g", {"x": ("a", 0)}, {"a": ("a", 1)}), Launch(1, "g", {"x": ("a", 1)}, {})]
+    allocation = allocate(launches, TENSORS, [("a", 0)])
+    assert allocation.slot_of["a", 0] != allocation.slot_of["a", 1]

@@ -1,0 +1,126 @@
+"""The denoiser as one exported program: every site's outputs beside ε, in the precision it will run in."""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from dipgo.errors import DipgoError
+from dipgo.families import Conditions, Family, GuidedDenoiser
+from dipgo.gating import take_apart
+
+_TALKATIVE = ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+
+
+def in_dtype(family: Family, dtype: torch.dtype) -> Family:
+    """Return the family of a denoiser that runs in ``dtype`` among float32 latents.
+
+    Its ``call`` casts the latent to ``dtype`` and the output back, so that guidance and the solver work in float32;
+    its ``example`` has float conditions in ``dtype``, as ``pipe.to(dtype)`` passes them. The timestep stays float32.
+    """
+    if dtype == torch.float32:
+        return family
+
+    def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
+        return family.call(denoiser, sample.to(dtype), timestep, given).to(torch.float32)
+
+    def example(config: Any, rows: int) -> Conditions:
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in family.example(config, rows).items()
+        }
+
+    return replace(family, call=call, example=example)
+
+
+class Tapped(nn.Module):
+    """The guided denoiser with the outputs of its sites as further outputs."""
+
+    def __init__(self, guided: GuidedDenoiser, names: Sequence[str]) -> None:
+        super().__init__()
+        self.guided = guided
+        self.names = list(names)
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> Any:
+        taps: dict[str, Any] = {}
+
+        def tap(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if name in taps:
+                    raise DipgoError(f"site '{name}' runs more than once in a call of the denoiser; leave it out")
+                taps[name] = output
+
+            return self.guided.denoiser.get_submodule(name).register_forward_hook(hook)
+
+        handles = [tap(name) for name in self.names]
+        epsilon = self.guided(latent, timestep, conditions)
+        for handle in handles:
+            handle.remove()
+        idle = [name for name in self.names if name not in taps]
+        if idle:
+            raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
+        return epsilon, [take_apart(taps[name])[0] for name in self.names]
+
+
+def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ExportedProgram:
+    """Trace ``tapped`` on example inputs; ``dynamic`` says which of their sizes stay symbolic.
+
+    Raises:
+        DipgoError: torch.export cannot trace it; the message names the module and the line of its source.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False)
+    except DipgoError:
+        raise
+    except Exception as error:  # whatever the model's code or torch.export may raise
+        raise DipgoError(_untraceable(tapped.guided.denoiser, error)) from error
+
+
+def _untraceable(denoiser: nn.Module, error: Exception) -> str:
+    """Say in one line which module cannot be traced, where and why: read off the frames that the error passed."""
+    names = {module: name for name, module in denoiser.named_modules()}
+    torch_folder = str(Path(torch.__file__).parent)
+    module, place = None, ""
+    step = error.__traceback__
+    while step is not None:
+        owner, file = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code.co_filename
+        if isinstance(owner, nn.Module) and owner in names:
+            module = names[owner]
+        if not file.startswith(torch_folder):
+            code = " ".join(linecache.getline(file, step.tb_lineno).split())
+            place = f"{Path(file).name}:{step.tb_lineno}" + (f", `{code[:80]}`" if code else "")
+        step = step.tb_next
+    where = f"module '{module}' ({place})" if module else f"its forward ({place})"
+    what = f"torch.export cannot trace {type(denoiser).__name__}: {where}"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"{what} goes by the values of a tensor, but one graph must serve all inputs; not supported"
+    reason = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return f"{what}: {re.sub(r'/[^ :,]*/', '', reason)[:300]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging and printing what the error says anyway."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

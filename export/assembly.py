@@ -1,0 +1,229 @@
+"""A SubNet put together as a program: launches, graphs, prologues, tables and slots, ready to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from dipgo.cost import is_silent
+from dipgo.gating import backup_name
+from dipgo.liveness import plan
+from dipgo.sampler import Sampler
+from dipgo.subnet import SubNet
+from dipgo.trace import Trace
+from export.binding import parts
+from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
+from export.convert import tensor_record
+from export.cut import SOLVER, Cut, Loop
+from export.launches import EPSILON, LATENT, Launch, Value
+from export.layouts import LAYOUTS, Program, Work
+from export.macs import node_macs, parameters_of
+from export.prepared import Prepared, dtype_name, stem_of
+from export.prologue import Prologue
+from export.slots import Allocation, allocate, bytes_of, prune
+from export.solver import Recurrence, recurrence
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A program before it is written.
+
+    Attributes:
+        recurrence: the solver inside the graphs; None leaves it to the host.
+        program: the loop's graphs and launches.
+        prologues: in the order they run in.
+        tables: values by step that graphs or the host read.
+        launches: the program's, without writes that nobody reads.
+        allocation: of slots.
+    """
+
+    prepared: Prepared
+    subnet: SubNet
+    sampler: Sampler
+    recurrence: Recurrence | None
+    program: Program
+    prologues: list[Prologue]
+    tables: dict[str, np.ndarray]
+    launches: list[Launch]
+    allocation: Allocation
+
+    @property
+    def models(self) -> dict[str, ir.Model]:
+        """The graphs of loop and prologues by file name."""
+        loop = {f"{name}.onnx": part.model for name, part in self.program.cuts.items()}
+        return loop | {part.record.file: part.model for part in self.prologues}
+
+    @cached_property
+    def graphs(self) -> dict[str, GraphRecord]:
+        rows = self.prepared.batch * self.prepared.trace.rows
+        return {name: _graph_record(name, part, self.program, rows) for name, part in self.program.cuts.items()}
+
+    @property
+    def solver(self) -> SolverRecord:
+        held = self.recurrence
+        return SolverRecord(
+            kind="graph" if held else "host",
+            history=held.history if held else 0,
+            result=self.allocation.slot_of[LATENT, self.subnet.calls if held else 0],
+        )
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        return _steps(self.sampler, self.launches, self.allocation)
+
+    @property
+    def parts(self) -> list[PartRecord]:
+        """Parameters and MACs by binding time."""
+        loop = sum(self.graphs[launch.graph].macs for launch in self.launches)
+        rows = self.prepared.batch * self.prepared.trace.rows
+        return parts(self.prepared.tapped.model.graph, rows, loop, self.subnet.calls)
+
+    @property
+    def naive_cache_bytes(self) -> int:
+        """What the cache would take if the last outputs of every site were kept."""
+        features = {name for names in self.prepared.tapped.features for name in names}
+        outputs = [value for value in self.prepared.tapped.model.graph.outputs if value.name in features]
+        return self.subnet.terms * sum(bytes_of(tensor_record(value)) for value in outputs)
+
+
+def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
+    """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots."""
+    traced, tapped, learned = prepared.trace, prepared.tapped, bool(subnet.weights)
+
+    def live_sites(row: np.ndarray, wanted: Iterable[int]) -> set[int]:
+        return traced.live_sites(row, {*wanted, *np.flatnonzero(row)})  # graphs compute what they compute
+
+    plans = plan(subnet.gates, subnet.terms, live_sites)
+    launched = [step for step, row in enumerate(subnet.gates) if step == 0 or not is_silent(traced, row, learned)]
+    solver = recurrence(sampler, launched)
+    tables = {
+        **prepared.tables(sampler.timesteps),
+        **_backup_tables(subnet, traced),
+        **_solver_tables(sampler, solver, launched),
+    }
+    hoisted = prepared.hoisted.read_by("loop")
+    loop = Loop(
+        tapped,
+        hoisted,
+        [name for name in hoisted if prepared.hoisted.binding[name] == "table"],
+        subnet.weights,
+        solver.history if solver else 0,
+        solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
+    )
+    stem, short = stem_of(subnet.model.name), dtype_name(traced.dtype)
+    size = "x".join(str(side) for side in traced.model.latent_shape(prepared.batch))
+    program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
+    prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-{short}-{subnet.calls}")
+    launches, allocation = _allocate(program, launched, subnet.calls, solver is not None)
+    read = {row.tensor for part in program.cuts.values() for row in part.rows.values()}
+    read |= {row.tensor for part in prologues for row in part.record.rows.values()}
+    held = {name: array for name, array in tables.items() if name in read or array.dtype == np.float64}
+    return Assembly(prepared, subnet, sampler, solver, program, prologues, held, launches, allocation)
+
+
+def _backup_tables(subnet: SubNet, traced: Trace) -> dict[str, np.ndarray]:
+    """Return the backup weights with the rows of computed steps filled in: the output that was just computed."""
+    tables = {}
+    for index, site in enumerate(subnet.sites):
+        for output in range(len(traced.outputs[index])):
+            array = subnet.weights.get(backup_name(site.name, output))
+            if array is not None:
+                table = array.copy()
+                table[subnet.gates[:, index]] = 0
+                table[subnet.gates[:, index], 0] = 1
+                tables[backup_name(site.name, output)] = table
+    return tables
+
+
+def _solver_tables(sampler: Sampler, solver: Recurrence | None, launched: Sequence[int]) -> dict[str, np.ndarray]:
+    tables = {f"{SOLVER}.rows": sampler.rows, f"{SOLVER}.input_scale": sampler.input_scale}
+    if solver:
+        for name, values in (("latents", solver.latents), ("outputs", solver.outputs)):
+            table = np.zeros((sampler.calls, solver.history), np.float32)
+            table[launched] = values
+            tables[f"{SOLVER}.{name}"] = table
+        tables[f"{SOLVER}.scale"] = sampler.input_scale.astype(np.float32)
+    return tables
+
+
+def _prologues(prepared: Prepared, cuts: Iterable[Cut], calls: int, name: str) -> list[Prologue]:
+    """Cut the prologues that compute what the loop's graphs, and later prologues, read; in the order they run in."""
+    read = {tensor.name for part in cuts for tensor in part.inputs}
+    found: list[Prologue] = []
+    kinds: tuple[Literal["steps", "prompt"], ...] = ("steps", "prompt")
+    for kind in kinds:
+        names = [value for value, binding in prepared.hoisted.binding.items() if binding == kind and value in read]
+        part = prepared.prologue(kind, names, calls)
+        if part is not None:
+            part.model.graph.name = name % kind
+            found.insert(0, Prologue(part.model, part.record.model_copy(update={"file": f"{name % kind}.onnx"})))
+            read |= {tensor.name for tensor in part.record.inputs}
+    return found
+
+
+def _allocate(program: Program, launched: Sequence[int], calls: int, in_graph: bool) -> tuple[list[Launch], Allocation]:
+    """Allocate slots for what launches hand on; every ε stays until its step ends, and the result to the end."""
+    kept: dict[Value, int] = {(EPSILON, launch.step): number for number, launch in enumerate(program.launches)}
+    end = len(program.launches)
+    kept[LATENT, calls if in_graph else 0] = end
+    launches = prune(program.launches, kept)
+    return launches, allocate(launches, _tensors(program), [(LATENT, launched[0] if in_graph else 0)], kept)
+
+
+def _tensors(program: Program) -> dict[str, TensorRecord]:
+    """Return what each value that launches hand on is."""
+    tensors: dict[str, TensorRecord] = {}
+    for part in program.cuts.values():
+        for tensor in part.outputs:
+            name = LATENT if tensor.name == "next" else tensor.name
+            tensors[name] = tensor.model_copy(update={"name": name})
+        for tensor in part.inputs:
+            if tensor.name in part.reads:
+                name = part.reads[tensor.name][0]
+                tensors[name] = tensor.model_copy(update={"name": name})
+    return tensors
+
+
+def _steps(sampler: Sampler, launches: Sequence[Launch], allocation: Allocation) -> list[StepRecord]:
+    slots = allocation.slot_of
+    steps: list[StepRecord] = []
+    for step, timestep in enumerate(sampler.timesteps):
+        own = [launch for launch in launches if launch.step == step]
+        if not own:
+            steps.append(steps[-1].model_copy(update={"timestep": timestep, "launches": []}))
+            continue
+        steps.append(
+            StepRecord(
+                timestep=timestep,
+                launches=[
+                    {
+                        "graph": launch.graph,
+                        "reads": {name: slots[value] for name, value in launch.reads.items()},
+                        "writes": {name: slots[value] for name, value in launch.writes.items()},
+                    }
+                    for launch in own
+                ],
+                latent=slots.get((LATENT, step), slots.get((LATENT, 0), 0)),
+                epsilon=slots[EPSILON, step],
+            )
+        )
+    return steps
+
+
+def _graph_record(name: str, part: Cut, program: Program, rows: int) -> GraphRecord:
+    """Describe a graph; MACs are of one row of the denoiser's batch."""
+    graph = part.model.graph
+    return GraphRecord(
+        file=f"{name}.onnx",
+        signature=program.signatures[name],
+        macs=sum(node_macs(node) for node in graph) // rows,
+        parameters=sum(parameters_of(graph).values()),
+        inputs=part.inputs,
+        outputs=part.outputs,
+        rows=part.rows,
+    )

@@ -1,0 +1,207 @@
+"""Parity of what takes prompts, embeddings or nothing, and of half precision; and that wrong bundles are caught."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engines
+from benchmarks.bench import parity_failure
+from benchmarks.parity import PROMPTS, TOLERANCE, given_of, measure, verify
+from benchmarks.progress import silent
+from benchmarks.reference import cast_pipeline, model_of
+from dipgo.errors import DipgoError
+from dipgo.models import Model, find_model
+from dipgo.sampler import tabulate
+from dipgo.subnet import SubNet
+from dipgo.trace import trace
+from export.compiler import compile_subnet
+from tests.benchmarks.test_parity import scale_a_weight
+from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
+
+STEPS = 4
+MAKERS: dict[str, Callable[[Path], str]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart}
+
+
+def subnet_for(model: Model, sites: str | None = None, guidance: float = 4.0) -> SubNet:
+    """Half of the gates off, backups of two outputs weighted by channel."""
+    traced = trace(model, sites, guidance)
+    sampler = tabulate(model_scheduler(model), STEPS, model.family.scales_noise)
+    return random_subnet(traced, sampler, seed=2, terms=2, channels=1)
+
+
+def model_scheduler(model: Model):
+    pipe = model.pipeline()
+    return type(pipe.scheduler).from_config(pipe.scheduler.config)
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return find_model(MAKERS[kind](tmp_path_factory.mktemp("pipelines") / kind))
+
+
+@pytest.fixture(scope="module")
+def subnet(model: Model) -> SubNet:
+    return subnet_for(model)
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Model, subnet: SubNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For two images a call."""
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    compile_subnet(subnet, model, folder, batch=2)
+    return folder
+
+
+def test_prompts_have_the_parity_of_the_gated_pipeline(compiled: Path):
+    """Three images, the last batch of which is not full."""
+    parity = verify(compiled, images=3, seed=5, progress=silent)
+    assert parity.passed
+    assert 0 < parity.relative_error_latent < TOLERANCE
+    assert 0 < parity.relative_error_image < TOLERANCE
+    assert (parity.images, parity.seed, parity.dtype, parity.tolerance) == (3, 5, "float32", TOLERANCE)
+    assert parity.tolerance_image is None
+    with engines.load(compiled) as program:
+        assert given_of(program, 6) == [*PROMPTS, *PROMPTS[:2]]
+
+
+@pytest.mark.parametrize(
+    ("file", "weight", "seen"),
+    [
+        ("text_encoder/model.safetensors", "layer_norm.weight", "latent"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight", "image"),
+    ],
+)
+def test_altered_components_are_caught(kind: str, compiled: Path, model: Model, tmp_path: Path, file, weight, seen):
+    if kind == "sd" and "text" in file:
+        weight = "final_layer_norm.weight"
+    copy = tmp_path / "altered"
+    shutil.copytree(compiled, copy)
+    scale_a_weight(copy, file, weight, 2.0)
+    with engines.load(copy, threads=1) as program:
+        parity = measure(program, model.pipeline())
+    assert not parity.passed
+    assert (parity.relative_error_latent > TOLERANCE) == (seen == "latent")
+    assert parity.relative_error_image > TOLERANCE
+
+
+def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled: Path, model: Model):
+    """SDXL's watermark, and Stable Diffusion's checker, which blackens images, are no part of the program."""
+    pipe = model.pipeline()
+
+    class Blackens:
+        def apply_watermark(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(images)
+
+        def __call__(self, images: np.ndarray, clip_input: torch.Tensor) -> tuple[np.ndarray, list[bool]]:
+            return np.zeros_like(images), [True] * len(images)
+
+    name = {"sd": "safety_checker", "sdxl": "watermark"}.get(kind)
+    if name is None:
+        assert not hasattr(pipe, "safety_checker")
+        return
+    blackens = Blackens()
+    pipe.__dict__[name] = blackens
+    with engines.load(compiled, threads=1) as program:
+        assert measure(program, pipe, images=1).passed
+    assert getattr(pipe, name) is blackens
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "pixart"])
+def test_half_precision_is_judged_by_its_own_rounding(name: str, tiny_dit: str, tmp_path: Path):
+    model = find_model(tiny_dit if name == "dit" else MAKERS[name](tmp_path / "model"))
+    folder = tmp_path / "bundle"
+    compile_subnet(subnet_for(model), model, folder, dtype="fp16")
+    parity = verify(folder, progress=silent)
+    assert parity.passed
+    assert parity.dtype == "float16"
+    assert TOLERANCE < parity.relative_error_latent <= parity.tolerance < 0.02
+    assert parity.relative_error_image <= parity.tolerance_image < 0.02
+    assert parity.tolerance == 2 * parity.rounding_latent + TOLERANCE
+    assert parity.tolerance_image == 2 * parity.rounding_image + TOLERANCE
+    assert parity.line().endswith("(float16)")
+
+    cast = next((folder / model.family.component).iterdir()).relative_to(folder)
+    scale_a_weight(folder, str(cast), "attn1.to_v.weight", 1.5)
+    parity = verify(folder, progress=silent)
+    assert not parity.passed
+    assert "parity failed, relative error" in parity_failure(parity)
+
+
+def test_a_pipeline_in_half_precision_is_a_copy(tmp_path: Path):
+    model = find_model(tiny_pixart(tmp_path / "model"))
+    pipe = model.pipeline()
+    half = cast_pipeline(pipe, torch.float16)
+    assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    assert {part.dtype for part in (half.transformer, half.vae, half.text_encoder)} == {torch.float16}
+    loaded = type(pipe).from_pretrained(model.folder, torch_dtype=torch.float16)
+    for name in ("transformer", "vae", "text_encoder"):  # T5 keeps some of its weights in float32
+        mine, theirs = getattr(half, name).state_dict(), getattr(loaded, name).state_dict()
+        assert {key: value.dtype for key, value in mine.items()} == {key: value.dtype for key, value in theirs.items()}
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    sdxl = find_model(tiny_sdxl(tmp_path / "sdxl")).pipeline()
+    assert cast_pipeline(sdxl, torch.float16).vae is sdxl.vae  # its pipeline decodes in float32
+
+
+@pytest.mark.parametrize("short", ["fp32", "fp16"])
+def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
+    """An architecture: no weights, no text encoder, in the pipeline's folder."""
+    folder = Path(tiny_sd(tmp_path / "model"))
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    for part in ("unet", "vae"):
+        (folder / part / "diffusion_pytorch_model.safetensors").unlink()
+    model = find_model(str(folder), random_weights=True)
+    bundle = tmp_path / "bundle"
+    record = compile_subnet(subnet_for(model), model, bundle, dtype=short)
+    assert record.random_weights
+    assert record.conditioning.encoder is None
+    assert verify(bundle, progress=silent).passed
+    with engines.load(bundle) as program:
+        assert model_of(program.bundle).random_weights
+
+    file = next(path for path in (bundle / "unet").iterdir()).relative_to(bundle)
+    scale_a_weight(bundle, str(file), "attn2.to_v.weight", 3.0)
+    assert not verify(bundle, progress=silent).passed
+
+
+@pytest.mark.parametrize(
+    ("make", "sites", "guidance"),
+    [
+        (tiny_unconditional, "down_blocks.*,up_blocks.*", 1.0),
+        (tiny_sana, "transformer_blocks.*.attn1,transformer_blocks.*.ff", 4.0),
+    ],
+    ids=["unconditional", "sana"],
+)
+def test_classes_of_denoiser_without_an_entry(tmp_path: Path, make, sites: str, guidance: float):
+    model = find_model(make(tmp_path / "model"))
+    bundle = tmp_path / "bundle"
+    record = compile_subnet(subnet_for(model, sites, guidance), model, bundle)
+    assert record.conditioning.encoder is None
+    assert (record.decoder is None) == (make is tiny_unconditional)
+    parity = verify(bundle, progress=silent)
+    assert parity.passed
+    assert parity.relative_error_latent > 0
+    assert parity.relative_error_image > 0
+
+
+def test_another_text_encoder_is_told_from_the_file(compiled: Path, tmp_path: Path):
+    """A file changed without its record is refused before anything runs."""
+    copy = tmp_path / "altered"
+    shutil.copytree(compiled, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DipgoError, match=r"text_encoder/model.safetensors: altered since the bundle was made"):
+        verify(copy, progress=silent)

@@ -1,0 +1,148 @@
+"""Where a bundle's files go, and what is left behind when something fails."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import engines
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.trace import trace
+from export.bundle import open_bundle
+from export.compiler import Options, prepare, write_bundle
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_dit):
+    return find_model(tiny_dit).folder
+
+
+@pytest.fixture
+def model(pristine, tmp_path):
+    shutil.copytree(pristine, tmp_path / "model")
+    return find_model(str(tmp_path / "model"))
+
+
+def compiled(model, folder, options=Options(), dtype=torch.float32, seed=0, force=False):  # noqa: B008 - frozen
+    from diffusers import DDIMScheduler
+
+    traced = trace(model, None, 4.0, dtype)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
+    subnet = random_subnet(traced, sampler, seed, terms=2, channels=1)
+    return write_bundle(prepare(traced), subnet, sampler, folder, force, options)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_in_place_copies_nothing_and_equals_the_copy(model, tmp_path):
+    before = contents(model.folder)
+    compiled(model, tmp_path / "copy")
+    record = compiled(model, model.folder, Options(weights="in-place"))
+    after = contents(model.folder)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after.keys() - before.keys() if "/" in name]
+    assert not any(name.startswith(".") for name in os.listdir(model.folder))
+    held = {name for name in record.files if "/" in name}
+    assert held == {"transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+    with engines.load(model.folder) as here, engines.load(tmp_path / "copy") as there:
+        assert np.array_equal(here.generate([0, 1], 3), there.generate([0, 1], 3))
+
+
+def test_in_place_again_replaces_the_bundle_alone(model):
+    before = contents(model.folder)
+    compiled(model, model.folder, Options(weights="in-place"))
+    first = set(contents(model.folder))
+    with pytest.raises(UsageError, match="--force replaces the bundle"):
+        compiled(model, model.folder, Options(weights="in-place"), seed=1)
+    record = compiled(model, model.folder, Options("segment", weights="in-place"), seed=1, force=True)
+    after = contents(model.folder)
+    assert {name: after[name] for name in before} == before
+    graphs = {f"{name}.onnx" for name in record.graphs}
+    assert graphs <= set(after)
+    assert not {name for name in first - set(before) if name.endswith("1x4x8x8.onnx")} & set(after) - graphs
+    open_bundle(model.folder)
+
+
+def test_in_place_elsewhere_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match=r"lies beside the checkpoint; give -o .*model"):
+        compiled(model, tmp_path / "b", Options(weights="in-place"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_in_place_refuses_linked_weights(model):
+    weights = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    blob = model.folder.parent / "blob"
+    shutil.move(weights, blob)
+    weights.symlink_to(blob)
+    before = set(contents(model.folder))
+    with pytest.raises(DipgoError, match=r"symbolic link; export with --weights copy"):
+        compiled(model, model.folder, Options(weights="in-place"))
+    weights.unlink()
+    os.link(blob, weights)
+    with pytest.raises(DipgoError, match=r"hard links; export with --weights copy"):
+        compiled(model, model.folder, Options(weights="in-place"))
+    assert set(contents(model.folder)) == before
+
+
+def test_copies_follow_links(model, tmp_path):
+    weights = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.move(weights, tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    compiled(model, tmp_path / "b")
+    copy = tmp_path / "b" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert not copy.is_symlink()
+    assert copy.stat().st_nlink == 1
+    with engines.load(tmp_path / "b") as program:
+        assert np.isfinite(program.generate([0], 0)).all()
+
+
+def test_half_precision_is_cast_once_and_in_place_says_so(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    record = compiled(model, tmp_path / "b", dtype=torch.float16)
+    assert record.dtype == "float16"
+    (weights,) = [name for name in record.files if name.startswith("transformer/")]
+    own = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert record.files[weights].bytes < 0.55 * own.stat().st_size
+    with pytest.raises(UsageError, match="another precision than the graphs"):
+        compiled(model, model.folder, Options(weights="in-place"), dtype=torch.float16)
+    assert not (model.folder / "bundle.json").exists()
+
+
+def test_a_failure_in_place_leaves_the_folder_as_it_was(model, monkeypatch):
+    import export.compiler
+
+    before = contents(model.folder)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.compiler, "save_file", full_disk)
+    with pytest.raises(DipgoError, match="disk is full"):
+        compiled(model, model.folder, Options(weights="in-place"))
+    assert contents(model.folder) == before
+    assert not [name for name in os.listdir(model.folder) if name.startswith(".")]
+
+
+def test_random_weights_are_marked(tmp_path, monkeypatch, pristine):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "bare"
+    shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = find_model(str(folder), random_weights=True)
+    record = compiled(model, tmp_path / "b")
+    assert record.random_weights
+    assert json.loads((tmp_path / "b" / "bundle.json").read_text())["random_weights"] is True
+    pipe = model.pipeline()
+    from safetensors.torch import load_file
+
+    (file,) = [name for name in record.files if name.startswith("transformer/")]
+    drawn = load_file(tmp_path / "b" / file)
+    for name, parameter in pipe.transformer.named_parameters():
+        assert torch.equal(drawn[name], parameter)

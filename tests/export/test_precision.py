@@ -1,0 +1,57 @@
+"""Programs in half precision are as good as torch in the same precision."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import engines
+from dipgo.exported import in_dtype
+from dipgo.families import GuidedDenoiser, join
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.trace import trace
+from dipgo.trajectory import Trajectory
+from export.compiler import Options, prepare, write_bundle
+from export.layouts import LAYOUTS
+from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd
+
+
+def distance(actual, expected):
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "sites"),
+    [(tiny_dit, 1, "layer"), (tiny_sd, "a red fox", "block"), (tiny_pixart, "a red fox", "layer")],
+)
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, given, sites, guidance):
+    """The program's error is at most twice that of torch in float16, under every layout."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = find_model(str(make(tmp_path / "model")))
+    pipe, family = model.pipeline(), model.family
+    denoiser = getattr(pipe, family.component)
+    conditions = join(*family.conditions(pipe, [given]), guidance > 1)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), 5, family.scales_noise)
+    traced = trace(model, sites, guidance, torch.float16)
+    prepared = prepare(traced, whole=False)
+    noise = torch.randn(model.latent_shape(1), generator=torch.Generator().manual_seed(0))
+    half = {name: value.half() if value.is_floating_point() else value for name, value in conditions.items()}
+    for seed, layout in enumerate(LAYOUTS):
+        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 1)
+        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+
+        def run(guided, values, subnet=subnet, weights=weights):
+            trajectory = Trajectory(guided, traced.sites, sampler)
+            with torch.no_grad():
+                return trajectory.gated(noise, values, subnet.gates, weights, 2)[-1].float().numpy()
+
+        exact = run(GuidedDenoiser(denoiser.float(), family, guidance), conditions)
+        rounded = run(GuidedDenoiser(denoiser.half(), in_dtype(family, torch.float16), guidance), half)
+        record = write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
+        assert record.dtype == "float16"
+        with engines.load(tmp_path / "b") as program:
+            actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in half.items()})
+        assert actual.dtype == np.float32
+        assert distance(actual, exact) <= 2 * distance(rounded, exact) + 1e-4

@@ -1,0 +1,60 @@
+"""TensorRT's own parser takes every graph; where tensorrt-rtx is installed, no GPU is needed for that."""
+
+import onnx_ir as ir
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.trace import trace
+from export.compiler import Options, prepare, write_bundle
+from export.convert import convert, simplify
+from export.layouts import LAYOUTS
+from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
+
+trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
+
+
+def problems(path):
+    """Return what the parser says against a graph; nothing where it takes it."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    if parser.parse_from_file(str(path)):
+        return []
+    return [f"{parser.get_error(k).node_operator()}: {parser.get_error(k).desc()}" for k in range(parser.num_errors)]
+
+
+@pytest.mark.parametrize("make", [tiny_dit, tiny_sd, tiny_sdxl, tiny_pixart])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_node_is_unsupported(tmp_path, monkeypatch, make, dtype):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = find_model(str(make(tmp_path / "model")))
+    traced = trace(model, None, 4.0, dtype)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
+    prepared = prepare(traced)
+    for seed, layout in enumerate(LAYOUTS):
+        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 1)
+        write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
+        graphs = sorted((tmp_path / "b").glob("*.onnx"))
+        assert graphs
+        for path in graphs:
+            assert problems(path) == [], path.name
+
+
+def test_the_parser_would_say_so(tmp_path):
+    """A graph that TensorRT cannot take, until it is simplified."""
+
+    class Halves(nn.Module):
+        def forward(self, x):
+            a, b = x.chunk(2, -1)
+            return a * b
+
+    model = convert("halves", Halves().eval(), [torch.ones(2, 8)], ["x"], ["y"], optimize=False)
+    ir.save(model, tmp_path / "raw.onnx")
+    assert any("Sequence" in problem for problem in problems(tmp_path / "raw.onnx"))
+    simplify(model)
+    ir.save(model, tmp_path / "simple.onnx")
+    assert problems(tmp_path / "simple.onnx") == []

@@ -1,0 +1,296 @@
+"""Graphs that point into weights files: real checker, real runtime; casts and copies against independent reads."""
+
+import hashlib
+import os
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnxscript import optimizer
+from safetensors.torch import load_file, save_file
+
+from dipgo.checkpoint import DTYPES, read_checkpoint
+from dipgo.errors import DipgoError
+from dipgo.random_weights import draw
+from export.weights import bind, cast, check_in_place, place
+
+NAMES = {"denoiser.w": "w", "denoiser.b": "b", "denoiser.unread": "none"}
+X = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """A pipeline folder with a denoiser in two files: w [3, 4], b [4] and a table of whole numbers."""
+    folder = tmp_path / "pipeline"
+    (folder / "unet").mkdir(parents=True)
+    save_file({"w": draw("w", (3, 4)), "table": torch.arange(5)}, folder / "unet" / "a.safetensors")
+    save_file({"b": draw("b", (4,))}, folder / "unet" / "b.safetensors")
+    return folder
+
+
+def files_of(folder):
+    return sorted((folder / "unet").glob("*.safetensors"))
+
+
+def graph(dtype=ir.DataType.FLOAT, shape=(3, 4)):
+    """Return y = x w + b, with weights that hold nothing, w in a type and shape."""
+    x = ir.Value(name="x", shape=ir.Shape([2, 3]), type=ir.TensorType(ir.DataType.FLOAT))
+    w = ir.Value(name="denoiser.w", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    b = ir.Value(name="denoiser.b", shape=ir.Shape([4]), type=ir.TensorType(dtype))
+    b.const_value = ir.tensor(np.zeros(4, dtype.numpy()), name=b.name)
+    nodes = [ir.node("Cast", [value], {"to": ir.DataType.FLOAT}) for value in (w, b)]
+    nodes += [ir.node("MatMul", [x, nodes[0].outputs[0]])]
+    nodes += [ir.node("Add", [nodes[2].outputs[0], nodes[1].outputs[0]])]
+    y = nodes[-1].outputs[0]
+    y.name, y.shape, y.dtype = "y", ir.Shape([2, 4]), ir.DataType.FLOAT
+    inside = ir.Graph([x], [y], nodes=nodes, initializers=[w, b], opset_imports={"": 23}, name="g")
+    return ir.Model(inside, ir_version=10)
+
+
+def run(path):
+    onnx.checker.check_model(str(path), full_check=True)
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": X})[0]
+
+
+def expected():
+    return X @ draw("w", (3, 4)).numpy() + draw("b", (4,)).numpy()
+
+
+def locations(path):
+    """Return where the initializers of a saved graph lie."""
+    entries = [tensor.external_data for tensor in onnx.load(path, load_external_data=False).graph.initializer]
+    return sorted({entry.value for external in entries for entry in external if entry.key == "location"})
+
+
+def test_graphs_run_on_the_weights_in_the_pipeline_folder(pipeline):
+    model = graph()
+    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    check_in_place(files_of(pipeline), pipeline)
+    ir.save(model, pipeline / "g.onnx")
+    assert locations(pipeline / "g.onnx") == ["unet/a.safetensors", "unet/b.safetensors"]
+    assert (pipeline / "g.onnx").stat().st_size < 1000
+    np.testing.assert_allclose(run(pipeline / "g.onnx"), expected(), rtol=1e-6)
+
+
+def test_graphs_run_on_copies_of_what_a_hub_cache_links_to(pipeline, tmp_path):
+    """Links out of the folder: ONNX refuses them in place; here values are read through them, and copied."""
+    cache = tmp_path / "cache" / "snapshot"
+    (cache / "unet").mkdir(parents=True)
+    for file in files_of(pipeline):
+        (cache / "unet" / file.name).symlink_to(file)
+    model = graph()
+    bind(model, NAMES, read_checkpoint(files_of(cache)), cache)
+    bound = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    np.testing.assert_array_equal(bound["denoiser.w"], draw("w", (3, 4)).numpy())
+    optimizer.optimize_ir(model, should_fold=lambda node: False)  # it compares the initializers' bytes
+    ir.save(model, cache / "g.onnx")
+    with pytest.raises(onnx.checker.ValidationError):
+        run(cache / "g.onnx")
+    digests = place(files_of(cache), cache, tmp_path / "bundle")
+    ir.save(model, tmp_path / "bundle" / "g.onnx")
+    np.testing.assert_allclose(run(tmp_path / "bundle" / "g.onnx"), expected(), rtol=1e-6)
+    check_in_place(files_of(tmp_path / "bundle"), tmp_path / "bundle")
+    assert digests == {
+        f"unet/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(pipeline)
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        (graph(), {"denoiser.w": "other"}, r"unet: holds no tensor 'other'; it belongs to another model"),
+        (graph(shape=(4, 3)), NAMES, r"a\.safetensors: 'w' is F32 \[3, 4\], the graph wants FLOAT \[4, 3\]"),
+        (graph(ir.DataType.FLOAT16), NAMES, r"'w' is F32 \[3, 4\], the graph wants FLOAT16 .*in the precision of the"),
+    ],
+    ids=["missing", "shape", "dtype"],
+)
+def test_weights_of_another_model_are_refused(pipeline, model, names, message):
+    with pytest.raises(DipgoError, match=message) as raised:
+        bind(model, names, read_checkpoint(files_of(pipeline)), pipeline)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_outside_the_folder_are_refused(pipeline, tmp_path):
+    files, root = files_of(pipeline), tmp_path / "elsewhere"
+    for refused in (
+        lambda: bind(graph(), NAMES, read_checkpoint(files), root),
+        lambda: place(files, root, tmp_path / "b"),
+        lambda: check_in_place(files, root),
+    ):
+        with pytest.raises(DipgoError, match=r"a\.safetensors: lies outside .*elsewhere"):
+            refused()
+
+
+def file_link(folder):
+    (folder / "unet" / "a.safetensors").rename(folder / "blob")
+    (folder / "unet" / "a.safetensors").symlink_to("../blob")
+
+
+def folder_link(folder):
+    (folder / "unet").rename(folder.parent / "real")
+    (folder / "unet").symlink_to(folder.parent / "real")
+
+
+def hard_link(folder):
+    (folder / "second").hardlink_to(folder / "unet" / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (file_link, r"unet/a\.safetensors: ONNX tools refuse weights behind a symbolic link; .*--weights copy"),
+        (folder_link, r"unet: ONNX tools refuse weights behind a symbolic link; .*--weights copy"),
+        (hard_link, r"unet/a\.safetensors: ONNX tools refuse a file with several hard links; .*--weights copy"),
+    ],
+)
+def test_what_onnx_refuses_in_place_is_refused_before(pipeline, change, message):
+    model = graph()
+    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    ir.save(model, pipeline / "g.onnx")
+    change(pipeline)
+    with pytest.raises(DipgoError, match=message):
+        check_in_place(files_of(pipeline), pipeline)
+    with pytest.raises(onnx.checker.ValidationError):
+        run(pipeline / "g.onnx")
+
+
+def test_a_link_to_the_folder_itself_is_fine(pipeline, tmp_path):
+    model = graph()
+    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    ir.save(model, pipeline / "g.onnx")
+    root = tmp_path / "link"
+    root.symlink_to(pipeline)
+    check_in_place(files_of(root), root)
+    np.testing.assert_allclose(run(root / "g.onnx"), expected(), rtol=1e-6)
+
+
+def test_copies_are_plain_files_and_known_digests_are_kept(pipeline, tmp_path):
+    files = files_of(pipeline)
+    made_up = {files[0]: "0" * 64}  # shows that the file is not read for its digest
+    digests = place(files, pipeline, tmp_path / "b", made_up)
+    assert digests == {
+        "unet/a.safetensors": "0" * 64,
+        "unet/b.safetensors": hashlib.sha256(files[1].read_bytes()).hexdigest(),
+    }
+    for file in files:
+        copy = tmp_path / "b" / file.relative_to(pipeline)
+        assert copy.read_bytes() == file.read_bytes()
+        assert (copy.stat().st_nlink, copy.stat().st_mode & 0o777) == (1, 0o644)
+        assert copy.stat().st_ino != file.stat().st_ino
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_casts_round_as_torch_does(tmp_path, dtype):
+    tensors = {
+        "large": draw("large", (5, 2**20)),  # 20 MiB, more than is read at a time
+        "half": draw("half", (30, 7)).half(),
+        "brain": draw("brain", (3,)).bfloat16(),
+        "double": draw("double", (9, 9)).double(),
+        "eighth": draw("eighth", (4, 4)).to(torch.float8_e5m2),
+        "edge": torch.tensor([65504.0, -65504, 65519, 1e-8, 2.0**-25, 2049, 2051, torch.inf, -torch.inf, torch.nan]),
+        "whole": torch.arange(7),
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "scalar": torch.tensor(1 / 3),
+        "left": torch.ones(3),
+    }
+    save_file(tensors, tmp_path / "w.safetensors")
+    names = [name for name in tensors if name != "left"]
+    found = cast(read_checkpoint([tmp_path / "w.safetensors"]), names, dtype, tmp_path / "b", "unet")
+    file = found["large"].file
+    assert file.parent == tmp_path / "b" / "unet"
+    assert file.name.startswith(f"{dtype}-")
+    read = load_file(file)
+    assert found == read_checkpoint([file])
+    assert read.keys() == set(names)
+    for name in names:
+        wanted = tensors[name].to(DTYPES[dtype]) if tensors[name].is_floating_point() else tensors[name]
+        assert read[name].dtype == wanted.dtype
+        assert read[name].shape == wanted.shape
+        torch.testing.assert_close(read[name], wanted, rtol=0, atol=0, equal_nan=True)
+        assert found[name].offset % wanted.itemsize == 0
+    assert min(stored.offset for stored in found.values()) % 64 == 0
+
+
+def test_graphs_run_on_a_cast(pipeline, tmp_path):
+    found = cast(read_checkpoint(files_of(pipeline)), ["w", "b"], "F16", tmp_path / "b", "unet")
+    model = graph(ir.DataType.FLOAT16)
+    bind(model, NAMES, found, tmp_path / "b")
+    ir.save(model, tmp_path / "b" / "g.onnx")
+    rounded = [draw(name, shape).half().float().numpy() for name, shape in (("w", (3, 4)), ("b", (4,)))]
+    np.testing.assert_allclose(run(tmp_path / "b" / "g.onnx"), X @ rounded[0] + rounded[1], rtol=1e-6)
+
+
+def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline, tmp_path):
+    def once(dtype="F16", names=("w", "b")):
+        return cast(read_checkpoint(files_of(pipeline)), names, dtype, tmp_path / "b", "unet")["b"].file
+
+    first = once()
+    made, content = first.stat(), first.read_bytes()
+    assert once(names=("b", "w")) == first
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    assert len({first, once("BF16"), once(names=("b",))}) == 3
+    first.write_bytes(content[:-1])
+    assert once() == first
+    assert first.read_bytes() == content
+    save_file({"b": draw("b", (4,)) * 2}, pipeline / "unet" / "b.safetensors")
+    second = once()
+    assert second != first
+    assert torch.equal(load_file(second)["b"], (draw("b", (4,)) * 2).half())
+
+
+@pytest.mark.parametrize(("dtype", "value", "cure"), [("F16", 65520.0, "bf16 or fp32"), ("BF16", 3.4e38, "fp32")])
+def test_values_that_would_become_infinite_are_refused(tmp_path, dtype, value, cure):
+    tensors = {"fine": torch.ones(3), "too.large": torch.tensor([1.0, -value, torch.inf])}
+    save_file(tensors, tmp_path / "w.safetensors")
+    checkpoint = read_checkpoint([tmp_path / "w.safetensors"])
+    message = rf"w\.safetensors: 'too\.large' holds values too large for {dtype}; export in {cure}$"
+    with pytest.raises(DipgoError, match=message):
+        cast(checkpoint, list(tensors), dtype, tmp_path / "b", "unet")
+    assert list((tmp_path / "b" / "unet").iterdir()) == []
+    with pytest.raises(DipgoError, match=r"w\.safetensors: holds no tensor 'other'"):
+        cast(checkpoint, ["other"], dtype, tmp_path / "b", "unet")
+
+
+@contextmanager
+def small_disk():
+    """Let no file grow beyond 10 kB; the kernel then refuses as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("way", ["copy", "copy, digest known", "cast"])
+def test_a_full_disk_leaves_nothing(tmp_path, way):
+    file = tmp_path / "unet" / "w.safetensors"
+    file.parent.mkdir()
+    save_file({"w": draw("w", (100, 100))}, file)
+    write = {
+        "copy": lambda: place([file], tmp_path, tmp_path / "b"),
+        "copy, digest known": lambda: place([file], tmp_path, tmp_path / "b", {file: "0" * 64}),
+        "cast": lambda: cast(read_checkpoint([file]), ["w"], "F16", tmp_path / "b", "unet"),
+    }[way]
+    with small_disk(), pytest.raises(DipgoError, match=r"b/unet/.*: the disk is full; .*free some space") as raised:
+        write()
+    assert "\n" not in str(raised.value)
+    assert list((tmp_path / "b" / "unet").iterdir()) == []
+
+
+def test_a_copy_stays_when_the_original_changes(tmp_path):
+    """Also where the file system lets them share blocks."""
+    file = tmp_path / "unet" / "w.safetensors"
+    file.parent.mkdir()
+    save_file({"w": draw("w", (300, 300))}, file)
+    content = file.read_bytes()
+    place([file], tmp_path, tmp_path / "b")
+    with file.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\xff" * 4)
+    assert (tmp_path / "b" / "unet" / "w.safetensors").read_bytes() == content
