@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/dipgo bench build/demo/bundle --force -o build/demo/report
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -82,19 +82,21 @@ def compile_baselines(
     folder: Path,
     baselines: Mapping[str, Baseline] = BASELINES,
     progress: Progress = silent,
+    batch: int = 1,
 ) -> list[Compiled]:
     """Compile baselines into ``folder``, one bundle each; the model is converted once.
 
     Args:
         task: the bundle's; its pipeline's scheduler is the bundle's solver.
         ratio: the bundle's MACs over the full trajectory's.
+        batch: the bundle's images a call.
 
     Returns:
         One entry a baseline, in order; one that raises has its error in place of a folder.
     """
     total = len(baselines) + 1
     progress("compile baselines", 0, total, "convert")
-    prepared = prepare(task.trace)
+    prepared = prepare(task.trace, batch)
     compiled = []
     for number, (name, build) in enumerate(baselines.items()):
         progress("compile baselines", number + 1, total, name)

@@ -86,7 +86,7 @@ def bench(
             raise DipgoError(f"{folder}: {parity_failure(parity)}; nothing was measured, export it again")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dipgo-bench-")))
         subnet = subnet_of(program.bundle)
-        compiled = compile_baselines(task, subnet.cost.ratio, scratch, baselines, progress)
+        compiled = compile_baselines(task, subnet.cost.ratio, scratch, baselines, progress, program.batch)
         full, *others = _open(stack, compiled, task, threads, progress)
         if full.program is None:
             raise DipgoError(f"{folder}: the full program cannot be measured ({full.error})")

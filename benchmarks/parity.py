@@ -135,9 +135,6 @@ def given_of(program: Program, count: int) -> Given:
     return [labels[index % len(labels)] for index in range(count)]
 
 
-classes_of = given_of  # as benchmarks.quality calls it
-
-
 def _errors(actual: Made, expected: Made) -> tuple[float, float]:
     latent, image = (relative_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     return latent, image

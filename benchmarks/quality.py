@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.parity import classes_of
+from benchmarks.parity import given_of
 from benchmarks.progress import Progress, counted, silent
 from dipgo.errors import DipgoError
 from dipgo.records import Record
@@ -41,7 +41,7 @@ def generate(program: Program, count: int, name: str = "", progress: Progress = 
     Raises:
         DipgoError: images that are not finite.
     """
-    images = program.generate(classes_of(program, count), SEED, counted(progress, f"images: {name}"))
+    images = program.generate(given_of(program, count), SEED, counted(progress, f"images: {name}"))
     if not np.isfinite(images).all():
         raise DipgoError("its images are not finite")
     return images

@@ -193,15 +193,16 @@ def export(
 
 
 @app.command()
-def verify(bundle: BundleArgument, model: SourceOption = None) -> None:
+def verify(
+    bundle: BundleArgument,
+    model: SourceOption = None,
+    images: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images to compare.")] = 2,
+) -> None:
     """Measure the parity of a bundle with the gated diffusers pipeline; fail if it does not hold."""
     from benchmarks.parity import verify as measure
 
-    parity = measure(bundle, model)
-    line = (
-        f"relative error {parity.relative_error_latent:.1e} (latent), {parity.relative_error_image:.1e} (image) over "
-        f"{parity.images} images, tolerance {parity.tolerance:.0e}"
-    )
+    parity = measure(bundle, model, images)
+    line = f"{parity.line()}, over {parity.images} images"
     if not parity.passed:
         raise DipgoError(f"{bundle}: parity does not hold: {line}; export it again")
     typer.echo(f"parity holds: {line}")
@@ -232,6 +233,8 @@ def run(
         if (label is None, prompt is None) != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
             wanted = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
             raise UsageError(f"{bundle}: conditioned by {kind}; give {wanted}")
+        if negative is not None and kind != "prompt":
+            raise UsageError(f"{bundle}: conditioned by {kind}; --negative is for models of prompts")
         given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
         pixels = program.generate(given, seed, _bar("generate"), negative)
     with new_file(output) as draft:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipgo.checkpoint import checkpoint_files
+from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of_json, sha256_once
@@ -24,6 +24,7 @@ from dipgo.records import ModelIdentity, read_json
 
 BUILT_IN = Path(__file__).parent / "zoo"
 ARCHITECTURES = Path(__file__).parent / "architectures"
+_ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def find_model(name: str, random_weights: bool = False) -> Model:
 
     Raises:
         DipgoError: no such model, or a folder that is incomplete.
-        UsageError: a denoiser that takes more than a latent and conditions, or conditions that cannot be guessed.
+        UsageError: a denoiser that takes more than a latent and conditions, or conditions that cannot be guessed; an
+            add-on (ControlNet, IP-Adapter, LoRA that is not fused).
     """
     folder = _locate(name)
     index_file = folder / "model_index.json"
@@ -208,9 +210,25 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     model = Model(name, folder, family, config, random_weights)
     if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
-    for path in model.weights_files:
-        check_safetensors(path)
+    _check_add_ons(index_file, index, config, read_checkpoint(model.weights_files))
     return model
+
+
+def _check_add_ons(
+    index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> None:
+    """Refuse what changes a denoiser from outside: a trace would leave it out without a word."""
+    for entry, what in _ADD_ONS.items():
+        if (index.get(entry) or [None])[0]:
+            raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")
+    adapted = next((name for name in tensors if "lora_" in name or ".base_layer." in name), None)
+    if adapted:
+        raise UsageError(
+            f"{tensors[adapted].file}: holds LoRA weights that are not fused ('{adapted[:60]}'); call fuse_lora() and "
+            "unload_lora_weights() on the pipeline and save again"
+        )
 
 
 def _check_latent(index_file: Path, config: dict[str, Any]) -> None:
@@ -225,17 +243,6 @@ def _check_latent(index_file: Path, config: dict[str, Any]) -> None:
             f"{index_file}: the denoiser takes {given} channels and makes {made} (inpainting, depth, upscaling); only "
             "text, class and unconditional generation are supported"
         )
-
-
-def check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is whole: a readable header whose tensors fill the file exactly."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise DipgoError(f"{path}: truncated or damaged ({_one_line(error)}); download or save it again") from error
 
 
 def _locate(name: str) -> Path:

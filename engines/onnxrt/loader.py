@@ -39,4 +39,9 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
         )
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
         detail = " ".join(str(error).split())[:300]
-        raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); export it again") from error
+        cure = (
+            "ONNX Runtime's CPU has no bfloat16, export with --dtype fp16 or fp32"
+            if "bfloat16" in detail
+            else "export it again"
+        )
+        raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}") from error

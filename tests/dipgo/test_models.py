@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.errors import DipgoError, UsageError
@@ -146,3 +147,25 @@ def test_fingerprint_is_of_the_model_not_of_the_version_that_saved_it(tmp_path):
     assert full.identity() == shipped.identity()
     other = replace(full, config={**full.config, "layers_per_block": 3})
     assert other.identity().config_sha256 != shipped.identity().config_sha256
+
+
+def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
+    """What changes a denoiser from outside would be missing from a trace."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dit, folder)
+    index_file, config_file = folder / "model_index.json", folder / "transformer" / "config.json"
+    index, config = json.loads(index_file.read_text()), json.loads(config_file.read_text())
+    index_file.write_text(json.dumps(index | {"controlnet": ["diffusers", "ControlNetModel"]}))
+    with pytest.raises(UsageError, match="has a ControlNet, which is not supported"):
+        find_model(str(folder))
+    index_file.write_text(json.dumps(index | {"controlnet": [None, None]}))
+    find_model(str(folder))
+    config_file.write_text(json.dumps(config | {"encoder_hid_dim_type": "ip_image_proj"}))
+    with pytest.raises(UsageError, match="has an IP-Adapter"):
+        find_model(str(folder))
+    config_file.write_text(json.dumps(config))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 1)}, weights)
+    with pytest.raises(UsageError, match=r"LoRA weights that are not fused .*; call fuse_lora\(\)"):
+        find_model(str(folder))
