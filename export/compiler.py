@@ -167,8 +167,12 @@ def compile_subnet(
         raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(DTYPES)}")
     traced = retrace(model, subnet, DTYPES[dtype])
     check_same_model(subnet, traced)
-    sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, model.family.scales_noise)
-    return write_bundle(prepare(traced, batch, whole), subnet, sampler, Path(folder), force, options)
+    return write_bundle(prepare(traced, batch, whole), subnet, sampler_of(subnet, model), Path(folder), force, options)
+
+
+def sampler_of(subnet: SubNet, model: Model) -> Sampler:
+    """Return the sampler that a SubNet was searched for, as a table."""
+    return tabulate(scheduler_of(subnet), subnet.sampler.steps, model.family.scales_noise)
 
 
 def scheduler_of(subnet: SubNet) -> Any:
