@@ -91,6 +91,14 @@ class Model:
         """Return ``[batch, channels, height, width]`` of the latent."""
         return (batch, self.config["in_channels"], *latent_size(self.config))
 
+    def require_weights(self) -> None:
+        """Refuse an architecture without weights where random ones were not asked for."""
+        if not self.weights_files and not self.random_weights:
+            raise UsageError(
+                f"'{self.name}' is an architecture without weights; give a folder or hub id that has them, or "
+                "--random-weights where images do not matter"
+            )
+
     def pipeline(self) -> Any:
         """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.
 
@@ -104,11 +112,7 @@ class Model:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
 
-        if not self.weights_files and not self.random_weights:
-            raise UsageError(
-                f"'{self.name}' is an architecture without weights; give a folder or hub id that has them, or "
-                "--random-weights where images do not matter"
-            )
+        self.require_weights()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         drawn = self._drawn_components() if self.random_weights else {}

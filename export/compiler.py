@@ -60,13 +60,13 @@ class Options:
             raise UsageError(f"unknown choice of weights '{self.weights}'; use copy or in-place")
 
 
-def check_same_model(subnet: SubNet, traced: Trace) -> None:
+def check_model(subnet: SubNet, model: Model) -> None:
     """Refuse a SubNet that was searched on another model.
 
     Raises:
-        DipgoError: class, configuration, weights, sites or guidance differ.
+        DipgoError: class, configuration or weights differ.
     """
-    identity = traced.model.identity()
+    identity = model.identity()
     for what, mine, theirs in (
         ("class", subnet.model.class_name, identity.class_name),
         ("configuration", subnet.model.config_sha256, identity.config_sha256),
@@ -77,8 +77,6 @@ def check_same_model(subnet: SubNet, traced: Trace) -> None:
                 f"the SubNet belongs to '{subnet.model.name}': its {what} ({mine[:32]}) is not that of "
                 f"'{identity.name}' ({str(theirs)[:32]}); give the right --model, or search again"
             )
-    if [site.name for site in subnet.sites] != [site.name for site in traced.sites]:
-        raise DipgoError("the SubNet's sites are not those that were traced; search again")
 
 
 def write_bundle(
@@ -98,7 +96,9 @@ def write_bundle(
         DipgoError, UsageError: a mismatch of model, sampler or sites, or an existing folder without ``force``.
     """
     traced = prepared.trace
-    check_same_model(subnet, traced)
+    check_model(subnet, traced.model)
+    if [site.name for site in subnet.sites] != [site.name for site in traced.sites]:
+        raise DipgoError("the SubNet's sites are not those that were traced; search again")
     if [float(t) for t in subnet.sampler.timesteps] != list(sampler.timesteps):
         raise DipgoError(
             f"the SubNet's {len(subnet.sampler.timesteps)} timesteps are not those of {sampler.steps} steps of "
@@ -165,8 +165,9 @@ def compile_subnet(
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(DTYPES)}")
+    model.require_weights()
+    check_model(subnet, model)
     traced = retrace(model, subnet, DTYPES[dtype])
-    check_same_model(subnet, traced)
     return write_bundle(prepare(traced, batch, whole), subnet, sampler_of(subnet, model), Path(folder), force, options)
 
 

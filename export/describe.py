@@ -42,7 +42,7 @@ def bundle_text(bundle: Bundle) -> str:
         computed = graph.signature.count("1")
         lines.append(
             f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e9:9.3f} G MACs  "
-            f"{graph.parameters / 1e6:8.2f} M parameters  {launches.count(name):>3} launches  "
+            f"{graph.parameters / 1e6:8.2f} M parameters  {launches.count(name):>3} launched  "
             f"{_size(sizes[graph.file])}"
         )
     return "\n".join(lines)
