@@ -51,8 +51,6 @@ class Cut:
         inputs, outputs: its tensors.
         rows: which of its inputs are rows of tables.
         reads: which of its inputs lie in slots: name and term of the value (0 the newest) by input.
-        macs: of one launch, for one row of the denoiser's batch.
-        nodes: names of what it computes, for telling graphs apart.
     """
 
     model: ir.Model
