@@ -112,7 +112,7 @@ def write_bundle(
         models = made.models | dict(prepared.extra)
         with constants.outside(models.values(), draft):
             for file, model in models.items():
-                ir.save(model, draft / file)
+                _save(model, draft / file)
         for file, content in prepared.tokenizers.items():
             (draft / file).write_bytes(content)
         save_subnet(subnet, draft / SUBNET_FILE)
@@ -147,6 +147,13 @@ def write_bundle(
         ).sealed()
         (draft / RECORD_FILE).write_text(record.text())
     return record
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Save a graph without the shapes of what lies inside it: half its size, and every runtime infers them."""
+    proto = ir.to_proto(model)
+    proto.graph.ClearField("value_info")
+    path.write_bytes(proto.SerializeToString())
 
 
 def compile_subnet(
