@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -169,11 +168,7 @@ def parity_failure(parity: Parity) -> str:
 
 def scope_of(program: Program) -> str:
     """Return what the wall times span, in words."""
-    threads = program.runner.threads
-    used = (
-        f"{threads} thread{'s' * (threads > 1)}" if threads else f"its own choice of threads on {os.cpu_count()} cores"
-    )
-    return f"denoising loop, batch {program.batch}, ONNX Runtime CPU, {used}"
+    return f"denoising loop, batch {program.batch}, {program.runner.label}"
 
 
 def _open(

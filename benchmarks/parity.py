@@ -276,6 +276,6 @@ def _program(program: Program, pipe: Any | None, given: Given, seed: int, progre
         if program.record.decoder is None:  # the latents are the images
             images.append(_pixels(torch.from_numpy(latents[-1])))
         else:
-            images.append(program.runner.decode(latents[-1]).transpose(0, 2, 3, 1))
+            images.append(program.decode(latents[-1]).transpose(0, 2, 3, 1))
     progress("verify: compiled", count, count, "")
     return np.concatenate(latents)[:count], np.concatenate(images)[:count]

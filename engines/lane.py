@@ -7,11 +7,22 @@ copies. A program hands each call a lane of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from engines.onnxrt.runner import Launch, OnnxRuntimeRunner
+from engines.backend import Buffer, Launch, Runner
 from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What a prologue makes, by step: ``[steps, …]``, or one row that is the same for all steps."""
+
+    rows: Buffer
+
+    def at(self, step: int) -> Buffer:
+        return self.rows[step if self.rows.shape[0] > 1 else 0]
 
 
 class Lane:
@@ -21,67 +32,79 @@ class Lane:
         slots: what launches hand to each other.
         conditions: the graph inputs of the prompt or class.
         steps: the launches of every step.
+        whole: all of them as one launch, where the backend can and the solver is in the graphs.
     """
 
-    def __init__(self, bundle: Bundle, runner: OnnxRuntimeRunner) -> None:
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
         record = bundle.record
-        self.record, self.tables = record, bundle.tables
-        self.slots = [np.zeros(slot.shape, slot.dtype) for slot in record.slots]
-        self.conditions = {tensor.name: _empty(tensor) for tensor in record.conditioning.inputs}
-        self._hoisted: dict[str, np.ndarray] = {}  # [steps, …] each
-        self._prologues = [self._prologue(runner, prologue) for prologue in record.prologues]
+        self.record, self.tables, self.runner = record, bundle.tables, runner
+        self.slots = [runner.zeros(slot.shape, slot.dtype) for slot in record.slots]
+        self.conditions = {tensor.name: self._empty(tensor) for tensor in record.conditioning.inputs}
+        self._hoisted: dict[str, _Values] = {}
+        self._prologues = [self._prologue(prologue) for prologue in record.prologues]
         self.steps: list[list[Launch]] = [
-            [self._bind(runner, index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
+            [self._bind(index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
         ]
+        launches = [launch for step in self.steps for launch in step]
+        self.whole = runner.joined(launches) if record.solver.kind == "graph" else None
 
     def begin(self, conditions: Mapping[str, np.ndarray]) -> None:
         """Take the conditions of a new trajectory and run the prologues."""
-        for name, array in self.conditions.items():
-            array[...] = conditions[name]
+        for name, buffer in self.conditions.items():
+            self.runner.write(buffer, conditions[name])
         for launch, copies in self._prologues:
-            for target, source in copies:
-                target[...] = source
+            for copy in copies:
+                copy()
             launch()
 
-    def _prologue(
-        self, runner: OnnxRuntimeRunner, prologue: PrologueRecord
-    ) -> tuple[Launch, list[tuple[np.ndarray, np.ndarray]]]:
-        """Bind a prologue; returns its launch and what to copy where before it: a batch of all steps holds it often."""
-        inputs = {tensor.name: _empty(tensor) for tensor in prologue.inputs}
-        outputs = {tensor.name: _empty(tensor) for tensor in prologue.outputs}
+    def _prologue(self, prologue: PrologueRecord) -> tuple[Launch, list[Launch]]:
+        """Bind a prologue; returns its launch and the copies before it: a batch of all steps holds an input often."""
+        inputs = {tensor.name: self._empty(tensor) for tensor in prologue.inputs}
+        outputs = {tensor.name: self._empty(tensor) for tensor in prologue.outputs}
         steps = len(self.record.steps) if prologue.kind == "steps" else 1
-        copies = []
-        for name, array in inputs.items():
-            by_step = array.reshape(steps, -1, *array.shape[1:])
+        copies: list[Launch] = []
+        for name, buffer in inputs.items():
+            by_step = buffer.reshape(steps, -1, *buffer.shape[1:])
             if name in prologue.rows:
-                by_step[...] = self.tables[prologue.rows[name].tensor][:, None]
+                self._fill(by_step, self.tables[prologue.rows[name].tensor])
             elif name == "timestep":
-                by_step[...] = np.array([step.timestep for step in self.record.steps])[:, None]
+                self._fill(by_step, np.array([step.timestep for step in self.record.steps])[:steps])
+            elif name in self.conditions:
+                copies += [self._copy(by_step[step], self.conditions[name]) for step in range(steps)]
             else:
-                copies.append((by_step, self.conditions[name] if name in self.conditions else self._hoisted[name]))
-        for name, array in outputs.items():
-            by_step = array.reshape(steps, -1, *array.shape[1:])
-            self._hoisted[name] = np.broadcast_to(by_step, (len(self.record.steps), *by_step.shape[1:]))
-        return runner.bind(prologue.file, inputs, outputs), copies
+                copies += [self._copy(by_step[step], self._hoisted[name].at(step)) for step in range(steps)]
+        for name, buffer in outputs.items():
+            self._hoisted[name] = _Values(buffer.reshape(steps, -1, *buffer.shape[1:]))
+        return self.runner.bind(prologue.file, inputs, outputs), copies
 
-    def _bind(self, runner: OnnxRuntimeRunner, index: int, launch: LaunchRecord) -> Launch:
+    def _fill(self, by_step: Buffer, rows: np.ndarray) -> None:
+        """Write one row a step, ``[steps, …]``, over all images of the step."""
+        self.runner.write(by_step, np.broadcast_to(rows[:, None], tuple(by_step.shape)))
+
+    def _copy(self, target: Buffer, source: Buffer) -> Launch:
+        return lambda: self.runner.copy(target, source)
+
+    def _bind(self, index: int, launch: LaunchRecord) -> Launch:
         graph = self.record.graphs[launch.graph]
-        inputs: dict[str, np.ndarray] = {}
+        inputs: dict[str, Buffer] = {}
         for tensor in graph.inputs:
             name = tensor.name
             if name in launch.reads:
                 inputs[name] = self.slots[launch.reads[name]]
             elif name in graph.rows:
-                row = graph.rows[name].read(self.tables, index, tensor.shape)
-                inputs[name] = np.ascontiguousarray(row, tensor.dtype)
+                inputs[name] = self._constant(tensor, graph.rows[name].read(self.tables, index, tensor.shape))
             elif name == "timestep":
-                inputs[name] = np.full(tensor.shape, self.record.steps[index].timestep, tensor.dtype)
+                inputs[name] = self._constant(tensor, np.full(tensor.shape, self.record.steps[index].timestep))
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
             else:
-                inputs[name] = self._hoisted[name][index]
-        return runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
+                inputs[name] = self._hoisted[name].at(index)
+        return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
 
+    def _constant(self, tensor: TensorRecord, values: np.ndarray) -> Buffer:
+        buffer = self._empty(tensor)
+        self.runner.write(buffer, values)
+        return buffer
 
-def _empty(tensor: TensorRecord) -> np.ndarray:
-    return np.empty(tensor.shape, tensor.dtype)
+    def _empty(self, tensor: TensorRecord) -> Buffer:
+        return self.runner.zeros(tensor.shape, tensor.dtype)

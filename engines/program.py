@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import UsageError
+from engines.backend import Runner
+from engines.backends import DEFAULT, runner_for
 from engines.lane import Lane
 from engines.noise import torch_randn
-from engines.onnxrt.runner import OnnxRuntimeRunner
 from engines.text import TextEncoder
 from export.bundle import Bundle, open_bundle
 
@@ -30,12 +31,11 @@ class Program:
         launches: graphs of the loop launched since the program was made.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+        self.bundle, self.runner = bundle, runner
         self.record = bundle.record
-        self.runner = OnnxRuntimeRunner(bundle, threads)
         encoder = self.record.conditioning.encoder
-        self._text = TextEncoder(encoder, bundle.folder, self.runner.run) if encoder else None
+        self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         self.launches = 0
 
@@ -135,37 +135,55 @@ class Program:
             lane.begin(conditions)
             loop = self._launches if self.record.solver.kind == "graph" else self._hosted
             loop(lane, noise, after_step)
-            return lane.slots[self.record.solver.result].copy()
+            return self.runner.read(lane.slots[self.record.solver.result]).copy()
         finally:
             self._lanes.put(lane)
 
     def _launches(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
-        """Run the loop where graphs hold the solver."""
-        np.multiply(noise, self.bundle.tables["solver.rows"][0, 0], out=lane.slots[self.record.steps[0].latent])
+        """Run the loop where graphs hold the solver; as one launch, where nobody looks in between."""
+        read, write = self.runner.read, self.runner.write
+        write(lane.slots[self.record.steps[0].latent], noise * self.bundle.tables["solver.rows"][0, 0])
+        if lane.whole and not after_step:
+            lane.whole()
+            self.launches += 1
+            return
         for index, launches in enumerate(lane.steps):
             for launch in launches:
                 launch()
             self.launches += len(launches)
             if after_step:
-                after_step(index, lane.slots[self.record.steps[index].epsilon])
+                after_step(index, read(lane.slots[self.record.steps[index].epsilon]))
 
     def _hosted(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
         """Run the loop with the solver between launches, in float64: its sums over the whole history cancel."""
         rows, scale = self.bundle.tables["solver.rows"], self.bundle.tables["solver.input_scale"]
         history = np.zeros((len(rows), noise.size))
         history[0] = noise.reshape(-1)
+        read, write = self.runner.read, self.runner.write
         latent = lane.slots[self.record.solver.result]
         for index, launches in enumerate(lane.steps):
             if launches:
-                latent[...] = (scale[index] * (rows[index, : index + 1] @ history[: index + 1])).reshape(latent.shape)
+                x = scale[index] * (rows[index, : index + 1] @ history[: index + 1])
+                write(latent, x.reshape(noise.shape))
                 for launch in launches:
                     launch()
                 self.launches += len(launches)
-            epsilon = lane.slots[self.record.steps[index].epsilon]
+            epsilon = read(lane.slots[self.record.steps[index].epsilon])
             history[index + 1] = epsilon.reshape(-1)
             if after_step:
                 after_step(index, epsilon)
-        latent[...] = (rows[-1] @ history).reshape(latent.shape)
+        write(latent, (rows[-1] @ history).reshape(noise.shape))
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1].
+
+        Raises:
+            UsageError: a bundle without one.
+        """
+        decoder = self.record.decoder
+        if decoder is None:
+            raise UsageError(f"{self.bundle.folder}: holds no VAE decoder, only latents can be had from it")
+        return self.runner.run(decoder.file, {decoder.input.name: latent})[decoder.output.name]
 
     def generate(
         self,
@@ -184,7 +202,7 @@ class Program:
         for start in progress(range(0, len(given), self.batch)):
             chosen = np.arange(start, start + self.batch).clip(max=len(given) - 1)
             conditions = self.conditions([given[k] for k in chosen], negative)
-            pixels.append(self.runner.decode(self.denoise(noise[chosen], conditions)))
+            pixels.append(self.decode(self.denoise(noise[chosen], conditions)))
         return np.concatenate(pixels)[: len(given)].transpose(0, 2, 3, 1)
 
     def _take_lane(self) -> Lane:
@@ -194,6 +212,13 @@ class Program:
             return Lane(self.bundle, self.runner)
 
 
-def load(folder: str | Path, threads: int | None = None) -> Program:
-    """Open a bundle, check its files, and return its program (enter it to load the engines)."""
-    return Program(open_bundle(Path(folder)), threads)
+def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT) -> Program:
+    """Open a bundle, check its files, and return its program (enter it to load the engines).
+
+    Args:
+        folder: the bundle.
+        threads: for backends on the CPU; None leaves the choice to them.
+        backend: see :data:`engines.backends.BACKENDS`.
+    """
+    bundle = open_bundle(Path(folder))
+    return Program(bundle, runner_for(bundle, backend, threads))

@@ -1,18 +1,17 @@
-"""Run a bundle's graphs with ONNX Runtime."""
+"""Run a bundle's graphs with ONNX Runtime on the CPU; buffers are numpy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from dipgo.errors import UsageError
+from engines.backend import Launch
 from engines.onnxrt.loader import session_from_graph
 from export.bundle import Bundle
-
-Launch = Callable[[], None]
 
 # In small graphs waking a second thread costs more than it brings: digits-dit (64 M MACs a row) takes 1.9 ms a step on
 # one thread and 2.1 to 3.3 ms on two.
@@ -33,6 +32,9 @@ class OnnxRuntimeRunner:
         largest = max(graph.macs for graph in bundle.record.graphs.values())
         self.threads = threads or (1 if largest < ONE_THREAD_MACS else None)
         self._shared = max(part.parameters for part in self.bundle.record.parts) > SHARED_PARAMETERS
+        count = self.threads
+        used = f"{count} thread{'s' * (count > 1)}" if count else f"its own choice of threads on {os.cpu_count()} cores"
+        self.label = f"ONNX Runtime CPU, {used}"
         self._sessions: dict[str, Any] = {}
 
     def __enter__(self) -> OnnxRuntimeRunner:
@@ -45,6 +47,21 @@ class OnnxRuntimeRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sessions = {}
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def write(self, target: np.ndarray, values: np.ndarray) -> None:
+        target[...] = values
+
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        target[...] = source
+
+    def read(self, source: np.ndarray) -> np.ndarray:
+        return source
+
+    def joined(self, launches: Sequence[Launch]) -> None:
+        return None
 
     def bind(self, file: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Launch:
         """Return a function that runs a graph from and into these arrays, in place and without copies.
@@ -70,18 +87,12 @@ class OnnxRuntimeRunner:
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
-    def decode(self, latent: np.ndarray) -> np.ndarray:
-        """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1].
-
-        Raises:
-            UsageError: a bundle without one.
-        """
-        record = self.bundle.record.decoder
-        if record is None:
-            raise UsageError(f"{self.bundle.folder}: holds no VAE decoder, only latents can be had from it")
-        return self.run(record.file, {record.input.name: latent})[record.output.name]
-
     def _session(self, file: str) -> Any:
         if file not in self._sessions:
             self._sessions[file] = session_from_graph(self.bundle.folder / file, self.threads, self._shared)
         return self._sessions[file]
+
+
+def on_cpu(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeRunner:
+    """Return the runner of backend ``onnxruntime``."""
+    return OnnxRuntimeRunner(bundle, threads)

@@ -1,0 +1,30 @@
+"""The backends by name. Each is imported when it is chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from dipgo.errors import UsageError
+from engines.backend import Runner
+from export.bundle import Bundle
+
+DEFAULT = "onnxruntime"
+
+BACKENDS = {
+    "onnxruntime": ("engines.onnxrt.runner", "on_cpu"),
+}
+"""The module of each backend, and the function in it that makes a runner from a bundle and a number of threads."""
+
+
+def runner_for(bundle: Bundle, backend: str = DEFAULT, threads: int | None = None) -> Runner:
+    """Return a runner for a bundle; nothing is loaded before it is entered.
+
+    Raises:
+        UsageError: an unknown backend.
+        DipgoError: what the backend needs is not installed, or not on this machine.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend '{backend}'; use {', '.join(BACKENDS)}")
+    module, function = BACKENDS[backend]
+    runner: Runner = getattr(import_module(module), function)(bundle, threads)
+    return runner
