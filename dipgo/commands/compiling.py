@@ -1,0 +1,96 @@
+"""From a SubNet to a bundle, and a look at either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dipgo.commands.options import (
+    BatchOption,
+    DtypeOption,
+    ForceOption,
+    GraphsOption,
+    MaxGraphsOption,
+    OutputOption,
+    RandomWeightsOption,
+    SourceOption,
+    WeightsOption,
+)
+from dipgo.commands.progress import spinner
+
+if TYPE_CHECKING:
+    from dipgo.subnet import SubNet
+    from export.bundle import BundleRecord
+
+
+def export(
+    subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],
+    output: OutputOption,
+    model: SourceOption = None,
+    graphs: GraphsOption = "signature",
+    max_graphs: MaxGraphsOption = None,
+    dtype: DtypeOption = "fp32",
+    batch: BatchOption = 1,
+    weights: WeightsOption = "copy",
+    whole: Annotated[
+        bool, typer.Option("--pipeline/--denoiser", help="With text encoders and VAE decoder, or without.")
+    ] = True,
+    random_weights: RandomWeightsOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Compile a SubNet into a bundle: static ONNX graphs, the weights files, the program."""
+    from dipgo.files import refuse_existing
+    from dipgo.subnet import load_subnet
+
+    if weights == "copy":
+        refuse_existing(output, force)
+    found = load_subnet(subnet)
+    record = export_with(found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole)
+    if max_graphs is not None and record.macs != found.cost.subnet:
+        typer.echo(
+            f"merged into {len(record.graphs)} graphs: {record.macs / found.cost.subnet - 1:+.2%} MACs, "
+            f"{record.macs / found.cost.full:.2%} of the full trajectory's"
+        )
+    typer.echo(f"bundle: {output}")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")],
+) -> None:
+    """Show gate map, signatures, slots and sizes as text."""
+    from dipgo.describe import subnet_text
+    from dipgo.subnet import load_subnet
+
+    if path.is_dir():
+        from export.bundle import open_bundle
+        from export.describe import bundle_text
+
+        bundle = open_bundle(path)
+        typer.echo(subnet_text(load_subnet(path / bundle.record.subnet_file)))
+        typer.echo(bundle_text(bundle))
+    else:
+        typer.echo(subnet_text(load_subnet(path)))
+
+
+def export_with(
+    subnet: SubNet,
+    output: Path,
+    model: str | None,
+    force: bool,
+    batch: int = 1,
+    dtype: str = "fp32",
+    graphs: str = "signature",
+    max_graphs: int | None = None,
+    weights: str = "copy",
+    random_weights: bool = False,
+    whole: bool = True,
+) -> BundleRecord:
+    from dipgo.models import find_model
+
+    found = find_model(model or subnet.model.name, random_weights)
+    with spinner("export"):
+        from export.compiler import Options, compile_subnet
+
+        return compile_subnet(subnet, found, output, force, batch, dtype, Options(graphs, max_graphs, weights), whole)

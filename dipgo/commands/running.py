@@ -1,0 +1,49 @@
+"""From a bundle to images."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dipgo.commands.options import (
+    BundleArgument,
+    ForceOption,
+    OutputOption,
+    SeedOption,
+    ThreadsOption,
+)
+from dipgo.commands.progress import bar
+from dipgo.errors import UsageError
+
+
+def run(
+    bundle: BundleArgument,
+    output: OutputOption,
+    label: Annotated[str | None, typer.Option("--class", help="Class to generate: its name or number.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to generate, for a model of prompts.")] = None,
+    negative: Annotated[str | None, typer.Option(help="A prompt to stay away from.")] = None,
+    seed: SeedOption = 0,
+    count: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 1,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Generate images and save them as one PNG; several are set side by side."""
+    import engines
+    from dipgo.files import new_file, refuse_existing
+    from engines.images import grid
+
+    output = output.with_suffix(".png")
+    refuse_existing(output, force)
+    with engines.load(bundle, threads) as program:
+        kind = program.record.conditioning.kind
+        if (label is None, prompt is None) != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
+            wanted = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
+            raise UsageError(f"{bundle}: conditioned by {kind}; give {wanted}")
+        if negative is not None and kind != "prompt":
+            raise UsageError(f"{bundle}: conditioned by {kind}; --negative is for models of prompts")
+        given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
+        pixels = program.generate(given, seed, bar("generate"), negative)
+    with new_file(output) as draft:
+        grid(pixels).save(draft)
+    typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
