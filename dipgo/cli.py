@@ -10,11 +10,14 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
+from dipgo.commands.building import build
 from dipgo.commands.compiling import export, inspect
+from dipgo.commands.doctor import doctor
 from dipgo.commands.progress import is_main
 from dipgo.commands.proving import bench, verify
 from dipgo.commands.running import run
 from dipgo.commands.searching import import_, models, search
+from dipgo.commands.serving import deploy, serve
 from dipgo.commands.whole import compile_
 from dipgo.errors import DipgoError
 
@@ -26,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (models, search, import_, export, verify, run, bench, inspect, compile_):
+for command in (models, search, import_, export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor):
     app.command(name=command.__name__.rstrip("_"))(command)
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C

@@ -6,7 +6,7 @@ import io
 import linecache
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from dipgo.errors import DipgoError
-from dipgo.families import Conditions, Family, GuidedDenoiser
+from dipgo.errors import DipgoError, UsageError
+from dipgo.families import Conditions, Family, GuidedDenoiser, latent_size
 from dipgo.gating import take_apart
+from dipgo.models import Model
 
 _TALKATIVE = ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
 
@@ -72,6 +73,27 @@ class Tapped(nn.Module):
         if idle:
             raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
         return epsilon, [take_apart(taps[name])[0] for name in self.names]
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """Return of what the sides of a latent must be multiples: of a patch, or of a UNet's coarsest cell."""
+    return int(config.get("patch_size") or 2 ** (len(config.get("block_out_channels") or [0]) - 1))
+
+
+def free_sides(model: Model, denoiser: nn.Module) -> dict[int, Any]:
+    """Return what stays symbolic of a latent's height and width, its axes 2 and 3.
+
+    Raises:
+        UsageError: a denoiser whose positions are a table for one size.
+    """
+    for name, module in denoiser.named_modules():
+        if isinstance(getattr(module, "pos_embed", None), torch.Tensor):
+            height, width = latent_size(model.config)
+            raise UsageError(
+                f"{model.name}: '{name}' holds a table of positions for a latent of {height}x{width}; leave --size away"
+            )
+    multiple = size_multiple(model.config)
+    return {2: multiple * Dim("_height", min=1), 3: multiple * Dim("_width", min=1)}
 
 
 def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ExportedProgram:

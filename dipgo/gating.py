@@ -72,7 +72,7 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
         shape = [1] * output.ndim
         if weight.ndim:
             shape[channel_axis] = -1
-        term = output * weight.to(output.dtype).view(shape)
+        term = output * weight.to(output.device, output.dtype).view(shape)
         total = term if total is None else total + term
     assert total is not None, "a site was skipped before it was ever computed"
     return total

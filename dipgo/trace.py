@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.errors import DipgoError
-from dipgo.exported import Tapped, export_tapped, in_dtype
+from dipgo.exported import Tapped, export_tapped, free_sides, in_dtype
 from dipgo.families import GuidedDenoiser
 from dipgo.models import Model
 from dipgo.sites import Site, site_names
@@ -40,6 +40,8 @@ class Trace:
         epsilon: the name of the node that is ε.
         guidance_scale: of the guidance inside the graph.
         dtype: of the weights, the sites' outputs and float conditions; latent, timestep and ε are float32 always.
+        size: height and width of the latent at which MACs and shapes are.
+        free: whether height and width stay symbolic in the program; else it is for ``size`` alone.
         shapes: the shape of every node's tensor at one image, and how much it grows by with each further image.
     """
 
@@ -50,6 +52,8 @@ class Trace:
     epsilon: str
     guidance_scale: float
     dtype: torch.dtype
+    size: tuple[int, int]
+    free: bool
     shapes: dict[str, tuple[tuple[int, int], ...]]
     _inputs: dict[str, tuple[str, ...]]
     _macs: dict[str, int]
@@ -170,12 +174,20 @@ class Trace:
 _EXAMPLE_BATCH = 3  # torch.export takes 0 and 1 for constants, and 2 for the two halves of guidance
 
 
-def trace(model: Model, sites: str | None, guidance_scale: float, dtype: torch.dtype = torch.float32) -> Trace:
+def trace(
+    model: Model,
+    sites: str | None,
+    guidance_scale: float,
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] | None = None,
+) -> Trace:
     """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.sites.site_names`).
 
     The number of images stays symbolic; no weights are read. In a ``dtype`` of 16 bits the graph computes what
-    ``pipe.to(dtype)`` would, but for guidance, which is float32 (see :func:`dipgo.exported.in_dtype`). Raises
-    UsageError for bad patterns, DipgoError where torch.export cannot trace the model.
+    ``pipe.to(dtype)`` would, but for guidance, which is float32 (see :func:`dipgo.exported.in_dtype`). With ``size``,
+    height and width of the latent, these stay symbolic too, in multiples of :func:`dipgo.exported.size_multiple`; MACs
+    are then those at ``size``. Raises UsageError for bad patterns and for a ``size`` where the denoiser takes its own
+    alone, DipgoError where torch.export cannot trace the model.
     """
     denoiser = model.empty_denoiser(dtype)
     names = site_names(denoiser, model.family, sites)
@@ -183,10 +195,12 @@ def trace(model: Model, sites: str | None, guidance_scale: float, dtype: torch.d
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
     rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
     conditions = family.example(model.config, rows)
-    example = (torch.zeros(model.latent_shape(_EXAMPLE_BATCH)), torch.ones(_EXAMPLE_BATCH), conditions)
+    _, channels, *own = model.latent_shape(_EXAMPLE_BATCH)
+    latent = torch.zeros(_EXAMPLE_BATCH, channels, *(size or own))
     images = {0: Dim.AUTO}
-    dynamic = (images, images, dict.fromkeys(conditions, images))
-    program = export_tapped(Tapped(guided, names), example, dynamic)
+    sides = {} if size is None else free_sides(model, denoiser)
+    dynamic = (images | sides, images, dict.fromkeys(conditions, images))
+    program = export_tapped(Tapped(guided, names), (latent, torch.ones(_EXAMPLE_BATCH), conditions), dynamic)
 
     results = list(program.graph_module.graph.output_node().args[0])
     epsilon, flat = results[0].name, [node.name for node in results[1:]]
@@ -205,12 +219,15 @@ def trace(model: Model, sites: str | None, guidance_scale: float, dtype: torch.d
         Site(name, macs=0, params=0, channel_axis=rank - 1 if rank == 3 else 1)
         for name, rank in zip(names, ranks, strict=True)
     )
+    batch = nodes[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
     shapes = {
-        name: tuple(_growth(size) for size in node.meta["val"].shape)
+        name: tuple(_growth(length, batch) for length in node.meta["val"].shape)
         for name, node in nodes.items()
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return Trace(model, program, bare, tuple(outputs), epsilon, guidance_scale, dtype, shapes, inputs, macs).priced()
+    where, free = (latent.shape[2], latent.shape[3]), size is not None
+    told = (tuple(outputs), epsilon, guidance_scale, dtype, where, free, shapes)
+    return Trace(model, program, bare, *told, inputs, macs).priced()
 
 
 def _hint(size: Any) -> Any:
@@ -218,10 +235,12 @@ def _hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def _growth(size: Any) -> tuple[int, int]:
+def _growth(size: Any, batch: Any) -> tuple[int, int]:
     """Return a size at one image, and what each further image adds (sizes are linear in the number of images)."""
     if not isinstance(size, torch.SymInt):
         return int(size), 0
+    if not size.node.expr.free_symbols & batch.node.expr.free_symbols:
+        return int(size.node.hint), 0
     per_image = int(size.node.hint) // _EXAMPLE_BATCH
     return per_image, per_image
 

@@ -170,6 +170,7 @@ class Trajectory:
         cache: dict[tuple[int, int], list[torch.Tensor]] = {}
         rebuilds: dict[int, Rebuild] = {}
         shapes: dict[int, tuple[int, list[torch.Size]]] = {}
+        kinds: dict[int, list[torch.dtype]] = {}
 
         def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             pasts = {site: [cache[source, site] for source in sources] for site, sources in reads[step].items()}
@@ -182,13 +183,19 @@ class Trajectory:
                         tensors, rebuilds[site] = take_apart(compute())
                         found = [tensor.shape for tensor in tensors]
                         first, known = shapes.setdefault(site, (step, found))
+                        kinds.setdefault(site, [tensor.dtype for tensor in tensors])
                         if found != known:
                             raise DipgoError(_changed(self.names[site], first, known, step, found))
                         return tensors
 
                     tensors = rule(step, site, pasts.get(site, []), computed)
-                    if tensors is None:  # nobody reads it, so nothing of it was kept; only its shape is needed
-                        tensors = [latent.new_zeros(()).expand(shape) for shape in shapes[site][1]]
+                    if (
+                        tensors is None
+                    ):  # nobody reads it, so nothing of it was kept; only its shape and dtype are needed
+                        tensors = [
+                            latent.new_zeros((), dtype=dtype).expand(shape)
+                            for shape, dtype in zip(shapes[site][1], kinds[site], strict=True)
+                        ]
                     elif (step, site) in last:
                         fresh[site] = tensors
                     return rebuilds[site](tensors)

@@ -1,5 +1,7 @@
 """Run: a bundle becomes images. Neither torch nor diffusers is imported for ONNX Runtime."""
 
-from engines.program import Program, load
+from engines.attach import attach, detach
+from engines.pipeline import Output, Pipeline, load
+from engines.program import Program
 
-__all__ = ["Program", "load"]
+__all__ = ["Output", "Pipeline", "Program", "attach", "detach", "load"]

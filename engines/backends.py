@@ -12,6 +12,13 @@ DEFAULT = "onnxruntime"
 
 BACKENDS = {
     "onnxruntime": ("engines.onnxrt.runner", "on_cpu"),
+    "tensorrt": ("engines.trt.runner", "on_gpu"),
+    "onnxruntime-cuda": ("engines.onnxrt.cuda", "on_cuda"),
+    "onnxruntime-tensorrt": ("engines.onnxrt.cuda", "on_tensorrt"),
+    "torch": ("engines.torchrt.runner", "eager"),
+    "torch-cpu": ("engines.torchrt.runner", "eager_on_cpu"),
+    "torch-compile": ("engines.torchrt.runner", "compiled"),
+    "torch-aot": ("engines.torchrt.runner", "packaged"),
 }
 """The module of each backend, and the function in it that makes a runner from a bundle and a number of threads."""
 

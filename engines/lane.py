@@ -1,7 +1,8 @@
 """A lane: the memory of one trajectory under way, with every launch bound to it.
 
-Slots and the values of the prologues have fixed addresses for as long as the lane lives, so a step is launches and no
-copies. A program hands each call a lane of its own.
+It is made for one choice of sizes, where a bundle leaves some to the run. Slots and the values of the prologues have
+fixed addresses for as long as the lane lives, so a step is launches and no copies. A program hands each call a lane of
+its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.backend import Buffer, Launch, Runner
+from export.axes import shape_at
 from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
 
 
@@ -28,6 +30,8 @@ class _Values:
 class Lane:
     """Buffers and bound launches for one trajectory at a time.
 
+    ``sizes`` are the values of the bundle's axes.
+
     Attributes:
         slots: what launches hand to each other.
         conditions: the graph inputs of the prompt or class.
@@ -35,10 +39,11 @@ class Lane:
         whole: all of them as one launch, where the backend can and the solver is in the graphs.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+    def __init__(self, bundle: Bundle, runner: Runner, sizes: Mapping[str, int]) -> None:
         record = bundle.record
+        self.sizes = dict(sizes)
         self.record, self.tables, self.runner = record, bundle.tables, runner
-        self.slots = [runner.zeros(slot.shape, slot.dtype) for slot in record.slots]
+        self.slots = [runner.zeros(shape_at(slot.shape, sizes), slot.dtype) for slot in record.slots]
         self.conditions = {tensor.name: self._empty(tensor) for tensor in record.conditioning.inputs}
         self._hoisted: dict[str, _Values] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
@@ -92,9 +97,9 @@ class Lane:
             if name in launch.reads:
                 inputs[name] = self.slots[launch.reads[name]]
             elif name in graph.rows:
-                inputs[name] = self._constant(tensor, graph.rows[name].read(self.tables, index, tensor.shape))
+                inputs[name] = self._constant(tensor, graph.rows[name].read(self.tables, index, self._shape(tensor)))
             elif name == "timestep":
-                inputs[name] = self._constant(tensor, np.full(tensor.shape, self.record.steps[index].timestep))
+                inputs[name] = self._constant(tensor, np.full(self._shape(tensor), self.record.steps[index].timestep))
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
             else:
@@ -107,4 +112,7 @@ class Lane:
         return buffer
 
     def _empty(self, tensor: TensorRecord) -> Buffer:
-        return self.runner.zeros(tensor.shape, tensor.dtype)
+        return self.runner.zeros(self._shape(tensor), tensor.dtype)
+
+    def _shape(self, tensor: TensorRecord) -> tuple[int, ...]:
+        return shape_at(tensor.shape, self.sizes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +11,12 @@ import numpy as np
 
 from dipgo.errors import UsageError
 from engines.backend import Runner
-from engines.backends import DEFAULT, runner_for
 from engines.lane import Lane
 from engines.noise import torch_randn
+from engines.sizes import axes_of, cells_of
 from engines.text import TextEncoder
-from export.bundle import Bundle, open_bundle
+from export.axes import shape_at, values_at
+from export.bundle import Bundle
 
 AfterStep = Callable[[int, np.ndarray], None]
 
@@ -36,7 +36,7 @@ class Program:
         self.record = bundle.record
         encoder = self.record.conditioning.encoder
         self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
-        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self._lanes: dict[tuple[int, ...], queue.SimpleQueue[Lane]] = {}  # idle ones, by their sizes
         self.launches = 0
 
     def __enter__(self) -> Program:
@@ -46,21 +46,39 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lanes = queue.SimpleQueue()
+        self._lanes = {}
         self.runner.__exit__(kind, error, trace)
 
     @property
     def batch(self) -> int:
-        return self.record.latent.shape[0]
+        """The most images that a call of :meth:`denoise` takes; where the batch is no axis, the only number."""
+        return shape_at(self.record.latent.shape, values_at(self.record.axes, "max"))[0]
 
-    def noise(self, count: int, seed: int) -> np.ndarray:
-        """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU.
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of images in pixels, where a request names none."""
+        height, width = shape_at(self.record.latent.shape, values_at(self.record.axes, "opt"))[2:]
+        return height * self.record.cell, width * self.record.cell
+
+    def latent_shape(self, count: int, size: tuple[int, int] | None = None) -> tuple[int, int, int, int]:
+        """Return the shape of ``count`` latents for images of a height and width in pixels; None is :attr:`size`.
 
         Raises:
-            UsageError: a seed that torch's noise cannot be rebuilt from.
+            UsageError: a size that the bundle does not take.
+        """
+        height, width = cells_of(self.record, size or self.size, str(self.bundle.folder))
+        return count, int(self.record.latent.shape[1]), height, width
+
+    def noise(self, count: int, seed: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU.
+
+        ``size`` is height and width of the images in pixels; None is :attr:`size`.
+
+        Raises:
+            UsageError: a seed that torch's noise cannot be rebuilt from, or a size that the bundle does not take.
         """
         try:
-            return torch_randn([count, *self.record.latent.shape[1:]], seed)
+            return torch_randn(self.latent_shape(count, size), seed)
         except ValueError as error:
             raise UsageError(f"{error}; give another seed") from error
 
@@ -78,13 +96,20 @@ class Program:
         known = ", ".join(list(labels)[:10]) + (", …" if len(labels) > 10 else "")
         raise UsageError(f"class '{label}' is unknown to {self.record.model.name}; it has: {known}")
 
-    def conditions(self, given: Sequence[int] | Sequence[str], negative: str | None = None) -> dict[str, np.ndarray]:
+    def conditions(
+        self,
+        given: Sequence[int] | Sequence[str],
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Return the graph inputs for one batch of classes or prompts.
 
-        ``negative`` is a prompt to stay away from; None is the pipeline's own way without one.
+        ``negative`` is a prompt to stay away from; None is the pipeline's own way without one. ``size`` is height and
+        width of the images in pixels; None is :attr:`size`.
 
         Raises:
-            UsageError: classes for a model of prompts or the reverse, or a class that the model lacks.
+            UsageError: classes for a model of prompts or the reverse, a class that the model lacks, or a size that the
+                bundle does not take.
         """
         conditioning = self.record.conditioning
         if conditioning.kind == "nothing":
@@ -96,6 +121,10 @@ class Program:
         if not all(isinstance(prompt, str) for prompt in given):
             raise UsageError(f"{self.bundle.folder}: conditioned by prompts, not by classes; give --prompt")
         found = self._text([str(prompt) for prompt in given], negative, conditioning.guided)
+        if conditioning.encoder and conditioning.encoder.sized:
+            sizes = self.axes_of(self.latent_shape(len(given), size))
+            for name, row in conditioning.encoder.sized.items():
+                found[name][:] = shape_at(row, sizes)
         return {tensor.name: found[tensor.name].astype(tensor.dtype) for tensor in conditioning.inputs}
 
     def _class_conditions(self, classes: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -120,24 +149,46 @@ class Program:
         """Run the trajectory of one batch.
 
         Args:
-            noise: initial noise, float32 of the bundle's latent shape.
+            noise: initial noise, float32 of the bundle's latent shape, or of one in its ranges.
             conditions: the graph inputs of the prompt or class.
             after_step: called with the step and its ε (a view that the next step overwrites).
 
         Returns:
             The final latent, float32 ``[B, C, H, W]``.
         """
-        expected = tuple(self.record.latent.shape)
-        if noise.shape != expected:
-            raise UsageError(f"noise is {list(noise.shape)}, the bundle was compiled for {list(expected)}")
-        lane = self._take_lane()
+        self._check_rows(conditions, self.axes_of(noise.shape))
+        lane = self.take_lane(noise.shape)
         try:
             lane.begin(conditions)
             loop = self._launches if self.record.solver.kind == "graph" else self._hosted
             loop(lane, noise, after_step)
             return self.runner.read(lane.slots[self.record.solver.result]).copy()
         finally:
-            self._lanes.put(lane)
+            self.give_lane(lane)
+
+    def take_lane(self, shape: Sequence[int]) -> Lane:
+        """Return an idle lane for a batch of latents of this shape, or a new one.
+
+        Raises:
+            UsageError: a shape that the bundle was not compiled for.
+        """
+        sizes = self.axes_of(shape)
+        try:
+            return self._lanes.setdefault(tuple(sizes.values()), queue.SimpleQueue()).get_nowait()
+        except queue.Empty:
+            return Lane(self.bundle, self.runner, sizes)
+
+    def give_lane(self, lane: Lane) -> None:
+        """Give back a lane that nothing uses any more."""
+        self._lanes.setdefault(tuple(lane.sizes.values()), queue.SimpleQueue()).put(lane)
+
+    def batches(self, count: int) -> list[np.ndarray]:
+        """Return which of ``count`` images go together; the last batch is filled up with the last image."""
+        axis, found = self.record.axes.get("batch"), []
+        for start in range(0, count, self.batch):
+            length = self.batch if axis is None else max(min(self.batch, count - start), axis.min)
+            found.append(np.arange(start, start + length).clip(max=count - 1))
+        return found
 
     def _launches(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
         """Run the loop where graphs hold the solver; as one launch, where nobody looks in between."""
@@ -191,34 +242,38 @@ class Program:
         seed: int,
         progress: Callable[[Sequence[int]], Any] = iter,
         negative: str | None = None,
+        size: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Generate one image a class or prompt: pixels ``[n, height, width, channels]`` in [0, 1], float32.
 
         The images are those of the diffusers pipeline called with the same classes or prompts and
-        ``generator=torch.Generator().manual_seed(seed)``. A last batch that is not full is filled up and cut.
+        ``generator=torch.Generator().manual_seed(seed)``, and ``size``, height and width in pixels (None is
+        :attr:`size`). A last batch that is not full is filled up and cut, unless the bundle takes fewer images too.
+
+        Raises:
+            UsageError: see :meth:`noise` and :meth:`conditions`.
         """
-        noise = self.noise(len(given), seed)
-        pixels = []
-        for start in progress(range(0, len(given), self.batch)):
-            chosen = np.arange(start, start + self.batch).clip(max=len(given) - 1)
-            conditions = self.conditions([given[k] for k in chosen], negative)
+        noise = self.noise(len(given), seed, size)
+        pixels, batches = [], self.batches(len(given))
+        for number in progress(range(len(batches))):
+            chosen = batches[number]
+            conditions = self.conditions([given[k] for k in chosen], negative, size)
             pixels.append(self.decode(self.denoise(noise[chosen], conditions)))
         return np.concatenate(pixels)[: len(given)].transpose(0, 2, 3, 1)
 
-    def _take_lane(self) -> Lane:
-        try:
-            return self._lanes.get_nowait()
-        except queue.Empty:
-            return Lane(self.bundle, self.runner)
+    def axes_of(self, shape: Sequence[int]) -> dict[str, int]:
+        """Return the values of the axes that a latent's shape has.
 
+        Raises:
+            UsageError: a shape that the bundle was not compiled for.
+        """
+        return axes_of(self.record, shape)
 
-def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT) -> Program:
-    """Open a bundle, check its files, and return its program (enter it to load the engines).
-
-    Args:
-        folder: the bundle.
-        threads: for backends on the CPU; None leaves the choice to them.
-        backend: see :data:`engines.backends.BACKENDS`.
-    """
-    bundle = open_bundle(Path(folder))
-    return Program(bundle, runner_for(bundle, backend, threads))
+    def _check_rows(self, conditions: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+        """Refuse conditions of another number of images than the noise, where the bundle takes several numbers."""
+        for tensor in self.record.conditioning.inputs if self.record.axes else ():
+            wanted = shape_at(tensor.shape, sizes)
+            if np.shape(conditions[tensor.name]) != wanted:
+                raise UsageError(
+                    f"'{tensor.name}' is {list(np.shape(conditions[tensor.name]))}, this noise goes with {list(wanted)}"
+                )

@@ -26,7 +26,7 @@ class TextEncoder:
     def __init__(self, record: TextRecord, folder: Path, run: Run) -> None:
         self.record = record
         self._run = run
-        self._rows = record.inputs[0].shape[0]
+        self._rows = int(record.inputs[0].shape[0])
         self._tokenizers = [_load(folder / tokenizer.file, tokenizer) for tokenizer in record.tokenizers]
 
     def __call__(self, prompts: Sequence[str], negative: str | None, guided: bool) -> dict[str, np.ndarray]:

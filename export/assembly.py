@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,17 +16,19 @@ from dipgo.liveness import plan
 from dipgo.sampler import Sampler
 from dipgo.subnet import SubNet
 from dipgo.trace import Trace
+from export.axes import values_at
 from export.binding import parts
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
 from export.convert import tensor_record
 from export.cut import SOLVER, Cut, Loop
 from export.launches import EPSILON, LATENT, Launch, Value
 from export.layouts import LAYOUTS, Program, Work
-from export.macs import node_macs, parameters_of
+from export.macs import node_macs, weights_read
 from export.prepared import Prepared, dtype_name, stem_of
 from export.prologue import Prologue
 from export.slots import Allocation, allocate, bytes_of, prune
 from export.solver import Recurrence, recurrence
+from export.tapped import Tapped
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class Assembly:
 
     @cached_property
     def graphs(self) -> dict[str, GraphRecord]:
-        rows = self.prepared.batch * self.prepared.trace.rows
-        return {name: _graph_record(name, part, self.program, rows) for name, part in self.program.cuts.items()}
+        return {
+            name: _graph_record(name, part, self.program, self.prepared.tapped)
+            for name, part in self.program.cuts.items()
+        }
 
     @property
     def solver(self) -> SolverRecord:
@@ -80,15 +84,16 @@ class Assembly:
     def parts(self) -> list[PartRecord]:
         """Parameters and MACs by binding time."""
         loop = sum(self.graphs[launch.graph].macs for launch in self.launches)
-        rows = self.prepared.batch * self.prepared.trace.rows
-        return parts(self.prepared.tapped.model.graph, rows, loop, self.subnet.calls)
+        tapped = self.prepared.tapped
+        return parts(tapped.model.graph, tapped.row_count, loop, self.subnet.calls, tapped.best)
 
     @property
     def naive_cache_bytes(self) -> int:
         """What the cache would take if the last outputs of every site were kept."""
         features = {name for names in self.prepared.tapped.features for name in names}
         outputs = [value for value in self.prepared.tapped.model.graph.outputs if value.name in features]
-        return self.subnet.terms * sum(bytes_of(tensor_record(value)) for value in outputs)
+        largest = values_at(self.prepared.sizes.axes, "max")
+        return self.subnet.terms * sum(bytes_of(tensor_record(value), largest) for value in outputs)
 
 
 def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
@@ -116,10 +121,11 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
     stem, short = stem_of(subnet.model.name), dtype_name(traced.dtype)
-    size = "x".join(str(side) for side in traced.model.latent_shape(prepared.batch))
+    size = prepared.sizes.text(traced.model.config["in_channels"])
     program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
     prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-{short}-{subnet.calls}")
-    launches, allocation = _allocate(program, launched, subnet.calls, solver is not None)
+    largest = values_at(prepared.sizes.axes, "max")
+    launches, allocation = _allocate(program, launched, subnet.calls, solver is not None, largest)
     read = {row.tensor for part in program.cuts.values() for row in part.rows.values()}
     read |= {row.tensor for part in prologues for row in part.record.rows.values()}
     held = {name: array for name, array in tables.items() if name in read or array.dtype == np.float64}
@@ -166,13 +172,15 @@ def _prologues(prepared: Prepared, cuts: Iterable[Cut], calls: int, name: str) -
     return found
 
 
-def _allocate(program: Program, launched: Sequence[int], calls: int, in_graph: bool) -> tuple[list[Launch], Allocation]:
+def _allocate(
+    program: Program, launched: Sequence[int], calls: int, in_graph: bool, largest: Mapping[str, int]
+) -> tuple[list[Launch], Allocation]:
     """Allocate slots for what launches hand on; every ε stays until its step ends, and the result to the end."""
     kept: dict[Value, int] = {(EPSILON, launch.step): number for number, launch in enumerate(program.launches)}
     end = len(program.launches)
     kept[LATENT, calls if in_graph else 0] = end
     launches = prune(program.launches, kept)
-    return launches, allocate(launches, _tensors(program), [(LATENT, launched[0] if in_graph else 0)], kept)
+    return launches, allocate(launches, _tensors(program), [(LATENT, launched[0] if in_graph else 0)], kept, largest)
 
 
 def _tensors(program: Program) -> dict[str, TensorRecord]:
@@ -215,14 +223,14 @@ def _steps(sampler: Sampler, launches: Sequence[Launch], allocation: Allocation)
     return steps
 
 
-def _graph_record(name: str, part: Cut, program: Program, rows: int) -> GraphRecord:
+def _graph_record(name: str, part: Cut, program: Program, tapped: Tapped) -> GraphRecord:
     """Describe a graph; MACs are of one row of the denoiser's batch."""
     graph = part.model.graph
     return GraphRecord(
         file=f"{name}.onnx",
         signature=program.signatures[name],
-        macs=sum(node_macs(node) for node in graph) // rows,
-        parameters=sum(parameters_of(graph).values()),
+        macs=sum(node_macs(node, tapped.best) for node in graph) // tapped.row_count,
+        parameters=sum(weights_read(graph).values()),
         inputs=part.inputs,
         outputs=part.outputs,
         rows=part.rows,

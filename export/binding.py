@@ -14,9 +14,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from export.bundle import PartRecord
+from export.bundle import PartRecord, Size
 from export.launches import LATENT
-from export.macs import node_macs, parameters_of
+from export.macs import node_macs, weights_read
 
 Binding = Literal["constant", "table", "prompt", "steps", "loop"]
 TIMESTEP = "timestep"
@@ -49,11 +49,11 @@ class Hoisted:
         return [name for name in self.binding if reader in self.readers[name]]
 
 
-def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[int]) -> Hoisted:
+def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[Size]) -> Hoisted:
     """Return the values that nodes read from an earlier binding time than their own.
 
     Args:
-        graph: the denoiser at a fixed number of images, whose inputs are latent, timestep and conditions.
+        graph: the denoiser at the bundle's sizes, whose inputs are latent, timestep and conditions.
         known: names that may be handed on: those that the graph for any number of images has too.
         rows: the lengths of a batch; only values with a row an image (or a half of one) can be handed on, the rest
             (shapes, mostly) is computed anew where it is read.
@@ -68,7 +68,7 @@ def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[int]) -
             if value is None or value.name is None or value.producer() is None:
                 continue
             theirs = binding_of(sources.get(value, ()))
-            by_row = value.shape is not None and len(value.shape) > 0 and value.shape[0] in rows
+            by_row = value.shape is not None and len(value.shape) > 0 and _first(value.shape) in rows
             if theirs in (own, "constant") or value.name not in known or not by_row:
                 continue
             binding[value.name] = theirs
@@ -76,24 +76,31 @@ def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[int]) -
     return Hoisted(binding, {name: frozenset(times) for name, times in readers.items()})
 
 
+def _first(shape: ir.Shape) -> Size | None:
+    size = shape[0]
+    return size if isinstance(size, int) else size.value
+
+
 def _sources(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
-    """Return the names of the graph's inputs that each value depends on."""
+    """Return the names of the graph's inputs whose values each value depends on; shapes are no values."""
     sources: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
     for node in graph:
-        read = frozenset[str]().union(*(sources.get(value, frozenset()) for value in node.inputs if value is not None))
+        inputs = [value for value in node.inputs if value is not None and node.op_type != "Shape"]
+        read = frozenset[str]().union(*(sources.get(value, frozenset()) for value in inputs))
         sources.update(dict.fromkeys(node.outputs, read))
     return sources
 
 
-def parts(graph: ir.Graph, rows: int, loop: int, calls: int) -> list[PartRecord]:
+def parts(graph: ir.Graph, rows: int, loop: int, calls: int, values: Mapping[str, int]) -> list[PartRecord]:
     """Return parameters and MACs by binding time, of one trajectory of one row.
 
     Args:
-        graph: the whole denoiser at a fixed number of images.
+        graph: the whole denoiser at the bundle's sizes.
         rows: of its batch.
         loop: MACs of all launches of the loop.
         calls: of the denoiser in a trajectory. What leaves the loop costs a call's worth (``prompt``), all calls' worth
             (``steps``), or is paid while compiling (``table``).
+        values: of the axes, where MACs are counted.
 
     A parameter that several binding times read counts with the latest.
     """
@@ -107,9 +114,9 @@ def parts(graph: ir.Graph, rows: int, loop: int, calls: int) -> list[PartRecord]
     counted: set[str] = set()
     found = []
     for part in reversed(order):
-        parameters = {name: size for name, size in parameters_of(graph, nodes[part]).items() if name not in counted}
+        parameters = {name: size for name, size in weights_read(graph, nodes[part]).items() if name not in counted}
         counted |= parameters.keys()
-        found.append((part, sum(parameters.values()), sum(node_macs(node) for node in nodes[part]) // rows))
+        found.append((part, sum(parameters.values()), sum(node_macs(node, values) for node in nodes[part]) // rows))
     times = {"table": calls, "prompt": 1, "steps": calls}
     return [
         PartRecord(part=part, parameters=size, macs=loop if part == "loop" else own * times[part])

@@ -24,12 +24,28 @@ RECORD_FILE = "bundle.json"
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "bundle-1.json"
 
 
+Size = int | str
+"""A size: a whole number, or an expression over :attr:`BundleRecord.axes` (:mod:`export.axes` evaluates it)."""
+
+
 class TensorRecord(Record):
     """A graph's input or output; ``dtype`` is numpy's name."""
 
     name: str
     dtype: str
-    shape: list[int]
+    shape: list[Size]
+
+
+class AxisRecord(Record):
+    """The range of a size that is chosen when the program runs: multiples of ``multiple`` from ``min`` to ``max``.
+
+    ``opt`` is what engines are made fastest at, where they are made for a range.
+    """
+
+    min: int
+    opt: int
+    max: int
+    multiple: int = 1
 
 
 class RowRecord(Record):
@@ -45,7 +61,7 @@ class RowRecord(Record):
 
 
 class GraphRecord(Record):
-    """One static graph of the loop.
+    """One graph of the loop.
 
     ``signature`` names the sites that it computes, as a string of 0 and 1 over the SubNet's sites. ``rows`` are the
     inputs that come from :attr:`BundleRecord.tables_file`; the others are conditions, values of prologues, and slots.
@@ -97,10 +113,13 @@ class StepRecord(Record):
 
 
 class SlotRecord(Record):
-    """Memory for one value at a time; values whose lifetimes do not overlap share a slot."""
+    """Memory for one value at a time; values whose lifetimes do not overlap share a slot.
+
+    ``bytes`` are those of the largest sizes.
+    """
 
     dtype: str
-    shape: list[int]
+    shape: list[Size]
     bytes: int
 
 
@@ -138,7 +157,8 @@ class TextRecord(Record):
     """Prompts to conditions: one graph that holds all text encoders.
 
     ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
-    lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each.
+    lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each; those of them
+    that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``).
     """
 
     file: str
@@ -148,6 +168,7 @@ class TextRecord(Record):
     unconditional: Literal["encoded", "zeros"]
     lower: bool
     fixed: dict[str, list[float]]
+    sized: dict[str, list[Size]] = Field(default_factory=dict)
 
 
 class ConditioningRecord(Record):
@@ -192,6 +213,11 @@ class BundleRecord(Record):
     dtype: Literal["float32", "float16", "bfloat16"]
     layout: Literal["signature", "segment", "step"]
     latent: TensorRecord
+    axes: dict[str, AxisRecord] = Field(
+        default_factory=dict,
+        description="sizes that are chosen at run time: batch in images, height and width in cells of the latent",
+    )
+    cell: int = Field(default=8, description="pixels a side of a cell of the latent")
     conditioning: ConditioningRecord
     solver: SolverRecord
     prologues: list[PrologueRecord]
@@ -202,7 +228,7 @@ class BundleRecord(Record):
     tables_file: str = Field(description="values by step: backup weights, timestep embeddings, the solver")
     decoder: DecoderRecord | None
     subnet_file: str
-    macs: int
+    macs: int = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
     naive_cache_bytes: int = Field(description="what the cache would take if every site's outputs were kept")
     weights: Literal["copy", "in-place"]
     files: dict[str, FileRecord]
@@ -246,7 +272,9 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     record = read_record(folder / RECORD_FILE, BundleRecord, SCHEMA, "bundle", "export it again")
     if record.sha256 != record.sealed().sha256:
         path = folder / RECORD_FILE
-        raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); export it again")
+        raise DipgoError(
+            f"{path}: altered since the bundle was made (checksum differs), or made by another dipgo; export it again"
+        )
     for name, expected in record.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():

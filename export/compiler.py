@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from dipgo.cost import cost_of
 from dipgo.errors import DipgoError, UsageError
+from dipgo.families import latent_size
 from dipgo.files import sha256_of
 from dipgo.gating import backup_name
 from dipgo.liveness import canonical
@@ -34,6 +35,7 @@ from export.launches import LATENT
 from export.layouts import LAYOUTS
 from export.merge import merged
 from export.prepared import DTYPES, Prepared, prepare
+from export.sizes import pixels_of_cell, sizes_for
 
 TABLES_FILE = "tables.safetensors"
 SUBNET_FILE = "subnet.json"
@@ -117,18 +119,21 @@ def write_bundle(
             (draft / file).write_bytes(content)
         save_subnet(subnet, draft / SUBNET_FILE)
         save_file(made.tables, draft / TABLES_FILE)
-        files |= {
-            path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
-            for path in sorted(draft.iterdir())
-            if path.is_file()
-        }
+        written = [path for path in sorted(draft.iterdir()) if path.is_file()]
+        for path in written:
+            path.chmod(0o644)  # safetensors writes for the owner alone, and a server is somebody else
+            files[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
         record = BundleRecord(
             model=subnet.model,
             random_weights=traced.model.random_weights,
             sampler=subnet.sampler,
             dtype=cast(Any, str(traced.dtype).removeprefix("torch.")),
             layout=cast(Any, options.layout),
-            latent=TensorRecord(name=LATENT, dtype="float32", shape=list(traced.model.latent_shape(prepared.batch))),
+            latent=TensorRecord(
+                name=LATENT, dtype="float32", shape=prepared.sizes.latent(traced.model.config["in_channels"])
+            ),
+            axes=prepared.sizes.axes,
+            cell=pixels_of_cell(traced.model),
             conditioning=prepared.conditioning,
             solver=made.solver,
             prologues=[part.record for part in made.prologues],
@@ -150,9 +155,13 @@ def write_bundle(
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Save a graph without the shapes of what lies inside it: half its size, and every runtime infers them."""
+    """Save a graph without the shapes of what lies inside it: half its size, and every runtime infers them.
+
+    Weights are in order of name, so that the same graph is the same file.
+    """
     proto = ir.to_proto(model)
     proto.graph.ClearField("value_info")
+    proto.graph.initializer.sort(key=lambda tensor: tensor.name)
     path.write_bytes(proto.SerializeToString())
 
 
@@ -161,21 +170,32 @@ def compile_subnet(
     model: Model,
     folder: str | Path,
     force: bool = False,
-    batch: int = 1,
+    batch: int | str = 1,
     dtype: str = "fp32",
     options: Options = Options(),
     whole: bool = True,
+    size: str | None = None,
 ) -> BundleRecord:
     """Compile a SubNet for ``model`` from nothing: trace, convert, write the bundle (see :func:`write_bundle`).
 
-    ``dtype`` is ``fp32``, ``fp16`` or ``bf16``, ``batch`` the images a call; ``whole`` the pipeline with its denoiser.
+    ``dtype`` is ``fp32``, ``fp16`` or ``bf16``, ``whole`` the pipeline with its denoiser. ``batch``, the
+    images a call, and ``size``, of images in pixels, may be ranges: see :func:`export.sizes.sizes_for`.
+
+    Raises:
+        UsageError: an unknown dtype, a size that the model does not take, an architecture without weights.
+        DipgoError: see :func:`write_bundle`; what cannot be traced or converted.
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(DTYPES)}")
     model.require_weights()
     check_model(subnet, model)
-    traced = retrace(model, subnet, DTYPES[dtype])
-    return write_bundle(prepare(traced, batch, whole), subnet, sampler_of(subnet, model), Path(folder), force, options)
+    sizes = sizes_for(model, batch, size)
+    height, width = sizes.latent_at(0, "opt")[2:]
+    own = (sizes.height, sizes.width) == latent_size(model.config)
+    traced = retrace(model, subnet, DTYPES[dtype], None if own else (height, width))
+    return write_bundle(
+        prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, options
+    )
 
 
 def sampler_of(subnet: SubNet, model: Model) -> Sampler:
@@ -214,6 +234,8 @@ def sites_of(subnet: SubNet) -> str:
     return ",".join(site.name for site in subnet.sites)
 
 
-def retrace(model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32) -> Trace:
-    """Trace ``model`` with the SubNet's sites and guidance."""
-    return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, dtype)
+def retrace(
+    model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
+) -> Trace:
+    """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.trace.trace` has it."""
+    return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, dtype, size)

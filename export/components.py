@@ -7,7 +7,7 @@ read, so that a text encoder of billions of them converts in little memory.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,16 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
+from torch.export import Dim
 
 from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint
 from dipgo.errors import DipgoError
 from dipgo.models import Model
 from dipgo.random_weights import write_random
 from dipgo.records import read_json
-from export.bundle import DecoderRecord
+from export.bundle import DecoderRecord, Size
 from export.convert import convert, simplify, tensor_record
+from export.symbols import name_axes
 from export.weights import Weights, bind, cast
 
 VAE = "vae"
@@ -33,16 +35,18 @@ _STORED_DTYPES: dict[torch.dtype, Literal["F32", "F16", "BF16"]] = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_EXAMPLE_SIZE = 6  # of an axis; torch.export takes 0 and 1 for constants
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE's attention
 
 
 def decoder_to_onnx(
-    model: Model, latent_shape: tuple[int, ...], dtype: torch.dtype, weights: Weights | None = None
+    model: Model, latent_shape: Sequence[Size], dtype: torch.dtype, weights: Weights | None = None
 ) -> tuple[ir.Model, DecoderRecord] | None:
     """Convert the VAE's decoder: ``latent [B, C, H, W]`` float32 to ``pixels [B, channels, height, width]`` float32.
 
-    Pixels are in [0, 1]. It computes in ``dtype``, or in float32 where the pipeline does so (:func:`component_dtype`).
-    ``weights`` None takes the folder's own, as they are.
+    ``latent_shape`` has the name of an axis where a size is chosen at run time. Pixels are in [0, 1]. It
+    computes in ``dtype``, or in float32 where the pipeline does so (:func:`component_dtype`). ``weights`` None takes
+    the folder's own, as they are.
 
     Returns:
         The graph and its record; None for a pipeline without a VAE.
@@ -53,14 +57,19 @@ def decoder_to_onnx(
     if VAE not in components_of(model):
         return None
     vae = empty_component(model, VAE, dtype)
+    example = torch.zeros([size if isinstance(size, int) else _EXAMPLE_SIZE for size in latent_shape])
+    free = {axis: Dim.AUTO for axis, size in enumerate(latent_shape) if not isinstance(size, int)}
     graph = convert(
         "the VAE decoder",
         _Decoder(vae, component_dtype(model, VAE, dtype)),
-        [torch.zeros(latent_shape)],
+        [example],
         ["latent"],
         ["pixels"],
         optimize=False,
+        dynamic=(free,) if free else None,
     )
+    if free:
+        name_axes(graph, "latent", latent_shape)
     bind_component(graph, "vae.", model, vae, weights or own_weights(model, VAE))
     finish(graph, "vae_decoder")
     return graph, DecoderRecord(

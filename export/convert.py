@@ -18,6 +18,7 @@ from onnxscript.rewriter.rules import common as rules
 from dipgo.errors import DipgoError
 from export.bundle import TensorRecord
 from export.repairs import drop_idle_arithmetic, mend
+from export.symbols import sizes_of
 
 OPSET = 23  # from 23 on attention stays one Attention node and GroupNorm one GroupNormalization
 _SMALL = 1024  # elements
@@ -34,11 +35,18 @@ _RULES = (
 
 
 def convert(
-    what: str, program: Any, args: Sequence[Any] | None, inputs: Sequence[str], outputs: Sequence[str], optimize: bool
+    what: str,
+    program: Any,
+    args: Sequence[Any] | None,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    optimize: bool,
+    dynamic: tuple[Any, ...] | None = None,
 ) -> ir.Model:
     """Convert an exported program, or a module with example arguments, to ONNX, and mend it (:mod:`export.repairs`).
 
-    With ``optimize`` the graph is simplified too, which takes its weights in memory.
+    With ``optimize`` the graph is simplified too, which takes its weights in memory. ``dynamic`` says which sizes of a
+    module's arguments stay symbolic, as ``torch.export.export`` takes it.
 
     Raises:
         DipgoError: ``what`` has no ONNX form; the message holds the exporter's first words on it.
@@ -53,6 +61,7 @@ def convert(
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(outputs),
+                dynamic_shapes=dynamic,
                 verbose=False,
             )
     except Exception as error:
@@ -106,11 +115,14 @@ def _merge_constants(graph: ir.Graph) -> None:
 
 
 def tensor_record(value: ir.Value) -> TensorRecord:
-    """Describe a static graph input or output."""
+    """Describe a graph input or output.
+
+    Raises:
+        DipgoError: a size that does not follow from those of the latent.
+    """
     assert value.name is not None
     assert value.dtype is not None
-    assert value.shape is not None
-    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=list(value.shape.numpy()))
+    return TensorRecord(name=value.name, dtype=str(value.dtype.numpy()), shape=sizes_of(value))
 
 
 @contextmanager

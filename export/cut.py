@@ -16,6 +16,7 @@ import onnx_ir as ir
 from export.bundle import RowRecord, TensorRecord
 from export.convert import tensor_record
 from export.launches import EPSILON, LATENT
+from export.symbols import read_elsewhere
 from export.tapped import Tapped
 
 SOLVER = "solver"  # tables of the solver: solver.latents, solver.outputs [calls, p], solver.scale [calls]
@@ -70,6 +71,7 @@ def cut(loop: Loop, name: str, given: Collection[str], served: Collection[str], 
     begin = dict.fromkeys([LATENT, "timestep", *conditions, *loop.hoisted, *given])
     graph = ir.convenience.extract(tapped.model.graph, list(begin), list(wanted))
     graph.name = name
+    read_elsewhere(graph, LATENT)
     taken = [value for value in graph.inputs if value.uses() or value.is_graph_output()]
     graph.inputs.clear()
     rows: dict[str, RowRecord] = {}

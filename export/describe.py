@@ -26,6 +26,7 @@ def bundle_text(bundle: Bundle) -> str:
         "",
         f"program    {len(record.steps)} steps, {silent} of them silent, {len(launches)} launches of "
         f"{len(record.graphs)} graphs, one a {record.layout}; {record.dtype}, solver {solver}",
+        *([f"sizes      {_axes(bundle)}; slots and sites at the largest, MACs at the best"] if record.axes else []),
         f"slots      {len(record.slots)} slots, {_size(slots)}; "
         f"all sites kept would take {_size(record.naive_cache_bytes)}",
         f"files      {_size(weights)} weights ({record.weights}), {_size(own)} graphs, "
@@ -46,6 +47,17 @@ def bundle_text(bundle: Bundle) -> str:
             f"{_size(sizes[graph.file])}"
         )
     return "\n".join(lines)
+
+
+def _axes(bundle: Bundle) -> str:
+    """Return the ranges: of the batch in images, of sides in pixels."""
+    cells = {"batch": 1}
+    parts = []
+    for name, axis in bundle.record.axes.items():
+        unit = cells.get(name, bundle.record.cell)
+        step = f" by {axis.multiple * unit}" if axis.multiple * unit > 1 else ""
+        parts.append(f"{name} {axis.min * unit} to {axis.max * unit}{step}, best {axis.opt * unit}")
+    return "; ".join(parts)
 
 
 def _size(count: int) -> str:

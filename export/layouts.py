@@ -19,8 +19,10 @@ import onnx_ir as ir
 
 from dipgo.files import sha256_of_json
 from dipgo.liveness import StepPlan
+from export.bundle import Size
 from export.cut import Cut, Loop, cut
 from export.launches import EPSILON, LATENT, Launch, Value
+from export.symbols import shape_value
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,28 @@ def _folded(part: Cut, tables: Mapping[str, np.ndarray], step: int) -> Cut:
         if tensor.name in part.rows:
             value = next(value for value in graph.inputs if value.name == tensor.name)
             assert value.dtype is not None
-            row = part.rows[tensor.name].read(tables, step, tensor.shape).astype(value.dtype.numpy())
+            shape = [size if isinstance(size, int) else 1 for size in tensor.shape]  # one row stands for all
+            row = part.rows[tensor.name].read(tables, step, shape).astype(value.dtype.numpy())
             graph.inputs.remove(value)
+            if shape != tensor.shape:
+                value = _repeated(graph, value, tensor.shape, shape)
             value.const_value = ir.tensor(np.ascontiguousarray(row), dtype=value.dtype, name=value.name)
             graph.register_initializer(value)
     inputs = [tensor for tensor in part.inputs if tensor.name not in part.rows]
     return Cut(part.model, inputs, part.outputs, {}, part.reads)
+
+
+def _repeated(graph: ir.Graph, value: ir.Value, sizes: Sequence[Size], shape: Sequence[int]) -> ir.Value:
+    """Let what reads ``value``, an input no longer, read a value of ``shape`` that is repeated; returns that value."""
+    row = ir.Value(name=value.name, type=value.type, shape=ir.Shape(shape))
+    value.name = f"{value.name}.repeated"
+    target, nodes = shape_value(graph, sizes, value.name)
+    expand = ir.node("Expand", [row, target])
+    result = expand.outputs[0]
+    result.name, result.type, result.shape = value.name, value.type, value.shape
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.insert_before(next(iter(graph)), [*nodes, expand])
+    return row
 
 
 def by_segment(work: Work, tables: Mapping[str, np.ndarray]) -> Program:

@@ -21,6 +21,7 @@ from export.bundle import ConditioningRecord, DecoderRecord
 from export.components import VAE, components_of, decoder_to_onnx, weights_of
 from export.convert import tensor_record
 from export.prologue import Prologue, cut_prologue, evaluate_tables
+from export.sizes import Sizes
 from export.tapped import Tapped, to_onnx
 from export.text import text_to_onnx
 from export.weights import Weights
@@ -53,8 +54,8 @@ class Prepared:
         return self.tapped.trace
 
     @property
-    def batch(self) -> int:
-        return self.tapped.batch
+    def sizes(self) -> Sizes:
+        return self.tapped.sizes
 
     def tables(self, timesteps: Sequence[float]) -> dict[str, np.ndarray]:
         """Return the values that depend on the timestep alone, ``[calls, …]`` each; evaluated once a sampler."""
@@ -72,26 +73,29 @@ class Prepared:
         return self._prologues[key]
 
 
-def prepare(traced: Trace, batch: int = 1, whole: bool = True) -> Prepared:
+def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | None = None) -> Prepared:
     """Convert a traced denoiser, and with ``whole`` the rest of its pipeline, to ONNX; nothing is loaded.
+
+    ``batch`` is how many images a call has, at the size of the trace; ``sizes`` says it with ranges, of all sizes.
 
     Raises:
         DipgoError: a part that has no ONNX form, a folder that is incomplete, weights of another model.
     """
     model, dtype = traced.model, traced.dtype
+    sizes = sizes or Sizes(batch, *traced.size)
     cache = cache_folder(model)
     denoiser = weights_of(model, model.family.component, dtype, cache)
-    tapped = to_onnx(traced, denoiser, batch)
+    tapped = to_onnx(traced, denoiser, sizes)
     weights, extra = [denoiser], dict[str, ir.Model]()
     decoder, encoder, tokenizers = None, None, dict[str, bytes]()
     if whole:
         lying = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
         weights.extend(lying.values())
-        decoded = decoder_to_onnx(model, model.latent_shape(batch), dtype, lying.get(VAE))
+        decoded = decoder_to_onnx(model, sizes.latent(model.config["in_channels"]), dtype, lying.get(VAE))
         if decoded is not None:
             graph, decoder = decoded
             extra[decoder.file] = graph
-        encoded = text_to_onnx(model, batch, dtype, lying)
+        encoded = text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, lying, sizes)
         if encoded is not None:
             graph, encoder, tokenizers = encoded
             extra[encoder.file] = graph
@@ -105,7 +109,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True) -> Prepared:
         encoder=encoder,
     )
     names = (value.name or "" for node in tapped.symbolic.graph for value in node.outputs)
-    hoisted = hoisted_values(tapped.model.graph, names, {batch, batch * traced.rows})
+    hoisted = hoisted_values(tapped.model.graph, names, tapped.rows)
     return Prepared(tapped, hoisted, conditioning, decoder, extra, tokenizers, weights)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,9 @@ from export.binding import TIMESTEP, Hoisted
 from export.bundle import PrologueRecord, RowRecord
 from export.convert import tensor_record
 from export.launches import LATENT
-from export.macs import node_macs, parameters_of
+from export.macs import node_macs, weights_read
+from export.sizes import Sizes
+from export.symbols import read_elsewhere, scale_batch
 from export.tapped import Tapped, specialise
 
 _ELSEWHERE = "weights"
@@ -44,14 +46,18 @@ def cut_prologue(
     """
     if not names:
         return None
-    images = tapped.batch * (calls if kind == "steps" else 1)
+    times = calls if kind == "steps" else 1
+    batch = tapped.sizes.batch
+    images = replace(tapped.sizes, batch=batch * times) if isinstance(batch, int) else tapped.sizes
     model = _cut(tapped, names, hoisted.read_by(kind), images)
     graph = model.graph
+    if not isinstance(batch, int):
+        scale_batch(model, "batch", times)
     record = PrologueRecord(
         file="",
         kind=kind,
-        macs=sum(node_macs(node) for node in graph) // (images * tapped.trace.rows),
-        parameters=sum(parameters_of(graph).values()),
+        macs=sum(node_macs(node, tapped.best) for node in graph) // (times * tapped.row_count),
+        parameters=sum(weights_read(graph).values()),
         inputs=[tensor_record(value) for value in graph.inputs],
         outputs=[tensor_record(value) for value in graph.outputs],
         rows={
@@ -73,7 +79,7 @@ def evaluate_tables(tapped: Tapped, names: Sequence[str], timesteps: Sequence[fl
     import onnxruntime
 
     calls = len(timesteps)
-    model = _cut(tapped, names, (), calls)
+    model = _cut(tapped, names, (), replace(tapped.sizes, batch=calls))
     weights = _widen(model)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # with it, weights would be copied
@@ -92,7 +98,7 @@ def evaluate_tables(tapped: Tapped, names: Sequence[str], timesteps: Sequence[fl
     return {name: value[:calls] for name, value in zip(names, values, strict=True)}
 
 
-def _cut(tapped: Tapped, names: Sequence[str], given: Sequence[str], images: int) -> ir.Model:
+def _cut(tapped: Tapped, names: Sequence[str], given: Sequence[str], sizes: Sizes) -> ir.Model:
     """Cut the graph from what is given to ``names``, at a number of images.
 
     In two cuts: equal values become one only when the graph is simplified, so it is then that it is cut at what is
@@ -103,12 +109,13 @@ def _cut(tapped: Tapped, names: Sequence[str], given: Sequence[str], images: int
     inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *tapped.condition_names]))
     graph = ir.convenience.extract(tapped.symbolic.graph, inputs, list(names))
     model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
-    specialise(model, images)
+    specialise(model, sizes)
     RemoveUnusedNodesPass()(model)
     if given:
         made = {value.name for node in graph for value in node.outputs}
         graph = ir.convenience.extract(graph, [*inputs, *(name for name in given if name in made)], list(names))
         model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
+    read_elsewhere(graph, LATENT)
     for unused in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
         graph.inputs.remove(unused)
     for value in graph.inputs:

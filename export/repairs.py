@@ -87,46 +87,6 @@ def widen_attention_masks(model: ir.Model) -> None:
         node.replace_input_with(3, wide.outputs[0])
 
 
-def decompose_masked_attention(model: ir.Model) -> None:
-    """Write each Attention with a mask as two products around a float32 Softmax, for TensorRT.
-
-    TensorRT-RTX 1.7 parses masked attention of any shape, but builds no engine of it where it has no fused kernel. On
-    ``[batch, heads, tokens, width]`` with a mask to add; anything else is left as it is.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Attention" or len(node.inputs) != 4 or len(node.outputs) != 1:
-            continue
-        query, key, value, mask = node.inputs
-        causal = node.attributes.get("is_causal")
-        if query is None or key is None or query.shape is None or mask is None or (causal and causal.as_int()):
-            continue
-        kind, width = query.dtype, query.shape[-1]
-        if len(query.shape) != 4 or kind is None or not isinstance(width, int) or mask.dtype != kind:
-            continue
-        given = node.attributes.get("scale")
-        root = np.sqrt(given.as_float() if given else width**-0.5)  # of the scale: on both sides, as Attention has it
-        name = node.name
-        scale = _constant(f"{name}_root", np.array(root, np.float32).astype(kind.numpy()))
-        steps = [scale]
-
-        def add(op: str, inputs: list[ir.Value | None], type_: ir.DataType, **attributes: object) -> ir.Value:
-            step = ir.node(op, inputs, attributes, name=f"{name}_{len(steps)}")  # noqa: B023 - called in this turn alone
-            step.outputs[0].name, step.outputs[0].dtype = step.name, type_
-            steps.append(step)  # noqa: B023
-            return step.outputs[0]
-
-        left = add("Mul", [query, scale.outputs[0]], kind)
-        right = add("Mul", [add("Transpose", [key], kind, perm=[0, 1, 3, 2]), scale.outputs[0]], kind)
-        scores = add("Add", [add("MatMul", [left, right], kind), mask], kind)
-        wide = add("Cast", [scores], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-        shares = add("Softmax", [wide], ir.DataType.FLOAT, axis=-1)
-        narrow = add("Cast", [shares], kind, to=int(kind))
-        product = add("MatMul", [narrow, value], kind)
-        model.graph.insert_before(node, steps)
-        product.shape = node.outputs[0].shape
-        _bypass(node, product)
-
-
 def drop_idle_arithmetic(model: ir.Model) -> None:
     """Remove each addition of 0 and multiplication by 1: of exactly these, as a constant of one element."""
     idle = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}

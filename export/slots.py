@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 
+from export.axes import shape_at
 from export.bundle import SlotRecord, TensorRecord
 from export.launches import Launch, Value
 
@@ -39,6 +40,7 @@ def allocate(
     tensors: Mapping[str, TensorRecord],
     given: Sequence[Value] = (),
     kept: Mapping[Value, int] | None = None,
+    largest: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Allocate slots greedily by lifetime.
 
@@ -46,6 +48,7 @@ def allocate(
         tensors: what each value is, by its name.
         given: values that are there before the first launch.
         kept: values that must stay readable up to a launch, by its number, whether or not it reads them.
+        largest: values of the axes, at which bytes are counted.
     """
     last = dict(kept or {})
     for number, launch in enumerate(launches):
@@ -58,7 +61,7 @@ def allocate(
 
     def place(value: Value, number: int) -> None:
         tensor = tensors[value[0]]
-        wanted = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=bytes_of(tensor))
+        wanted = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=bytes_of(tensor, largest))
         slot = next((k for k, held in enumerate(slots) if held == wanted and free_from[k] <= number), len(slots))
         if slot == len(slots):
             slots.append(wanted)
@@ -75,7 +78,7 @@ def allocate(
     return Allocation(slot_of, slots)
 
 
-def bytes_of(tensor: TensorRecord) -> int:
-    """Return what a tensor takes in memory."""
+def bytes_of(tensor: TensorRecord, values: Mapping[str, int] | None = None) -> int:
+    """Return what a tensor takes in memory, for values of the axes."""
     item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
-    return prod(tensor.shape) * item
+    return prod(shape_at(tensor.shape, values or {})) * item

@@ -5,7 +5,6 @@ Converted once per model; :mod:`export.cut` makes each graph of a program out of
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from dipgo.trace import Trace
+from export.axes import values_at
+from export.bundle import Size
 from export.convert import convert, simplify
 from export.launches import EPSILON, LATENT
+from export.sizes import Sizes
+from export.symbols import name_axes
 from export.weights import Weights, bind
 
 _PREFIX = "guided.denoiser."
@@ -27,15 +30,15 @@ class Tapped:
 
     Attributes:
         trace: what it was made from.
-        batch: images per call of ``model``.
+        sizes: of ``model``: images a call, and the latent's sides.
         symbolic: the graph as converted, for any number of images.
-        model: the graph at ``batch`` images, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
+        model: the graph at ``sizes``, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
         condition_names: the graph inputs that carry the conditions.
         features: the names of each site's outputs, see :func:`feature_name`.
     """
 
     trace: Trace
-    batch: int
+    sizes: Sizes
     symbolic: ir.Model
     model: ir.Model
     condition_names: tuple[str, ...]
@@ -59,15 +62,34 @@ class Tapped:
 
     @cached_property
     def loop_nodes(self) -> frozenset[ir.Node]:
-        """The nodes that depend on the latent."""
+        """The nodes that depend on the latent's values."""
         latent = next(value for value in self.model.graph.inputs if value.name == LATENT)
         reached = {latent}
         nodes = set()
         for node in self.model.graph:
-            if reached.intersection(node.inputs):
+            if node.op_type != "Shape" and reached.intersection(node.inputs):
                 nodes.add(node)
                 reached.update(node.outputs)
         return frozenset(nodes)
+
+    @property
+    def rows(self) -> set[Size]:
+        """The lengths of a batch: of images, and of the denoiser's rows."""
+        batch = self.sizes.batch
+        if isinstance(batch, int):
+            return {batch, batch * self.trace.rows}
+        return {"batch", f"{self.trace.rows}*batch" if self.trace.rows > 1 else "batch"}
+
+    @property
+    def best(self) -> Mapping[str, int]:
+        """The values of the axes where MACs are counted."""
+        return values_at(self.sizes.axes, "opt")
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the denoiser's batch where MACs are counted."""
+        batch = self.sizes.batch
+        return self.trace.rows * (batch if isinstance(batch, int) else batch.opt)
 
 
 def feature_name(site: str, output: int) -> str:
@@ -75,7 +97,7 @@ def feature_name(site: str, output: int) -> str:
     return f"feature.{site}" + (f"#{output}" if output else "")
 
 
-def to_onnx(trace: Trace, weights: Weights, batch: int = 1) -> Tapped:
+def to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> Tapped:
     """Convert a trace to ONNX (opset 23), weights left where they are.
 
     Raises:
@@ -97,25 +119,16 @@ def to_onnx(trace: Trace, weights: Weights, batch: int = 1) -> Tapped:
     parameters = {name: name.removeprefix(_PREFIX) for name in trace.program.graph_signature.parameters}
     bind(model, parameters, weights.tensors, weights.root)
     ClearMetadataAndDocStringPass()(model)
-    static = model.clone()
-    specialise(static, batch)
-    return Tapped(trace, batch, model, static, conditions, features)
+    special = model.clone()
+    specialise(special, sizes)
+    return Tapped(trace, sizes, model, special, conditions, features)
 
 
-def specialise(model: ir.Model, batch: int) -> None:
-    """Fix the number of images, which is the only symbolic size, and simplify."""
-    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([_size(dimension, batch) for dimension in value.shape])
+def specialise(model: ir.Model, sizes: Sizes) -> None:
+    """Fix or name the sizes that are symbolic, and simplify."""
+    latent = next(value for value in model.graph.inputs if value.name == LATENT)
+    assert latent.shape is not None
+    channels = latent.shape[1]
+    assert isinstance(channels, int)
+    name_axes(model, LATENT, sizes.latent(channels))
     simplify(model)
-
-
-def _size(dimension: int | ir.SymbolicDim, batch: int) -> int | ir.SymbolicDim:
-    """Evaluate a size: a whole number, the number of images, or a multiple of it such as ``2*s0``."""
-    if isinstance(dimension, int) or dimension.value is None:
-        return dimension
-    factor = re.fullmatch(r"(?:(\d+)\*)?s\d+", str(dimension.value))
-    if factor is None:
-        return ir.SymbolicDim(None)
-    return int(factor[1] or 1) * batch

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from dipgo.errors import DipgoError
-from dipgo.families import Prompting
+from dipgo.families import Prompting, latent_size
 from dipgo.models import Model
 from dipgo.records import read_json
-from export.bundle import TextRecord, TokenizerRecord
+from export.bundle import Size, TextRecord, TokenizerRecord
 from export.components import (
     VAE,
     bind_component,
@@ -27,6 +27,7 @@ from export.components import (
     own_weights,
 )
 from export.convert import convert, tensor_record
+from export.sizes import Sizes
 from export.weights import Weights
 
 FILE = "text_encoder.onnx"
@@ -35,13 +36,17 @@ _PROBES = ("", "a cat", "Ünïcödé  — 猫 😀", "word " * 200)
 
 
 def text_to_onnx(
-    model: Model, rows: int, dtype: torch.dtype, weights: Mapping[str, Weights] | None = None
+    model: Model,
+    rows: int,
+    dtype: torch.dtype,
+    weights: Mapping[str, Weights] | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[ir.Model, TextRecord, dict[str, bytes]] | None:
     """Convert the text encoders to one graph for ``rows`` prompts at a time, and write out the tokenizers.
 
     Inputs are ``input_ids`` ``[rows, tokens]`` int64, ``input_ids_2`` for a second tokenizer, and ``attention_mask``
     where an encoder takes one. Outputs are the conditions that depend on the prompt, in ``dtype``. ``weights`` gives
-    those of each encoder; None takes the folder's own, as they are.
+    those of each encoder; None takes the folder's own, as they are. ``sizes`` None are the model's own.
 
     Returns:
         The graph, its record, and the contents of the tokenizer files by name; None for a family without prompts, or
@@ -80,7 +85,8 @@ def text_to_onnx(
         outputs=[tensor_record(value) for value in graph.graph.outputs],
         unconditional="zeros" if prompting.zeros and index.get(prompting.zeros) else "encoded",
         lower=prompting.lower,
-        fixed={name: value[0].tolist() for name, value in prompting.fixed(model.config, _vae_scale(model)).items()},
+        fixed=_fixed(model, prompting, sizes.latent_at(0, "opt")[2:] if sizes else latent_size(model.config)),
+        sized=_sized(model, prompting, sizes) if sizes and sizes.axes else {},
     )
     return graph, record, {record.file: content for record, content in pairs}
 
@@ -184,6 +190,38 @@ def _check_conditions(model: Model, graph: ir.Model, rows: int) -> None:
                 f"{model.folder}: the text encoder makes '{record.name}' {record.shape}, the denoiser takes {wanted}; "
                 "they belong to different models"
             )
+
+
+def _fixed(model: Model, prompting: Prompting, size: Sequence[int]) -> dict[str, list[float]]:
+    """Return the conditions that do not depend on the prompt, for a latent of this height and width."""
+    config = model.config if tuple(size) == latent_size(model.config) else model.config | {"sample_size": list(size)}
+    return {name: value[0].tolist() for name, value in prompting.fixed(config, _vae_scale(model)).items()}
+
+
+def _sized(model: Model, prompting: Prompting, sizes: Sizes) -> dict[str, list[Size]]:
+    """Return those of them that follow the latent's size as expressions over the axes; they are linear in it."""
+    sides: list[str] = [name for name in ("height", "width") if name in sizes.axes]
+    height, width = sizes.latent_at(0, "opt")[2:]
+    best: dict[str, int] = {"height": height, "width": width}
+
+    def at(changes: Mapping[str, int]) -> dict[str, list[float]]:
+        return _fixed(model, prompting, list((best | dict(changes)).values()))
+
+    nothing = dict.fromkeys(sides, 0)
+    start, steps, there = at(nothing), [at(nothing | {side: 1}) for side in sides], at({})
+    sized: dict[str, list[Size]] = {}
+    for name, row in there.items():
+        entries: list[Size] = []
+        for place, value in enumerate(row):
+            first = start[name][place]
+            slopes = [step[name][place] - first for step in steps]
+            if value != first + sum(slope * best[side] for slope, side in zip(slopes, sides, strict=True)):
+                raise DipgoError(f"{model.name}: '{name}' does not follow the image's size linearly; not supported")
+            terms = [f"{int(slope)}*{side}" for slope, side in zip(slopes, sides, strict=True) if slope]
+            entries.append("+".join([*terms, str(int(first))]) if terms else int(first))
+        if row != start[name]:
+            sized[name] = entries
+    return sized
 
 
 def _vae_scale(model: Model) -> int:

@@ -15,6 +15,7 @@ from dipgo.commands.options import (
     MaxGraphsOption,
     OutputOption,
     RandomWeightsOption,
+    SizeOption,
     SourceOption,
     WeightsOption,
 )
@@ -32,7 +33,8 @@ def export(
     graphs: GraphsOption = "signature",
     max_graphs: MaxGraphsOption = None,
     dtype: DtypeOption = "fp32",
-    batch: BatchOption = 1,
+    batch: BatchOption = "1",
+    size: SizeOption = None,
     weights: WeightsOption = "copy",
     whole: Annotated[
         bool, typer.Option("--pipeline/--denoiser", help="With text encoders and VAE decoder, or without.")
@@ -40,14 +42,16 @@ def export(
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Compile a SubNet into a bundle: static ONNX graphs, the weights files, the program."""
+    """Compile a SubNet into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the program."""
     from dipgo.files import refuse_existing
     from dipgo.subnet import load_subnet
 
     if weights == "copy":
         refuse_existing(output, force)
     found = load_subnet(subnet)
-    record = export_with(found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole)
+    record = export_with(
+        found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole, size
+    )
     if max_graphs is not None and record.macs != found.cost.subnet:
         typer.echo(
             f"merged into {len(record.graphs)} graphs: {record.macs / found.cost.subnet - 1:+.2%} MACs, "
@@ -79,13 +83,14 @@ def export_with(
     output: Path,
     model: str | None,
     force: bool,
-    batch: int = 1,
+    batch: int | str = 1,
     dtype: str = "fp32",
     graphs: str = "signature",
     max_graphs: int | None = None,
     weights: str = "copy",
     random_weights: bool = False,
     whole: bool = True,
+    size: str | None = None,
 ) -> BundleRecord:
     from dipgo.models import find_model
 
@@ -93,4 +98,5 @@ def export_with(
     with spinner("export"):
         from export.compiler import Options, compile_subnet
 
-        return compile_subnet(subnet, found, output, force, batch, dtype, Options(graphs, max_graphs, weights), whole)
+        options = Options(graphs, max_graphs, weights)
+        return compile_subnet(subnet, found, output, force, batch, dtype, options, whole, size)

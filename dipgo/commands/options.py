@@ -51,7 +51,11 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is
 RandomWeightsOption = Annotated[
     bool, typer.Option("--random-weights", help="Draw the weights: for structure and speed, images are meaningless.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images a call.")]
+BatchOption = Annotated[str, typer.Option(help="Images a call: a number, or a range: min:max, min:opt:max.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(help="Of images in pixels: SIZE or HEIGHTxWIDTH, each a number or a range; the model's by default."),
+]
 DtypeOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
 GraphsOption = Annotated[
     str, typer.Option(help="signature: one graph a set of computed sites; segment: every block in one graph; step.")

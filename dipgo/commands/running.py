@@ -25,6 +25,10 @@ def run(
     negative: Annotated[str | None, typer.Option(help="A prompt to stay away from.")] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 1,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the graphs; 'dipgo doctor' lists them.")] = "onnxruntime",
     threads: ThreadsOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -35,7 +39,8 @@ def run(
 
     output = output.with_suffix(".png")
     refuse_existing(output, force)
-    with engines.load(bundle, threads) as program:
+    wanted_size = _pixels(size) if size else None
+    with engines.load(bundle, threads, backend) as program:
         kind = program.record.conditioning.kind
         if (label is None, prompt is None) != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
             wanted = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
@@ -43,7 +48,14 @@ def run(
         if negative is not None and kind != "prompt":
             raise UsageError(f"{bundle}: conditioned by {kind}; --negative is for models of prompts")
         given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
-        pixels = program.generate(given, seed, bar("generate"), negative)
+        pixels = program.generate(given, seed, bar("generate"), negative, wanted_size)
     with new_file(output) as draft:
         grid(pixels).save(draft)
     typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    sides = size.lower().split("x")
+    if not all(side.isascii() and side.isdecimal() and 0 < len(side) < 6 for side in sides) or len(sides) > 2:
+        raise UsageError(f"--size {size}: give pixels, N or HEIGHTxWIDTH, such as 512 or 512x768")
+    return int(sides[0]), int(sides[-1])

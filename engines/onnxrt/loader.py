@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from dipgo.errors import DipgoError
 def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:
     """Return an ``InferenceSession`` on the CPU; ``threads`` None leaves the choice to ONNX Runtime.
 
-    With ``share_weights`` the weights stay where they are mapped from the file: nothing rearranges them into memory of
-    the session's own, so that any number of sessions take the memory of one.
+    With ``share_weights`` the weights stay where they are mapped from the file, and activations come from one arena of
+    the process: nothing is a session's own, so that any number of sessions take the memory of one.
 
     Idle threads do not spin: a program has several sessions, and the spinning threads of one would take the cores
     from the next.
@@ -29,6 +30,8 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     disabled = []
     if share_weights:
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")
         disabled = ["NchwcTransformer", "ConstantFolding"]  # both would write rearranged copies
     if threads is not None:
@@ -45,3 +48,14 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
             else "export it again"
         )
         raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}") from error
+
+
+@cache
+def _share_arena() -> None:
+    """Register the process's arena, once: ONNX Runtime takes no second one."""
+    import onnxruntime
+
+    host = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(host, None)

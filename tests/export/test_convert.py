@@ -14,7 +14,7 @@ from dipgo.families import GuidedDenoiser
 from dipgo.models import find_model
 from dipgo.trace import trace
 from export.convert import convert, simplify
-from export.repairs import decompose_masked_attention, mend
+from export.repairs import mend
 from tests import models
 
 PREFIX = "guided.denoiser."
@@ -237,20 +237,3 @@ def test_mending_twice_changes_nothing(made):
     mend(symbolic)
     assert [node.op_type for node in symbolic.graph] == before
     assert "Expand" in before
-
-
-@pytest.mark.parametrize("name", ["sd", "pixart-256", "sana"])
-def test_masked_attention_in_parts_is_the_same(made, name):
-    """As TensorRT takes it; attention without a mask stays whole."""
-    model, sites = made(name)
-    traced, symbolic, file = converted(model, sites, 4.0)
-    whole = [node.op_type for node in symbolic.graph].count("Attention")
-    masked = sum(node.op_type == "Attention" and len(node.inputs) > 3 for node in symbolic.graph)
-    assert (masked > 0) == (name != "sd")
-    decompose_masked_attention(symbolic)
-    assert [node.op_type for node in symbolic.graph].count("Attention") == whole - masked
-    path = static(symbolic, 1, file)
-    onnx.checker.check_model(str(path), full_check=True)
-    given = drawn(traced, 1)
-    expected = torch_epsilon(traced, denoiser_of(model), torch.float32, *given)
-    assert error(onnx_epsilon(path, torch.float32, *given), expected) <= 1e-4

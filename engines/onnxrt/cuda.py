@@ -1,0 +1,204 @@
+"""Run a bundle's graphs with ONNX Runtime on a GPU, by its CUDA or its TensorRT execution provider.
+
+Buffers lie on the device and are bound by address; everything runs on one stream, nothing waits between launches.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dipgo.errors import DipgoError
+from engines.backend import Launch
+from engines.cuda import CudaError, DeviceArray, Stream, open_device
+from export.bundle import Bundle
+
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_BFLOAT16 = 16  # ONNX's number: numpy has no such type
+_INSTALL = "run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+class CudaRunner:
+    """Sessions of all graphs of a bundle on the current GPU, opened on entering the context.
+
+    Every session holds the weights of its graph on the device; ``--graphs segment`` has each block in one graph.
+
+    Raises:
+        DipgoError: the provider is not in the installed onnxruntime, or there is no GPU.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str) -> None:
+        self.bundle, self.provider = bundle, provider
+        _require(provider)
+        device = open_device()
+        self.label = f"ONNX Runtime {'TensorRT' if provider == TENSORRT else 'CUDA'}, {device.name}"
+        self._stream: Stream | None = None
+        self._sessions: dict[str, Any] = {}
+        self._on_host: set[str] = set()
+
+    def __enter__(self) -> CudaRunner:
+        self._stream = Stream()
+        record = self.bundle.record
+        for file in [graph.file for graph in record.graphs.values()] + [graph.file for graph in record.prologues]:
+            self._session(file)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sessions = {}
+        if self._stream:
+            self._stream.close()
+        self._stream = None
+
+    @property
+    def stream(self) -> Stream:
+        if self._stream is None:
+            raise DipgoError(f"{self.bundle.folder}: the program is closed; enter it before use")
+        return self._stream
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        return self.stream.zeros(shape, dtype)
+
+    def write(self, target: DeviceArray, values: np.ndarray) -> None:
+        self.stream.write(target, values)
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        self.stream.copy(target, source)
+
+    def read(self, source: DeviceArray) -> np.ndarray:
+        return self.stream.read(source)
+
+    def bind(self, file: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Launch:
+        session, stream = self._session(file), self.stream
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cuda", 0, _element(array.dtype), array.shape, array.pointer)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cuda", 0, _element(array.dtype), array.shape, array.pointer)
+        options = _without_waiting()
+        held = (dict(inputs), dict(outputs))
+
+        def launch(_held: Any = held) -> None:
+            with stream.lock:
+                session.run_with_iobinding(binding, options)
+
+        return launch
+
+    def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        session = self._session(file)
+        names = [output.name for output in session.get_outputs()]
+        with self.stream.lock:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+    def joined(self, launches: Sequence[Launch]) -> Launch | None:
+        """Return all launches as one CUDA graph; None, with a warning, where some node runs on the host.
+
+        What runs on the host would not be part of the graph. The launches run once first, so that ONNX Runtime has
+        all its memory before the capture.
+        """
+        if not launches:
+            return None
+        if self._on_host:
+            _warn(f"ONNX Runtime runs nodes of {min(self._on_host)} on the CPU")
+            return None
+
+        def all_of_them() -> None:
+            for launch in launches:
+                launch()
+
+        try:
+            all_of_them()
+            return self.stream.capture(all_of_them)
+        except (CudaError, RuntimeError) as error:
+            _warn(" ".join(str(error).split())[:200])
+            return None
+
+    def _session(self, file: str) -> Any:
+        with self.stream.lock:
+            if file not in self._sessions:
+                self._sessions[file] = self._open(file)
+            return self._sessions[file]
+
+    def _open(self, file: str) -> Any:
+        """Open a session with every node on the device; where that cannot be, with some on the host."""
+        import onnxruntime
+
+        path = self.bundle.folder / file
+        failure = ""
+        for strict in (True, False):
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
+            try:
+                session = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
+            except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
+                failure = " ".join(str(error).split())[:300]
+                continue
+            if session.get_providers()[0] != self.provider:
+                raise DipgoError(f"{self.provider} could not be loaded: its libraries are missing; {_INSTALL}")
+            if not strict:
+                self._on_host.add(file)
+            return session
+        raise DipgoError(f"{path}: ONNX Runtime refuses it ({failure}); export it again")
+
+    def _providers(self) -> list[tuple[str, dict[str, str]]]:
+        common = {"device_id": "0", "user_compute_stream": str(self.stream.handle)}
+        dtype = self.bundle.record.dtype
+        cuda = (CUDA, common | {"use_tf32": str(int(dtype != "float32"))})
+        if self.provider == CUDA:
+            return [cuda]
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = base / "dipgo" / "onnxruntime-tensorrt"
+        cache.mkdir(parents=True, exist_ok=True)
+        engines = {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(cache),
+            "trt_fp16_enable": str(int(dtype == "float16")),
+            "trt_bf16_enable": str(int(dtype == "bfloat16")),
+        }
+        return [(TENSORRT, common | engines), cuda]
+
+
+def on_cuda(bundle: Bundle, threads: int | None = None) -> CudaRunner:
+    """Return the runner of backend ``onnxruntime-cuda``."""
+    return CudaRunner(bundle, CUDA)
+
+
+def on_tensorrt(bundle: Bundle, threads: int | None = None) -> CudaRunner:
+    """Return the runner of backend ``onnxruntime-tensorrt``; engines are built on entering it, and kept."""
+    return CudaRunner(bundle, TENSORRT)
+
+
+def _require(provider: str) -> None:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DipgoError("onnxruntime is not installed; run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
+    if provider not in onnxruntime.get_available_providers():
+        raise DipgoError(f"this onnxruntime has no {provider}; {_INSTALL}")
+    onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages
+
+
+def _without_waiting() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def _element(dtype: str) -> Any:
+    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def _warn(why: str) -> None:
+    warnings.warn(f"no CUDA graph of the trajectory, it runs step by step: {why}", stacklevel=3)

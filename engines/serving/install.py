@@ -1,0 +1,115 @@
+"""Find a Triton server on this machine, and the Python that its Python backend runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dipgo.errors import DipgoError
+
+VARIABLE = "TRITON_SERVER"
+REQUIREMENTS = Path(__file__).parent / "deploy" / "requirements.txt"
+PACKAGES = ("dipgo", "engines", "export")
+PLACES = ("bin/tritonserver", "lib/python*/site-packages/pytriton/tritonserver/bin/tritonserver")
+STUB = "triton_python_backend_stub"
+
+
+@dataclass(frozen=True)
+class Install:
+    """A Triton server.
+
+    Attributes:
+        binary: ``tritonserver``.
+        backends: its backends.
+        python: the interpreter whose packages models see; of the same version as the server's stub.
+        stubs: stubs by Python version, where the server has several to choose from (in the pytriton wheel); else None.
+    """
+
+    binary: Path
+    backends: Path
+    python: Path
+    stubs: Path | None
+
+
+def find_server(given: Path | None = None) -> Install:
+    """Find Triton: what is given (the binary or a folder with it), ``TRITON_SERVER``, PATH, a container's place.
+
+    Raises:
+        DipgoError: there is none, or it lacks the Python backend.
+    """
+    named = given or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    if named is not None:
+        binary = named if named.is_file() else next((found for place in PLACES for found in named.glob(place)), None)
+        if binary is None:
+            raise DipgoError(f"{named}: holds no tritonserver; {_cure()}")
+    else:
+        on_path = shutil.which("tritonserver") or "/opt/tritonserver/bin/tritonserver"
+        binary = Path(on_path)
+        if not binary.is_file():
+            raise DipgoError(f"tritonserver is not on this machine's PATH; {_cure()}")
+    root = binary.resolve().parents[1]
+    backends = root / "backends"
+    if not (backends / "python").is_dir():
+        raise DipgoError(f"{backends / 'python'}: missing, so this Triton cannot run Python models; {_cure()}")
+    wheel = root.parent.name == "pytriton"  # ENV/lib/pythonX.Y/site-packages/pytriton/tritonserver
+    python = root.parents[4] / "bin" / "python" if wheel else Path(sys.executable)
+    stubs = root / "python_backend_stubs"
+    return Install(binary, backends, python, stubs if stubs.is_dir() else None)
+
+
+def prepare_backends(install: Install, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Check the server's Python and return the folder of backends and the environment to start the server with.
+
+    ``folder`` is for links, which must last as long as the server: the stub of the right version beside the Python
+    backend, and dipgo's packages as they run here, so that the server's Python needs public packages alone.
+
+    Raises:
+        DipgoError: that Python lacks packages, or is of a version that the server has no stub for.
+    """
+    code = folder / "code"
+    code.mkdir()
+    for name in PACKAGES:
+        (code / name).symlink_to(Path(__file__).parents[2] / name, target_is_directory=True)
+    path = f"{install.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # the stub takes its packages
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
+    version, numpy = _probe(install.python, environment)
+    if install.stubs is None:
+        return install.backends, environment
+    stub = install.stubs / version / STUB
+    if not stub.is_file():
+        have = ", ".join(sorted(entry.name for entry in install.stubs.iterdir()))
+        raise DipgoError(f"{install.python}: is Python {version}, this Triton takes {have}; use one of them")
+    if not numpy.startswith("1."):  # the wheel's stub reads numpy's structures as they were before 2.0
+        raise DipgoError(f"{install.python}: has numpy {numpy}, this Triton needs numpy<2; {_cure()}")
+    python = folder / "backends" / "python"
+    python.mkdir(parents=True)
+    for file in [stub, *(install.backends / "python").iterdir()]:
+        if file.is_file() and not (python / file.name).exists():
+            (python / file.name).symlink_to(file)
+    return folder / "backends", environment
+
+
+def _probe(python: Path, environment: dict[str, str]) -> tuple[str, str]:
+    """Return the versions of Python (``3.11``) and numpy, having imported all that the model imports."""
+    script = (
+        "import sys, json, numpy, onnxruntime, engines, engines.serving.requests;"
+        "print(json.dumps(['%d.%d' % sys.version_info[:2], numpy.__version__]))"
+    )
+    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        line = (done.stderr.strip().splitlines() or ["it does not start"])[-1]
+        raise DipgoError(f"{python}: {line}; run: {python} -m pip install -r {REQUIREMENTS}")
+    version, numpy = json.loads(done.stdout)
+    return version, numpy
+
+
+def _cure() -> str:
+    return (
+        "run: python3 -m venv triton && triton/bin/pip install nvidia-pytriton==0.7.0 "
+        f"-r {REQUIREMENTS}, then give --server triton"
+    )

@@ -1,0 +1,122 @@
+"""Requests to images, whatever brings them: tensors are checked, and the images of several requests share batches.
+
+A request has R rows, each a class or prompt with a seed of its own, and asks for N images a row.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from dipgo.errors import UsageError
+from engines.images import to_image
+from engines.program import Program
+from engines.serving.limits import Limits
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class or prompt, and how many images of it: those of ``Program.generate([given] * number, seed)``."""
+
+    given: int | str
+    negative: str | None
+    seed: int
+    number: int
+
+
+def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits: Limits) -> list[Row]:
+    """Check a request and return its rows.
+
+    Args:
+        program: what it is for.
+        tensors: ``class`` or ``prompt`` and ``negative_prompt`` (bytes), ``seed`` (int64), ``number`` (int32), each
+            ``[R, 1]``; None where the request lacks one. Without a seed one is drawn.
+        limits: what it may ask for.
+
+    Raises:
+        UsageError: anything in it that is out of bounds, unknown or malformed.
+    """
+    kind = program.record.conditioning.kind
+    if kind in ("class", "prompt") and tensors.get(kind) is None:
+        raise UsageError(f"{kind} is missing")
+    rows = next(len(value) for value in tensors.values() if value is not None)
+    numbers = _column(tensors.get("number"), rows) or [1] * rows
+    if len(set(numbers)) > 1:
+        raise UsageError(f"number differs within a request ({numbers[0]} and others); send one request for each")
+    if not 1 <= numbers[0] * rows <= limits.images:
+        each = f" for each of {rows} rows" if rows > 1 else ""
+        raise UsageError(f"number is {numbers[0]}{each}; a request may ask for 1 to {limits.images} images")
+    seeds = _column(tensors.get("seed"), rows) or [secrets.randbits(32) for _ in range(rows)]
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed {seed} is outside 0 to {2**32 - 1}")
+    given: Sequence[int | str] = [0] * rows
+    negatives: Sequence[str | None] = [None] * rows
+    if kind == "class":
+        given = [program.class_of(_shortened(text)) for text in _texts("class", tensors, rows, limits)]
+    elif kind == "prompt":
+        given = _texts("prompt", tensors, rows, limits)
+        negatives = _texts("negative_prompt", tensors, rows, limits) or negatives
+    return [Row(*row, numbers[0]) for row in zip(given, negatives, seeds, strict=True)]
+
+
+def render(program: Program, rows: Sequence[Row]) -> list[np.ndarray]:
+    """Return the images of each row, ``[number, height, width, channels]`` uint8, in as few batches as there can be.
+
+    Only rows with the same negative prompt share a batch. A batch that is not full is filled up and cut.
+    """
+    found: list[list[np.ndarray]] = [[] for _ in rows]
+    for negative in dict.fromkeys(row.negative for row in rows):
+        wanted = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
+        noise = {index: program.noise(rows[index].number, rows[index].seed) for index, _ in wanted}
+        for chosen in program.batches(len(wanted)):  # what fills the last batch up repeats its last image
+            full = [wanted[k] for k in chosen]
+            some = full[: len(np.unique(chosen))]
+            conditions = program.conditions([rows[index].given for index, _ in full], negative)
+            latent = program.denoise(np.stack([noise[index][k] for index, k in full]), conditions)
+            for (index, _), pixels in zip(some, program.decode(latent), strict=False):
+                found[index].append(levels(pixels.transpose(1, 2, 0)))
+    return [np.stack(images) for images in found]
+
+
+def levels(pixels: np.ndarray) -> np.ndarray:
+    """Turn pixels ``[height, width, channels]`` in [0, 1] into uint8 levels of that shape, as pictures have them."""
+    return np.asarray(to_image(pixels)).reshape(pixels.shape)
+
+
+def png(image: np.ndarray) -> bytes:
+    """Return an image ``[height, width, 1 or 3]`` uint8 as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _column(values: np.ndarray | None, rows: int) -> list[int]:
+    """Return a tensor ``[rows, 1]`` of integers as a list; empty if there is none."""
+    return [] if values is None else [int(value) for value in values.reshape(rows)]
+
+
+def _texts(name: str, tensors: Mapping[str, np.ndarray | None], rows: int, limits: Limits) -> list[str]:
+    values = tensors.get(name)
+    texts = []
+    for value in [] if values is None else values.reshape(rows):
+        if len(value) > 4 * limits.prompt:  # no character of UTF-8 takes more: do not decode what is far too long
+            raise UsageError(f"{name} has {len(value)} bytes; the limit is {limits.prompt} characters")
+        try:
+            text = bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{name} is not valid UTF-8 (byte {error.start})") from error
+        if len(text) > limits.prompt:
+            raise UsageError(f"{name} has {len(text)} characters; the limit is {limits.prompt}")
+        texts.append(text)
+    return texts
+
+
+def _shortened(text: str) -> str:
+    """A class goes into the error message if it is unknown, so keep it short and on one line."""
+    return " ".join(text.split())[:80]

@@ -1,0 +1,52 @@
+"""Sizes of a request against what a bundle was compiled for: one size, or ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dipgo.errors import UsageError
+from export.axes import shape_at
+from export.bundle import BundleRecord
+
+
+def axes_of(record: BundleRecord, shape: Sequence[int]) -> dict[str, int]:
+    """Return the values of the bundle's axes in a latent of this shape.
+
+    Raises:
+        UsageError: a shape that the bundle was not compiled for.
+    """
+    axes, latent = record.axes, record.latent.shape
+    sizes = {str(name): int(size) for name, size in zip(latent, shape, strict=False) if name in axes}
+    outside = any(
+        not axes[name].min <= size <= axes[name].max or size % axes[name].multiple for name, size in sizes.items()
+    )
+    if outside or len(sizes) < len(axes) or tuple(shape) != shape_at(latent, sizes):
+        raise UsageError(f"noise is {list(shape)}, the bundle was compiled for {_latent_text(record)}")
+    return sizes
+
+
+def cells_of(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, int]:
+    """Return height and width of the latent for images of a height and width in pixels.
+
+    Raises:
+        UsageError: a size that the bundle, which lies ``where``, does not take.
+    """
+    sides = []
+    for name, side, pixels in zip(("height", "width"), record.latent.shape[2:], size, strict=True):
+        axis, cell = record.axes.get(str(side)), record.cell
+        low, high, step = (axis.min, axis.max, axis.multiple) if axis else (int(side), int(side), 1)
+        if pixels % (step * cell) or not low <= pixels // cell <= high:
+            takes = f"multiples of {step * cell} from {low * cell} to {high * cell}" if axis else str(low * cell)
+            raise UsageError(f"{where}: {name} {pixels}, it takes {takes}; give that, or export it with --size")
+        sides.append(pixels // cell)
+    return sides[0], sides[1]
+
+
+def _latent_text(record: BundleRecord) -> str:
+    """Return the latent's shape, ranges where it has axes."""
+    parts = []
+    for size in record.latent.shape:
+        axis = record.axes.get(str(size))
+        step = f" by {axis.multiple}" if axis and axis.multiple > 1 else ""
+        parts.append(f"{axis.min} to {axis.max}{step}" if axis else str(size))
+    return f"[{', '.join(parts)}]"

@@ -1,0 +1,139 @@
+"""AOTInductor packages of a bundle's graphs: compiled once on this machine, loaded without compiling.
+
+A package is machine code and holds no weights: it is given those of the bundle, which all graphs share. Packages lie
+below ``$XDG_CACHE_HOME/dipgo``, not in the bundle, because code from a bundle that others made must not run here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dipgo.errors import DipgoError
+from dipgo.files import new_file, sha256_of_json
+from engines.torchrt.lift import Lifted, lift
+from engines.torchrt.weights import Weights
+from export.axes import shape_at, values_at
+from export.bundle import Bundle, BundleRecord, TensorRecord
+
+_COMMAND = "dipgo build {} --backend torch-aot"
+
+
+def build(
+    bundle: Bundle,
+    device: torch.device,
+    sizes: Mapping[str, int] | None = None,
+    force: bool = False,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> list[Path]:
+    """Compile every graph of a bundle that has no package yet, and return the packages.
+
+    Args:
+        bundle: the bundle.
+        device: what the packages are to run on; it must be here.
+        sizes: values of the bundle's axes; ``opt`` where not given.
+        force: compile again what is there already.
+        progress: wraps the list of the graphs' file names.
+
+    Raises:
+        DipgoError: a graph that cannot be lifted or compiled; the packages made before it stay.
+    """
+    weights = Weights(bundle.folder, device)
+    values = values_at(bundle.record.axes, "opt") | dict(sizes or {})
+    inputs = inputs_by_file(bundle.record)
+    packages = []
+    for file in progress(list(inputs)):
+        shapes = {tensor.name: shape_at(tensor.shape, values) for tensor in inputs[file]}
+        lifted = lift(bundle.folder / file, weights, shapes)
+        path = package_path(bundle, file, lifted)
+        if force or not path.exists():
+            with new_file(path) as draft:
+                _compile(bundle.folder / file, lifted, draft)
+        packages.append(path)
+    return packages
+
+
+def load(bundle: Bundle, file: str, lifted: Lifted) -> Callable[..., Sequence[torch.Tensor]]:
+    """Return the function in a graph's package, on the weights of the lifted graph.
+
+    Raises:
+        DipgoError: no package of this graph for these sizes, this torch and this device, or a damaged one.
+    """
+    path = package_path(bundle, file, lifted)
+    command = _COMMAND.format(bundle.folder)
+    if not path.exists():
+        shapes = ", ".join(f"{given.name} {list(given.shape)}" for given in lifted.inputs)
+        raise DipgoError(
+            f"{bundle.folder / file}: no AOTInductor package for {shapes} on {_machine(lifted.device)} with torch "
+            f"{torch.__version__}; run: {command}"
+        )
+    buffers = dict(lifted.module.named_buffers())
+    try:
+        # Without the loader's own bookkeeping of streams, which cannot be captured into a CUDA graph.
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        held = {name: buffers[name] for name in package.get_constant_fqns()}
+        package.load_constants(held, check_full_update=True, user_managed=True)
+    except (RuntimeError, KeyError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise DipgoError(f"{path}: the package cannot be loaded ({detail}); run: {command} --force") from error
+    lock = threading.Lock()
+
+    def function(*arguments: torch.Tensor, _held: Any = held) -> Sequence[torch.Tensor]:
+        with lock:
+            results: Sequence[torch.Tensor] = package(*arguments)
+        return results
+
+    return function
+
+
+def package_path(bundle: Bundle, file: str, lifted: Lifted) -> Path:
+    """Return where the package of a graph lies; its name follows from all that the machine code follows from."""
+    shapes = [[given.name, str(given.dtype), list(given.shape)] for given in lifted.inputs]
+    graph = bundle.record.files[file].sha256
+    digest = sha256_of_json([graph, shapes, torch.__version__, _machine(lifted.device)])
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dipgo" / "torch-aot" / f"{Path(file).stem}-{digest[:16]}.pt2"
+
+
+def _compile(path: Path, lifted: Lifted, target: Path) -> None:
+    examples = tuple(torch.zeros(given.shape, dtype=given.dtype, device=lifted.device) for given in lifted.inputs)
+    settings = {"aot_inductor.package_constants_in_so": False}
+    if lifted.device.type == "cuda":
+        settings["max_autotune"] = True
+    try:
+        with torch.no_grad():
+            program = torch.export.export(lifted.module, examples)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=settings)
+    except Exception as error:  # compilers raise classes of their own
+        detail = " ".join(str(error).split())[:300]
+        raise DipgoError(f"{path}: AOTInductor cannot compile it ({detail}); is g++ installed?") from error
+
+
+def inputs_by_file(record: BundleRecord, beside: bool = True) -> dict[str, list[TensorRecord]]:
+    """Return the inputs of the loop's graphs and prologues; with ``beside`` of the text graph and the decoder too."""
+    found = {graph.file: graph.inputs for graph in record.graphs.values()}
+    found |= {prologue.file: prologue.inputs for prologue in record.prologues}
+    if beside and record.conditioning.encoder:
+        found[record.conditioning.encoder.file] = record.conditioning.encoder.inputs
+    if beside and record.decoder:
+        found[record.decoder.file] = [record.decoder.input]
+    return found
+
+
+def _machine(device: torch.device) -> str:
+    """Name what machine code is made for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,179 @@
+"""Build the engines of a bundle: those that are missing, in child processes, one build of a bundle at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dipgo.errors import DipgoError
+from dipgo.files import full_disk
+from engines.cuda import Device, find_device
+from engines.trt.library import Library, find_library, named
+from engines.trt.loader import BuildOptions, Graph, plan_from_graph
+from engines.trt.processes import each
+from engines.trt.store import EngineRecord, engine_path, find_engine, graphs_of, key_of, save_engine
+from engines.trt.timing import timing_file
+from export.bundle import AxisRecord, Bundle, open_bundle
+
+Report = Callable[[str, int, int, str], None]
+
+WAITING = "waiting for another build of this bundle"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of a bundle; ``built`` says that it was not there before."""
+
+    path: Path
+    record: EngineRecord
+    built: bool
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to.
+
+    Attributes:
+        engines: one a graph, in the bundle's order.
+        library: what they are for, as ``tensorrt-rtx 1.7.1.116``.
+        target: the GPUs that they run on.
+        device: the GPU of this machine; None where there is none to run them.
+    """
+
+    engines: list[Engine]
+    library: str
+    target: str
+    device: Device | None
+
+
+def build(
+    bundle: Bundle,
+    workers: int = 1,
+    force: bool = False,
+    options: BuildOptions | None = None,
+    report: Report = lambda phase, done, total, figure: None,
+) -> Built:
+    """Build the TensorRT engines of a bundle that it does not hold yet; a killed build goes on where it was.
+
+    Args:
+        bundle: a bundle; if anything must be built, all its files are checked before.
+        workers: engines to build at a time. On a GPU more than one disturb each other's timings.
+        force: build all of them again.
+        options: what changes the engines.
+        report: called with a phase, how many engines are there, how many there will be, and a name.
+
+    Raises:
+        DipgoError: no TensorRT here, one that does not take a graph, a bundle that is damaged or cannot be written.
+    """
+    options = options or BuildOptions()
+    device = find_device()
+    library = find_library(device)
+    target = library.target(device)
+    if options.strip and device is None:
+        raise DipgoError(
+            f"{library.name} makes engines without weights only where there is a GPU; build without --strip"
+        )
+    tasks = [_task(bundle, graph, library, target, options) for graph in graphs_of(bundle.record)]
+    found = {} if force else _found(tasks)
+    built: dict[str, EngineRecord] = {}
+    if len(found) < len(tasks):
+        open_bundle(bundle.folder)
+        with _alone(tasks[0].engine.parent, report):
+            found = {} if force else _found(tasks)  # another process may have built them
+            missing = [task for task in tasks if task.graph.file not in found]
+            missing.sort(key=lambda task: -_cost(bundle, task.graph))
+            report("build", len(found), len(tasks), "")
+            for record in each(make_engine, missing, workers, lambda task: str(task.path)):
+                built[record.graph] = record
+                report("build", len(found) + len(built), len(tasks), record.graph)
+    records = found | built
+    engines = [Engine(task.engine, records[task.graph.file], task.graph.file in built) for task in tasks]
+    return Built(engines, f"{library.name} {library.version}", target, device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An engine to build: everything that a child process needs to know."""
+
+    path: Path
+    graph: Graph
+    axes: dict[str, AxisRecord]
+    engine: Path
+    key: str
+    library: str
+    target: str
+    options: BuildOptions
+    timing: Path | None
+
+
+def make_engine(task: Task) -> EngineRecord:
+    """Build one engine and write it."""
+    start = time.perf_counter()
+    library = named(task.library)
+    plan = plan_from_graph(library, task.path, task.graph, task.axes, task.options, task.timing)
+    facts = {
+        "graph": task.graph.file,
+        "key": task.key,
+        "library": library.name,
+        "version": library.version,
+        "target": task.target,
+        "options": task.options.record(),
+        "inputs": list(task.graph.inputs),
+        "outputs": list(task.graph.outputs),
+        "layers": plan.layers,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    with full_disk(task.engine):
+        return save_engine(task.engine, plan.data, facts)
+
+
+def _task(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> Task:
+    return Task(
+        bundle.folder / graph.file,
+        graph,
+        dict(bundle.record.axes),
+        engine_path(bundle, graph, library, target),
+        key_of(bundle, graph, library, target, options),
+        library.name,
+        target,
+        options,
+        timing_file(library, target),
+    )
+
+
+def _found(tasks: list[Task]) -> dict[str, EngineRecord]:
+    found = {task.graph.file: find_engine(task.engine, task.key) for task in tasks}
+    return {file: record for file, record in found.items() if record is not None}
+
+
+def _cost(bundle: Bundle, graph: Graph) -> int:
+    """Return a graph's MACs, to begin with the largest: the text encoder's and decoder's are not known."""
+    record = bundle.record
+    known = {part.file: part.macs for part in record.graphs.values()}
+    known |= {part.file: part.macs for part in record.prologues}
+    return known.get(graph.file, 0)
+
+
+@contextmanager
+def _alone(folder: Path, report: Report) -> Iterator[None]:
+    """Hold a folder's lock for as long as a build writes to it; wait for a build that is under way."""
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            report(WAITING, 0, 1, "")
+            lock.acquire()
+            report(WAITING, 1, 1, "")
+    except OSError as error:
+        raise DipgoError(f"{folder}: cannot be written ({error.strerror}); build in a copy of the bundle") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,98 @@
+"""Small pipelines with random SubNets, compiled once a process, for the tests of what stands in for a pipeline."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dipgo.gating import gated
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from dipgo.subnet import SubNet
+from export.compiler import prepare, write_bundle
+from tests import models
+
+STEPS = 4
+GUIDANCE = 4.0
+MAKERS = {
+    "dit": models.tiny_dit,
+    "sd": models.tiny_sd,
+    "sdxl": models.tiny_sdxl,
+    "pixart": models.tiny_pixart,
+    "unconditional": models.tiny_unconditional,
+}
+REUSES = ("dit", "unconditional")  # their skipped sites serve the last output as it is, so a step may be silent
+_kept = tempfile.TemporaryDirectory()  # goes with the process
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A diffusers pipeline, a random SubNet whose step 2 computes nothing, and its bundle for one image a call.
+
+    ``arguments`` are those that make the pipeline do what the bundle was compiled for.
+    """
+
+    pipe: Any
+    component: str
+    subnet: SubNet
+    folder: Path
+    arguments: dict[str, Any]
+
+    def call(self, pipe: Any, seed: int = 3, **changes: Any) -> Any:
+        """Call the diffusers pipeline, or what stands for it; returns the images."""
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(**{**self.arguments, "generator": generator, "output_type": "np", **changes}).images
+
+    @contextmanager
+    def gates(self) -> Iterator[Any]:
+        with gated(getattr(self.pipe, self.component), self.subnet):
+            yield self.pipe
+
+    def expected(self, **changes: Any) -> Any:
+        """Return the images of the diffusers pipeline under the gates."""
+        with self.gates() as pipe:
+            return self.call(pipe, **changes)
+
+
+@cache
+def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
+    folder = Path(_kept.name) / f"{kind}-{whole}-{keep}"
+    conditional = kind != "unconditional"
+    task = make_task(
+        find_model(MAKERS[kind](folder / "model")),
+        STEPS,
+        sites=None if conditional else "down_blocks.*,up_blocks.*",
+        guidance_scale=GUIDANCE if conditional else None,
+    )
+    backups = {} if kind in REUSES else {"terms": 2, "channels": 1}
+    subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
+    if keep < 1:
+        subnet.gates[2] = False
+    write_bundle(prepare(task.trace, whole=whole), subnet, task.sampler, folder / "bundle")
+    task.pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"num_inference_steps": STEPS}
+    if kind == "dit":
+        arguments |= {"class_labels": [0, 1, 2]}
+    elif conditional:
+        arguments |= {"prompt": ["a red fox", "two dogs", "a harbour"]}
+    else:
+        arguments |= {"batch_size": 3}
+    if conditional:
+        arguments |= {"guidance_scale": GUIDANCE}
+    if kind == "pixart":
+        arguments |= {"clean_caption": False}
+    return Compiled(task.pipe, task.model.family.component, subnet, folder / "bundle", arguments)
+
+
+def error(actual: Any, expected: Any) -> float:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

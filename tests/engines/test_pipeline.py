@@ -1,0 +1,219 @@
+"""A bundle called like the diffusers pipeline that it came from: its images, its manners, and one line otherwise."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from PIL import Image
+
+import engines
+from dipgo.errors import UsageError
+from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return compiled("sd")
+
+
+@pytest.fixture(scope="module")
+def pipe(sd):
+    """Never entered: the first call opens the engines."""
+    pipe = engines.load(sd.folder)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+    pipe.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"negative_prompt": ["blue"] * 3},
+        {"negative_prompt": ["blue", "", "green"]},
+        {"prompt": "a red fox", "num_images_per_prompt": 2},
+        {"prompt": ["a red fox", "two dogs"], "num_images_per_prompt": 2, "negative_prompt": ["", "blue"]},
+        {"prompt": "a red fox", "num_images_per_prompt": 3, "negative_prompt": "blue"},
+        {"generator": "list"},
+        {"latents": "noise"},
+        {"output_type": "latent"},
+        {"output_type": "pt"},
+        {"height": 16, "width": 16, "eta": 0.0, "guidance_rescale": 0.0, "cross_attention_kwargs": None},
+    ],
+    ids=str,
+)
+def test_images_are_those_of_the_gated_pipeline(sd, pipe, changes):
+    def changed():
+        made = {**changes}
+        if "generator" in made:
+            made["generator"] = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+        if "latents" in made:
+            made["latents"] = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+        return made
+
+    expected, actual = sd.expected(**changed()), sd.call(pipe, **changed())
+    assert type(actual) is type(expected)
+    assert error(actual, expected) <= 1e-4
+
+
+def test_embeddings_stand_for_prompts(sd, pipe):
+    conditional, unconditional = sd.pipe.encode_prompt(["a red fox", "two dogs"], "cpu", 1, True)
+    given = {"prompt": None, "prompt_embeds": conditional, "negative_prompt_embeds": unconditional}
+    expected = sd.expected(prompt=["a red fox", "two dogs"])
+    assert error(sd.call(pipe, **given), expected) <= 1e-4
+    with pytest.raises(UsageError, match="negative_prompt_embeds is missing"):
+        sd.call(pipe, prompt=None, prompt_embeds=conditional)
+    with pytest.raises(UsageError, match=r"prompt_embeds is \[2, 5, 24\], the bundle was compiled for \[2, 77, 24\]"):
+        sd.call(pipe, **given | {"prompt_embeds": conditional[:, :5]})
+
+
+def test_seeds_and_generators(sd, pipe):
+    """A seed is a generator with that seed; a generator moves on as it does in diffusers; no seed is a new one."""
+    assert error(sd.call(pipe, generator=3), sd.call(pipe)) <= 1e-4
+    ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    sd.call(pipe, generator=ours)
+    sd.expected(generator=theirs)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+    assert error(sd.call(pipe, generator=None), sd.call(pipe, generator=None)) > 1e-3
+    for generator, message in (
+        (np.random.default_rng(0), "generator is a Generator; give a seed, a torch.Generator"),
+        ([1, 2], "2 generators for 3 images"),
+        (-1, "seed -1 is outside"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            sd.call(pipe, generator=generator)
+
+
+def test_what_comes_out(sd, pipe):
+    pixels = sd.call(pipe)
+    pictures = sd.call(pipe, output_type="pil")
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert np.abs(np.stack(pictures) / 255 - pixels).max() <= 1 / 255
+    output = pipe("a red fox", generator=3, output_type="np")
+    assert output.images is output["images"] is output[0]
+    (images,) = pipe("a red fox", generator=3, output_type="np", return_dict=False)
+    assert np.array_equal(images, output.images)
+    assert isinstance(pipe("a", generator=3, output_type="latent").images, np.ndarray)
+
+
+def test_callbacks_see_the_latents_of_diffusers(sd, pipe):
+    def watch(seen):
+        def callback(owner, step, timestep, given):
+            seen.append((step, float(timestep), given["latents"].clone()))
+            return given
+
+        return callback
+
+    theirs, ours = [], []
+    sd.expected(callback_on_step_end=watch(theirs))
+    images = sd.call(pipe, callback_on_step_end=watch(ours))
+    assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
+    for (_, _, mine), (_, _, other) in zip(ours, theirs, strict=True):
+        assert error(mine, other) <= 1e-4
+    assert np.array_equal(images, sd.call(pipe))  # looking changes nothing
+
+
+def test_callbacks_that_change_something_are_refused(sd, pipe):
+    def in_place(owner, step, timestep, given):
+        given["latents"] += 1
+        return given
+
+    def anew(owner, step, timestep, given):
+        return {"latents": given["latents"] + 1}
+
+    def prompts(owner, step, timestep, given):
+        return {"prompt_embeds": None}
+
+    for callback, what in ((in_place, "latents"), (anew, "latents"), (prompts, "prompt_embeds")):
+        with pytest.raises(UsageError, match=rf"the callback changed {what} at step 0; .* use attach\(\)"):
+            sd.call(pipe, callback_on_step_end=callback)
+    with pytest.raises(UsageError, match="shown latents, not 'prompt_embeds'"):
+        sd.call(pipe, callback_on_step_end=anew, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
+    def stop(owner, step, timestep, given):
+        owner._interrupt = step == 1
+        return given
+
+    expected = sd.expected(callback_on_step_end=stop)
+    assert error(sd.call(pipe, callback_on_step_end=stop), expected) <= 1e-4
+    assert error(sd.call(pipe), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_inference_steps": 50}, f"num_inference_steps = 50, the bundle was compiled for {STEPS};"),
+        ({"guidance_scale": 7.5}, f"guidance_scale = 7.5, the bundle was compiled for {GUIDANCE};"),
+        ({"height": 512}, "height 512, it takes 16"),
+        ({"width": 24}, "width 24, it takes 16"),
+        ({"eta": 1.0}, "eta = 1.0, the bundle was compiled for 0.0"),
+        ({"timesteps": [3, 2, 1]}, r"timesteps = \[3.0, 2.0, 1.0\], the bundle was compiled for \["),
+        ({"sigmas": [1.0, 0.5]}, r"sigmas = \[1.0, 0.5\]"),
+        ({"clip_skip": 1}, "clip_skip = 1"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale = 0.5, the bundle was compiled for 0.0"),
+        ({"cross_attention_kwargs": {"scale": 1}}, "cross_attention_kwargs = .*scale"),
+        ({"ip_adapter_image": "x.png"}, "ip_adapter_image = x.png"),
+        ({"original_size": (8, 8)}, r"original_size = \(8, 8\), .* \(16, 16\)"),
+        ({"max_sequence_length": 10}, "max_sequence_length = 10, the bundle was compiled for 77"),
+        ({"prompt_2": "other"}, "prompt_2 differs from prompt"),
+        ({"prompt": [1, 2]}, "conditioned by prompt; give prompt, one or a list"),
+        ({"prompt": []}, "conditioned by prompt; give prompt, one or a list"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),
+        ({"num_images_per_prompt": 0}, "0 images"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are \[1, 4, 8, 8\], this call is for \[3, 4, 8, 8\]"),
+        ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; use pil, np, pt, latent"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_requests_are_refused_in_one_line(sd, pipe, changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        sd.call(pipe, **changes)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_unknown_arguments_are_type_errors(pipe):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
+        pipe("a red fox", strength=0.5)
+
+
+def test_scheduler_and_device_are_the_bundles(sd, pipe):
+    config = pipe.scheduler.config
+    pipe.scheduler = PNDMScheduler.from_config(config)
+    with pytest.raises(UsageError, match="scheduler is DDIMScheduler, the bundle was compiled for PNDMScheduler"):
+        pipe.scheduler = DDIMScheduler.from_config(config)
+    with pytest.raises(UsageError, match=r"beta_end = 0.5, the bundle was compiled for 0.02"):
+        pipe.scheduler = PNDMScheduler.from_config(config, beta_end=0.5)
+    assert pipe.to("cpu") is pipe.to(torch.device("cpu"), torch.float32) is pipe
+    with pytest.raises(UsageError, match="device cuda:0, the bundle runs on ONNX Runtime CPU"):
+        pipe.to("cuda:0")
+    with pytest.raises(UsageError, match="dtype float16, the bundle is float32"):
+        pipe.to(dtype=torch.float16)
+
+
+def test_progress_is_shown_step_by_step(sd, capsys):
+    with engines.load(sd.folder) as pipe:
+        sd.call(pipe, prompt=["a", "b"])
+        calls = 2 * len(pipe.record.steps)
+        assert f"{calls}/{calls}" in capsys.readouterr().err
+        pipe.set_progress_bar_config(disable=True)
+        sd.call(pipe)
+        assert capsys.readouterr().err == ""
+
+
+def test_attach_replaces_the_denoiser_of_a_multistep_sampler(sd):
+    """PNDM calls the denoiser twice at one timestep, and graphs combine several past x and ε."""
+    expected = sd.expected()
+    with engines.attach(sd.pipe, sd.folder) as attached:
+        assert error(sd.call(attached), expected) <= 1e-4
+
+
+def test_pipelines_without_conditions_and_without_a_vae():
+    made = compiled("unconditional")
+    with engines.load(made.folder) as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        assert error(made.call(pipe), made.expected()) <= 1e-4
+        with pytest.raises(UsageError, match="nothing conditions it; give batch_size alone"):
+            pipe("a red fox")

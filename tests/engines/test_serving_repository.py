@@ -1,0 +1,140 @@
+"""The model repository that is written for Triton, and what is refused before anything is written."""
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import engines
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from engines.serving.install import REQUIREMENTS, find_server
+from engines.serving.limits import Limits
+from engines.serving.repository import Deployment, write_repository
+from export.bundle import open_bundle
+from export.compiler import prepare, write_bundle
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_dit, tmp_path_factory):
+    task = make_task(find_model(tiny_dit), 4)
+    folder = tmp_path_factory.mktemp("serving") / "bundle"
+    write_bundle(prepare(task.trace), random_subnet(task.trace, task.sampler, 0), task.sampler, folder)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_repository_holds_the_bundle_and_no_more(bundle, tmp_path):
+    (bundle / "notes.txt").write_text("of the user")
+    model = write_repository(bundle, tmp_path / "models", Deployment(name="digits"))
+    (bundle / "notes.txt").unlink()
+    assert model == tmp_path / "models" / "digits"
+    assert contents(model / "1" / "bundle") == contents(bundle)
+    assert open_bundle(model / "1" / "bundle").record == open_bundle(bundle).record
+    assert (model / "warmup" / "class").read_bytes() == b"\x03\0\0\0cat"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in model.rglob("*"))  # the server has a user of its own
+
+
+def test_a_link_copies_nothing(bundle, tmp_path):
+    model = write_repository(bundle, tmp_path, Deployment(link=True))
+    assert (model / "1" / "bundle").is_symlink()
+    assert (model / "1" / "bundle").resolve() == bundle.resolve()
+
+
+def test_a_repository_takes_several_models_and_replaces_none_unasked(bundle, tmp_path):
+    for name in ("a", "b"):
+        write_repository(bundle, tmp_path, Deployment(name=name))
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"a exists; give another path, or --force"):
+        write_repository(bundle, tmp_path, Deployment(name="a"))
+    assert contents(tmp_path) == before
+    write_repository(bundle, tmp_path, Deployment(name="a", instances=3), force=True)
+    assert "count: 3" in (tmp_path / "a" / "config.pbtxt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("deployment", "message"),
+    [
+        ({"name": "../up"}, "model name '../up' does not fit a URL"),
+        ({"name": 'a"b'}, "does not fit a URL"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
+    ],
+)
+def test_what_cannot_be_is_refused(bundle, tmp_path, deployment, message):
+    with pytest.raises(UsageError, match=message):
+        write_repository(bundle, tmp_path / "models", Deployment(**deployment))
+    assert not (tmp_path / "models").exists()
+
+
+def test_limits_are_above_zero():
+    with pytest.raises(UsageError, match="limit 'images' is -1; give more than 0"):
+        Limits(images=-1)
+
+
+def test_damaged_bundles_are_refused_and_leave_nothing(bundle, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle, broken)
+    weights = next(broken.glob("transformer/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(DipgoError, match=r"safetensors: altered since the bundle was made"):
+        write_repository(broken, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_bundle_without_decoder_has_no_images_to_serve(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    record = open_bundle(bundle).record.model_copy(update={"decoder": None})
+    (tmp_path / "bundle" / "bundle.json").write_text(record.sealed().text())
+    with pytest.raises(DipgoError, match="holds no VAE decoder, so there are no images to serve; export it with"):
+        write_repository(tmp_path / "bundle", tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_without_a_server_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_SERVER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if Path("/opt/tritonserver").exists():
+        pytest.skip("a Triton is installed where its container has it")
+    with pytest.raises(DipgoError, match=r"tritonserver is not on this machine's PATH; run: .*pytriton") as caught:
+        find_server()
+    assert "\n" not in str(caught.value)
+    assert str(REQUIREMENTS) in str(caught.value)
+    with pytest.raises(DipgoError, match="holds no tritonserver"):
+        find_server(tmp_path)
+
+
+def test_serving_needs_what_its_requirements_list_and_no_more(bundle):
+    """A real process, in which nothing can be imported but these packages and what they depend on."""
+    listed = {Requirement(line).name for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")}
+    allowed, new = {"dipgo"}, listed
+    while new := {name.lower().replace("_", "-") for name in new} - allowed:
+        allowed |= new
+        needed = [Requirement(line) for name in new for line in requires(name) or []]
+        new = {found.name for found in needed if not found.marker or found.marker.evaluate()}
+    owners = packages_distributions()
+    blocked = [name for name, by in owners.items() if not {owner.lower().replace("_", "-") for owner in by} & allowed]
+    assert {"torch", "diffusers", "transformers", "onnx", "typer", "jinja2"} <= set(blocked)
+    script = f"""
+import sys, types
+sys.modules.update(dict.fromkeys({blocked}))
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+import engines.serving.__main__, engines.serving.model
+from engines.serving.requests import Row, render
+import engines
+with engines.load({str(bundle)!r}) as program:
+    print(*render(program, [Row(1, None, 5, 1)])[0].ravel())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with engines.load(bundle) as program:
+        expected = (program.generate([1], 5) * 255).round()
+    assert [int(level) for level in done.stdout.split()] == expected.ravel().tolist()

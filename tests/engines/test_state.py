@@ -1,0 +1,202 @@
+"""Nothing of a call is left for the next: whatever went wrong, images are those of a fresh process, bit for bit."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import engines
+from dipgo.errors import UsageError
+from tests.engines.dropin import compiled, error
+
+FRESH = """
+import sys
+for name in ("torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+import numpy
+import engines
+from dipgo.errors import UsageError
+pipe = engines.load(sys.argv[1], threads=1)
+pipe.set_progress_bar_config(disable=True)
+images = [pipe(class_labels=[0, 2], generator=seed, output_type="np").images for seed in (11,)]
+numpy.save(sys.argv[2], images[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return compiled("dit")
+
+
+@pytest.fixture(scope="module")
+def fresh(dit, tmp_path_factory):
+    """The images of a process that does nothing else, without torch."""
+    path = tmp_path_factory.mktemp("fresh") / "images.npy"
+    subprocess.run([sys.executable, "-c", FRESH, str(dit.folder), str(path)], check=True)
+    return np.load(path)
+
+
+@pytest.fixture
+def pipe(dit):
+    with engines.load(dit.folder, threads=1) as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+
+
+def images(pipe, labels=(0, 2), seed=11, **options):
+    return pipe(**{"class_labels": list(labels), "generator": seed, "output_type": "np", **options}).images
+
+
+def raising(error, at=1):
+    def callback(owner, step, timestep, given):
+        if step == at:
+            raise error
+        return given
+
+    return callback
+
+
+def test_a_fresh_process_gives_the_images_of_the_pipeline(dit, fresh):
+    assert error(fresh, dit.expected(class_labels=[0, 2], seed=11)) <= 1e-4
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_call_that_is_cancelled(pipe, fresh, failure, at):
+    with pytest.raises(type(failure)):
+        images(pipe, (1, 1), 5, callback_on_step_end=raising(failure, at))
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_a_call_that_is_interrupted(pipe, fresh):
+    def stop(owner, step, timestep, given):
+        owner._interrupt = True
+        return given
+
+    images(pipe, (1, 1), 5, callback_on_step_end=stop)
+    assert not pipe._interrupt
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_a_call_within_a_callback(pipe, fresh):
+    """The inner call is interrupted, the outer is not."""
+
+    def stop(owner, step, timestep, given):
+        owner._interrupt = True
+        return given
+
+    def nested(owner, step, timestep, given):
+        images(owner, (1,), step, callback_on_step_end=stop)
+        return given
+
+    assert np.array_equal(images(pipe, callback_on_step_end=nested), fresh)
+
+
+def test_values_that_are_no_numbers(pipe, fresh):
+    """A product of NaN with a coefficient of 0 is NaN: nothing may read what an earlier call left."""
+    broken = images(pipe, seed=None, latents=np.full((2, 4, 8, 8), np.nan, np.float32), output_type="latent")
+    assert np.isnan(broken).all()
+    pipe(class_labels=[1], latents=np.full((1, 4, 8, 8), np.inf, np.float32), output_type="latent")
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_a_refused_call_and_closed_engines(pipe, fresh):
+    with pytest.raises(UsageError):
+        images(pipe, num_inference_steps=7)
+    pipe.close()
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_two_threads(pipe, fresh):
+    """Each with classes and a seed of its own; one is cancelled now and then."""
+    expected = {seed: images(pipe, (seed % 3, 1), seed) for seed in (1, 2)}
+    assert np.array_equal(images(pipe), fresh)
+    found = {1: [], 2: []}
+
+    def work(seed):
+        for turn in range(4):
+            if seed == 1 and turn % 2:
+                with pytest.raises(RuntimeError):
+                    images(pipe, (2, 2), 9, callback_on_step_end=raising(RuntimeError("stop")))
+            found[seed].append(images(pipe, (seed % 3, 1), seed))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, made in found.items():
+        assert len(made) == 4
+        assert all(np.array_equal(each, expected[seed]) for each in made)
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_a_thread_outside_interrupts_calls_under_way(pipe, fresh):
+    inside, go = threading.Event(), threading.Event()
+    steps = []
+
+    def wait(owner, step, timestep, given):
+        steps.append(step)
+        inside.set()
+        assert go.wait(30)
+        return given
+
+    thread = threading.Thread(target=images, args=(pipe, (1,), 5), kwargs={"callback_on_step_end": wait})
+    thread.start()
+    assert inside.wait(30)
+    pipe._interrupt = True
+    go.set()
+    thread.join()
+    assert steps == [0]
+    assert np.array_equal(images(pipe), fresh)
+
+
+def test_an_attached_bundle_keeps_nothing_either(dit):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with engines.attach(dit.pipe, dit.folder) as attached:
+        first = dit.call(attached)
+        hook = attached.vae.decoder.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            dit.call(attached, seed=5)
+        hook.remove()
+        step = attached.scheduler.step
+        attached.scheduler.step = fail
+        with pytest.raises(KeyboardInterrupt):
+            dit.call(attached, seed=5)
+        attached.scheduler.step = step
+        assert np.array_equal(dit.call(attached), first)
+    with engines.attach(dit.pipe, dit.folder) as attached:
+        assert np.array_equal(dit.call(attached), first)
+
+
+def test_one_program_serves_pipelines_in_two_threads(dit):
+    """Two diffusers pipelines, one set of engines."""
+    program = engines.load(dit.folder, threads=1)
+    kind = type(dit.pipe)
+    pipes = [kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)})]
+    pipes.append(kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)}))
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        engines.attach(pipe, program)
+    expected = {seed: dit.call(pipes[0], seed=seed) for seed in (1, 2)}
+    found = {}
+
+    def work(seed, pipe):
+        with torch.no_grad():
+            found[seed] = [dit.call(pipe, seed=seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(seed, pipe)) for seed, pipe in zip((1, 2), pipes, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, made in found.items():
+        assert all(np.array_equal(each, expected[seed]) for each in made)
+    for pipe in pipes:
+        engines.detach(pipe)
+    program.close()

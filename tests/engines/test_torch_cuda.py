@@ -1,0 +1,93 @@
+"""The torch and the ONNX Runtime backends on a GPU."""
+
+import threading
+import warnings
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import engines
+from dipgo.models import find_model
+from dipgo.sampler import tabulate
+from dipgo.trace import trace
+from engines.torchrt.aot import build
+from export.bundle import open_bundle
+from export.compiler import prepare, write_bundle
+from tests.models import random_subnet
+
+ON_GPU = [
+    "torch",
+    "torch-compile",
+    "torch-aot",
+    pytest.param(
+        "onnxruntime-cuda",
+        marks=pytest.mark.skipif(
+            "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
+        ),
+    ),
+]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_dit, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        traced = trace(find_model(tiny_dit), None, 4.0)
+        sampler = tabulate(DDIMScheduler(clip_sample=False), 4)
+        folder = tmp_path_factory.mktemp("cuda") / "b"
+        write_bundle(prepare(traced), random_subnet(traced, sampler, 2, 0.5, 2, 1), sampler, folder)
+        if torch.cuda.is_available():
+            build(open_bundle(folder), torch.device("cuda"))
+        yield folder
+
+
+def error(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_cuda_agrees_with_the_cpu(bundle, backend):
+    with engines.load(bundle, backend="onnxruntime") as program:
+        expected = program.generate([0, 1], 3)
+    with engines.load(bundle, backend=backend) as program:
+        assert error(program.generate([0, 1], 3), expected) <= 1e-4
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_a_cuda_graph_equals_its_launches(bundle, backend):
+    """Bit for bit: with somebody looking after each step it runs launch by launch, else as one launch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no falling back
+        with engines.load(bundle, backend=backend) as program:
+            noise, conditions = program.noise(1, 0), program.conditions([1])
+            stepwise = program.denoise(noise, conditions, lambda step, epsilon: None)
+            before = program.launches
+            assert np.array_equal(program.denoise(noise, conditions), stepwise)
+            assert program.launches == before + 1
+            other = program.denoise(program.noise(1, 1), program.conditions([2]))
+            assert not np.array_equal(other, stepwise)
+            assert np.array_equal(program.denoise(noise, conditions), stepwise)
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_cuda_takes_two_threads(bundle, backend):
+    with engines.load(bundle, backend=backend) as program:
+        results = {}
+
+        def work(seed):
+            results[seed] = [program.generate([0, 1], seed) for _ in range(3)]
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for seed in (1, 2):
+            assert all(np.array_equal(images, program.generate([0, 1], seed)) for images in results[seed])

@@ -1,0 +1,249 @@
+"""Running on TensorRT, without a GPU: the real runner on a stand-in that computes with ONNX Runtime (fake_tensorrt)."""
+
+import gc
+import re
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import engines
+from dipgo.errors import DipgoError
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from engines.cuda import Device
+from engines.trt import build as building
+from engines.trt.build import build
+from engines.trt.library import find_library
+from engines.trt.loader import BuildOptions
+from engines.trt.runner import TensorRtRunner
+from export.bundle import AxisRecord, open_bundle
+from export.compiler import prepare, write_bundle
+from export.sizes import Sizes
+from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_tensorrt import FakeTensorRt
+from tests.engines.tensorrt_api import API, NotInTheApi, check_call, check_name
+from tests.models import random_subnet
+
+
+@pytest.fixture(scope="module")
+def made(tiny_dit, tmp_path_factory):
+    """A bundle and its images by ONNX Runtime."""
+    task = make_task(find_model(tiny_dit), 5)
+    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
+    folder = tmp_path_factory.mktemp("trt") / "b"
+    write_bundle(prepare(task.trace), subnet, task.sampler, folder)
+    with engines.load(folder, threads=1) as program:
+        return folder, {seed: program.generate([0, 1], seed) for seed in (1, 2)}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr("engines.cuda._runtime", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def trt(monkeypatch, cuda, tmp_path):
+    fake = FakeTensorRt(cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # children of this process would not have the stand-in
+    monkeypatch.setattr(building, "each", lambda function, tasks, workers, name: map(function, tasks))
+    return fake
+
+
+@pytest.fixture
+def bundle(made, trt):
+    folder, _ = made
+    opened = open_bundle(folder)
+    build(opened, force=True)
+    return opened
+
+
+def images(bundle, seed=1):
+    with engines.load(bundle.folder, backend="tensorrt") as program:
+        return program.generate([0, 1], seed)
+
+
+def test_images_are_those_of_onnx_runtime(made, bundle, cuda):
+    """The whole trajectory is one launch of a CUDA graph, an image; and steps one by one where somebody looks on."""
+    _, expected = made
+    with engines.load(bundle.folder, backend="tensorrt") as program:
+        assert np.abs(program.generate([0, 1], 1) - expected[1]).max() <= 1e-6
+        assert program.launches == 2
+        assert cuda.launched.count("graph") == 2
+        noise, conditions = program.noise(1, 3), program.conditions([2])
+        whole = program.denoise(noise, conditions)
+        seen = []
+        stepwise = program.denoise(noise, conditions, after_step=lambda step, epsilon: seen.append(step))
+        assert seen == list(range(5))
+        assert np.array_equal(whole, stepwise)
+        assert program.runner.label == "tensorrt 11.4.0.106, Fake GPU"
+
+
+def test_steps_are_launched_one_by_one_where_capture_fails(made, bundle, cuda):
+    _, expected = made
+    cuda.can_capture = False
+    with pytest.warns(UserWarning, match=r"no CUDA graph, steps are launched one by one"):
+        pixels = images(bundle)
+    assert "graph" not in cuda.launched
+    assert np.abs(pixels - expected[1]).max() <= 1e-6
+
+
+def test_threads_share_one_runner(made, bundle):
+    _, expected = made
+    results = {}
+    with engines.load(bundle.folder, backend="tensorrt") as program:
+        threads = [
+            threading.Thread(target=lambda seed=seed: results.update({seed: program.generate([0, 1], seed)}))
+            for seed in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for seed in (1, 2):
+        assert np.abs(results[seed] - expected[seed]).max() <= 1e-6
+
+
+def test_all_contexts_use_one_arena_and_everything_is_freed(bundle, trt, cuda):
+    with engines.load(bundle.folder, backend="tensorrt") as program:
+        latent = program.denoise(program.noise(1, 0), program.conditions([0]))
+        loop = {context._memory for context in trt.contexts}
+        assert len(loop) == 1
+        assert loop.pop()[1] == max(context._engine.device_memory_size_v2 for context in trt.contexts)
+        program.decode(latent)
+        assert np.array_equal(latent, program.denoise(program.noise(1, 0), program.conditions([0])))
+    del program
+    trt.contexts.clear()
+    gc.collect()
+    assert cuda.live == {}
+
+
+def test_a_full_gpu_is_said_with_sizes(bundle, cuda):
+    cuda.capacity = 10_000
+    with (
+        pytest.raises(
+            DipgoError, match=r"GPU's memory is full: 0.00 GB wanted, .* of .* GB free; export with --graphs"
+        ),
+        engines.load(bundle.folder, backend="tensorrt"),
+    ):
+        pass
+
+
+def test_an_engine_that_is_missing_or_damaged_or_for_another_version_is_refused(made, bundle, trt, monkeypatch):
+    _, expected = made
+    engine = next(path for path in (bundle.folder / "engines").glob("*.engine") if "steps" in path.name)
+    assert re.fullmatch(r"tiny-dit-steps-fp32-5\.tensorrt-11\.4\.0\.106\.sm90\.fp32\.engine", engine.name)
+    good = engine.read_bytes()
+    engine.write_bytes(b"x" * len(good))
+    with pytest.raises(DipgoError, match=r"no whole engine .* run: dipgo build .* --backend tensorrt"):
+        images(bundle)
+    assert engine.with_name(f"{engine.name}.damaged").read_bytes() == b"x" * len(good)
+    assert [one.path for one in build(bundle).engines if one.built] == [engine]
+    assert np.abs(images(bundle) - expected[1]).max() <= 1e-6
+    monkeypatch.setattr(trt, "__version__", "11.5")
+    with pytest.raises(DipgoError, match=r"no whole engine of this graph for tensorrt 11.5 on this GPU"):
+        images(bundle)
+
+
+def test_stripped_engines_get_their_weights_from_the_graphs(made, bundle, trt):
+    _, expected = made
+    build(bundle, options=BuildOptions(strip=True))
+    assert not trt.refitted
+    assert np.abs(images(bundle) - expected[1]).max() <= 1e-6
+    assert sorted(trt.refitted) == sorted(path.name for path in bundle.folder.glob("*.onnx"))
+
+
+def test_timings_are_kept_for_the_next_build_and_a_damaged_file_is_kept_aside(bundle, tmp_path):
+    file = tmp_path / "cache" / "dipgo" / "tensorrt" / "tensorrt-11.4.0.106.sm90.timing"
+    every = {path.stem for path in bundle.folder.glob("*.onnx")}
+    assert set(file.read_text().split()[1:]) == every
+    file.write_text("timings earlier")
+    build(bundle, force=True)
+    assert set(file.read_text().split()[1:]) == every | {"earlier"}
+    file.write_text("rubbish")
+    build(bundle, force=True)
+    assert set(file.read_text().split()[1:]) == every
+    assert file.with_name(f"{file.name}.damaged").read_text() == "rubbish"
+
+
+def test_batches_of_several_sizes_share_the_engines(tiny_dit, trt, tmp_path):
+    """A dynamic batch: lanes of one and of three images take turns on the same contexts."""
+    task = make_task(find_model(tiny_dit), 4)
+    subnet, folder = random_subnet(task.trace, task.sampler, seed=1), tmp_path / "b"
+    sizes = Sizes(AxisRecord(min=1, opt=2, max=3), 8, 8)
+    write_bundle(prepare(task.trace, sizes=sizes), subnet, task.sampler, folder)
+    build(open_bundle(folder))
+    with engines.load(folder, threads=1) as program:
+        expected = {count: program.generate(list(range(count)), 5) for count in (1, 3)}
+    with engines.load(folder, backend="tensorrt") as program:
+        for count in (1, 3, 1, 3):
+            pixels = program.generate(list(range(count)), 5)
+            assert np.abs(pixels - expected[count]).max() <= 1e-6
+        with pytest.raises(DipgoError, match=r"not built for '.*' of shape \[7\]"):
+            program.runner.run(program.record.prologues[0].file, {"class_labels": np.zeros(7, np.int32)})
+
+
+def test_float32_is_no_tf32(bundle):
+    plans = [path.read_text() for path in (bundle.folder / "engines").glob("*.engine")]
+    assert plans
+    assert all('"tf32": false' in plan for plan in plans)
+
+
+def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install -e '.[tensorrt-rtx]'")
+    from engines.cuda import find_device
+
+    if find_device():
+        pytest.skip("there is a GPU")
+    folder, _ = made
+    with (
+        pytest.raises(DipgoError, match=r"built here, not run: no GPU can be used here \(.*\).*or use --backend onnxr"),
+        TensorRtRunner(open_bundle(folder)),
+    ):
+        pass
+
+
+def test_which_tensorrt_is_used(trt, monkeypatch):
+    gpu = Device("Fake GPU", 90, 10**9)
+    assert find_library(gpu).name == "tensorrt"
+    assert find_library(gpu).target(gpu) == "sm90"
+    with pytest.raises(DipgoError, match="builds engines on the GPU that they are for, and none can be used here"):
+        find_library(gpu).target(None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    assert find_library(None).name == "tensorrt-rtx"
+    assert find_library(None).target(gpu) == "sm80plus"
+    with pytest.raises(DipgoError, match=r"need compute capability 8\.0, this one has 7\.5"):
+        find_library(None).target(Device("Old GPU", 75, 10**9))
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DipgoError, match="TensorRT is not installed; run: pip install"):
+        find_library(gpu)
+
+
+def test_the_stand_in_knows_what_the_versions_share(trt):
+    """What the other tests lean on: names and calls that one version lacks are refused."""
+    with pytest.raises(NotInTheApi, match=r"ComputeCapability.CURRENT is not in TensorRT 10.16"):
+        check_name("ComputeCapability", "CURRENT")
+    with pytest.raises(NotInTheApi, match=r"BuilderFlag.FP16 is not in TensorRT 11.4"):
+        _ = trt.BuilderFlag.FP16
+    with pytest.raises(NotInTheApi, match="is called with"):
+        check_call("IExecutionContext", "set_device_memory", (1,), {})
+    with pytest.raises(NotInTheApi, match="is no method"):
+        check_call("ICudaEngine", "num_io_tensors", (), {})
+    check_call("ICudaEngine", "create_execution_context", (), {})
+    with pytest.raises(NotInTheApi, match=r"IBuilderConfig.num_compute_capabilities"):
+        trt.Builder(None).create_builder_config().num_compute_capabilities = 1
+
+
+def test_the_record_of_tensorrt_rtx_is_right():
+    module = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
+    if module.__version__ not in API:
+        pytest.skip(f"version {module.__version__} is not recorded")
+    for kind, members in API[module.__version__].items():
+        for name in members:
+            assert hasattr(getattr(module, kind), name), f"{kind}.{name}"

@@ -1,0 +1,53 @@
+"""`dipgo doctor` tells the truth about this machine, in real processes."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from engines.backends import BACKENDS
+
+SCRIPT = "import typer; from dipgo.commands.doctor import doctor; typer.run(doctor)"
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=Path(__file__).parents[1]
+    ).stdout
+
+
+def test_findings_are_those_of_this_machine(tmp_path):
+    (tmp_path / "dipgo" / "m").mkdir(parents=True)
+    (tmp_path / "dipgo" / "m" / "weights").write_bytes(bytes(12345))
+    found = json.loads(run("--json", XDG_CACHE_HOME=str(tmp_path)))
+    assert found["python"]["version"] == platform.python_version()
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["onnxruntime"] == onnxruntime.__version__
+    assert found["onnxruntime_providers"] == onnxruntime.get_available_providers()
+    assert len(found["cuda_devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert list(found["backends"]) == list(BACKENDS)
+    assert found["backends"]["onnxruntime"] == "usable"
+    assert found["import_clashes"] == {}
+    assert found["cache"] == {"folder": str(tmp_path / "dipgo"), "bytes": 12345}
+
+
+def test_clashing_names_and_missing_packages_are_told(tmp_path):
+    """Another package named engines comes first on the path; onnxruntime cannot be imported."""
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "__init__.py").write_text("")
+    (tmp_path / "engines" / "backends.py").write_text(
+        "BACKENDS = {'onnxruntime': ('x', 'y'), 'torch': ('no_such_module', 'y')}"
+    )
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('onnxruntime')")
+    text = run(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert f"engines: {tmp_path / 'engines' / '__init__.py'} is imported, not dipgo's" in text
+    assert "give dipgo an environment of its own" in text
+    assert "onnxruntime  run: pip install onnxruntime" in text
+    assert "torch        No module named 'no_such_module'" in text
