@@ -5,23 +5,31 @@ To add one, write a function from the bundle's task and its share of MACs to a t
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.failures import one_line
 from benchmarks.progress import Progress, silent
 from dipgo.errors import DipgoError
 from dipgo.sampler import make_scheduler
-from dipgo.search.policies import SPACINGS, Policy, extrapolation, spaced
+from dipgo.search.policies import SPACINGS, Policy, extrapolation, measure_drift, policies, spaced
 from dipgo.search.search import policy_subnet
 from dipgo.search.task import Task
-from dipgo.subnet import SubNet
-from export.compiler import prepare, write_bundle
+from dipgo.subnet import SubNet, load_subnet
+from dipgo.trace import trace
+from export.bundle import open_bundle
+from export.compiler import check_model, prepare, sites_of, write_bundle
 
 Baseline = Callable[[Task, float], tuple[Task, SubNet]]
 FULL = "full"
+PUBLISHED = Path(__file__).parents[1] / "dipgo" / "published" / "sd15-published-0.8.json"
+DRIFT_SEED, DRIFT_IMAGES = 3_000_000, 8  # as the search measures drift
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Compiled:
     name: str
     folder: Path | None = None
     error: str | None = None
+    seconds: float | None = None  # that compiling it took, without the conversion that all share
 
 
 def full(task: Task, ratio: float) -> tuple[Task, SubNet]:
@@ -62,6 +71,49 @@ def uniform_extrapolation(task: Task, ratio: float) -> tuple[Task, SubNet]:
     return task, policy_subnet(task, Policy("uniform extrapolation", gates, extrapolation(task.trace, gates)))
 
 
+def published(task: Task, ratio: float) -> tuple[Task, SubNet]:
+    """The SubNet that DiP-GO's authors published for SD-1.5 at 50 DDIM steps, at 0.2 of the MACs whatever the ratio."""
+    own, subnet = from_file(task, ratio, path=PUBLISHED, same_weights=False)
+    return own, replace(subnet, model=task.model.identity())
+
+
+def from_file(task: Task, ratio: float, path: Path, same_weights: bool = True) -> tuple[Task, SubNet]:
+    """A SubNet from a file, under the bundle's guidance; its sites may be others than the bundle's.
+
+    Raises:
+        DipgoError: it belongs to another model or to other timesteps.
+    """
+    subnet = load_subnet(path)
+    if same_weights:
+        check_model(subnet, task.model)
+    elif subnet.model.config_sha256 != task.model.identity().config_sha256:
+        raise DipgoError(f"{path.name} is for {subnet.model.name}, not for {task.model.name}")
+    if list(subnet.sampler.timesteps) != [float(t) for t in task.sampler.timesteps]:
+        raise DipgoError(f"{path.name} is for other timesteps: {subnet.sampler.steps} of {subnet.sampler.class_name}")
+    if [site.name for site in subnet.sites] != [site.name for site in task.trace.sites]:
+        own = trace(task.model, sites_of(subnet), task.guidance_scale, task.trace.dtype)
+        task = replace(task, trace=own)
+    return task, replace(subnet, sampler=task.identity, sites=task.trace.sites)
+
+
+def best_policy(task: Task, ratio: float, searched: SubNet, prefix: str = "") -> tuple[Task, SubNet]:
+    """Of all fixed policies at this share (whose names begin so), the one that did best when the SubNet was searched.
+
+    Raises:
+        DipgoError: the search noted no scores, or none of such a policy.
+    """
+    scores = searched.search.get("held_out_psnr_db", {})
+    drift = measure_drift(task.trajectory, task.sampling.draw(DRIFT_IMAGES, DRIFT_SEED))
+    found = [
+        policy
+        for policy in policies(task.trace, task.sampler.calls, ratio, drift)
+        if policy.name in scores and policy.name.startswith(prefix)
+    ]
+    if not found:
+        raise DipgoError("the bundle's SubNet notes no scores of such policies; it was not found by 'dipgo search'")
+    return task, policy_subnet(task, max(found, key=lambda policy: float(scores[policy.name])))
+
+
 BASELINES: Mapping[str, Baseline] = {
     FULL: full,
     "fewer steps": fewer_steps,
@@ -69,6 +121,28 @@ BASELINES: Mapping[str, Baseline] = {
     "uniform reuse": uniform_reuse,
     "uniform extrapolation": uniform_extrapolation,
 }
+PUBLISHED_NAME, BEST_NAME, DEEP_NAME = "published DiP-GO SubNet", "best fixed policy", "best DeepCache-like policy"
+FURTHER = (PUBLISHED_NAME, BEST_NAME, DEEP_NAME)
+"""Baselines that suites may name beside :data:`BASELINES`."""
+
+
+def baselines_for(names: list[str], subnets: Mapping[str, str], searched: SubNet) -> dict[str, Baseline]:
+    """Return the baselines of these names that are compiled, the full program first, and those that files hold.
+
+    ``searched`` is the bundle's SubNet; ``{budget}`` in a file's name stands for its budget.
+    """
+    known: dict[str, Baseline] = {
+        **BASELINES,
+        PUBLISHED_NAME: published,
+        BEST_NAME: partial(best_policy, searched=searched),
+        DEEP_NAME: partial(best_policy, searched=searched, prefix="DeepCache"),
+    }
+    chosen = {name: known[name] for name in [FULL, *names] if name in known}
+    budget = searched.search.get("budget")
+    budget = f"{budget:g}" if isinstance(budget, int | float) else "unknown"
+    for name, file in subnets.items():
+        chosen[name] = partial(from_file, path=Path(file.replace("{budget}", budget)))
+    return chosen
 
 
 def steps_at(task: Task, ratio: float) -> int:
@@ -98,20 +172,28 @@ def compile_baselines(
     progress("compile baselines", 0, total, "convert")
     prepared = prepare(task.trace, batch)
     compiled = []
+    weights: dict[str, Path] = {}
     for number, (name, build) in enumerate(baselines.items()):
         progress("compile baselines", number + 1, total, name)
         target = folder / str(number)
+        begin = time.perf_counter()
         try:
             own, subnet = build(task, ratio)
-            write_bundle(prepared, subnet, own.sampler, target)
-            compiled.append(Compiled(name, target))
+            base = prepared if own.trace is task.trace else prepare(own.trace, batch)
+            write_bundle(base, subnet, own.sampler, target)
+            _share_weights(target, weights)
+            compiled.append(Compiled(name, target, seconds=time.perf_counter() - begin))
         except Exception as error:  # a baseline may fail in any way; the others go on
             compiled.append(Compiled(name, error=one_line(error)))
     progress("compile baselines", total, total, "")
     return compiled
 
 
-def one_line(error: Exception) -> str:
-    """Return an error as one line; its class too where the project did not raise it."""
-    text = " ".join(str(error).split())[:160]
-    return text if isinstance(error, DipgoError) else f"{type(error).__name__}: {text}".rstrip(": ")
+def _share_weights(folder: Path, known: dict[str, Path]) -> None:
+    """Replace a bundle's weights files by links to equal ones of another bundle: on disk and in memory once."""
+    for name, file in open_bundle(folder, check_files=False).record.files.items():
+        if "/" in name:
+            first = known.setdefault(file.sha256, folder / name)
+            if first != folder / name:
+                (folder / name).unlink()
+                os.link(first, folder / name)

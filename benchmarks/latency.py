@@ -64,7 +64,10 @@ def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Pro
     with engines.load(folder, threads) as program:
         record = program.record
         noise = program.noise(program.batch, 0)
-        inputs = {entry.name: np.zeros(entry.shape, entry.dtype) for entry in record.conditioning.inputs}
+        inputs = {
+            entry.name: np.zeros([int(side) for side in entry.shape], entry.dtype)
+            for entry in record.conditioning.inputs
+        }
         found = np.zeros((repeats + 1, len(record.steps)))
         for repeat in range(repeats + 1):
             progress("latency", repeat, repeats, "")

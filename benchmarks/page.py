@@ -4,65 +4,90 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from benchmarks.baselines import FULL
 from benchmarks.heatmap import heatmap
-from benchmarks.quality import image_psnr
+from benchmarks.markdown import summary
+from benchmarks.plots import pareto, points_of, step_bars
 from benchmarks.report import RECORD_FILE, SUBJECT, ReportRecord, decibels, milliseconds
 from dipgo.files import new_folder
 from engines.images import to_image
 
-PAGE_FILE = "report.html"
+PAGE_FILE, SUMMARY_FILE = "report.html", "report.md"
 SMALL = 128  # images with shorter sides are shown enlarged, pixel by pixel
+LARGE = 256  # those with longer ones as thumbnails
+SHOWN_SMALL, SHOWN = 16, 4  # images a program
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An image of the full program and the bundle's from the same noise and class, as PNG data URIs."""
+class Strip:
+    """Images of one program, as PNG data URIs."""
 
-    full: str
-    own: str
-    caption: str
+    name: str
+    images: list[str]
 
 
 def write_report(
     report: ReportRecord,
-    full: np.ndarray,
-    own: np.ndarray,
+    pictures: Mapping[str, np.ndarray],
     captions: Sequence[str],
     folder: Path,
     force: bool = False,
 ) -> None:
-    """Write ``report.json`` and ``report.html`` into ``folder``, whole or not at all.
+    """Write ``report.json``, ``report.html`` and ``report.md`` into ``folder``, whole or not at all.
 
     Args:
-        full, own: images ``[n, height, width, channels]`` in [0, 1] of the full program and of the bundle.
+        pictures: images ``[n, height, width, channels]`` in [0, 1] by program, those of them that made any.
         captions: what each image shows.
 
     Raises:
         UsageError: the folder exists, without ``force``.
     """
-    shown = 16 if min(full.shape[1:3]) < SMALL else 8
-    pairs = [
-        Pair(_data_uri(a), _data_uri(b), f"{caption} · {decibels(own_psnr)}")
-        for a, b, caption, own_psnr in zip(
-            full[:shown], own[:shown], captions, image_psnr(own[:shown], full[:shown]), strict=False
-        )
+    size: Sequence[int] = next((images.shape[1:3] for images in pictures.values()), (SMALL, SMALL))
+    shown = SHOWN_SMALL if min(size) < SMALL else SHOWN
+    strips = [
+        Strip(row.name, [_data_uri(image) for image in pictures[row.name][:shown]])
+        for row in report.rows
+        if row.name in pictures and not row.error
     ]
     with new_folder(folder, force) as draft:
         (draft / RECORD_FILE).write_text(report.text())
-        (draft / PAGE_FILE).write_text(render(report, pairs, full.shape[1:3]))
+        (draft / PAGE_FILE).write_text(render(report, strips, captions[:shown], size))
+        (draft / SUMMARY_FILE).write_text(summary(report) + "\n")
 
 
-def render(report: ReportRecord, pairs: Sequence[Pair], size: Sequence[int]) -> str:
+def render(report: ReportRecord, strips: Sequence[Strip], captions: Sequence[str], size: Sequence[int]) -> str:
     """Return the page; ``size`` is the height and width of the images."""
+    scale = max(1, round(64 / min(size))) if min(size) < SMALL else min(1.0, LARGE / max(size))
+    full, own = report.row(FULL), report.row(SUBJECT)
+    return template("report.html").render(
+        report=report,
+        full=FULL,
+        subject=SUBJECT,
+        strips=strips,
+        captions=captions,
+        small=min(size) < SMALL,
+        height=round(size[0] * scale),
+        width=round(size[1] * scale),
+        map=Markup(heatmap(report.gates, report.sites, report.sampler.timesteps)),
+        plot=Markup(pareto(report.rows)),
+        points=points_of(report.rows),
+        bars=Markup(step_bars(own.steps_seconds, full.steps_seconds)) if own.steps_seconds else None,
+        pipelines=[row for row in report.rows if row.pipeline],
+        used=[row for row in report.rows if row.usage],
+        devices=any(row.device for row in report.rows),
+    )
+
+
+def template(name: str) -> Template:
+    """Return a page's template, with the filters that print figures."""
     environment = Environment(
         loader=PackageLoader("benchmarks"),
         autoescape=True,
@@ -71,16 +96,7 @@ def render(report: ReportRecord, pairs: Sequence[Pair], size: Sequence[int]) -> 
         lstrip_blocks=True,
     )
     environment.filters |= {"ms": milliseconds, "db": decibels, "size": file_size, "macs": macs}
-    scale = max(1, SMALL // min(size)) if min(size) < SMALL else 240 / max(size)
-    return environment.get_template("report.html").render(
-        report=report,
-        full=FULL,
-        subject=SUBJECT,
-        pairs=pairs,
-        height=round(size[0] * scale),
-        width=round(size[1] * scale),
-        map=Markup(heatmap(report.gates, report.sites, report.sampler.timesteps)),
-    )
+    return environment.get_template(name)
 
 
 def file_size(count: int) -> str:
@@ -100,6 +116,8 @@ def macs(count: int) -> str:
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    stream = io.BytesIO()
-    to_image(pixels).save(stream, "PNG", optimize=True)
+    image, stream = to_image(pixels), io.BytesIO()
+    if max(image.size) > LARGE:
+        image.thumbnail((LARGE, LARGE))
+    image.save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import engines
+from benchmarks.inputs import Given, encodes, given_of, latent_shape
 from benchmarks.progress import Bars, Progress, silent
 from benchmarks.reference import cast_pipeline, model_of, subnet_of
 from dipgo.exported import in_dtype
@@ -30,16 +31,8 @@ from engines import Program
 from export.compiler import scheduler_of
 
 TOLERANCE = 1e-4  # float32
-PROMPTS = (
-    "a red fox in the snow",
-    "Two dogs, sleeping in the rain",
-    "an oil painting of a harbour at dusk",
-    "a bowl of oranges on a wooden table, soft light",
-)
 _POSTPROCESSORS = ("safety_checker", "watermark")  # what a pipeline does to finished images; programs do not
 
-Given = list[Any]
-"""Classes or prompts, one an image."""
 Made = tuple[np.ndarray, np.ndarray]
 """Final latents ``[n, C, H, W]`` and images ``[n, height, width, channels]`` in [0, 1], float32."""
 
@@ -104,7 +97,7 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         pipe = cast_pipeline(pipe, dtype)
         expected = _torch(program, pipe, given, seed, progress)
         rounding = _errors(expected, exact)
-    embeddings = None if _encodes(program) else pipe
+    embeddings = None if encodes(program) else pipe
     errors = _errors(_program(program, embeddings, given, seed, progress), expected)
     tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
     return Parity(
@@ -127,23 +120,9 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def given_of(program: Program, count: int) -> Given:
-    """Return ``count`` classes, cycling through the model's labels, or as many prompts where these condition."""
-    if program.record.conditioning.kind != "class":
-        return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
-    labels = sorted(set(program.record.conditioning.labels.values())) or [0]
-    return [labels[index % len(labels)] for index in range(count)]
-
-
 def _errors(actual: Made, expected: Made) -> tuple[float, float]:
     latent, image = (relative_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     return latent, image
-
-
-def _encodes(program: Program) -> bool:
-    """Whether the program makes its conditions from classes or prompts by itself."""
-    conditioning = program.record.conditioning
-    return conditioning.kind != "prompt" or conditioning.encoder is not None
 
 
 def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progress) -> Made:
@@ -156,7 +135,7 @@ def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progr
         progress("verify: torch", calls, len(program.record.steps), "")
 
     progress("verify: torch", 0, len(program.record.steps), "")
-    whole = program.record.dtype == "float32" and _encodes(program) and program.record.conditioning.kind != "nothing"
+    whole = program.record.dtype == "float32" and encodes(program) and program.record.conditioning.kind != "nothing"
     hook = getattr(pipe, family_of(pipe).component).register_forward_hook(count)
     try:
         return (_pipeline if whole else _trajectory)(program, pipe, given, seed)
@@ -192,27 +171,34 @@ def _trajectory(program: Program, pipe: Any, given: Given, seed: int) -> Made:
     denoiser = getattr(pipe, family.component)
     sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance_scale)
-    noise = torch.randn((len(given), *program.record.latent.shape[1:]), generator=torch.Generator().manual_seed(seed))
+    shape = (len(given), *latent_shape(program.record)[1:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-    conditions = _conditions(pipe, given, guided.guided)
+    conditions = conditions_in(pipe, given, guided.guided)
     trajectory = Trajectory(guided, subnet.sites, sampler)
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, weights, subnet.terms)[-1]
         vae = getattr(pipe, "vae", None)
         if vae is None:
             return latent.numpy(), _pixels(latent)
-        factor, offset = _vae_scale(vae.config)
-        decoded = vae.decode((latent * factor + offset).to(vae.dtype), return_dict=False)[0]
-    return latent.numpy(), _pixels(decoded.float())
+        return latent.numpy(), decode_latents(vae, latent).numpy()
 
 
-def _conditions(pipe: Any, given: Given, guided: bool) -> Conditions:
+def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
     """Return the denoiser's conditions as the pipeline makes them, or stand-ins, floats in the denoiser's dtype."""
     family = family_of(pipe)
     dtype = getattr(pipe, family.component).dtype
     with torch.no_grad():
         joined = join(*family.conditions(pipe, given), guided)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
+    factor, offset = _vae_scale(vae.config)
+    scaled = latents * factor.to(latents.device) + offset.to(latents.device)
+    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def _pixels(decoded: torch.Tensor) -> np.ndarray:
@@ -270,7 +256,7 @@ def _program(program: Program, pipe: Any | None, given: Given, seed: int, progre
         if pipe is None:
             conditions = program.conditions(batch)
         else:
-            made = _conditions(pipe, batch, conditioning.guided)
+            made = conditions_in(pipe, batch, conditioning.guided)
             conditions = {each.name: made[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
         latents.append(program.denoise(noise[chosen], conditions))
         if program.record.decoder is None:  # the latents are the images

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +14,8 @@ from pydantic import Field
 from benchmarks.environment import Environment
 from benchmarks.parity import Parity
 from benchmarks.quality import CEILING_DB, Quality
-from benchmarks.timing import Timing
+from benchmarks.suite import Suite
+from benchmarks.timing import Spread, Timing
 from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.subnet import Cost
 
@@ -25,23 +25,53 @@ Kind = Literal["loss", "result", "note"]
 SUBJECT = "dipgo"  # the row of the bundle that the report is about
 
 
+class Usage(Record):
+    """What a program takes, each in a process of its own.
+
+    Attributes:
+        build_seconds: compiling the bundle; None for the bundle itself, which came compiled, and for torch.
+        load_seconds, first_seconds: median over the processes, of loading and of the first run of the loop.
+        resident_peak: bytes of memory at their peak.
+        proportional_peak: the same with shared pages divided by those who share them, the largest seen between runs.
+        device_peak: bytes that torch reserved on the device.
+        disk: bytes of all its files.
+    """
+
+    build_seconds: float | None
+    load_seconds: float
+    first_seconds: float
+    resident_peak: int
+    proportional_peak: int
+    device_peak: int | None = None
+    disk: int
+
+
 class Row(Record):
     """One program. What could not be measured is None, and ``error`` says why.
 
     ``macs`` are of one trajectory and one row of the denoiser's batch, of which guidance runs two, as in the SubNet.
+    ``timing`` is of the denoising loop, ``pipeline`` of all from classes or prompts to images; the ``speedup`` of both
+    is over the full program. ``steps_seconds`` are medians, a step each.
     """
 
     name: str
     error: str | None = None
+    runs_on: str | None = Field(default=None, description="backend, device, threads")
     steps: int | None = None
     launches: int | None = Field(default=None, description="of graphs, in one trajectory")
     graphs: int | None = None
     macs: int | None = None
     macs_ratio: float | None = Field(default=None, description="MACs over those of the full program")
     parity: Parity | None = None
+    agreement: float | None = Field(default=None, description="relative error of an exact baseline to the full program")
     timing: Timing | None = None
+    pipeline: Timing | None = None
+    device: Spread | None = Field(default=None, description="seconds of the loop on the device itself")
+    steps_seconds: list[float] | None = None
     efficiency: float | None = Field(default=None, description="median speedup over 1 / macs_ratio")
+    usage: Usage | None = None
     quality: Quality | None = None
+    skipped: dict[str, str] = Field(default_factory=dict, description="scopes that it does not have, and why")
 
 
 class Headline(Record):
@@ -81,59 +111,12 @@ class ReportRecord(Record):
     gates: list[list[int]] = Field(description="[steps][sites], 1 = compute")
     memory: Memory
     environment: Environment
+    suite: str | None = Field(default=None, description="name of the suite")
+    settings: Suite | None = None
 
     def row(self, name: str) -> Row:
         """Return the row of that name."""
         return next(row for row in self.rows if row.name == name)
-
-
-def headlines(
-    model: ModelIdentity, sampler: SamplerIdentity, rows: Sequence[Row], scope: str, place: Environment
-) -> list[Headline]:
-    """Return the first lines: where the bundle loses to a baseline, what was measured, what to bear in mind.
-
-    ``rows`` begin with the full program and the bundle, both measured.
-    """
-    full, own, *others = rows
-    assert full.timing and own.timing and own.quality and own.macs_ratio is not None  # noqa: PT018 - for mypy
-    assert own.efficiency is not None
-    mine = own.quality.psnr_db
-    judged = [(other.name, other.quality.psnr_db, other.macs_ratio or 0) for other in others if other.quality]
-    judged.sort(key=lambda entry: -entry[1])
-    losses = [
-        f"Loses to '{name}' in PSNR: {decibels(mine)} against {decibels(theirs)}, with {own.macs_ratio:.1%} of the "
-        f"MACs against {ratio:.1%}."
-        for name, theirs, ratio in judged
-        if theirs > mine
-    ]
-    best = ""
-    if judged and not losses:
-        best = f"; the next best at equal compute, '{judged[0][0]}', has {decibels(judged[0][1])}"
-    speedup = own.timing.speedup
-    ahead = [row for row in others if row.timing and row.timing.speedup.median > speedup.median]
-    if ahead:
-        rivals = ", ".join(f"'{row.name}' {row.timing.speedup.median:.2f}" for row in ahead if row.timing)
-        losses.append(f"Loses in speed at equal MACs: {speedup.median:.2f} times the full program's, against {rivals}.")
-    if speedup.median < 1:
-        losses.append(f"Slower than the full program: {speedup.median:.2f} times its speed.")
-    results = [
-        f"{model.name}: {sampler.steps} steps of {sampler.class_name}, guidance {sampler.guidance_scale:g}, "
-        f"{own.macs_ratio:.1%} of the MACs.",
-        f"{speedup.median:.2f} times the speed of the full program, compiled the same way: "
-        f"{milliseconds(own.timing.wall.median)} against {milliseconds(full.timing.wall.median)}, median of "
-        f"{len(own.timing.samples)} interleaved rounds ({scope}; {place.cpu}). Paired ratio {speedup.p5:.2f} to "
-        f"{speedup.p95:.2f} (p5 to p95); efficiency {own.efficiency:.2f}.",
-        f"PSNR to the full program's images over {own.quality.images} images: {decibels(mine)}{best}.",
-    ]
-    notes = [f"Not measured: '{row.name}' ({row.error})." for row in others if row.error]
-    if place.load_at_start[0] > place.cores / 4:
-        notes.append(
-            f"The machine was not idle: load average {place.load_at_start[0]:.1f} on {place.cores} cores at the start."
-        )
-    if model.weights_sha256 is None:
-        notes.append("Random weights: images are meaningless.")
-    kinds: dict[Kind, list[str]] = {"loss": losses, "result": results, "note": notes}
-    return [Headline(kind=kind, line=line) for kind, lines in kinds.items() for line in lines]
 
 
 def milliseconds(seconds: float, unit: bool = True) -> str:

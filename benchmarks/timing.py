@@ -1,4 +1,4 @@
-"""Wall times that can be compared: candidates run in turns in one process, and are compared within each turn."""
+"""Wall times that can be compared: candidates run in turns, and are compared within each turn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from benchmarks.progress import Progress, silent
 from dipgo.records import Record
@@ -25,13 +26,14 @@ class Spread(Record):
 class Timing(Record):
     """How long one candidate took.
 
-    ``samples`` are seconds, one a round. ``speedup`` is the spread of the rounds' own ratios, first candidate's time
-    over this one's: above 1 is faster than the first.
+    ``samples`` are seconds, one a round. ``speedup`` is the spread of the rounds' own ``ratios``, first candidate's
+    time over this one's: above 1 is faster than the first.
     """
 
     samples: list[float]
     wall: Spread
     speedup: Spread
+    ratios: list[float] = Field(default_factory=list)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -45,13 +47,16 @@ def paired(first: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(first, other, strict=True)]
 
 
+def timing_of(samples: Sequence[float], first: Sequence[float]) -> Timing:
+    """Return a candidate's timing from its samples in seconds and those of the candidate that it is paired with."""
+    ratios = paired(first, samples)
+    return Timing(samples=list(samples), wall=spread(samples), speedup=spread(ratios), ratios=ratios)
+
+
 def summarise(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
     """Return each candidate's timing from its samples in seconds; the first one is what the others are paired with."""
     first = next(iter(samples.values()))
-    return {
-        name: Timing(samples=list(own), wall=spread(own), speedup=spread(paired(first, own)))
-        for name, own in samples.items()
-    }
+    return {name: timing_of(own, first) for name, own in samples.items()}
 
 
 def time_interleaved(
@@ -75,21 +80,41 @@ def time_interleaved(
     if warm_up:
         progress("warm up", warm_up, warm_up, "")
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def sample(name: str) -> None:
+        candidates[name]()
+        begin = time.perf_counter()
+        candidates[name]()
+        samples[name].append(time.perf_counter() - begin)
+
     with _no_collection():
-        started = time.perf_counter()
-        elapsed, rounds = 0.0, 0
-        while rounds < repeats or elapsed < seconds:
-            for name in order(list(candidates), rounds):
-                candidates[name]()
-                begin = time.perf_counter()
-                candidates[name]()
-                samples[name].append(time.perf_counter() - begin)
-            rounds += 1
-            elapsed = time.perf_counter() - started
-            finished = rounds >= repeats and elapsed >= seconds
-            expected = max(repeats, round(rounds * seconds / elapsed), rounds + 1)
-            progress("time", rounds, rounds if finished else expected, "")
+        in_rounds(lambda: list(candidates), sample, repeats, seconds, progress)
     return summarise(samples)
+
+
+def in_rounds(
+    names: Callable[[], Sequence[str]],
+    sample: Callable[[str], None],
+    repeats: int,
+    seconds: float,
+    progress: Progress = silent,
+    phase: str = "time",
+) -> int:
+    """Take a sample of every candidate in each round, forwards and backwards in turn; returns how many rounds.
+
+    ``names`` are asked for anew in each round: one that fails may drop out.
+    """
+    started = time.perf_counter()
+    elapsed, rounds = 0.0, 0
+    while rounds < repeats or elapsed < seconds:
+        for name in order(names(), rounds):
+            sample(name)
+        rounds += 1
+        elapsed = time.perf_counter() - started
+        finished = rounds >= repeats and elapsed >= seconds
+        expected = max(repeats, round(rounds * seconds / elapsed), rounds + 1)
+        progress(phase, rounds, rounds if finished else expected, "")
+    return rounds
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:

@@ -12,6 +12,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.bench import bench
 from benchmarks.progress import silent
 from benchmarks.report import ReportRecord
+from benchmarks.suite import Suite
 from dipgo.models import find_model
 from dipgo.search.task import Task, make_task
 from export.compiler import prepare, write_bundle
@@ -50,5 +51,7 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Re
     """A report on the bundle, one of whose baselines crashes, and its folder."""
     folder = tmp_path_factory.mktemp("reports") / "report"
     baselines = {**BASELINES, "crash": crash}
-    report = bench(bundle, folder, images=9, repeats=3, seconds=0, threads=1, progress=silent, baselines=baselines)
+    settings = Suite(about="small", images=9, repeats=4, seconds=0, threads=1, processes=2, patience=60)
+    settings = settings.changed(scopes=["loop", "pipeline", "step"])
+    report = bench(bundle, folder, suite=settings, progress=silent, baselines=baselines)
     return report, folder

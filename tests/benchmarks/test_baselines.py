@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.baselines import BASELINES, compile_baselines, one_line, steps_at
+from benchmarks.baselines import BASELINES, compile_baselines, steps_at
+from benchmarks.failures import one_line
 from dipgo.errors import DipgoError
 from dipgo.models import find_model
 from dipgo.search.task import Task, make_task

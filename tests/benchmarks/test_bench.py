@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.baselines import full, uniform_reuse
-from benchmarks.bench import bench, table
-from benchmarks.parity import PROMPTS
+from benchmarks.bench import bench
+from benchmarks.inputs import PROMPTS
 from benchmarks.progress import silent
 from benchmarks.report import ReportRecord
+from benchmarks.suite import Suite
+from benchmarks.text import table
 from dipgo.errors import DipgoError, UsageError
 from dipgo.models import find_model
 from dipgo.search.task import make_task
@@ -32,11 +34,11 @@ def test_every_program_is_measured_in_every_round(measured: Measured):
         "uniform extrapolation",
         "crash",
     ]
-    assert report.rounds == 3
+    assert report.rounds == 4
     for row in report.rows[:-1]:
         assert row.error is None
         assert row.timing is not None
-        assert len(row.timing.samples) == 3
+        assert len(row.timing.samples) == 4
         assert row.parity is not None
         assert row.parity.passed
         assert row.efficiency == pytest.approx(row.timing.speedup.median * row.macs_ratio)
@@ -112,17 +114,16 @@ def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_prompts_are_benched(tmp_path: Path, dtype: str):
+def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     """Baselines have the bundle's dtype; the page shows the prompts."""
     task = make_task(find_model(tiny_sd(tmp_path / "model")), 4, guidance_scale=4.0)
     subnet = random_subnet(task.trace, task.sampler, seed=2)
-    compile_subnet(subnet, task.model, tmp_path / "bundle", dtype=dtype)
+    compile_subnet(subnet, task.model, tmp_path / "bundle", dtype="fp16")
     baselines = {"full": full, "uniform reuse": uniform_reuse}
-    options = {"images": 8, "repeats": 3, "seconds": 0, "threads": 1, "progress": silent, "baselines": baselines}
-    report = bench(tmp_path / "bundle", tmp_path / "report", **options)
+    suite = Suite(about="small", images=8, repeats=3, seconds=0, threads=1, scopes=["loop"])
+    report = bench(tmp_path / "bundle", tmp_path / "report", suite=suite, progress=silent, baselines=baselines)
     assert [row.error for row in report.rows] == [None] * 3
-    assert {row.parity.dtype for row in report.rows} == {{"fp32": "float32", "fp16": "float16"}[dtype]}
+    assert {row.parity.dtype for row in report.rows} == {"float16"}
     assert all(row.parity.passed for row in report.rows)
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(prompt in page for prompt in PROMPTS)

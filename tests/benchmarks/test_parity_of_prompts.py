@@ -12,7 +12,8 @@ import torch
 
 import engines
 from benchmarks.bench import parity_failure
-from benchmarks.parity import PROMPTS, TOLERANCE, given_of, measure, verify
+from benchmarks.inputs import PROMPTS, given_of
+from benchmarks.parity import TOLERANCE, measure, verify
 from benchmarks.progress import silent
 from benchmarks.reference import cast_pipeline, model_of
 from dipgo.errors import DipgoError

@@ -8,12 +8,15 @@ import pytest
 import engines
 from benchmarks.quality import (
     CEILING_DB,
+    Made,
     bootstrap_mean,
     class_accuracy,
     compare,
     generate,
     image_psnr,
+    image_ssim,
     is_digits,
+    latent_error,
     psnr,
 )
 from dipgo.zoo.digits import load_digits
@@ -49,8 +52,9 @@ def test_class_accuracy_on_real_digits():
 def test_only_digits_are_classified():
     digits = np.random.default_rng(0).random((3, 32, 32, 1), np.float32)
     assert is_digits("digits-dit", digits)
-    assert compare(digits, digits, [0, 1, 2], "digits-dit").class_accuracy is not None
-    assert compare(digits, digits, [0, 1, 2], "other").class_accuracy is None
+    made = Made(np.ones((3, 4, 8, 8), np.float32), digits)
+    assert compare(made, made, [0, 1, 2], "digits-dit").class_accuracy is not None
+    assert compare(made, made, [0, 1, 2], "other").class_accuracy is None
     assert not is_digits("digits-dit", np.zeros((3, 16, 16, 3)))
 
 
@@ -60,3 +64,36 @@ def test_generated_images_are_the_same_each_time_and_differ_from_each_other(bund
     assert images.shape == (3, 16, 16, 3)
     assert np.array_equal(images, again)
     assert np.abs(images[0] - images[1]).max() > 0.01
+
+
+def test_similarity_of_structure_and_errors_of_latents():
+    generator = np.random.default_rng(0)
+    images = generator.random((3, 32, 32, 1), np.float32)
+    noisy = np.clip(images + generator.normal(0, 0.05, images.shape).astype(np.float32), 0, 1)
+    same, off = image_ssim(images, images), image_ssim(noisy, images)
+    assert same == pytest.approx(1)
+    assert (off < same).all()
+    assert (off > 0.5).all()
+    latents = np.ones((2, 4, 8, 8), np.float32)
+    assert latent_error(latents * 1.1, latents) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_everything_that_can_be_judged_of_digits_is():
+    digits, labels = load_digits("held-out")
+    images = (digits[:40].permute(0, 2, 3, 1).numpy() + 1) / 2
+    reference, latents = Made(np.ones((40, 4, 8, 8), np.float32), images), np.full((40, 4, 8, 8), 1.01, np.float32)
+    converged = Made(reference.latents[:5] * 2, images[:5])
+    found = compare(Made(latents, images), reference, labels[:40].tolist(), "digits-dit", converged)
+    assert found.psnr_db == CEILING_DB
+    assert found.ssim == pytest.approx(1)
+    assert found.latent_error == pytest.approx(0.01, rel=1e-4)
+    assert (found.converged_images, found.converged_psnr_db) == (5, CEILING_DB)
+    assert found.converged_latent_error == pytest.approx(0.495, rel=1e-4)
+    assert found.class_accuracy is not None
+    assert found.class_accuracy_low <= found.class_accuracy <= found.class_accuracy_high
+    assert found.frechet_low <= found.frechet <= found.frechet_high
+    assert len(found.each_psnr_db) == 40
+    assert found.skipped == ["CLIP score and FID: no weights were given (see benchmarks.evaluate)"]
+    other = compare(Made(latents, images), reference, labels[:40].tolist(), "another")
+    assert other.class_accuracy is other.frechet is other.converged_images is None
+    assert any("no classifier" in line for line in other.skipped)

@@ -1,0 +1,147 @@
+"""A process that measures one program: started by :mod:`benchmarks.workers`, asked through pipes, a line of JSON each.
+
+The parent decides when each worker runs, so that programs can be timed in turns although each has a process of its
+own. The worker times itself: what the pipe takes is not in the samples.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from benchmarks.failures import one_line
+from benchmarks.inputs import save
+from benchmarks.subjects import ProgramSpec, Spec, Subject, TorchSpec, subject_of
+
+Answer = dict[str, Any]
+
+
+class Server:
+    """Answers requests about one subject."""
+
+    def __init__(self) -> None:
+        self.subject: Subject | None = None
+        self.first: np.ndarray | None = None
+        self.last: np.ndarray | None = None
+        self.shared_peak = 0
+
+    def answer(self, request: dict[str, Any]) -> Answer:
+        """Do what is asked for; an error becomes an answer, and the worker lives on."""
+        try:
+            return getattr(self, f"do_{request.pop('do')}")(**request)
+        except Exception as error:  # a program may fail in any way; the parent lists it
+            return {"error": one_line(error)}
+
+    def do_load(self, spec: dict[str, Any]) -> Answer:
+        """Load the subject; seconds from the request until it is ready."""
+        begin = time.perf_counter()
+        chosen: ProgramSpec | TorchSpec = TypeAdapter(Spec).validate_python(spec)
+        self.subject = subject_of(chosen)
+        return {"seconds": time.perf_counter() - begin, "label": self.subject.label, "batch": self.subject.batch}
+
+    def do_warm_up(self, rounds: int) -> Answer:
+        """Run the loop; seconds of the first run, in which a compiler may work."""
+        begin = time.perf_counter()
+        self.first = self.last = self._subject.loop()
+        seconds = time.perf_counter() - begin
+        for _ in range(rounds - 1):
+            self._subject.loop()
+        gc.collect()
+        gc.disable()  # keep Python's garbage collector out of the samples, as timeit does
+        return {"seconds": seconds}
+
+    def do_sample(self, scope: str) -> Answer:
+        """Time one run, right after an untimed one: steady use, not how well it finds the caches others left."""
+        run: Callable[[], np.ndarray] = getattr(self._subject, scope)
+        run()
+        begin = time.perf_counter()
+        made = run()
+        seconds = time.perf_counter() - begin
+        device = self._subject.device_seconds
+        if scope == "loop":
+            self.last = made
+        self._look_at_memory()
+        return {"seconds": seconds, "device_seconds": device if scope == "loop" else None}
+
+    def do_steps(self) -> Answer:
+        return {"seconds": self._subject.steps()}
+
+    def do_made(self, start: int, count: int, seed: int, file: str) -> Answer:
+        """Write latents and images of one batch into an npz file."""
+        latents, images = self._subject.made(start, count, seed)
+        save(file, {"latents": latents} | ({} if images is None else {"images": images}))
+        return {}
+
+    def do_latents(self, file: str) -> Answer:
+        """Write the final latents of the first and of the last run of the loop, which had the same noise."""
+        assert self.first is not None and self.last is not None, "warm_up comes first"  # noqa: PT018 - for mypy
+        save(file, {"first": self.first, "last": self.last})
+        return {}
+
+    def do_macs(self) -> Answer:
+        return {"macs": self._subject.macs()}
+
+    def do_memory(self) -> Answer:
+        """Bytes: the peak of what was resident, and the largest share of it seen (shared pages divided by sharers)."""
+        self._look_at_memory()
+        return {"resident_peak": _status("VmHWM"), "proportional_peak": self.shared_peak, **_device_memory()}
+
+    @property
+    def _subject(self) -> Subject:
+        assert self.subject is not None, "load comes first"
+        return self.subject
+
+    def _look_at_memory(self) -> None:
+        self.shared_peak = max(self.shared_peak, _proportional())
+
+
+def _status(name: str) -> int:
+    """Return an entry of /proc/self/status in bytes; getrusage would count the parent's peak before the exec too."""
+    try:
+        with open("/proc/self/status") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)
+    except OSError:
+        return 0
+
+
+def _proportional() -> int:
+    try:
+        with open("/proc/self/smaps_rollup") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    except OSError:
+        return 0
+
+
+def _device_memory() -> Answer:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"device_peak": torch.cuda.max_memory_reserved()}
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer until there are no more requests: the parent closed the pipe, or died."""
+    server = Server()
+    for line in requests:
+        answers.write(json.dumps(server.answer(json.loads(line))) + "\n")
+        answers.flush()
+    if server.subject:
+        server.subject.close()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not get among the answers
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+import engines
+from benchmarks.evaluate import Evaluation, evaluate
+from benchmarks.prompts import prompts_of
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.records import read_record
+from dipgo.search.task import make_task
+from engines.images import to_image
+from export.compiler import prepare, write_bundle
+from tests.models import _clip_tokenizer, random_subnet, tiny_sd
+
+PROMPTS = ["a red fox", "two dogs", "a harbour", "oranges", "rain"]
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    task = make_task(find_model(tiny_sd(folder / "model")), 3)
+    subnet = random_subnet(task.trace, task.sampler, seed=1)
+    write_bundle(prepare(task.trace), subnet, task.sampler, folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return file
+
+
+def pixels(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((folder / "images").glob("*.png"))]
+
+
+def test_an_image_a_prompt_each_with_its_own_seed(sd: Path, prompts: Path, tmp_path: Path):
+    record = evaluate(sd, prompts, tmp_path / "out", number=4, seed=7, threads=1)
+    assert record is not None
+    assert (record.images, record.clip_score, record.fid) == (4, None, None)
+    assert [line.split(":")[0] for line in record.skipped] == ["CLIP score", "FID"]
+    assert read_record(tmp_path / "out" / "evaluation.json", Evaluation, "dipgo.evaluation/1", "it", "") == record
+    found = pixels(tmp_path / "out")
+    assert len(found) == 4
+    with engines.load(sd, 1) as program:
+        for index in (0, 3):
+            alone = program.generate([PROMPTS[index]], 7 + index)[0]
+            assert np.array_equal(found[index], np.asarray(to_image(alone)))
+
+
+def test_a_run_that_was_cut_off_goes_on(sd: Path, prompts: Path, tmp_path: Path):
+    evaluate(sd, prompts, tmp_path / "whole", threads=1)
+    evaluate(sd, prompts, tmp_path / "cut", threads=1)
+    kept, lost = tmp_path / "cut" / "images" / "000001.png", tmp_path / "cut" / "images" / "000003.png"
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    (tmp_path / "cut" / "evaluation.json").unlink()
+    evaluate(sd, prompts, tmp_path / "cut", threads=1)
+    assert kept.stat().st_mtime_ns == before
+    for own, expected in zip(pixels(tmp_path / "cut"), pixels(tmp_path / "whole"), strict=True):
+        assert np.array_equal(own, expected)
+
+
+def test_images_of_another_plan_are_not_mixed(sd: Path, prompts: Path, tmp_path: Path):
+    evaluate(sd, prompts, tmp_path / "out", number=1, threads=1)
+    with pytest.raises(UsageError, match="another bundle, prompts, number or seed"):
+        evaluate(sd, prompts, tmp_path / "out", number=1, seed=1, threads=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "keep").touch()
+    with pytest.raises(UsageError, match="exists and is no evaluation"):
+        evaluate(sd, prompts, tmp_path / "mine", threads=1)
+
+
+def test_classes_are_refused(bundle: Path, prompts: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="conditioned by class, not by prompts"):
+        evaluate(bundle, prompts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_share_the_work(sd: Path, prompts: Path, tmp_path: Path):
+    """The real launcher; the images are those of one process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "-m", "benchmarks.evaluate", str(sd), "--prompts", str(prompts)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "two"), "--threads", "1"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-800:]
+    assert "left out: CLIP score" in done.stdout
+    assert "5 images" in done.stdout
+    evaluate(sd, prompts, tmp_path / "one", threads=1)
+    for own, expected in zip(pixels(tmp_path / "two"), pixels(tmp_path / "one"), strict=True):
+        assert np.array_equal(own, expected)
+
+
+def test_the_clip_score_is_the_models_own(sd: Path, prompts: Path, tmp_path: Path):
+    """By a CLIP model with random weights in a local folder, against its own forward."""
+    pytest.importorskip("torchmetrics")
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 54, "bos_token_id": 52, "eos_token_id": 53}
+    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    size = {"height": 32, "width": 32}
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), _clip_tokenizer())
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+
+    record = evaluate(sd, prompts, tmp_path / "out", number=3, threads=1, clip=tmp_path / "clip")
+    assert record is not None
+    images = [Image.open(path).convert("RGB") for path in sorted((tmp_path / "out" / "images").iterdir())]
+    given = processor(text=PROMPTS[:3], images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        made = model(**given)
+    expected = 100 * torch.nn.functional.cosine_similarity(made.image_embeds, made.text_embeds)
+    assert record.clip_score == pytest.approx(float(expected.mean().clamp(min=0)), abs=1e-3)
+    with pytest.raises(DipgoError, match="not a CLIP model"):
+        evaluate(sd, prompts, tmp_path / "out", number=3, threads=1, clip=tmp_path)
+
+
+def test_prompts_as_they_are_published(tmp_path: Path):
+    coco = tmp_path / "captions_val2017.json"
+    entries = [(9, 5, " A dog\nruns. "), (4, 8, "second"), (4, 2, "A cat."), (9, 6, "later")]
+    annotations = [{"image_id": image, "id": number, "caption": text} for image, number, text in entries]
+    coco.write_text(json.dumps({"annotations": annotations}))
+    assert prompts_of(coco) == ["A cat.", "A dog runs."]
+    parti = tmp_path / "PartiPrompts.tsv"
+    parti.write_text('Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n"a ""b"", c"\tArts\tBasic\tx\n')
+    assert prompts_of(parti) == ["bond", 'a "b", c']
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("a.json", "[]", "not COCO captions"),
+        ("a.json", '{"annotations": []}', "no prompt in it"),
+        ("a.tsv", "Text\tCategory\nbond\tx\n", "no column 'Prompt'"),
+        ("a.tsv", "", "no prompt in it"),
+        ("a.txt", "\n", "no prompt in it"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path: Path, name: str, text: str, why: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DipgoError, match=why) as caught:
+        prompts_of(tmp_path / name)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.suite import FOLDER, Suite, load_suite, suites
+from dipgo.errors import UsageError
+
+ABOUT = "about: mine\n"
+
+
+def test_all_that_ship_are_read_and_say_how_to_run_them():
+    assert suites() == ["dit-xl", "pixart", "quality", "quick", "sd15", "sdxl"]
+    for name in suites():
+        suite = load_suite(name)
+        assert suite.about
+        assert "full" not in suite.baselines
+        first = (FOLDER / f"{name}.yaml").read_text().splitlines()
+        commands = [line for line in first if line.startswith("# dipgo ")]
+        assert any("dipgo bench build/" in line and f"--suite {name} " in line for line in commands)
+
+
+def test_a_file_of_ones_own(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(ABOUT + "baselines: [fewer steps, 'DeepCache, N = 3']\nscopes: [loop]\nimages: 3\n")
+    suite = load_suite(str(file))
+    assert suite == Suite(about="mine", baselines=["fewer steps", "DeepCache, N = 3"], scopes=["loop"], images=3)
+    assert suite.changed(images=9, repeats=None).images == 9
+    assert suite.changed(images=9).repeats == suite.repeats
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (ABOUT + "rounds: 3\n", "unknown setting 'rounds'; there are about, baselines"),
+        (ABOUT + "repeats: none\n", "repeats: "),
+        (ABOUT + "repeats: 0\n", "repeats: "),
+        (ABOUT + "scopes: [wall]\n", "scopes.0: "),
+        (ABOUT + "baselines: [slower steps]\n", "unknown baseline 'slower steps'; there are full, fewer steps"),
+        ("images: 3\n", "about: "),
+        ("- about\n", "not a suite"),
+        ("about: [\n", "not a readable suite"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, why: str):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_suite(str(file))
+    assert str(caught.value).startswith(f"{file}: ")
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["quicker", "no/such.yaml", "quick.json"])
+def test_one_that_is_not_there(name: str):
+    with pytest.raises(UsageError, match=f"no suite '{name}'; use dit-xl, pixart, quality, quick"):
+        load_suite(name)
+
+
+def test_settings_survive_yaml(tmp_path: Path):
+    suite = load_suite("quick")
+    file = tmp_path / "copy.yaml"
+    file.write_text(yaml.safe_dump(suite.model_dump()))
+    assert load_suite(str(file)) == suite

@@ -1,0 +1,116 @@
+"""The model in torch: its loop against the program's, its count of MACs against the trace's, what caches do to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from benchmarks.failures import NotMeasuredError
+from benchmarks.inputs import IMAGE_SEED, PROMPTS
+from benchmarks.quality import latent_error
+from benchmarks.subjects import ProgramSpec, ProgramSubject, TorchSpec
+from benchmarks.torch_subject import TorchSubject
+from dipgo.models import find_model
+from dipgo.search.task import make_task
+from dipgo.subnet import SubNet
+from export.compiler import prepare, write_bundle
+from tests.models import random_subnet, tiny_dit, tiny_sd
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle that computes everything, and the folder of its model."""
+
+    bundle: Path
+    model: str
+    macs: int
+
+
+def made(model: str, folder: Path) -> Made:
+    task = make_task(find_model(model), STEPS)
+    subnet: SubNet = random_subnet(task.trace, task.sampler, seed=0, keep=1.0)
+    record = write_bundle(prepare(task.trace), subnet, task.sampler, folder)
+    return Made(folder, model, record.macs)
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("sd")
+    return made(tiny_sd(folder / "model"), folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("dit")
+    return made(tiny_dit(folder / "model"), folder / "bundle")
+
+
+def subject(found: Made, technique: str) -> TorchSubject:
+    return TorchSubject(TorchSpec(bundle=str(found.bundle), model=found.model, technique=technique, threads=1))
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_eager_torch_does_what_the_full_program_does(kind: str, request: pytest.FixtureRequest):
+    found: Made = request.getfixturevalue(kind)
+    eager = subject(found, "eager torch")
+    program = ProgramSubject(ProgramSpec(folder=str(found.bundle), backend="onnxruntime", threads=1))
+    assert latent_error(eager.loop(), program.loop()) < 1e-4
+    for own, theirs in zip(eager.made(1, 2, IMAGE_SEED), program.made(1, 2, IMAGE_SEED), strict=True):
+        assert own is not None
+        assert theirs is not None
+        assert latent_error(own, theirs) < 1e-4
+    assert eager.macs() == found.macs
+    assert len(eager.steps()) == len(program.steps())
+    program.close()
+
+
+def test_deep_cache_is_the_packages_own(sd: Made):
+    """Against the package in the diffusers pipeline itself, and counted: every third call is whole."""
+    helpers = pytest.importorskip("DeepCache")
+    cached = subject(sd, "DeepCache, N = 3")
+    first, again = cached.loop(), cached.loop()
+    assert np.array_equal(first, again)  # nothing of one trajectory is left in the next
+    assert 0.3 * sd.macs < cached.macs() < 0.6 * sd.macs
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd.model)
+    pipe.set_progress_bar_config(disable=True)
+    helper = helpers.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+    latents, _ = cached.made(0, 1, IMAGE_SEED)
+    noise = cached._drawn(1, IMAGE_SEED)
+    own = pipe(PROMPTS[0], num_inference_steps=STEPS, latents=noise, output_type="latent").images
+    assert latent_error(latents, own.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_attention_broadcast_computes_less(kind: str, request: pytest.FixtureRequest):
+    found: Made = request.getfixturevalue(kind)
+    cached = subject(found, "diffusers PyramidAttentionBroadcast")
+    first = cached.loop()
+    assert np.array_equal(first, cached.loop())
+    assert cached.macs() < found.macs
+
+
+def test_first_block_cache_forgets_between_trajectories(dit: Made):
+    cached = subject(dit, "diffusers FirstBlockCache")
+    assert np.array_equal(cached.loop(), cached.loop())
+    assert cached.macs() <= dit.macs
+
+
+@pytest.mark.parametrize(
+    ("kind", "technique", "why"),
+    [
+        ("dit", "DeepCache, N = 3", "DeepCache is for UNets"),
+        ("sd", "diffusers FirstBlockCache", "FirstBlockCache is for transformers"),
+    ],
+)
+def test_one_that_does_not_fit_says_so(kind: str, technique: str, why: str, request: pytest.FixtureRequest):
+    with pytest.raises(NotMeasuredError, match=why):
+        subject(request.getfixturevalue(kind), technique)

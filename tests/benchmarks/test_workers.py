@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import engines
+from benchmarks.failures import NotMeasuredError
+from benchmarks.inputs import IMAGE_SEED, TIMING_SEED, given_of
+from benchmarks.subjects import ProgramSpec
+from benchmarks.workers import Worker
+
+
+@pytest.fixture
+def worker(bundle: Path, tmp_path: Path) -> Iterator[Worker]:
+    spec = ProgramSpec(folder=str(bundle), backend="onnxruntime", threads=1)
+    with Worker(spec, tmp_path / "log", patience=60) as started:
+        yield started
+
+
+def test_it_does_what_the_program_does(worker: Worker, bundle: Path, tmp_path: Path):
+    loaded = worker.load()
+    assert loaded["batch"] == 1
+    assert "ONNX Runtime CPU, 1 thread" in loaded["label"]
+    worker.ask("warm_up", rounds=1)
+    assert worker.ask("sample", scope="loop")["seconds"] > 0
+    assert worker.ask("sample", scope="pipeline")["seconds"] > 0
+    assert len(worker.ask("steps")["seconds"]) == 8
+    worker.ask("latents", file=str(tmp_path / "latents.npz"))
+    worker.ask("made", start=1, count=3, seed=IMAGE_SEED, file=str(tmp_path / "made.npz"))
+    with engines.load(bundle, 1) as program:
+        given = given_of(program, 3)
+        latent = program.denoise(program.noise(1, TIMING_SEED), program.conditions(given[:1]))
+        images = program.generate(given, IMAGE_SEED)
+    with np.load(tmp_path / "latents.npz") as held:
+        assert np.array_equal(held["first"], latent)
+        assert np.array_equal(held["last"], latent)
+    with np.load(tmp_path / "made.npz") as held:
+        assert np.array_equal(held["images"], images[1:2])
+
+
+def test_its_memory_is_its_own(worker: Worker):
+    """A program of ONNX Runtime brings no torch with it, and what the parent takes is not counted."""
+    worker.load()
+    worker.ask("warm_up", rounds=1)
+    memory = worker.ask("memory")
+    process = psutil.Process(worker.pid)
+    assert not any("libtorch" in entry.path for entry in process.memory_maps())
+    assert memory["resident_peak"] >= process.memory_info().rss * 0.9
+    assert 0 < memory["proportional_peak"] <= memory["resident_peak"]
+    assert memory["resident_peak"] < psutil.Process().memory_info().rss
+
+
+def test_an_error_leaves_it_alive(bundle: Path, tmp_path: Path):
+    with Worker(ProgramSpec(folder=str(tmp_path), backend="onnxruntime"), tmp_path / "log", patience=60) as worker:
+        with pytest.raises(NotMeasuredError, match=r"bundle\.json") as caught:
+            worker.load()
+        assert "\n" not in str(caught.value)
+        assert not worker.ended
+
+
+def test_a_dead_one_is_noticed(worker: Worker):
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(NotMeasuredError, match="its process was killed by SIGKILL"):
+        worker.load()
+    assert worker.ended
+
+
+def test_a_hung_one_is_noticed_and_ended(worker: Worker):
+    worker.load()
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.patience = 0.5
+    with pytest.raises(NotMeasuredError, match=r"no answer within 0\.5 s, taken for hung"):
+        worker.ask("warm_up", rounds=1)
+    assert worker.ended
+
+
+def test_it_ends_with_its_parents_pipe(bundle: Path, tmp_path: Path):
+    spec = ProgramSpec(folder=str(bundle), backend="onnxruntime", threads=1)
+    with Worker(spec, tmp_path / "log", patience=60) as worker:
+        worker.load()
+    assert worker.ended
+    assert not psutil.pid_exists(worker.pid)
