@@ -117,9 +117,7 @@ class Model:
         logging.disable_progress_bar()
         drawn = self._drawn_components() if self.random_weights else {}
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                self.folder, local_files_only=True, torch_dtype=torch.float32, **drawn
-            )
+            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32, **drawn)
         except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
             raise DipgoError(
                 f"{self.folder}: cannot load it as a diffusers pipeline ({_one_line(error)}); download or save it again"

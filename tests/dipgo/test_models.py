@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,3 +170,13 @@ def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
     save_file(tensors | {"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 1)}, weights)
     with pytest.raises(UsageError, match=r"LoRA weights that are not fused .*; call fuse_lora\(\)"):
         find_model(str(folder))
+
+
+def test_half_precision_files_load_in_float32(tmp_path):
+    """All components alike: transformers takes a file's own dtype, diffusers float32."""
+    folder = tiny_sd(tmp_path / "full")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half")
+    loaded = find_model(str(tmp_path / "half")).pipeline()
+    dtypes = {part.dtype for part in loaded.components.values() if isinstance(part, torch.nn.Module)}
+    assert dtypes == {torch.float32}
