@@ -28,7 +28,7 @@ from benchmarks.measuring import Outcome, measure_all
 from benchmarks.page import write_report
 from benchmarks.progress import Bars, Progress
 from benchmarks.quality import Made
-from benchmarks.reference import model_of, subnet_of, task_of
+from benchmarks.reference import converged, model_of, subnet_of, task_of
 from benchmarks.report import SUBJECT, Memory, ReportRecord
 from benchmarks.rows import rows_of
 from benchmarks.subjects import ProgramSpec
@@ -37,7 +37,6 @@ from benchmarks.techniques import TECHNIQUES
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import join
 from dipgo.files import refuse_existing
-from dipgo.sampler import make_scheduler
 from dipgo.search.search import describe
 from dipgo.search.task import Task
 from export.bundle import Bundle, BundleRecord, open_bundle
@@ -178,9 +177,9 @@ def own_threads(candidate: Candidate) -> int | None:
 
 
 def _converged(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Made:
-    """Run the bundle's sampler with many steps on the first of the judged noise, in torch."""
+    """Run many steps of DDIM on the first of the judged noise, in torch."""
     steps = suite.converged_steps
-    long = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
+    long = converged(task, steps)
     conditioning = bundle.record.conditioning
     given = given_for(conditioning.kind, conditioning.labels, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]

@@ -12,6 +12,7 @@ from benchmarks.progress import Progress, silent
 from dipgo.errors import DipgoError
 from dipgo.families import family_of
 from dipgo.models import Model, find_model
+from dipgo.sampler import make_scheduler
 from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, load_subnet
 from export.bundle import Bundle
@@ -92,3 +93,12 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for buffer in module.buffers():
         replaced[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     return copy.deepcopy(module, replaced)
+
+
+def converged(task: Task, steps: int) -> Task:
+    """Return a task under many steps of DDIM, which come close to where all solvers of the model's ODE converge.
+
+    DDIM whatever the task's sampler is: with ``leading`` timesteps some schedulers (DPM-Solver++ among them) begin a
+    trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
+    """
+    return task.with_sampler(make_scheduler("ddim", task.pipe.scheduler), steps)

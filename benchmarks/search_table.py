@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import Environment, environment, load_average
 from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.reference import converged as converged_task
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import find_model
@@ -38,7 +39,7 @@ class Cell(Record):
     """One row at one budget.
 
     ``psnr_db``: over all pixels together, to the full trajectory. ``image_psnr_db``: mean of the images' own.
-    ``converged_db``: as ``psnr_db``, to the same sampler at 500 steps, on the first images. ``what``: the policy that
+    ``converged_db``: as ``psnr_db``, to 500 steps of DDIM, on the first images. ``what``: the policy that
     was chosen, where the row has several.
     """
 
@@ -75,8 +76,8 @@ class Judge:
         self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
         self.reference = self.full(task)
         self.labels = np.concatenate([_labels(batch) for batch in self.batches])
-        long = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), CONVERGED_STEPS)
-        self.converged = self.full(long, -(-converged // CHUNK)) if converged else None
+        long = -(-converged // CHUNK)
+        self.converged = self.full(converged_task(task, CONVERGED_STEPS), long) if converged else None
 
     def full(self, task: Task, batches: int | None = None) -> np.ndarray:
         """Return images of the full model under ``task``'s sampler, ``[n, height, width, channels]`` in [0, 1]."""
@@ -172,7 +173,7 @@ def markdown(record: TableRecord, source: str) -> str:
         f"trajectory, guidance {record.sampler.guidance_scale:g}, over {record.images} held-out pairs of noise and "
         "class"
         + (
-            f"; in brackets to {CONVERGED_STEPS} steps, over {record.converged_images}"
+            f"; in brackets to {CONVERGED_STEPS} steps of DDIM, over {record.converged_images}"
             if record.converged_images
             else ""
         )

@@ -1,4 +1,4 @@
-"""Search, compile, run: the built-in digits at 35 % of their compute. Under a minute; a real search takes longer.
+"""Search, compile, run: the built-in digits at 35 % of their compute. Two minutes or so; a real search takes longer.
 
 python examples/quickstart.py [FOLDER]
 """
