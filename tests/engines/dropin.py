@@ -64,7 +64,7 @@ class Compiled:
 
 @cache
 def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
-    folder = Path(_kept.name) / f"{kind}-{whole}-{keep}"
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=_kept.name))
     conditional = kind != "unconditional"
     task = make_task(
         find_model(MAKERS[kind](folder / "model")),
