@@ -235,6 +235,11 @@ class BundleRecord(Record):
     versions: dict[str, str]
     sha256: str = Field(default="", description="of this record as canonical JSON, with this field empty")
 
+    @property
+    def loaded(self) -> list[str]:
+        """The graphs that every trajectory launches, of the loop and before it, by file."""
+        return [graph.file for graph in self.graphs.values()] + [graph.file for graph in self.prologues]
+
     def sealed(self) -> BundleRecord:
         """Return the record with its own checksum."""
         blank = self.model_copy(update={"sha256": ""})

@@ -44,8 +44,7 @@ class CudaRunner:
 
     def __enter__(self) -> CudaRunner:
         self._stream = Stream()
-        record = self.bundle.record
-        for file in [graph.file for graph in record.graphs.values()] + [graph.file for graph in record.prologues]:
+        for file in self.bundle.record.loaded:
             self._session(file)
         return self
 

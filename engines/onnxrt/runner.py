@@ -38,8 +38,7 @@ class OnnxRuntimeRunner:
         self._sessions: dict[str, Any] = {}
 
     def __enter__(self) -> OnnxRuntimeRunner:
-        record = self.bundle.record
-        for file in [part.file for part in record.graphs.values()] + [part.file for part in record.prologues]:
+        for file in self.bundle.record.loaded:
             self._session(file)
         return self
 

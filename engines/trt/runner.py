@@ -47,8 +47,7 @@ class TensorRtRunner:
         self._logger, self._errors = listener(self._library)
         self._runtime = self._library.module.Runtime(self._logger)
         self._stream = Stream()
-        record = self.bundle.record
-        for file in [part.file for part in record.graphs.values()] + [part.file for part in record.prologues]:
+        for file in self.bundle.record.loaded:
             self._engine(file)
         return self
 

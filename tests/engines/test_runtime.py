@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -68,15 +68,8 @@ def test_calls_do_not_leak_into_each_other(bundle):
             program.denoise(program.noise(1, 2), program.conditions([1]), after_step=stop)
         assert np.array_equal(program.generate([0], 1), first)
 
-        results = {}
-        threads = [
-            threading.Thread(target=lambda seed=seed: results.update({seed: program.generate([0, 1], seed)}))
-            for seed in (1, 2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as pool:
+            results = dict(zip((1, 2), pool.map(lambda seed: program.generate([0, 1], seed), (1, 2)), strict=True))
         for seed in (1, 2):
             assert np.array_equal(results[seed], program.generate([0, 1], seed))
 

@@ -1,6 +1,6 @@
 """The torch backend on real bundles: it agrees with ONNX Runtime, in every layout and precision, and is a program."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -100,15 +100,8 @@ def test_it_is_a_program_like_any_other(dit):
         assert seen == list(range(STEPS))
         assert np.array_equal(watched, program.denoise(program.noise(1, 0), conditions))
 
-        results = {}
-        threads = [
-            threading.Thread(target=lambda seed=seed: results.update({seed: program.generate([0, 1], seed)}))
-            for seed in (1, 2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as pool:
+            results = dict(zip((1, 2), pool.map(lambda seed: program.generate([0, 1], seed), (1, 2)), strict=True))
         for seed in (1, 2):
             assert np.array_equal(results[seed], program.generate([0, 1], seed))
 

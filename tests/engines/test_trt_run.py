@@ -3,7 +3,7 @@
 import gc
 import re
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -95,16 +95,8 @@ def test_steps_are_launched_one_by_one_where_capture_fails(made, bundle, cuda):
 
 def test_threads_share_one_runner(made, bundle):
     _, expected = made
-    results = {}
-    with engines.load(bundle.folder, backend="tensorrt") as program:
-        threads = [
-            threading.Thread(target=lambda seed=seed: results.update({seed: program.generate([0, 1], seed)}))
-            for seed in (1, 2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with engines.load(bundle.folder, backend="tensorrt") as program, ThreadPoolExecutor() as pool:
+        results = dict(zip((1, 2), pool.map(lambda seed: program.generate([0, 1], seed), (1, 2)), strict=True))
     for seed in (1, 2):
         assert np.abs(results[seed] - expected[seed]).max() <= 1e-6
 
