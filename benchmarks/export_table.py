@@ -33,6 +33,7 @@ from export.bundle import BundleRecord, PartRecord
 
 ROOT = Path(__file__).parents[1]
 README, MARKER = ROOT / "README.md", "export"
+SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes
 PUBLISHED = ROOT / "dipgo" / "published" / "sd15-published-0.8.json"
 MODELS = ("sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha")
 STEPS, RATIO = 50, 0.35
@@ -213,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refuse_existing(given.output, force=True)
     load = load_average()
     cases = []
-    with tempfile.TemporaryDirectory(prefix="dipgo-export-", dir=given.output.resolve().parent) as scratch:
+    SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="export-", dir=SCRATCH) as scratch:
         for name in tqdm(given.models.split(","), desc="export"):
             for dtype in given.dtypes.split(","):
                 from dipgo.subnet import save_subnet

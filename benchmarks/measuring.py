@@ -19,7 +19,6 @@ from benchmarks.suite import Suite
 from benchmarks.timing import in_rounds
 from benchmarks.workers import Worker
 
-WARM_UP = 2
 STEADY = 1e-4  # relative; how far two runs of one loop on the same noise may be apart
 
 
@@ -32,8 +31,10 @@ class Outcome:
         samples: seconds by scope, one a round.
         skipped: scopes that it does not have, and why.
         device_seconds: of the loop on the device, one a round; empty where there is none.
+        outside: share of the loop's time outside its graphs, one a round; empty where it cannot be told.
         steps: seconds ``[runs][steps]``.
-        load_seconds, first_seconds: of loading and of the first run, one a process.
+        load_seconds, first_seconds: of loading and of the first run, one a process; without a warm-up the
+            first run is the first sample.
         resident, proportional, device: peaks in bytes.
         macs: of one trajectory and row, where they were counted.
         final: latents of the timing seed's noise, ``[B, C, H, W]``.
@@ -45,6 +46,7 @@ class Outcome:
     samples: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     device_seconds: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
     load_seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
@@ -75,7 +77,7 @@ def measure_all(
                     log = scratch / f"worker-{generation}-{number}.log"
                     workers[name] = stack.enter_context(Worker(spec, log, suite.patience))
                     with _listed(outcomes[name]):
-                        _load(workers[name], outcomes[name])
+                        _load(workers[name], outcomes[name], suite.warm_up)
             progress("load", len(specs), len(specs), "")
             _time(workers, outcomes, suite, progress)
             for number, (name, worker) in enumerate(workers.items()):
@@ -96,11 +98,12 @@ def _listed(outcome: Outcome) -> Iterator[None]:
         outcome.error = str(error)
 
 
-def _load(worker: Worker, outcome: Outcome) -> None:
+def _load(worker: Worker, outcome: Outcome, warm_up: int) -> None:
     loaded = worker.load()
     outcome.label = loaded["label"]
     outcome.load_seconds.append(loaded["seconds"])
-    outcome.first_seconds.append(worker.ask("warm_up", rounds=WARM_UP)["seconds"])
+    if warm_up:
+        outcome.first_seconds.append(worker.ask("warm_up", rounds=warm_up)["seconds"])
 
 
 def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Progress) -> None:
@@ -117,7 +120,7 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
         def sample(name: str, scope: str = scope) -> None:
             outcome = outcomes[name]
             try:
-                found = workers[name].ask("sample", scope=scope)
+                found = workers[name].ask("sample", scope=scope, prepared=suite.warm_up > 0)
             except NotMeasuredError as error:
                 if scope == "loop" or workers[name].ended:
                     outcome.error = str(error)
@@ -126,8 +129,10 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
                     outcome.samples.pop(scope, None)
                 return
             outcome.samples.setdefault(scope, []).append(found["seconds"])
-            if found["device_seconds"] is not None:
+            if found.get("device_seconds") is not None:
                 outcome.device_seconds.append(found["device_seconds"])
+            if found.get("graph_seconds") is not None:
+                outcome.outside.append(1 - found["graph_seconds"] / found["seconds"])
 
         in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
 

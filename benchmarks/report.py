@@ -67,6 +67,7 @@ class Row(Record):
     timing: Timing | None = None
     pipeline: Timing | None = None
     device: Spread | None = Field(default=None, description="seconds of the loop on the device itself")
+    outside: Spread | None = Field(default=None, description="share of the loop's wall time outside the graphs")
     steps_seconds: list[float] | None = None
     efficiency: float | None = Field(default=None, description="median speedup over 1 / macs_ratio")
     usage: Usage | None = None

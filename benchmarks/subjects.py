@@ -12,8 +12,10 @@ from pydantic import Field
 import engines
 from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import TIMING_SEED, encodes, given_of, latent_shape
+from benchmarks.stopwatch import Stopwatch
 from dipgo.records import Record
 from engines import Program
+from engines.onnxrt.runner import OnnxRuntimeRunner
 
 
 class ProgramSpec(Record):
@@ -50,11 +52,13 @@ class Subject(Protocol):
         label: what runs it: backend, device, threads.
         batch: images a call.
         device_seconds: of the last call of :meth:`loop` on the device itself, where there is one beside the CPU.
+        graph_seconds: of it inside graphs, where there are graphs whose launches wait.
     """
 
     label: str
     batch: int
     device_seconds: float | None
+    graph_seconds: float | None
 
     def loop(self) -> np.ndarray:
         """Run the denoising loop on the timing seed's noise; returns the final latents ``[B, C, H, W]``."""
@@ -85,14 +89,23 @@ class ProgramSubject:
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
         self.program: Program = engines.load(spec.folder, spec.threads, spec.backend)
+        self._stopwatch: Stopwatch | None = None
+        if isinstance(self.program.runner, OnnxRuntimeRunner):
+            self.program.runner = self._stopwatch = Stopwatch(self.program.runner)
         self.program.__enter__()
         self.label, self.batch = self.program.runner.label, latent_shape(self.program.record)[0]
         self.device_seconds: float | None = None
+        self.graph_seconds: float | None = None
         self._noise = self.program.noise(self.batch, TIMING_SEED)
         self._conditions = self._conditions_of(0, self.batch)
 
     def loop(self) -> np.ndarray:
-        return self.program.denoise(self._noise, self._conditions)
+        if self._stopwatch is None:
+            return self.program.denoise(self._noise, self._conditions)
+        self._stopwatch.seconds = 0.0
+        latents = self.program.denoise(self._noise, self._conditions)
+        self.graph_seconds = self._stopwatch.seconds
+        return latents
 
     def pipeline(self) -> np.ndarray:
         if not encodes(self.program):

@@ -30,6 +30,8 @@ class Suite(Record):
         scopes: ``loop``, the denoising loop, always; ``pipeline``, conditions and decoder with it; ``step``, each step.
         images: that quality is judged on; 0 judges none.
         converged_images, converged_steps: how many of them are compared with a long trajectory too, and its steps.
+        warm_up: runs of the loop before the first is timed. 0 leaves out the untimed run before each timed one as well,
+            as befits loops of minutes.
         repeats, seconds: the timing of a scope takes at least this many rounds and this long.
         processes: how many processes one after the other share the rounds of each program: memory lies elsewhere in
             each, which moves times by a few per cent.
@@ -46,6 +48,7 @@ class Suite(Record):
     images: int = Field(default=64, ge=0)
     converged_images: int = Field(default=0, ge=0)
     converged_steps: int = Field(default=500, ge=2)
+    warm_up: int = Field(default=2, ge=0)
     repeats: int = Field(default=10, ge=1)
     seconds: float = Field(default=10.0, ge=0)
     processes: int = Field(default=1, ge=1)

@@ -52,6 +52,7 @@ class TorchSubject:
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
         self.device_seconds: float | None = None
+        self.graph_seconds: float | None = None
         self._noise = self._drawn(self.batch, TIMING_SEED)
         self._given = given_for(self.kind, self.labels, self.batch)
         self._conditions = self._conditions_of(self._given)

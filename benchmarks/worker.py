@@ -54,22 +54,25 @@ class Server:
         seconds = time.perf_counter() - begin
         for _ in range(rounds - 1):
             self._subject.loop()
-        gc.collect()
-        gc.disable()  # keep Python's garbage collector out of the samples, as timeit does
         return {"seconds": seconds}
 
-    def do_sample(self, scope: str) -> Answer:
-        """Time one run, right after an untimed one: steady use, not how well it finds the caches others left."""
+    def do_sample(self, scope: str, prepared: bool) -> Answer:
+        """Time one run; ``prepared`` by an untimed one: steady use, not how well it finds the caches others left."""
         run: Callable[[], np.ndarray] = getattr(self._subject, scope)
-        run()
+        if prepared:
+            run()
+        gc.collect()
+        gc.disable()  # keep Python's garbage collector out of the samples, as timeit does
         begin = time.perf_counter()
         made = run()
         seconds = time.perf_counter() - begin
-        device = self._subject.device_seconds
-        if scope == "loop":
-            self.last = made
         self._look_at_memory()
-        return {"seconds": seconds, "device_seconds": device if scope == "loop" else None}
+        if scope != "loop":
+            return {"seconds": seconds}
+        self.last = made
+        self.first = made if self.first is None else self.first
+        inside = {name: getattr(self._subject, name) for name in ("device_seconds", "graph_seconds")}
+        return {"seconds": seconds, **inside}
 
     def do_steps(self) -> Answer:
         return {"seconds": self._subject.steps()}
@@ -82,7 +85,7 @@ class Server:
 
     def do_latents(self, file: str) -> Answer:
         """Write the final latents of the first and of the last run of the loop, which had the same noise."""
-        assert self.first is not None and self.last is not None, "warm_up comes first"  # noqa: PT018 - for mypy
+        assert self.first is not None and self.last is not None, "a loop comes first"  # noqa: PT018 - for mypy
         save(file, {"first": self.first, "last": self.last})
         return {}
 

@@ -42,6 +42,8 @@ def test_every_program_is_measured_in_every_round(measured: Measured):
         assert row.parity is not None
         assert row.parity.passed
         assert row.efficiency == pytest.approx(row.timing.speedup.median * row.macs_ratio)
+        assert row.outside is not None
+        assert 0 < row.outside.median < 1
 
 
 def test_the_full_program_is_the_reference(measured: Measured):

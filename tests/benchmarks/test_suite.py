@@ -12,7 +12,7 @@ ABOUT = "about: mine\n"
 
 
 def test_all_that_ship_are_read_and_say_how_to_run_them():
-    assert suites() == ["dit-xl", "pixart", "quality", "quick", "sd15", "sdxl"]
+    assert suites() == ["dit-xl", "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
     for name in suites():
         suite = load_suite(name)
         assert suite.about

@@ -28,8 +28,8 @@ def test_it_does_what_the_program_does(worker: Worker, bundle: Path, tmp_path: P
     assert loaded["batch"] == 1
     assert "ONNX Runtime CPU, 1 thread" in loaded["label"]
     worker.ask("warm_up", rounds=1)
-    assert worker.ask("sample", scope="loop")["seconds"] > 0
-    assert worker.ask("sample", scope="pipeline")["seconds"] > 0
+    assert worker.ask("sample", scope="loop", prepared=True)["seconds"] > 0
+    assert worker.ask("sample", scope="pipeline", prepared=True)["seconds"] > 0
     assert len(worker.ask("steps")["seconds"]) == 8
     worker.ask("latents", file=str(tmp_path / "latents.npz"))
     worker.ask("made", start=1, count=3, seed=IMAGE_SEED, file=str(tmp_path / "made.npz"))
@@ -42,6 +42,16 @@ def test_it_does_what_the_program_does(worker: Worker, bundle: Path, tmp_path: P
         assert np.array_equal(held["last"], latent)
     with np.load(tmp_path / "made.npz") as held:
         assert np.array_equal(held["images"], images[1:2])
+
+
+def test_without_a_warm_up_the_first_sample_is_the_first_run(worker: Worker, tmp_path: Path):
+    worker.load()
+    found = worker.ask("sample", scope="loop", prepared=False)
+    assert 0 < found["graph_seconds"] < found["seconds"]
+    assert found["device_seconds"] is None
+    worker.ask("latents", file=str(tmp_path / "latents.npz"))
+    with np.load(tmp_path / "latents.npz") as held:
+        assert np.array_equal(held["first"], held["last"])
 
 
 def test_its_memory_is_its_own(worker: Worker):
