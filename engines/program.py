@@ -1,4 +1,4 @@
-"""The program of a bundle, executed: the loop over steps, the cache slots, the solver. Backend-agnostic, torch-free."""
+"""The program of a bundle, executed: noise and conditions to latents and images. Backend-agnostic, torch-free."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from engines.backend import Runner
 from engines.lane import Lane
 from engines.noise import torch_randn
 from engines.sizes import axes_of, cells_of
+from engines.steps import Steps, Walk
 from engines.text import TextEncoder
 from export.axes import shape_at, values_at
 from export.bundle import Bundle
@@ -151,20 +152,21 @@ class Program:
         Args:
             noise: initial noise, float32 of the bundle's latent shape, or of one in its ranges.
             conditions: the graph inputs of the prompt or class.
-            after_step: called with the step and its ε (a view that the next step overwrites).
+            after_step: called with the step and its ε, float32 ``[B, C, H, W]``.
 
         Returns:
             The final latent, float32 ``[B, C, H, W]``.
         """
         self._check_rows(conditions, self.axes_of(noise.shape))
-        lane = self.take_lane(noise.shape)
-        try:
-            lane.begin(conditions)
-            loop = self._launches if self.record.solver.kind == "graph" else self._hosted
-            loop(lane, noise, after_step)
-            return self.runner.read(lane.slots[self.record.solver.result]).copy()
-        finally:
-            self.give_lane(lane)
+        with Steps(self, noise.shape, conditions) as steps:
+            walk = Walk(steps, noise, watched=False)
+            if steps.whole and not after_step:
+                walk.finish()
+            while walk.done < len(self.record.steps):
+                walk.advance()
+                if after_step:
+                    after_step(walk.done - 1, steps.epsilon(walk.done - 1))
+            return walk.latent
 
     def take_lane(self, shape: Sequence[int]) -> Lane:
         """Return an idle lane for a batch of latents of this shape, or a new one.
@@ -189,41 +191,6 @@ class Program:
             length = self.batch if axis is None else max(min(self.batch, count - start), axis.min)
             found.append(np.arange(start, start + length).clip(max=count - 1))
         return found
-
-    def _launches(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
-        """Run the loop where graphs hold the solver; as one launch, where nobody looks in between."""
-        read, write = self.runner.read, self.runner.write
-        write(lane.slots[self.record.steps[0].latent], noise * self.bundle.tables["solver.rows"][0, 0])
-        if lane.whole and not after_step:
-            lane.whole()
-            self.launches += 1
-            return
-        for index, launches in enumerate(lane.steps):
-            for launch in launches:
-                launch()
-            self.launches += len(launches)
-            if after_step:
-                after_step(index, read(lane.slots[self.record.steps[index].epsilon]))
-
-    def _hosted(self, lane: Lane, noise: np.ndarray, after_step: AfterStep | None) -> None:
-        """Run the loop with the solver between launches, in float64: its sums over the whole history cancel."""
-        rows, scale = self.bundle.tables["solver.rows"], self.bundle.tables["solver.input_scale"]
-        history = np.zeros((len(rows), noise.size))
-        history[0] = noise.reshape(-1)
-        read, write = self.runner.read, self.runner.write
-        latent = lane.slots[self.record.solver.result]
-        for index, launches in enumerate(lane.steps):
-            if launches:
-                x = scale[index] * (rows[index, : index + 1] @ history[: index + 1])
-                write(latent, x.reshape(noise.shape))
-                for launch in launches:
-                    launch()
-                self.launches += len(launches)
-            epsilon = read(lane.slots[self.record.steps[index].epsilon])
-            history[index + 1] = epsilon.reshape(-1)
-            if after_step:
-                after_step(index, epsilon)
-        write(latent, (rows[-1] @ history).reshape(noise.shape))
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1].
@@ -270,8 +237,8 @@ class Program:
         return axes_of(self.record, shape)
 
     def _check_rows(self, conditions: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
-        """Refuse conditions of another number of images than the noise, where the bundle takes several numbers."""
-        for tensor in self.record.conditioning.inputs if self.record.axes else ():
+        """Refuse conditions of another number of images than the noise."""
+        for tensor in self.record.conditioning.inputs:
             wanted = shape_at(tensor.shape, sizes)
             if np.shape(conditions[tensor.name]) != wanted:
                 raise UsageError(

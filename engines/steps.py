@@ -1,18 +1,20 @@
-"""A trajectory one step at a time, for those who want to look in between: callbacks, progress bars, other loops.
+"""The loop over steps, one step at a time, so that callbacks, progress bars and other loops can look in between.
 
-Any number of images go in lockstep, a lane for every batch of the bundle. The launches and their order are those of
-:meth:`engines.program.Program.denoise`, so the images are the same bit for bit.
+Any number of images go in lockstep, a lane for every batch of the bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engines.lane import Lane
-from engines.program import Program
+
+if TYPE_CHECKING:
+    from engines.program import Program
 
 
 class Steps:
@@ -88,19 +90,21 @@ class Steps:
 
 
 class Walk:
-    """The solver on top: x after every step, for looking at. What comes out is what the graphs compute.
+    """The solver on top. Where it is in the graphs, x is what they compute; else the host sums it up.
 
-    x is summed up in float64 from the sampler's table, as where the host solves; a graph's own x differs from it by
-    rounding, and skips silent steps.
+    Sums are in float64, over the whole history, from the sampler's table: their terms cancel. ``watched`` says whether
+    :attr:`latent` will be asked for in between where graphs hold the solver. Then it is summed up here too, and
+    differs from a graph's own x by rounding.
     """
 
-    def __init__(self, steps: Steps, noise: np.ndarray) -> None:
+    def __init__(self, steps: Steps, noise: np.ndarray, watched: bool = True) -> None:
         tables = steps.program.bundle.tables
         self._rows, self._scale = tables["solver.rows"], tables["solver.input_scale"]
-        self._history = np.zeros((len(self._rows), *noise.shape))
-        self._history[0] = noise
         self.steps, self.done = steps, 0
         self._in_graphs = steps.record.solver.kind == "graph"
+        self._sums = watched or not self._in_graphs
+        self._history = np.zeros((len(self._rows) if self._sums else 1, *noise.shape))
+        self._history[0] = noise
         if self._in_graphs:
             steps.write(0, noise * self._rows[0, 0])
 
@@ -110,7 +114,8 @@ class Walk:
         if not self._in_graphs and self.steps.record.steps[step].launches:
             self.steps.write(step, self._scale[step] * self._sum(step))
         self.steps.launch(step)
-        self._history[step + 1] = self.steps.epsilon(step)
+        if self._sums:
+            self._history[step + 1] = self.steps.epsilon(step)
         self.done = step + 1
 
     def finish(self) -> None:
