@@ -129,6 +129,8 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
                     outcome.samples.pop(scope, None)
                 return
             outcome.samples.setdefault(scope, []).append(found["seconds"])
+            if len(outcome.first_seconds) < len(outcome.load_seconds):
+                outcome.first_seconds.append(found["seconds"])
             if found.get("device_seconds") is not None:
                 outcome.device_seconds.append(found["device_seconds"])
             if found.get("graph_seconds") is not None:

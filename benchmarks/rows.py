@@ -81,7 +81,7 @@ def _row(
         usage=Usage(
             build_seconds=candidate.build_seconds,
             load_seconds=float(np.median(outcome.load_seconds)),
-            first_seconds=float(np.median(outcome.first_seconds or outcome.samples["loop"][:1])),
+            first_seconds=float(np.median(outcome.first_seconds)),
             resident_peak=outcome.resident,
             proportional_peak=outcome.proportional,
             device_peak=outcome.device,
