@@ -189,8 +189,8 @@ def captured(loop: Callable[[torch.Tensor, Conditions], torch.Tensor], noise: An
     with torch.cuda.graph(graph):
         result = loop(held, given)
 
-    def replay(noise: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        held.copy_(noise)
+    def replay(noise: torch.Tensor, conditions: Conditions, _loop: object = loop) -> torch.Tensor:
+        held.copy_(noise)  # the graph reads the loop's own tensors, too: so the loop stays
         for name, value in conditions.items():
             given[name].copy_(value)
         graph.replay()

@@ -40,7 +40,7 @@ class Size:
     steps: int  # DDIM steps of the samples along the way; twice as many in the end
 
 
-FULL = Size((32, 64, 128), (64, 128, 224), 2, 8, 160, 3, 2048, (6000, 64, 2e-3), (12000, 256, 1e-3), True, 25)
+FULL = Size((32, 64, 128), (48, 96, 192), 2, 3, 160, 3, 2048, (3000, 64, 2e-3), (5500, 256, 1e-3), True, 25)
 SMALL = Size((24, 48, 96), (48, 96, 192), 2, 3, 128, 2, 2048, (2000, 16, 2e-3), (4000, 32, 1e-3), False, 25)
 TRIAL = Size((8, 8, 8), (16, 16, 16), 1, 2, 16, 1, 600, (30, 4, 2e-3), (30, 4, 1e-3), True, 2)
 
@@ -100,6 +100,41 @@ class TextToImage(nn.Module):
 
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unet(noisy, timestep, self.text(ids).last_hidden_state).sample
+
+
+class Reconstruction(nn.Module):
+    """The autoencoder as it is trained: images ``[n, 3, 64, 64]`` and noise like the latents to images again.
+
+    Also returns the latents' means and log variances; all in float32, computed in bfloat16 where ``halved``.
+    """
+
+    def __init__(self, vae: AutoencoderKL, halved: bool) -> None:
+        super().__init__()
+        self.vae, self.halved = vae, halved
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with _autocast(images, self.halved):
+            posterior = self.vae.encode(images).latent_dist
+            decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return decoded.float(), posterior.mean.float(), posterior.logvar.float()
+
+
+class Denoising(nn.Module):
+    """Text encoder and UNet as they are trained: ε in float32, computed in bfloat16 where ``halved``."""
+
+    def __init__(self, model: TextToImage, halved: bool) -> None:
+        super().__init__()
+        self.model, self.halved = model, halved
+
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        with _autocast(noisy, self.halved):
+            predicted: torch.Tensor = self.model(noisy, timestep, ids)
+        return predicted.float()
+
+
+def _autocast(like: torch.Tensor, enabled: bool) -> torch.autocast:
+    # Without the cache of cast weights, which must not outlive a CUDA graph.
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:

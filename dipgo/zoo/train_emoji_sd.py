@@ -34,6 +34,8 @@ from dipgo.zoo.emoji_model import (
     NOISE,
     SMALL,
     TRIAL,
+    Denoising,
+    Reconstruction,
     Size,
     TextToImage,
     assemble,
@@ -47,7 +49,7 @@ from dipgo.zoo.emoji_model import (
 )
 from dipgo.zoo.emoji_tokenizer import learn_tokenizer, save_tokenizer
 from dipgo.zoo.grids import save_grid
-from dipgo.zoo.training import Course, Draw, batch_of, train
+from dipgo.zoo.training import Course, Draw, batch_of, on_graph, train
 
 DROPPED = 0.1  # captions left out, for guidance
 SNR_CAP = 5.0  # Hang et al. 2023: no timestep weighs more than its signal allows
@@ -79,9 +81,6 @@ class Workshop:
         settings = {"seed": self.seed, **{part: getattr(self.size, part) for part in parts}}
         return Course(name, iterations, batch, rate, settings=settings)
 
-    def autocast(self, enabled: bool = True) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
-
     def finished(self, stage: str, figures: dict[str, Any]) -> None:
         path = self.work / "training.json"
         record: dict[str, Any] = {"seed": self.seed, "size": asdict(self.size), "stages": {}}
@@ -103,18 +102,16 @@ def train_vae(shop: Workshop) -> AutoencoderKL:
         course = shop.course("vae", shop.size.vae_course, "vae")
         pictures = shop.pictures[shop.trained].to(shop.device)
         unseen = to_unit(shop.pictures[shop.held_out]).to(shop.device)
+        example = to_unit(pictures[: course.batch])
+        reconstruct = on_graph(Reconstruction(vae, halved=True), example, encode(vae, example))
 
         def loss_at(iteration: int) -> torch.Tensor:
             draw = Draw(shop.seed, iteration, shop.device)
             picture = to_unit(pictures[batch_of(len(pictures), course.batch, iteration, shop.seed)])
             mirror = torch.from_numpy(draw.numpy.random(len(picture)) < 0.5).to(shop.device)
             picture = torch.where(mirror[:, None, None, None], picture.flip(3), picture)
-            with shop.autocast():
-                posterior = vae.encode(picture).latent_dist
-                latent = posterior.mean + posterior.std * draw.noise(*posterior.mean.shape)
-                decoded = vae.decode(latent).sample.float()
-            mean, variance, log = (x.float() for x in (posterior.mean, posterior.var, posterior.logvar))
-            divergence = 0.5 * (mean.square() + variance - 1 - log).mean()
+            decoded, mean, log = reconstruct(picture, draw.noise(len(picture), 4, 16, 16))
+            divergence = 0.5 * (mean.square() + log.exp() - 1 - log).mean()
             return F.mse_loss(decoded, picture) + 0.1 * F.l1_loss(decoded, picture) + 1e-4 * divergence
 
         def watch(done: int, averaged: AutoencoderKL) -> None:
@@ -159,22 +156,28 @@ def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> 
     course = shop.course("unet", shop.size.unet_course, *(field.name for field in fields(Size)))
     latents, known = make_latents(shop, vae), [shop.emoji[index] for index in shop.trained]
     mirrors = np.array([one.mirrors for one in known])
+    texts = ["", *dict.fromkeys(captions(known))]
+    rows, ids = {text: row for row, text in enumerate(texts)}, token_ids(tokenizer, texts).to(shop.device)
     kept = DDIMScheduler(**NOISE).alphas_cumprod.to(shop.device)
+    some = torch.arange(course.batch, device=shop.device)
+    # On CPUs half precision gains nothing here.
+    denoise = on_graph(
+        Denoising(model, halved=shop.device == "cuda"), torch.zeros_like(latents[0, some]), some, ids[some]
+    )
 
     def loss_at(iteration: int) -> torch.Tensor:
         draw = Draw(shop.seed, iteration, shop.device)
         chosen = batch_of(len(known), course.batch, iteration, shop.seed)
         mirrored = mirrors[chosen] & (draw.numpy.random(len(chosen)) < 0.5) & shop.size.mirrored
-        texts = [caption(known[index], draw.numpy) for index in chosen]
-        texts = ["" if draw.numpy.random() < DROPPED else text for text in texts]
+        said = [caption(known[index], draw.numpy) for index in chosen]
+        said = ["" if draw.numpy.random() < DROPPED else text for text in said]
         # Timesteps are spread over the batch: one in each of its equal parts.
         spread = (np.arange(len(chosen)) + draw.numpy.random(len(chosen))) / len(chosen)
         timestep = torch.from_numpy((spread * len(kept)).astype(np.int64)).to(shop.device)
         clean = latents[torch.from_numpy(mirrored.astype(np.int64)), torch.from_numpy(chosen)]
         noise, signal = draw.noise(*clean.shape), kept[timestep][:, None, None, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        with shop.autocast(shop.device == "cuda"):  # on CPUs it gains nothing here
-            predicted = model(noisy, timestep, token_ids(tokenizer, texts).to(shop.device)).float()
+        predicted = denoise(noisy, timestep, ids[[rows[text] for text in said]])
         ratio = signal / (1 - signal)
         return (ratio.clamp(max=SNR_CAP) / ratio * (predicted - noise).square()).mean()
 

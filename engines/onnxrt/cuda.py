@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ class CudaRunner:
         self._stream: Stream | None = None
         self._sessions: dict[str, Any] = {}
         self._on_host: set[str] = set()
+        self._files: weakref.WeakKeyDictionary[Launch, str] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> CudaRunner:
         self._stream = Stream()
@@ -88,6 +90,7 @@ class CudaRunner:
             with stream.lock:
                 session.run_with_iobinding(binding, options)
 
+        self._files[launch] = file
         return launch
 
     def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,8 +107,12 @@ class CudaRunner:
         """
         if not launches:
             return None
-        if self._on_host:
-            _warn(f"ONNX Runtime runs nodes of {min(self._on_host)} on the CPU")
+        on_host = self._on_host & {self._files[launch] for launch in launches}
+        if on_host:
+            _warn(f"ONNX Runtime runs nodes of {min(on_host)} on the CPU")
+            return None
+        if not _keeps_what_graphs_read():
+            _warn("ONNX Runtime before 1.30 frees memory that the graph would read; update onnxruntime-gpu")
             return None
 
         def all_of_them() -> None:
@@ -130,13 +137,15 @@ class CudaRunner:
         import onnxruntime
 
         path = self.bundle.folder / file
+        model = _inlined_first(path) if self.provider == CUDA else str(path)
         failure = ""
         for strict in (True, False):
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
+            options.log_severity_level = 4 if strict else 3  # what the strict one refuses, the other takes
             options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             try:
-                session = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
+                session = onnxruntime.InferenceSession(model, options, providers=self._providers())
             except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
                 failure = " ".join(str(error).split())[:300]
                 continue
@@ -145,7 +154,8 @@ class CudaRunner:
             if not strict:
                 self._on_host.add(file)
             return session
-        raise DipgoError(f"{path}: ONNX Runtime refuses it ({failure}); export it again")
+        other = " with --dtype fp16 or fp32" if self.bundle.record.dtype == "bfloat16" else ""  # Resize is in no other
+        raise DipgoError(f"{path}: ONNX Runtime refuses it ({failure}); export it again{other}")
 
     def _providers(self) -> list[tuple[str, dict[str, str]]]:
         common = {"device_id": "0", "user_compute_stream": str(self.stream.handle)}
@@ -185,6 +195,30 @@ def _require(provider: str) -> None:
     if provider not in onnxruntime.get_available_providers():
         raise DipgoError(f"this onnxruntime has no {provider}; {_INSTALL}")
     onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages
+
+
+def _keeps_what_graphs_read() -> bool:
+    """Whether operators that copy from the host while a stream is captured keep what they copy, as Concat does."""
+    import onnxruntime
+
+    major, minor = onnxruntime.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (1, 30)
+
+
+def _inlined_first(path: Path) -> bytes:
+    """Return a graph as ONNX Runtime takes it apart best: what it has no kernel for (GroupNormalization), first of all.
+
+    It does so in models that hold a function, and optimises what comes out. In others it comes last, with sizes that
+    the host computes at every launch. So here is a function, which nothing calls.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    opsets = [onnx.helper.make_opsetid("", opset.version) for opset in model.opset_import if not opset.domain]
+    same = onnx.helper.make_node("Identity", ["x"], ["y"])
+    model.functions.append(onnx.helper.make_function("dipgo", "Nothing", ["x"], ["y"], [same], opsets))
+    model.opset_import.append(onnx.helper.make_opsetid("dipgo", 1))
+    return bytes(model.SerializeToString())
 
 
 def _without_waiting() -> Any:

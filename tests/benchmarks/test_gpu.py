@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jsonschema
 import numpy as np
@@ -21,7 +25,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import OURS, WORKLOADS, cases, workloads
 from benchmarks.gpu.clock import ratios, time_pair
 from benchmarks.gpu.cut import cut, values_of
-from benchmarks.gpu.loop import Loop, lay_out
+from benchmarks.gpu.loop import Loop, captured, lay_out
 from benchmarks.gpu.page import headlines, markdown
 from benchmarks.gpu.programs import Programs
 from benchmarks.gpu.records import CaseRecord, Figures, GpuReport, Parity, Spread, read_gpu_report
@@ -336,6 +340,29 @@ def test_one_cuda_graph_is_the_loop(tmp_path):
         assert np.array_equal(found.latent(), expected.latent())
         ground.noise.normal_(generator=torch.Generator("cuda").manual_seed(1))
         assert np.array_equal(found.latent(), expected.latent())
+
+
+def test_a_captured_loop_keeps_the_tensors_that_its_graph_reads(monkeypatch):
+    """A graph knows addresses alone: the loop's timesteps must not be freed while it can be replayed."""
+    for name in ("Stream", "current_stream", "synchronize", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+
+    class Doubling:
+        def __call__(self, noise, conditions):
+            return 2 * noise
+
+    loop = Doubling()
+    known = weakref.ref(loop)
+    replay = captured(loop, torch.ones(1), {})
+    del loop
+    gc.collect()
+    assert known() is not None
+    assert replay(torch.ones(1), {}).item() == 2
+    del replay
+    gc.collect()
+    assert known() is None
 
 
 def test_workloads_are_known_models():

@@ -20,14 +20,14 @@ from tests.models import random_subnet
 
 ON_GPU = [
     "torch",
-    "torch-compile",
-    "torch-aot",
     pytest.param(
         "onnxruntime-cuda",
         marks=pytest.mark.skipif(
             "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
         ),
     ),
+    "torch-compile",
+    "torch-aot",
 ]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -40,9 +40,20 @@ def bundle(tiny_dit, tmp_path_factory):
         sampler = tabulate(DDIMScheduler(clip_sample=False), 4)
         folder = tmp_path_factory.mktemp("cuda") / "b"
         write_bundle(prepare(traced), random_subnet(traced, sampler, 2, 0.5, 2, 1), sampler, folder)
-        if torch.cuda.is_available():
-            build(open_bundle(folder), torch.device("cuda"))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def packages(bundle):
+    """The bundle's AOTInductor packages: minutes of compiling, so only for those who run them."""
+    build(open_bundle(bundle), torch.device("cuda"))
+
+
+@pytest.fixture
+def backend(request):
+    if request.param == "torch-aot":
+        request.getfixturevalue("packages")
+    return request.param
 
 
 def error(actual, expected):
@@ -50,7 +61,7 @@ def error(actual, expected):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_agrees_with_the_cpu(bundle, backend):
     with engines.load(bundle, backend="onnxruntime") as program:
         expected = program.generate([0, 1], 3)
@@ -59,7 +70,7 @@ def test_cuda_agrees_with_the_cpu(bundle, backend):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_a_cuda_graph_equals_its_launches(bundle, backend):
     """Bit for bit: with somebody looking after each step it runs launch by launch, else as one launch."""
     with warnings.catch_warnings():
@@ -76,7 +87,7 @@ def test_a_cuda_graph_equals_its_launches(bundle, backend):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_takes_two_threads(bundle, backend):
     with engines.load(bundle, backend=backend) as program:
         results = {}
