@@ -95,7 +95,7 @@ def bench(
             raise DipgoError(f"{folder}: {what} cannot be measured ({outcomes[name].error})")
 
     record = bundle.record
-    given = given_for(record.conditioning.kind, record.conditioning.labels, settings.images)
+    given = given_for(record.conditioning, settings.images)
     rows = rows_of(candidates, outcomes, given, record, converged)
     scope = scope_of(record, outcomes[SUBJECT])
     place = environment(load_at_start, clock_at_start)
@@ -180,8 +180,7 @@ def _converged(task: Task, bundle: Bundle, count: int, suite: Suite, progress: P
     """Run many steps of DDIM on the first of the judged noise, in torch."""
     steps = suite.converged_steps
     long = converged(task, steps)
-    conditioning = bundle.record.conditioning
-    given = given_for(conditioning.kind, conditioning.labels, suite.images)
+    given = given_for(bundle.record.conditioning, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
     latents, images = [], []

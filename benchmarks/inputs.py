@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engines import Program
-from export.bundle import BundleRecord
+from export.bundle import BundleRecord, ConditioningRecord
 
 PARITY_SEED = 0
 TIMING_SEED = 1
@@ -27,16 +27,16 @@ Given = list[Any]
 
 
 def given_of(program: Program, count: int) -> Given:
-    """Return ``count`` classes, cycling through the model's labels, or as many prompts where these condition."""
-    return given_for(program.record.conditioning.kind, program.record.conditioning.labels, count)
+    """Return ``count`` classes or prompts for a program, see :func:`given_for`."""
+    return given_for(program.record.conditioning, count)
 
 
-def given_for(kind: str, labels: dict[str, int], count: int) -> Given:
-    """Return ``count`` classes or prompts for a model that is conditioned by ``kind`` and has these classes."""
-    if kind != "class":
-        return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
-    numbers = sorted(set(labels.values())) or [0]
-    return [numbers[index % len(numbers)] for index in range(count)]
+def given_for(conditioning: ConditioningRecord, count: int) -> Given:
+    """Return ``count`` classes, or prompts where these condition, cycling through the model's own if it has any."""
+    some: Given = conditioning.prompts or list(PROMPTS)
+    if conditioning.kind == "class":
+        some = sorted(set(conditioning.labels.values())) or [0]
+    return [some[index % len(some)] for index in range(count)]
 
 
 def latent_shape(record: BundleRecord) -> list[int]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dipgo.errors import DipgoError
+from dipgo.prompts import read_prompts
 from dipgo.records import read_json
-from dipgo.search.task import read_prompts
 
 COLUMN = "Prompt"  # of PartiPrompts
 

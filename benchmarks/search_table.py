@@ -55,13 +55,14 @@ class Cell(Record):
 
 
 class TableRecord(Record):
-    """The result file."""
+    """The result file; ``prompts`` is how many different ones the judged images are of, 0 for classes."""
 
     command: str
     model: ModelIdentity
     sampler: SamplerIdentity
     images: int
     converged_images: int
+    prompts: int = 0
     full_class_accuracy: float | None
     full_converged_db: float | None
     cells: list[Cell]
@@ -171,15 +172,18 @@ def markdown(record: TableRecord, source: str) -> str:
     lines = [
         f"PSNR in dB to the full {record.sampler.steps}-step {record.sampler.class_name.removesuffix('Scheduler')} "
         f"trajectory, guidance {record.sampler.guidance_scale:g}, over {record.images} held-out pairs of noise and "
-        "class"
+        + (f"prompt, of {record.prompts} prompts" if record.prompts else "class")
         + (
             f"; in brackets to {CONVERGED_STEPS} steps of DDIM, over {record.converged_images}"
             if record.converged_images
             else ""
         )
         + (f" (the full trajectory itself: {record.full_converged_db:.1f})" if record.full_converged_db else "")
-        + "; class accuracy of the images after the bar"
-        + (f" (full: {record.full_class_accuracy:.1%})." if record.full_class_accuracy is not None else "."),
+        + (
+            f"; class accuracy of the images after the bar (full: {record.full_class_accuracy:.1%})."
+            if record.full_class_accuracy is not None
+            else "."
+        ),
         "",
         "| at equal MACs | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |",
         "|---" * (len(budgets) + 1) + "|",
@@ -235,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
     parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
+    parser.add_argument("--prompts", type=Path, help="what to judge on, one a line, where prompts condition")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
     parser.add_argument("--publish", metavar="MARKER", help="put the table into the README, between these markers")
@@ -250,6 +255,7 @@ def main() -> None:
         first.sampler.class_name,
         ",".join(site.name for site in first.sites),
         first.sampler.guidance_scale,
+        prompts=arguments.prompts,
     )
     judge = Judge(task, arguments.images, arguments.converged)
     table = []
@@ -262,6 +268,7 @@ def main() -> None:
         sampler=first.sampler,
         images=len(judge.reference),
         converged_images=0 if judge.converged is None else len(judge.converged),
+        prompts=len(set(task.sampling.choices)) if task.model.family.conditioned_by == "prompt" else 0,
         full_class_accuracy=judge.accuracy(judge.reference),
         full_converged_db=None
         if judge.converged is None

@@ -47,14 +47,14 @@ class TorchSubject:
         denoiser = getattr(self.pipe, self.family.component)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance_scale)
         self.batch, *self.shape = latent_shape(record)
-        self.kind, self.labels = record.conditioning.kind, dict(record.conditioning.labels)
+        self.conditioning = record.conditioning
         threads = torch.get_num_threads()
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
         self.device_seconds: float | None = None
         self.graph_seconds: float | None = None
         self._noise = self._drawn(self.batch, TIMING_SEED)
-        self._given = given_for(self.kind, self.labels, self.batch)
+        self._given = given_for(record.conditioning, self.batch)
         self._conditions = self._conditions_of(self._given)
 
     def loop(self) -> np.ndarray:
@@ -85,7 +85,7 @@ class TorchSubject:
 
     def made(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         chosen = np.arange(start, start + self.batch).clip(max=count - 1)
-        given = given_for(self.kind, self.labels, count)
+        given = given_for(self.conditioning, count)
         conditions = self._conditions_of([given[index] for index in chosen])
         latents = self._run(self._drawn(count, seed)[chosen], conditions)
         kept = min(self.batch, count - start)

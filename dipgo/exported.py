@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import Conditions, Family, GuidedDenoiser, latent_size
@@ -103,12 +104,22 @@ def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, 
         DipgoError: torch.export cannot trace it; the message names the module and the line of its source.
     """
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _OpenSizes():
             return torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False)
     except DipgoError:
         raise
     except Exception as error:  # whatever the model's code or torch.export may raise
         raise DipgoError(_untraceable(tapped.guided.denoiser, error)) from error
+
+
+class _OpenSizes(TorchFunctionMode):
+    """Leave out ``output_size`` of ``repeat_interleave``, a mere hint: torch 2.11 takes it for a constant."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+            given = {name: value for name, value in given.items() if name != "output_size"}
+        return function(*args, **given)
 
 
 def _untraceable(denoiser: nn.Module, error: Exception) -> str:
@@ -118,12 +129,12 @@ def _untraceable(denoiser: nn.Module, error: Exception) -> str:
     module, place = None, ""
     step = error.__traceback__
     while step is not None:
-        owner, file = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code.co_filename
+        owner, code = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code
         if isinstance(owner, nn.Module) and owner in names:
             module = names[owner]
-        if not file.startswith(torch_folder):
-            code = " ".join(linecache.getline(file, step.tb_lineno).split())
-            place = f"{Path(file).name}:{step.tb_lineno}" + (f", `{code[:80]}`" if code else "")
+        if not code.co_filename.startswith(torch_folder) and code is not _OpenSizes.__torch_function__.__code__:
+            line = " ".join(linecache.getline(code.co_filename, step.tb_lineno).split())
+            place = f"{Path(code.co_filename).name}:{step.tb_lineno}" + (f", `{line[:80]}`" if line else "")
         step = step.tb_next
     where = f"module '{module}' ({place})" if module else f"its forward ({place})"
     what = f"torch.export cannot trace {type(denoiser).__name__}: {where}"

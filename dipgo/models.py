@@ -19,6 +19,7 @@ from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of_json, sha256_once
+from dipgo.prompts import read_prompts
 from dipgo.random_weights import randomise
 from dipgo.records import ModelIdentity, read_json
 
@@ -86,6 +87,14 @@ class Model:
     def labels(self) -> dict[str, int]:
         """Return the classes by name, where classes condition."""
         return self.family.labels(read_json(self.folder / "model_index.json", "model_index.json"), self.config)
+
+    def prompts(self) -> list[str]:
+        """Return the prompts of ``prompts.txt``, what the model was made for; none without that file.
+
+        Searches draw from them where nobody gives others, and reports show images of some.
+        """
+        file = self.folder / "prompts.txt"
+        return read_prompts(file) if self.family.conditioned_by == "prompt" and file.is_file() else []
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return ``[batch, channels, height, width]`` of the latent."""

@@ -172,13 +172,17 @@ class TextRecord(Record):
 
 
 class ConditioningRecord(Record):
-    """What the user conditions on, and how it becomes graph inputs; ``prompt`` without an encoder takes embeddings."""
+    """What the user conditions on, and how it becomes graph inputs; ``prompt`` without an encoder takes embeddings.
+
+    ``prompts`` are a few of those that the model's folder brings, if it does.
+    """
 
     kind: Literal["class", "prompt", "nothing"]
     guided: bool
     inputs: list[TensorRecord]
     null_class: int | None = None
     labels: dict[str, int] = Field(default_factory=dict)
+    prompts: list[str] = Field(default_factory=list)
     encoder: TextRecord | None = None
 
 

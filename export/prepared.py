@@ -26,6 +26,7 @@ from export.tapped import Tapped, to_onnx
 from export.text import text_to_onnx
 from export.weights import Weights
 
+SHOWN = 32  # prompts of the model's folder that a bundle keeps
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -106,6 +107,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         inputs=inputs,
         null_class=model.family.null_class,
         labels=model.labels(),
+        prompts=_some(model.prompts()),
         encoder=encoder,
     )
     names = (value.name or "" for node in tapped.symbolic.graph for value in node.outputs)
@@ -127,3 +129,8 @@ def stem_of(name: str) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return how the command line and graphs' names call a dtype."""
     return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _some(prompts: Sequence[str]) -> list[str]:
+    """Return at most ``SHOWN`` of the prompts, spread evenly."""
+    return list(prompts[:: -(-len(prompts) // SHOWN) or 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dipgo.errors import DipgoError, UsageError
+from dipgo.errors import UsageError
 from dipgo.families import Family, GuidedDenoiser, default_guidance
 from dipgo.models import Model
+from dipgo.prompts import read_prompts
 from dipgo.records import SamplerIdentity
 from dipgo.sampler import Sampler, make_scheduler, tabulate
 from dipgo.search.processes import ALONE, Processes
@@ -89,7 +90,8 @@ def make_task(
         guidance_scale: None takes the default of the pipeline's ``__call__``.
         traced: a trace to use again; it must fit the other arguments.
         device: where to run, as torch names it.
-        prompts: a file with one prompt a line, to draw from where prompts condition; None draws the empty prompt.
+        prompts: a file with one prompt a line, to draw from where prompts condition; None draws from those that the
+            model's folder brings, see :meth:`dipgo.models.Model.prompts`, else the empty prompt.
         classes: names or numbers joined by commas, to draw from where classes condition; None or ``all`` draws from
             all that have names.
 
@@ -100,7 +102,7 @@ def make_task(
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     place = _device(device)
     pipe = model.pipeline()
-    choices = choices_of(model.family, model.labels(), prompts, classes)
+    choices = choices_of(model.family, model.labels(), prompts, classes, model.prompts())
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
@@ -114,8 +116,10 @@ def make_task(
     return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)
 
 
-def choices_of(family: Family, labels: Mapping[str, int], prompts: Path | None, classes: str | None) -> list[Any]:
-    """Return the classes or prompts that noise is paired with.
+def choices_of(
+    family: Family, labels: Mapping[str, int], prompts: Path | None, classes: str | None, own: Sequence[str] = ()
+) -> list[Any]:
+    """Return the classes or prompts that noise is paired with; ``own`` are the prompts where none are given.
 
     Raises:
         UsageError: prompts for a model that classes condition or the reverse, or a class that the model lacks.
@@ -128,7 +132,7 @@ def choices_of(family: Family, labels: Mapping[str, int], prompts: Path | None, 
     if family.conditioned_by == "prompt":
         if classes is not None:
             raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
-        return read_prompts(prompts) if prompts else [""]
+        return read_prompts(prompts) if prompts else list(own) or [""]
     if prompts is not None:
         raise UsageError("this model is conditioned by classes, not prompts; give --classes")
     labels = labels or {str(number): number for number in range(family.null_class or 0)}
@@ -140,26 +144,6 @@ def choices_of(family: Family, labels: Mapping[str, int], prompts: Path | None, 
     if unknown or not chosen:
         raise UsageError(f"class '{', '.join(unknown)}' is unknown; give names or numbers such as {_some(labels)}")
     return sorted({known[name] for name in chosen})
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line, UTF-8; blank lines are left out.
-
-    Raises:
-        DipgoError: a file that is missing, unreadable, not UTF-8, or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DipgoError(f"{path}: no such prompt file") from error
-    except UnicodeDecodeError as error:
-        raise DipgoError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text, one prompt a line") from error
-    except OSError as error:
-        raise DipgoError(f"{path}: not a readable prompt file ({error.strerror})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DipgoError(f"{path}: no prompt in it; give one a line")
-    return prompts
 
 
 def _some(labels: Mapping[str, int]) -> str:

@@ -163,7 +163,8 @@ def assemble(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -
         text_encoder=model.text.eval(),
         tokenizer=tokenizer,
         unet=model.unet.eval(),
-        scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True),
+        # As in Stable Diffusion 1.5's file, which tells other schedulers not to clip.
+        scheduler=PNDMScheduler.from_config({**NOISE, "skip_prk_steps": True, "clip_sample": False}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

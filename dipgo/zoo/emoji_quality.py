@@ -42,8 +42,9 @@ an ordinary diffusers folder; `StableDiffusionPipeline.from_pretrained` loads it
 - **VAE**: `AutoencoderKL`, 64x64x3 pixels to 4x16x16, {vae:.1f} M parameters; {psnr:.1f} dB on pictures it never saw.
 - **Scheduler**: Stable Diffusion 1.5's (PNDM, scaled linear betas 0.00085 to 0.012). Weights are in half precision.
 - **Data**: {trained} emoji of the npm package `{package}` {version}, skin-tone variants left out; {held} more (5 %) are
-  held out, both lists are in `held-out.json`. The pictures are Google's Noto Emoji, Apache License 2.0, the flags among
-  them in the public domain; the package itself is MIT. Captions are the names, alone or in a few more words.
+  held out, both lists are in `held-out.json`; `prompts.txt` has the first, for searches. The pictures are Google's
+  Noto Emoji, Apache License 2.0, the flags among them in the public domain; the package itself is MIT. Captions are
+  the names, alone or in a few more words.
 - **Training**: `python -m dipgo.zoo.train_emoji_sd` (seed {seed}; {device}): {vae_iterations} iterations of {vae_batch}
   for the VAE in {vae_minutes:.0f} minutes, {unet_iterations} of {unet_batch} for text encoder and UNet together in
   {unet_minutes:.0f}. 10 % of the captions dropped, loss weighted by min-SNR 5, moving average of the weights.

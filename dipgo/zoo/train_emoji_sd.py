@@ -4,9 +4,10 @@
     python -m dipgo.zoo.train_emoji_sd -o build/emoji --small --threads 2
 
 Writes ``emoji-sd/`` (an ordinary diffusers ``StableDiffusionPipeline`` folder in the format of Stable Diffusion 1.5, in
-half precision) with ``training.json``, ``held-out.json`` and ``samples.png``; then ``dipgo.zoo.emoji_quality`` measures
-it and writes its card. Beside it ``work/`` keeps checkpoints, so that the same command goes on after a kill, and
-``progress/`` grids of samples along the way. The pictures are fetched through npm, see :mod:`dipgo.zoo.emoji`.
+half precision) with ``training.json``, ``held-out.json``, ``prompts.txt`` and ``samples.png``; then
+``dipgo.zoo.emoji_quality`` measures it and writes its card. Beside it ``work/`` keeps checkpoints, so that the same
+command goes on after a kill, and ``progress/`` grids of samples along the way. The pictures are fetched through npm,
+see :mod:`dipgo.zoo.emoji`.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenize
             "training": [shop.emoji[index].name for index in shop.trained],
         }
         (draft / "held-out.json").write_text(json.dumps(names, indent=0, ensure_ascii=False) + "\n")
+        (draft / "prompts.txt").write_text("\n".join(names["training"]) + "\n")
         (draft / "training.json").write_text((shop.work / "training.json").read_text())
         save_grid(images, draft / "samples.png", columns=10)
     return folder

@@ -1,5 +1,6 @@
 """What the search draws: prompts, classes, pools, and settings by name."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import FAMILIES
 from dipgo.models import find_model
+from dipgo.prompts import read_prompts
 from dipgo.search.processes import Processes
 from dipgo.search.settings import Settings, settings_of
-from dipgo.search.task import Pool, choices_of, make_task, read_prompts
+from dipgo.search.task import Pool, choices_of, make_task
 from dipgo.trajectory import Sampling
 
 STEPS = 3
@@ -31,6 +33,19 @@ def test_prompts(tmp_path):
     path.write_bytes("\ufeffa red fox\n\n  ein grüner Frosch \r\n狐\n".encode())
     assert read_prompts(path) == ["a red fox", "ein grüner Frosch", "狐"]
     assert choices_of(family("prompt"), {}, path, None) == read_prompts(path)
+    assert choices_of(family("prompt"), {}, path, None, ["own"]) == read_prompts(path)
+    assert choices_of(family("prompt"), {}, None, None, ["own"]) == ["own"]
+    assert choices_of(family("prompt"), {}, None, None) == [""]
+
+
+def test_a_models_folder_brings_prompts(tmp_path):
+    emoji = find_model("emoji-sd").prompts()
+    assert len(emoji) > 1000
+    assert "red heart" in emoji
+    folder = tmp_path / "without"
+    shutil.copytree(find_model("emoji-sd").folder, folder, ignore=shutil.ignore_patterns("prompts.txt"))
+    assert find_model(str(folder)).prompts() == []
+    assert find_model("digits-dit").prompts() == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The text-to-image model that ships: diffusers loads it, it draws what it is told, and it compiles in every layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.inputs import given_for
+from benchmarks.parity import TOLERANCE, verify
+from dipgo.models import Model, find_model
+from dipgo.sampler import make_scheduler, tabulate
+from dipgo.trace import trace
+from dipgo.zoo.emoji_model import sample
+from export.bundle import open_bundle
+from export.compiler import Options, prepare, write_bundle
+from export.layouts import LAYOUTS
+from tests.models import random_subnet
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return find_model("emoji-sd")
+
+
+@pytest.fixture(scope="module")
+def bundles(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One random SubNet with learned backups, in every layout."""
+    traced = trace(model, "layer", 4.0)
+    sampler = tabulate(make_scheduler("ddim", model.pipeline().scheduler), STEPS)
+    prepared, subnet = prepare(traced), random_subnet(traced, sampler, seed=2, terms=2, channels=1)
+    folder = tmp_path_factory.mktemp("emoji")
+    for layout in LAYOUTS:
+        write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))
+    return {layout: folder / layout for layout in LAYOUTS}
+
+
+def test_it_fits_the_repository_and_brings_its_names(model: Model) -> None:
+    assert sum(path.stat().st_size for path in model.folder.rglob("*")) < 40e6
+    names = json.loads((model.folder / "held-out.json").read_text())
+    assert model.prompts() == names["training"]
+    assert not {*names["training"]} & {*names["held_out"]}
+
+
+def test_it_draws_what_it_is_told(model: Model) -> None:
+    """By diffusers alone: a heart, an apple and a circle have the colours of their names."""
+    wanted = {"red heart": 0, "green apple": 1, "large blue circle": 2}
+    assert set(wanted) <= set(model.prompts())
+    images = sample(model.pipeline(), list(wanted), 20, guidance=4.0)
+    for image, channel in zip(images, wanted.values(), strict=True):
+        middle = image[:, 24:40, 24:40].mean((1, 2))
+        assert middle.argmax() == channel
+        assert middle[channel] - middle.sort().values[0] > 0.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_it_equals_diffusers(bundles: dict[str, Path], layout: str) -> None:
+    parity = verify(bundles[layout], images=1)
+    assert parity.relative_error_latent <= TOLERANCE
+    assert parity.relative_error_image <= TOLERANCE
+
+
+def test_a_prompt_becomes_a_picture(bundles: dict[str, Path], tmp_path: Path) -> None:
+    made = []
+    for prompt in ("red heart", "green apple"):
+        file = tmp_path / f"{prompt}.png"
+        command = ["run", bundles["signature"], "--prompt", prompt, "--seed", "3", "-o", file]
+        subprocess.run([sys.executable, "-m", "dipgo.cli", *map(str, command)], check=True)
+        with Image.open(file) as picture:
+            made.append(np.asarray(picture))
+    assert made[0].shape == (64, 64, 3)
+    assert not np.array_equal(*made)
+
+
+def test_reports_show_names_of_its_own(bundles: dict[str, Path], model: Model) -> None:
+    conditioning = open_bundle(bundles["signature"]).record.conditioning
+    assert 16 <= len(conditioning.prompts) <= 32
+    assert set(conditioning.prompts) <= set(model.prompts())
+    assert given_for(conditioning, 40)[:3] == conditioning.prompts[:3]
