@@ -36,14 +36,14 @@ class Capture:
         try:
             with _CAPTURING, torch.cuda.device(self._device):
                 self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(self._stream):  # torch.cuda.graph does not leave it on failing
                     for launch in launches:
                         launch()
+                    # Other threads may go on launching: their calls are none of this capture's.
+                    with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                        for launch in launches:
+                            launch()
                 torch.cuda.current_stream().wait_stream(self._stream)
-                # Other threads may go on launching: their calls are none of this capture's.
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                    for launch in launches:
-                        launch()
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:200]
             warnings.warn(f"no CUDA graph of the trajectory, it runs step by step: {detail}", stacklevel=2)
