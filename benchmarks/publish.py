@@ -1,7 +1,9 @@
 """Publish a report: its JSON into the repository, and RESULTS.md written anew. Nothing is typed by hand.
 
 python -m benchmarks.publish build/sd15/report/report.json
-python -m benchmarks.publish build/demo/report/report.json --bundle build/demo/bundle    the README's table too
+python -m benchmarks.publish build/demo/report/report.json --bundle build/demo/bundle    its picture and table too
+
+The table goes between the README's markers of the suite's name (the default suite's: results), the picture into docs/.
 """
 
 from __future__ import annotations
@@ -10,39 +12,41 @@ import argparse
 from pathlib import Path
 
 import engines
+from benchmarks.inputs import given_of
 from benchmarks.markdown import summary
 from benchmarks.quality import SEED
 from benchmarks.reference import model_of, task_of
 from benchmarks.report import ReportRecord, read_report
 from benchmarks.results import main as write_results
+from benchmarks.search_table import put_between
 from benchmarks.suite import DEFAULT
 from engines.images import grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def picture(bundle: Path, path: Path) -> None:
-    """Save ten images of the full model above those of the program, from the same noise, enlarged."""
+    """Save ten images of the full model above those of the program, from the same noise, 96 pixels each or more."""
     import numpy as np
     import torch
 
     with engines.load(bundle) as program:
         task = task_of(program.bundle, model_of(program.bundle, None))
-        classes = list(range(10))
-        own = program.generate(classes, SEED)
+        given = given_of(program, 10)
+        own = program.generate(given, SEED)
         task.pipe.set_progress_bar_config(disable=True)
         full = task.pipe(
-            classes,
+            given,
             guidance_scale=task.guidance_scale,
             num_inference_steps=task.sampler.steps,
             generator=torch.Generator().manual_seed(SEED),
             output_type="np",
         ).images
-    both = grid(np.concatenate([full, own]), columns=len(classes))
+    both = grid(np.concatenate([full, own]), columns=len(given))
     path.parent.mkdir(exist_ok=True)
-    both.resize((both.width * 3, both.height * 3), resample=0).save(path)
+    scale = -(-96 // own.shape[1])
+    both.resize((both.width * scale, both.height * scale), resample=0).save(path)
 
 
 def place_of(report: ReportRecord) -> Path:
@@ -55,18 +59,16 @@ def place_of(report: ReportRecord) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
-    parser.add_argument("--bundle", type=Path, help="put the table and a picture of digits into the README too")
+    parser.add_argument("--bundle", type=Path, help="put the table and a picture into the README too")
     arguments = parser.parse_args()
     report = read_report(arguments.report)
     place = place_of(report)
     RESULTS.mkdir(exist_ok=True)
     place.write_text(report.text())
     if arguments.bundle:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{BEGIN}\n{summary(report, f'benchmarks/results/{place.name}')}\n{END}{after}")
-        picture(arguments.bundle, ROOT / "docs" / "digits-dit.png")
+        marker = "results" if report.suite in (None, DEFAULT) else str(report.suite)
+        put_between(ROOT / "README.md", marker, summary(report, f"benchmarks/results/{place.name}"))
+        picture(arguments.bundle, ROOT / "docs" / f"{Path(report.model.name).name}.png")
     write_results([])
 
 
