@@ -52,8 +52,9 @@ def picture(bundle: Path, path: Path) -> None:
 def place_of(report: ReportRecord) -> Path:
     """Return where a report's JSON goes: by model, steps and budget, and by suite where it is not the default one."""
     budget = report.budget if report.budget is not None else report.cost.ratio
-    name = f"{Path(report.model.name).name}-{report.sampler.steps}-{budget:.3g}"
-    return RESULTS / (f"{name}.json" if report.suite in (None, DEFAULT) else f"{report.suite}-{name}.json")
+    model = Path(report.model.name).name
+    first = [] if report.suite in (None, DEFAULT, model) else [str(report.suite)]
+    return RESULTS / ("-".join([*first, model, str(report.sampler.steps), f"{budget:.3g}"]) + ".json")
 
 
 def main() -> None:
