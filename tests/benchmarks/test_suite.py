@@ -12,7 +12,7 @@ ABOUT = "about: mine\n"
 
 
 def test_all_that_ship_are_read_and_say_how_to_run_them():
-    assert suites() == ["dit-xl", "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
+    assert suites() == ["dit-xl", "emoji-sd", "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
     for name in suites():
         suite = load_suite(name)
         assert suite.about
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, why: str):
 
 @pytest.mark.parametrize("name", ["quicker", "no/such.yaml", "quick.json"])
 def test_one_that_is_not_there(name: str):
-    with pytest.raises(UsageError, match=f"no suite '{name}'; use dit-xl, pixart, quality, quick"):
+    with pytest.raises(UsageError, match=f"no suite '{name}'; use dit-xl, emoji-sd, pixart, quality, quick"):
         load_suite(name)
 
 
