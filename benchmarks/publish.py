@@ -53,8 +53,8 @@ def place_of(report: ReportRecord) -> Path:
     """Return where a report's JSON goes: by model, steps and budget, and by suite where it is not the default one."""
     budget = report.budget if report.budget is not None else report.cost.ratio
     model = Path(report.model.name).name
-    first = [] if report.suite in (None, DEFAULT, model) else [str(report.suite)]
-    return RESULTS / ("-".join([*first, model, str(report.sampler.steps), f"{budget:.3g}"]) + ".json")
+    suite = "" if report.suite in (None, DEFAULT, model) else f"{report.suite}-"
+    return RESULTS / f"{suite}{model}-{report.sampler.steps}-{budget:.3g}.json"
 
 
 def main() -> None:

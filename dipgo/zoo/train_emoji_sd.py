@@ -204,11 +204,12 @@ def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenize
         for part in (vae, model.text, model.unet):
             part.half()
         pipe.save_pretrained(draft)
-        config = draft / "text_encoder" / "config.json"  # of all parts, transformers alone would load it in half
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-        config = draft / "vae" / "config.json"
-        known = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
-        config.write_text(json.dumps(known, indent=2) + "\n")
+        for part, changes in (
+            ("text_encoder", {"dtype": "float32"}),  # of all parts, transformers alone would load it in half
+            ("vae", {"_name_or_path": ""}),  # where it was trained
+        ):
+            config = draft / part / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | changes, indent=2) + "\n")
         save_tokenizer(tokenizer, draft / "tokenizer")
         names = {
             "held_out": [shop.emoji[index].name for index in shop.held_out],
