@@ -103,7 +103,7 @@ def measure(name: str, steps: int, repeats: int, folder: Path) -> BindingTimes:
         timings = time_interleaved(runs, repeats, warm_up=0)
         parts = programs["hoisted"].record.parts
     return BindingTimes(
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command="python -m benchmarks.binding_times " + shlex.join(sys.argv[1:]),
         model=name,
         steps=steps,
         relative_error=error,

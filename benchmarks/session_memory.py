@@ -2,8 +2,11 @@
 
     python -m benchmarks.session_memory BUNDLE -o benchmarks/results/session-memory.json
 
-Each way and each number of sessions has a process of its own, which loads the graphs of the loop, runs each once, and
-says what memory it took: PSS, in which a page that is mapped several times counts once.
+Each way and each number of sessions has a process of its own, which loads graphs of the loop, runs each a few times, and
+says what memory it took: PSS, in which a page that is mapped several times counts once. Prepacked, every session holds
+all weights for itself, so one is enough to know. The bundle needs as many graphs as sessions are asked for:
+
+    dipgo export dipgo/published/sd15-published-0.8.json --model sd-1.5 --random-weights --denoiser --graphs step -o BUNDLE
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--sessions", type=int, default=8, help="how many at most")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SESSIONS"), help="measure in this process and print")
     given = parser.parse_args()
@@ -73,16 +77,16 @@ def main() -> None:
         print(json.dumps(measure(given.bundle, WAYS[given.one[0]], int(given.one[1]), given.runs)))
         return
     load, rows = load_average(), []
-    total = len(open_bundle(given.bundle).record.graphs)
-    for way in WAYS:
-        for count in sorted({1, total}):
+    total = min(given.sessions, len(open_bundle(given.bundle).record.graphs))
+    for way, shared in WAYS.items():
+        for count in sorted({1, total if shared else 1}):
             command = [sys.executable, "-m", "benchmarks.session_memory", given.bundle, "--runs", given.runs]
             command += ["--one", way, count]
             done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
             rows.append({"way": way} | json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]))
     record = {
-        "command": f"python -m benchmarks.session_memory {given.bundle}",
+        "command": f"python -m benchmarks.session_memory {given.bundle.name} --sessions {given.sessions}",
         "model": open_bundle(given.bundle, False).record.model.name,
         "rows": rows,
         "environment": environment(load).model_dump(),

@@ -27,6 +27,7 @@ from export.tapped import Tapped, specialise
 
 _ELSEWHERE = "weights"
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_AT_ONCE = 8  # tables that are evaluated together: what they read is widened to float32, and that is memory
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ def evaluate_tables(tapped: Tapped, names: Sequence[str], timesteps: Sequence[fl
 
     They are computed in float32 whatever the graph's dtype, and stay so: who reads a row rounds it.
     """
-    if not names:
-        return {}
+    values: dict[str, np.ndarray] = {}
+    for start in range(0, len(names), _AT_ONCE):
+        values |= _evaluate(tapped, names[start : start + _AT_ONCE], timesteps)
+    return values
+
+
+def _evaluate(tapped: Tapped, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
     import onnxruntime
 
     calls = len(timesteps)

@@ -240,6 +240,7 @@ def _moved(work: _Work, budget: float, start: Candidate, last: np.ndarray | None
     proposals = {}
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
+    reach = _reach(work, start.gates, f"reach-moves-{budget:g}")
     if settings.moves:
 
         def improved() -> dict[str, np.ndarray]:
@@ -247,7 +248,7 @@ def _moved(work: _Work, budget: float, start: Candidate, last: np.ndarray | None
                 trace,
                 start.gates,
                 budget,
-                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
+                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates, reach)),
                 settings.moves,
                 work.seed,
                 lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
@@ -267,7 +268,20 @@ def _moved(work: _Work, budget: float, start: Candidate, last: np.ndarray | None
             budget,
         )
         proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
-    return [work.judge(name, gates, extrapolation(trace, gates)) for name, gates in proposals.items()]
+    return [work.judge(name, gates, extrapolation(trace, gates, reach)) for name, gates in proposals.items()]
+
+
+def _reach(work: _Work, gates: np.ndarray, name: str) -> float:
+    """Return the reach with which extrapolation serves ``gates`` best, apart from the judge's noise."""
+    reaches = work.settings.reaches
+    if len(reaches) == 1:
+        return reaches[0]
+
+    def judged() -> dict[str, np.ndarray]:
+        scores = [work.ground.psnr(gates, extrapolation(work.task.trace, gates, reach)) for reach in reaches]
+        return {"psnr": np.array(scores)}
+
+    return reaches[int(np.argmax(work.run.once(name, judged)["psnr"]))]
 
 
 def _learned(work: _Work, budget: float, contenders: Sequence[Candidate]) -> list[Candidate]:
@@ -301,7 +315,9 @@ def _learn(
 ) -> _Trial:
     trace, settings = work.task.trace, work.settings
     name = f"{start.name}, longer" if backups else f"{start.name}, backups learned at {rate:g}"
-    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel)
+    if backups is None:
+        reach = _reach(work, start.gates, f"reach-{phase}")
+        backups = Backups(trace, start.gates, settings.terms, settings.by_channel, reach)
     learn_backups(
         backups,
         work.task.trajectory,

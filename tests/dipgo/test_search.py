@@ -96,6 +96,30 @@ def test_extrapolation_is_exact_on_straight_lines(task):
             assert table[f"backup.{site.name}"][step] @ line[past] == pytest.approx(line[step])
 
 
+def test_reach_lies_between_reuse_and_the_straight_line(task):
+    gates = np.random.default_rng(0).random((STEPS, len(task.trace.sites))) < 0.5
+    gates[0] = True
+    reuse, half, straight = (extrapolation(task.trace, gates, reach) for reach in (0.0, 0.5, 1.0))
+    for name, weights in half.items():
+        assert np.allclose(weights, (reuse[name] + straight[name]) / 2)
+        assert not reuse[name][:, 1].any()
+    batch = task.sampling.draw(2, 0)
+
+    def final(weights, terms):
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        return task.trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)[-1]
+
+    with torch.no_grad():
+        assert torch.allclose(final(reuse, 2), final({}, 1), atol=1e-5)
+
+
+def test_learning_starts_from_the_best_reach(task):
+    """A reach of 40 overshoots wildly: offered beside reuse, it is left alone, and the search is that of reuse."""
+    wild, tame = (search(task, 0.5, settings=replace(TINY, reaches=reaches)) for reaches in ((40.0, 0.0), (0.0,)))
+    assert np.array_equal(wild.gates, tame.gates)
+    assert wild.search["held_out_psnr_db"] == tame.search["held_out_psnr_db"]
+
+
 def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
     gates = policies(task.trace, STEPS, 0.5)[1].gates
     backups = Backups(task.trace, gates)

@@ -45,10 +45,10 @@ def prepared(task):
 class Case:
     """A small model, converted once, and the same model in torch."""
 
-    def __init__(self, traced, denoiser, conditions, scheduler):
-        self.traced, self.conditions, self.scheduler = traced, conditions, scheduler
+    def __init__(self, traced, denoiser, conditions, scheduler, batch=1):
+        self.traced, self.conditions, self.scheduler, self.batch = traced, conditions, scheduler, batch
         self.guided = GuidedDenoiser(denoiser, traced.model.family, traced.guidance_scale)
-        self.prepared = prepare(traced, whole=False)
+        self.prepared = prepare(traced, batch, whole=False)
 
     def error(self, folder, seed, keep, backup, sampler, options):
         """Compile a random SubNet, run it, and return its relative error against gated torch."""
@@ -56,8 +56,9 @@ class Case:
         table = tabulate(make_scheduler(sampler, self.scheduler), STEPS, self.traced.model.family.scales_noise)
         subnet = random_subnet(self.traced, table, seed, keep, terms, channels)
         record = write_bundle(self.prepared, subnet, table, folder, force=True, options=options)
-        noise = torch.randn(self.traced.model.latent_shape(1), generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(self.traced.model.latent_shape(self.batch), generator=torch.Generator().manual_seed(seed))
         with engines.load(folder) as program:
+            assert program.batch == self.batch
             given = {name: value.numpy() for name, value in self.conditions.items()}
             actual = program.denoise(noise.numpy(), given)
             again = program.denoise(noise.numpy(), given)
@@ -161,14 +162,15 @@ def test_unet_with_tuple_outputs(unet, tmp_path, sites, guidance, terms, channel
     ],
 )
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
-def test_every_family(tmp_path, make, sites, guidance):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_family(tmp_path, make, sites, guidance, batch):
     model = find_model(make(tmp_path / "model"))
     if model.family.conditioned_by == "nothing" and guidance > 1:
         return  # there is nothing to be guided by
     pipe = model.pipeline()
-    conditions = join(*model.family.conditions(pipe, ["a red fox"]), guidance > 1)
+    conditions = join(*model.family.conditions(pipe, ["a red fox", "two blue hens"][:batch]), guidance > 1)
     scheduler = DDIMScheduler(clip_sample=False)
-    case = Case(trace(model, sites, guidance), getattr(pipe, model.family.component), conditions, scheduler)
+    case = Case(trace(model, sites, guidance), getattr(pipe, model.family.component), conditions, scheduler, batch)
     for seed, layout in enumerate(LAYOUTS):
         assert case.error(tmp_path / "b", seed, 0.5, (2, 1), "ddim", Options(layout)) <= 1e-4
 

@@ -14,7 +14,7 @@ from dipgo.trace import trace
 from dipgo.trajectory import Trajectory
 from export.compiler import Options, prepare, write_bundle
 from export.layouts import LAYOUTS
-from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd
+from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
 
 def distance(actual, expected):
@@ -23,20 +23,25 @@ def distance(actual, expected):
 
 @pytest.mark.parametrize(
     ("make", "given", "sites"),
-    [(tiny_dit, 1, "layer"), (tiny_sd, "a red fox", "block"), (tiny_pixart, "a red fox", "layer")],
+    [
+        (tiny_dit, [1, 2], "layer"),
+        (tiny_sd, ["a red fox", "two blue hens"], "block"),
+        (tiny_sdxl, ["a red fox", "two blue hens"], "branch"),
+        (tiny_pixart, ["a red fox", "two blue hens"], "layer"),
+    ],
 )
-@pytest.mark.parametrize("guidance", [4.0, 1.0])
-def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, given, sites, guidance):
+@pytest.mark.parametrize(("guidance", "batch"), [(4.0, 1), (1.0, 1), (4.0, 2), (1.0, 2)])
+def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, given, sites, guidance, batch):
     """The program's error is at most twice that of torch in float16, under every layout."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = find_model(str(make(tmp_path / "model")))
     pipe, family = model.pipeline(), model.family
     denoiser = getattr(pipe, family.component)
-    conditions = join(*family.conditions(pipe, [given]), guidance > 1)
+    conditions = join(*family.conditions(pipe, given[:batch]), guidance > 1)
     sampler = tabulate(DDIMScheduler(clip_sample=False), 5, family.scales_noise)
     traced = trace(model, sites, guidance, torch.float16)
-    prepared = prepare(traced, whole=False)
-    noise = torch.randn(model.latent_shape(1), generator=torch.Generator().manual_seed(0))
+    prepared = prepare(traced, batch, whole=False)
+    noise = torch.randn(model.latent_shape(batch), generator=torch.Generator().manual_seed(0))
     half = {name: value.half() if value.is_floating_point() else value for name, value in conditions.items()}
     for seed, layout in enumerate(LAYOUTS):
         subnet = random_subnet(traced, sampler, seed, 0.5, 2, 1)
