@@ -7,13 +7,13 @@ python -m benchmarks.results --check    fail where it is not what would be writt
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import export_table, search_table
+from benchmarks.figures import tables
 from benchmarks.markdown import summary
 from benchmarks.report import SCHEMA, ReportRecord
 from benchmarks.suite import DEFAULT, FOLDER
@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OUTPUT = ROOT / "benchmarks" / "RESULTS.md"
 GPU_COMMAND = "python -m benchmarks.gpu -o build/gpu"
-LONGEST = 12  # a list with more entries is given by its length
 
 Raw = dict[str, Any]
 
@@ -157,26 +156,10 @@ def _not_measured(case: Raw) -> str:
 
 
 def _figures(raw: Raw, source: str) -> str:
-    """Return any other result as a table of its figures."""
-    lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in _flat(raw) if not name.startswith(("environment", "command"))]
+    """Return any other result as tables of its figures."""
+    shown = {name: value for name, value in raw.items() if name not in ("command", "environment")}
     command = f"`{raw['command']}`. " if "command" in raw else ""
-    return "\n".join([*lines, "", f"{command}From [{source}]({source})."])
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of a JSON value by dotted name."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _flat(each, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        if len(value) > LONGEST:
-            yield name, f"{len(value)} entries"
-        else:
-            for index, each in enumerate(value):
-                yield from _flat(each, f"{name}.{index}")
-    else:
-        yield name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)
+    return "\n".join([*tables(shown), "", f"{command}From [{source}]({source})."])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,11 +2,9 @@
 
     python -m benchmarks.session_memory BUNDLE -o benchmarks/results/session-memory.json
 
-Each way and each number of sessions has a process of its own, which loads graphs of the loop, runs each a few times, and
-says what memory it took: PSS, in which a page that is mapped several times counts once. Prepacked, every session holds
-all weights for itself, so one is enough to know. The bundle needs as many graphs as sessions are asked for:
-
-    dipgo export dipgo/published/sd15-published-0.8.json --model sd-1.5 --random-weights --denoiser --graphs step -o BUNDLE
+Each way and each number of sessions has a process of its own, which loads graphs of the loop, runs each a few times,
+and says what memory it took: PSS, in which a page that is mapped several times counts once. Prepacked, every session
+holds all weights for itself, so one is enough to know. ``dipgo export --graphs step`` makes a bundle of many graphs.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,43 +17,20 @@ from dipgo.cost import check_budget, cost_of
 from dipgo.errors import UsageError
 from dipgo.latency import LatencyProfile, timed
 from dipgo.search.backups import Backups, learn_backups
-from dipgo.search.gates import budgeted_scores, paper_scores
+from dipgo.search.contenders import contenders
+from dipgo.search.gates import paper_scores
 from dipgo.search.journal import Report, silent
 from dipgo.search.judge import Candidate, Judge
-from dipgo.search.losses import Loss, make_loss
-from dipgo.search.moves import improve
-from dipgo.search.policies import Policy, extrapolation, measure_drift, policies, thinned
+from dipgo.search.losses import make_loss
+from dipgo.search.policies import Policy
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.processes import processes
-from dipgo.search.pruner import Pruner
-from dipgo.search.run import Cadence, Run, open_run
+from dipgo.search.run import Cadence, open_run
 from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.task import Pool, Task
+from dipgo.search.work import Work
 from dipgo.subnet import SubNet
 from dipgo.trace import Trace
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What every phase of a search needs. ``ground`` is where moves are tried, apart from the judge's noise."""
-
-    task: Task
-    settings: Settings
-    seed: int
-    run: Run
-    pool: Pool
-    judge: Judge
-    ground: Judge
-    loss: Loss
-
-    @cached_property
-    def drift(self) -> np.ndarray:
-        """How far every site moves from step to step; measured once, when first needed."""
-
-        def measured() -> dict[str, np.ndarray]:
-            return {"drift": measure_drift(self.task.trajectory, self.task.sampling.draw(8, 3_000_000 + self.seed))}
-
-        return self.run.once("drift", measured)["drift"]
 
 
 def search(
@@ -87,9 +63,10 @@ def sweep(
 ) -> list[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
 
-    ``method="dipgo"``: fixed policies are judged; the best, what moves of its gates improve, and the last budget's
-    gates thinned out are given learned backups for a while, and the best of these learns on. Every candidate is judged
-    on held-out noise and the best is returned, so the result is never worse there than the best policy.
+    ``method="dipgo"``: fixed policies are judged; the best, with the part of the extrapolation that suits each, what
+    moves of its gates improve, and the last budget's gates thinned out are given learned backups for a while, and the
+    best of these learns on. Every candidate is judged on held-out noise and the best is returned, so the result is
+    never worse there than the best policy.
     ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
     scores for all budgets.
 
@@ -138,7 +115,7 @@ def sweep(
     }
     cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
     run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
-    work = _Work(
+    work = Work(
         task,
         settings,
         seed,
@@ -209,82 +186,12 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
     )
 
 
-def _dipgo(work: _Work, budget: float, last: np.ndarray | None) -> list[Candidate]:
-    fixed = _policies(work, budget)
-    straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
-    moved = _moved(work, budget, straight[0], last)
-    contenders = _distinct(sorted([*moved, *straight], key=lambda candidate: -candidate.psnr))
-    learned = _learned(work, budget, contenders[: work.settings.contenders])
-    return [*fixed, *moved, *learned]
+def _dipgo(work: Work, budget: float, last: np.ndarray | None) -> list[Candidate]:
+    judged, best = contenders(work, budget, last)
+    return [*judged, *_learned(work, budget, best[: work.settings.contenders])]
 
 
-def _policies(work: _Work, budget: float) -> list[Candidate]:
-    """Judge the fixed policies."""
-    run = work.run
-    fixed = policies(work.task.trace, work.task.sampler.calls, budget, work.drift)
-
-    def judged() -> dict[str, np.ndarray]:
-        scores = []
-        for number, policy in enumerate(fixed):
-            scores.append(work.judge.psnr(policy.gates, policy.weights))
-            run.report(f"policies {budget:g}", number + 1, len(fixed), f"{policy.name} {scores[-1]:.2f} dB")
-        return {"psnr": np.array(scores)}
-
-    scores = run.once(f"policies-{budget:g}", judged)["psnr"]
-    return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
-
-
-def _moved(work: _Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
-    """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
-    trace, settings, run = work.task.trace, work.settings, work.run
-    proposals = {}
-    if last is not None:
-        proposals["thinned"] = thinned(trace, last, work.drift, budget)
-    reach = _reach(work, start.gates, f"reach-moves-{budget:g}")
-    if settings.moves:
-
-        def improved() -> dict[str, np.ndarray]:
-            gates = improve(
-                trace,
-                start.gates,
-                budget,
-                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates, reach)),
-                settings.moves,
-                work.seed,
-                lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
-            )
-            return {"gates": gates.astype(np.uint8)}
-
-        proposals["moved"] = run.once(f"moves-{budget:g}", improved)["gates"].astype(bool)
-    if settings.gate_iterations:
-        scores = budgeted_scores(
-            _pruner(work, start.gates),
-            trace,
-            work.task.trajectory,
-            work.pool,
-            settings.gate_descent,
-            work.loss,
-            run.phase(f"gates-{budget:g}"),
-            budget,
-        )
-        proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
-    return [work.judge(name, gates, extrapolation(trace, gates, reach)) for name, gates in proposals.items()]
-
-
-def _reach(work: _Work, gates: np.ndarray, name: str) -> float:
-    """Return the reach with which extrapolation serves ``gates`` best, apart from the judge's noise."""
-    reaches = work.settings.reaches
-    if len(reaches) == 1:
-        return reaches[0]
-
-    def judged() -> dict[str, np.ndarray]:
-        scores = [work.ground.psnr(gates, extrapolation(work.task.trace, gates, reach)) for reach in reaches]
-        return {"psnr": np.array(scores)}
-
-    return reaches[int(np.argmax(work.run.once(name, judged)["psnr"]))]
-
-
-def _learned(work: _Work, budget: float, contenders: Sequence[Candidate]) -> list[Candidate]:
+def _learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Candidate]:
     """Learn backups for each of the contenders for a while, then on for the best of them.
 
     The first contender tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
@@ -293,10 +200,10 @@ def _learned(work: _Work, budget: float, contenders: Sequence[Candidate]) -> lis
     if not settings.backup_iterations:
         return []
     trials: list[_Trial] = []
-    for number, contender in enumerate(contenders):
+    for number, start in enumerate(starts):
         for trial_rate in (rate, rate / 4) if number == 0 else (rate,):
             phase = f"trial-{budget:g}-{len(trials)}"
-            trials.append(_learn(work, contender, trial_rate, settings.trial_iterations, phase))
+            trials.append(_learn(work, start, trial_rate, settings.trial_iterations, phase))
         rate = max(trials, key=lambda trial: trial.candidate.psnr).rate
     best = max(trials, key=lambda trial: trial.candidate.psnr)
     longer = _learn(work, best.candidate, best.rate, settings.backup_iterations, f"backups-{budget:g}", best.backups)
@@ -311,13 +218,11 @@ class _Trial:
 
 
 def _learn(
-    work: _Work, start: Candidate, rate: float, iterations: int, phase: str, backups: Backups | None = None
+    work: Work, start: Candidate, rate: float, iterations: int, phase: str, backups: Backups | None = None
 ) -> _Trial:
     trace, settings = work.task.trace, work.settings
     name = f"{start.name}, longer" if backups else f"{start.name}, backups learned at {rate:g}"
-    if backups is None:
-        reach = _reach(work, start.gates, f"reach-{phase}")
-        backups = Backups(trace, start.gates, settings.terms, settings.by_channel, reach)
+    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel, start.weights)
     learn_backups(
         backups,
         work.task.trajectory,
@@ -330,18 +235,10 @@ def _learn(
     return _Trial(work.judge(name, backups.gates, backups.arrays()), backups, rate)
 
 
-def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates without those whose gates an earlier one has."""
-    first: dict[bytes, Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(candidate.gates.tobytes(), candidate)
-    return list(first.values())
-
-
-def _paper_scores(work: _Work, least: float) -> np.ndarray:
+def _paper_scores(work: Work, least: float) -> np.ndarray:
     settings = work.settings
     return paper_scores(
-        _pruner(work, None),
+        work.pruner(None),
         work.task.trace,
         work.task.trajectory,
         work.pool,
@@ -354,24 +251,9 @@ def _paper_scores(work: _Work, least: float) -> np.ndarray:
     )
 
 
-def _paper(work: _Work, budget: float, scores: np.ndarray) -> Candidate:
+def _paper(work: Work, budget: float, scores: np.ndarray) -> Candidate:
     gates = POSTPROCESSES[work.settings.postprocess](work.task.trace, scores, budget, False)
     return work.judge("paper", gates, {})
-
-
-def _pruner(work: _Work, start: np.ndarray | None) -> Pruner:
-    settings = work.settings
-    return Pruner(
-        work.task.sampler.calls,
-        len(work.task.trace.sites),
-        settings.width,
-        settings.layers,
-        settings.heads,
-        settings.hidden,
-        settings.attention,
-        start,
-        confidence=1.0 if start is None else 0.5,
-    )
 
 
 def describe(search_record: Mapping[str, Any]) -> str:

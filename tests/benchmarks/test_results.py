@@ -31,7 +31,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert text.count("not measured yet") == text.count("\n## ")
     (tmp_path / "new.json").write_text('{"command": "measure it", "images_per_s": 5.5, "runs": [1, 2]}')
     text = results.text()
-    assert "| images_per_s | 5.5 |\n| runs.0 | 1 |" in text
+    assert "| images_per_s | 5.5 |\n| runs | 1, 2 |" in text
     assert "commit not recorded" in text
     (tmp_path / "new.json").write_text('{"schema": "dipgo.report/1"}')
     with pytest.raises(DipgoError, match=r"new\.json: not a result that can be shown"):

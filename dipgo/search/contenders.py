@@ -1,0 +1,126 @@
+"""Gates that are worth learning backups for: the best fixed policies, and what moves make of the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dipgo.search.gates import budgeted_scores
+from dipgo.search.judge import Candidate
+from dipgo.search.moves import improve
+from dipgo.search.policies import extrapolation, policies, thinned
+from dipgo.search.postprocess import POSTPROCESSES
+from dipgo.search.work import Work
+
+
+def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list[Candidate], list[Candidate]]:
+    """Judge everything that needs no learned backups.
+
+    Args:
+        last: the gates that were found for the budget before this one.
+
+    Returns:
+        All candidates, and those that extrapolate, with different gates, the best first.
+    """
+    fixed = _policies(work, budget)
+    starts = _starts(work, budget, fixed)
+    moved = _moved(work, budget, starts[0], last)
+    served = [start.candidate for start in starts]
+    return [*fixed, *served, *moved], _distinct(sorted([*moved, *served], key=lambda candidate: -candidate.psnr))
+
+
+def _policies(work: Work, budget: float) -> list[Candidate]:
+    """Judge the fixed policies."""
+    run = work.run
+    fixed = policies(work.task.trace, work.task.sampler.calls, budget, work.drift)
+
+    def judged() -> dict[str, np.ndarray]:
+        scores = []
+        for number, policy in enumerate(fixed):
+            scores.append(work.judge.psnr(policy.gates, policy.weights))
+            run.report(f"policies {budget:g}", number + 1, len(fixed), f"{policy.name} {scores[-1]:.2f} dB")
+        return {"psnr": np.array(scores)}
+
+    scores = run.once(f"policies-{budget:g}", judged)["psnr"]
+    return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Gates served by extrapolation of this reach."""
+
+    candidate: Candidate
+    reach: float
+
+
+def _starts(work: Work, budget: float, fixed: Sequence[Candidate]) -> list[_Start]:
+    """Serve the best extrapolating policies' gates with the reach that suits each; returns the best first.
+
+    The reach is chosen on the noise that moves are tried on, and judged on the judge's.
+    """
+    trace, reaches, run = work.task.trace, work.settings.reaches, work.run
+    straight = _distinct(sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr))
+    straight = straight[: 3 * work.settings.contenders]
+
+    def tried() -> dict[str, np.ndarray]:
+        scores = []
+        for number, policy in enumerate(straight):
+            served = [extrapolation(trace, policy.gates, reach) for reach in reaches]
+            scores.append([work.ground.psnr(policy.gates, weights) for weights in served])
+            run.report(f"reaches {budget:g}", number + 1, len(straight), f"{policy.name} {max(scores[-1]):.2f} dB")
+        return {"psnr": np.array(scores)}
+
+    scores = run.once(f"reaches-{budget:g}", tried)["psnr"] if len(reaches) > 1 else np.zeros((len(straight), 1))
+    starts = []
+    for policy, row in zip(straight, scores, strict=True):
+        reach = reaches[int(np.argmax(row))]
+        name = f"{policy.name}, reach {reach:g}"
+        weights = extrapolation(trace, policy.gates, reach)
+        starts.append(_Start(policy if reach == 1 else work.judge(name, policy.gates, weights), reach))
+    return sorted(starts, key=lambda start: -start.candidate.psnr)
+
+
+def _moved(work: Work, budget: float, start: _Start, last: np.ndarray | None) -> list[Candidate]:
+    """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
+    trace, settings, run, reach = work.task.trace, work.settings, work.run, start.reach
+    proposals = {}
+    if last is not None:
+        proposals["thinned"] = thinned(trace, last, work.drift, budget)
+    if settings.moves:
+
+        def improved() -> dict[str, np.ndarray]:
+            gates = improve(
+                trace,
+                start.candidate.gates,
+                budget,
+                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates, reach)),
+                settings.moves,
+                work.seed,
+                lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
+            )
+            return {"gates": gates.astype(np.uint8)}
+
+        proposals["moved"] = run.once(f"moves-{budget:g}", improved)["gates"].astype(bool)
+    if settings.gate_iterations:
+        scores = budgeted_scores(
+            work.pruner(start.candidate.gates),
+            trace,
+            work.task.trajectory,
+            work.pool,
+            settings.gate_descent,
+            work.loss,
+            run.phase(f"gates-{budget:g}"),
+            budget,
+        )
+        proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
+    return [work.judge(name, gates, extrapolation(trace, gates, reach)) for name, gates in proposals.items()]
+
+
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates without those whose gates an earlier one has."""
+    first: dict[bytes, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.gates.tobytes(), candidate)
+    return list(first.values())

@@ -1,0 +1,54 @@
+"""What every phase of a search needs, gathered once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dipgo.search.judge import Judge
+from dipgo.search.losses import Loss
+from dipgo.search.policies import measure_drift
+from dipgo.search.pruner import Pruner
+from dipgo.search.run import Run
+from dipgo.search.settings import Settings
+from dipgo.search.task import Pool, Task
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every phase of a search needs. ``ground`` is where moves are tried, apart from the judge's noise."""
+
+    task: Task
+    settings: Settings
+    seed: int
+    run: Run
+    pool: Pool
+    judge: Judge
+    ground: Judge
+    loss: Loss
+
+    @cached_property
+    def drift(self) -> np.ndarray:
+        """How far every site moves from step to step; measured once, when first needed."""
+
+        def measured() -> dict[str, np.ndarray]:
+            return {"drift": measure_drift(self.task.trajectory, self.task.sampling.draw(8, 3_000_000 + self.seed))}
+
+        return self.run.once("drift", measured)["drift"]
+
+    def pruner(self, start: np.ndarray | None) -> Pruner:
+        """Return a new pruner that begins at the gates ``start``, or with everything kept."""
+        settings = self.settings
+        return Pruner(
+            self.task.sampler.calls,
+            len(self.task.trace.sites),
+            settings.width,
+            settings.layers,
+            settings.heads,
+            settings.hidden,
+            settings.attention,
+            start,
+            confidence=1.0 if start is None else 0.5,
+        )

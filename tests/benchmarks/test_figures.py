@@ -1,0 +1,54 @@
+import json
+
+import pytest
+
+from benchmarks.figures import tables
+from benchmarks.results import RESULTS
+
+RECORD = {
+    "model": "tiny",
+    "served": 12345,
+    "latency": {"p50": 15191.4, "p95": 0.00123456},
+    "samples": [1.5, 2.5],
+    "long": list(range(40)),
+    "runs": [{"what": "a", "parts": {"loop": 7}}, {"what": "b", "parts": {"loop": 9}, "error": None}],
+    "memory": {"before": {"gate": 1}, "after": {"gate": 2}},
+}
+
+
+def test_single_figures_and_collections():
+    assert tables(RECORD) == [
+        "| figure | value |",
+        "| --- | --- |",
+        "| model | tiny |",
+        "| served | 12,345 |",
+        "| latency.p50 | 15,191 |",
+        "| latency.p95 | 0.001235 |",
+        "| samples | 1.5, 2.5 |",
+        "| long | 40 entries |",
+        "",
+        "runs:",
+        "",
+        "| what | parts.loop | error |",
+        "| --- | --- | --- |",
+        "| a | 7 |  |",
+        "| b | 9 | null |",
+        "",
+        "memory:",
+        "",
+        "|  | gate |",
+        "| --- | --- |",
+        "| before | 1 |",
+        "| after | 2 |",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_row_has_its_tables_columns(path):
+    header = 0
+    for line in tables(json.loads(path.read_text())):
+        if not line.startswith("|"):
+            header = 0
+        elif not header:
+            header = line.count(" | ")
+        assert line.count(" | ") in (0, header)
