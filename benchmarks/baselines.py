@@ -157,6 +157,7 @@ def compile_baselines(
     baselines: Mapping[str, Baseline] = BASELINES,
     progress: Progress = silent,
     batch: int = 1,
+    whole: bool = True,
 ) -> list[Compiled]:
     """Compile baselines into ``folder``, one bundle each; the model is converted once.
 
@@ -164,13 +165,14 @@ def compile_baselines(
         task: the bundle's; its pipeline's scheduler is the bundle's solver.
         ratio: the bundle's MACs over the full trajectory's.
         batch: the bundle's images a call.
+        whole: with what comes before and after the denoiser, as far as there is an exporter for it.
 
     Returns:
         One entry a baseline, in order; one that raises has its error in place of a folder.
     """
     total = len(baselines) + 1
     progress("compile baselines", 0, total, "convert")
-    prepared = prepare(task.trace, batch)
+    prepared = prepare(task.trace, batch, whole)
     compiled = []
     weights: dict[str, Path] = {}
     for number, (name, build) in enumerate(baselines.items()):
@@ -179,7 +181,7 @@ def compile_baselines(
         begin = time.perf_counter()
         try:
             own, subnet = build(task, ratio)
-            base = prepared if own.trace is task.trace else prepare(own.trace, batch)
+            base = prepared if own.trace is task.trace else prepare(own.trace, batch, whole)
             write_bundle(base, subnet, own.sampler, target)
             _share_weights(target, weights)
             compiled.append(Compiled(name, target, seconds=time.perf_counter() - begin))

@@ -154,10 +154,10 @@ def _candidates(
     task = task_of(bundle, found, progress)
     own = subject_candidate(bundle, SUBJECT, task, suite, scratch, progress)
     assert isinstance(own.spec, ProgramSpec)
-    searched, batch = subnet_of(bundle), latent_shape(bundle.record)[0]
+    searched = subnet_of(bundle)
     chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
     techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
-    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, own.spec, batch, scratch, progress)
+    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, own.spec, bundle.record, scratch, progress)
     if full.error:
         raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
     further = other_backends([full, own], suite, task, progress)

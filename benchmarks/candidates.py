@@ -60,12 +60,16 @@ def baseline_candidates(
     ratio: float,
     baselines: Mapping[str, Baseline],
     own: ProgramSpec,
-    batch: int,
+    record: BundleRecord,
     scratch: Path,
     progress: Progress,
 ) -> list[Candidate]:
-    """Compile and verify the baselines, the full program first; one that fails is listed with its error."""
-    compiled = compile_baselines(task, ratio, scratch, baselines, progress, batch)
+    """Compile and verify the baselines, the full program first; one that fails is listed with its error.
+
+    ``own`` and ``record`` are the bundle's: baselines have its images a call, and a decoder if it has one.
+    """
+    batch, whole = latent_shape(record)[0], record.decoder is not None
+    compiled = compile_baselines(task, ratio, scratch, baselines, progress, batch, whole)
     found = []
     for number, baseline in enumerate(compiled):
         progress("verify baselines", number, len(compiled), baseline.name)

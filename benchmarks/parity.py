@@ -1,9 +1,9 @@
 """Parity: whether a compiled program does what torch does under the same gates.
 
 A float32 bundle is held against the real gated diffusers pipeline, called with classes or prompts. A bundle of half
-precision, or one that takes neither because it holds no text encoder, is held against the gated denoiser under the
-sampler's table (:class:`dipgo.trajectory.Trajectory`, which tests hold against the pipelines): pipelines in half
-precision draw other noise and round x at every step, which the program does not.
+precision, or one that holds no text encoder or no decoder, is held against the gated denoiser under the sampler's table
+(:class:`dipgo.trajectory.Trajectory`, which tests hold against the pipelines): pipelines in half precision draw other
+noise and round x at every step, which the program does not.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progr
         progress("verify: torch", calls, len(program.record.steps), "")
 
     progress("verify: torch", 0, len(program.record.steps), "")
-    whole = program.record.dtype == "float32" and encodes(program) and program.record.conditioning.kind != "nothing"
+    record = program.record
+    pipelined = record.conditioning.kind != "nothing" and record.decoder is not None
+    whole = record.dtype == "float32" and encodes(program) and pipelined
     hook = getattr(pipe, family_of(pipe).component).register_forward_hook(count)
     try:
         return (_pipeline if whole else _trajectory)(program, pipe, given, seed)
@@ -178,10 +180,9 @@ def _trajectory(program: Program, pipe: Any, given: Given, seed: int) -> Made:
     trajectory = Trajectory(guided, subnet.sites, sampler)
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, weights, subnet.terms)[-1]
-        vae = getattr(pipe, "vae", None)
-        if vae is None:
+        if program.record.decoder is None:
             return latent.numpy(), _pixels(latent)
-        return latent.numpy(), decode_latents(vae, latent).numpy()
+        return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
 
 
 def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:

@@ -47,7 +47,7 @@ class TorchSubject:
         denoiser = getattr(self.pipe, self.family.component)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance_scale)
         self.batch, *self.shape = latent_shape(record)
-        self.conditioning = record.conditioning
+        self.conditioning, self.decodes = record.conditioning, record.decoder is not None
         threads = torch.get_num_threads()
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
@@ -89,7 +89,7 @@ class TorchSubject:
         conditions = self._conditions_of([given[index] for index in chosen])
         latents = self._run(self._drawn(count, seed)[chosen], conditions)
         kept = min(self.batch, count - start)
-        images = self._decoded(latents)[:kept] if getattr(self.pipe, "vae", None) is not None else None
+        images = self._decoded(latents)[:kept] if self.decodes else None
         return latents.cpu().numpy()[:kept], images
 
     def macs(self) -> int:

@@ -18,7 +18,7 @@ from dipgo.models import find_model
 from dipgo.search.task import make_task
 from export.compiler import compile_subnet
 from tests.benchmarks.test_parity import perturb_the_weights
-from tests.models import random_subnet, tiny_sd
+from tests.models import random_subnet, tiny_dit, tiny_sd
 
 Measured = tuple[ReportRecord, Path]
 
@@ -129,3 +129,20 @@ def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     assert all(row.parity.passed for row in report.rows)
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(prompt in page for prompt in PROMPTS)
+
+
+@pytest.mark.parametrize("make", [tiny_dit, tiny_sd])
+def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
+    """Without a decoder in the bundle, the pipeline in torch leaves its own out too."""
+    task = make_task(find_model(make(tmp_path / "model")), 4, guidance_scale=4.0)
+    subnet = random_subnet(task.trace, task.sampler, seed=2)
+    compile_subnet(subnet, task.model, tmp_path / "bundle", whole=False)
+    suite = Suite(
+        about="small", baselines=["eager torch"], images=8, repeats=3, seconds=0, threads=1, scopes=["loop", "pipeline"]
+    )
+    report = bench(tmp_path / "bundle", tmp_path / "report", suite=suite, progress=silent)
+    assert report.parity.passed
+    assert [row.error for row in report.rows] == [None] * 3
+    eager = report.rows[-1]
+    assert eager.quality is not None
+    assert eager.quality.psnr_db > 80
