@@ -19,7 +19,7 @@ from dipgo.search.postprocess import gates_at_budget
 from dipgo.trace import Trace
 from dipgo.trajectory import Batch, Trajectory
 
-SPACINGS = {"uniform": 1.0, "rather late": 1.2, "late": 1.4, "early": 0.7}
+SPACINGS = {"uniform": 1.0, "late": 1.4, "early": 0.7}
 SERVINGS = ("inside", "whole", "mixed")
 OUTER = (1, 2, 4)
 

@@ -46,8 +46,8 @@ class Settings:
         postprocess: from scores to gates, ``bisection`` (the paper's Algorithm 1) or ``sweep`` (the public code's).
         loss: see :func:`dipgo.search.losses.make_loss`.
         step_weights: of the latent term, one number a call; empty takes the final latent alone.
-        reaches: parts of the extrapolation's slope that gates may be served with before anything is learned; where
-            computed steps lie far apart a straight line overshoots.
+        reaches: parts of the extrapolation's slope to try before anything is learned. A straight line overshoots where
+            computed steps lie far apart; on digits-dit learning makes up for that, so only the line itself is tried.
         terms: K, how many computed outputs a backup combines.
         by_channel: one backup weight a channel instead of one a site.
         precision: ``fp32``, ``fp16`` or ``bf16``, of the denoiser.
@@ -64,7 +64,7 @@ class Settings:
     contenders: int = 3
     gate_iterations: int = 0
     trial_iterations: int = 60
-    backup_iterations: int = 800
+    backup_iterations: int = 1200
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     gate_schedule: str = "constant"
@@ -85,7 +85,7 @@ class Settings:
     postprocess: str = "bisection"
     loss: str = "psnr"
     step_weights: tuple[float, ...] = ()
-    reaches: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0)
+    reaches: tuple[float, ...] = (1.0,)
     terms: int = 2
     by_channel: bool = True
     precision: str = "fp32"
