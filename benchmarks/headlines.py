@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.environment import Environment
 from benchmarks.report import Headline, Kind, Row, decibels, milliseconds
+from benchmarks.timing import Timing
 from dipgo.records import ModelIdentity, SamplerIdentity
 
 EQUAL = 1.1  # a baseline with up to so many times the bundle's MACs is one at equal compute
@@ -30,9 +31,8 @@ def headlines(
         f"{model.name}: {sampler.steps} steps of {sampler.class_name}, guidance {sampler.guidance_scale:g}, "
         f"{own.macs_ratio:.1%} of the MACs.",
         f"{speedup.median:.2f} times the speed of the full program, compiled the same way: "
-        f"{milliseconds(own.timing.wall.median)} against {milliseconds(full.timing.wall.median)}, median of "
-        f"{len(own.timing.samples)} interleaved rounds ({scope}; {place.cpu}). Paired ratio {speedup.p5:.2f} to "
-        f"{speedup.p95:.2f} (p5 to p95); efficiency {own.efficiency:.2f}.",
+        f"{milliseconds(own.timing.wall.median)} against {milliseconds(full.timing.wall.median)}, "
+        f"{_rounds(own.timing)} ({scope}; {place.cpu}); efficiency {own.efficiency:.2f}.",
     ]
     if own.quality:
         judged = [(row.quality.psnr_db, row.name) for row in equal if row.quality]
@@ -45,6 +45,17 @@ def headlines(
         )
     kinds: dict[Kind, list[str]] = {"loss": losses, "result": results, "note": _notes(model, rows, place)}
     return [Headline(kind=kind, line=line) for kind, lines in kinds.items() for line in lines]
+
+
+def _rounds(timing: Timing) -> str:
+    """Return how often a time was taken, and how far the rounds' ratios lie apart."""
+    if len(timing.samples) == 1:
+        return "one run of each"
+    speedup = timing.speedup
+    return (
+        f"median of {len(timing.samples)} interleaved rounds, whose own ratios are {speedup.p5:.2f} to "
+        f"{speedup.p95:.2f} (p5 to p95)"
+    )
 
 
 def _losses(own: Row, equal: Sequence[Row], others: Sequence[Row]) -> list[str]:

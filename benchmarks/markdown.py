@@ -20,10 +20,11 @@ def summary(report: ReportRecord, source: str = "") -> str:
     lines += ["", _line(_COLUMNS, filled), "|---" * sum(filled) + "|"]
     lines += [_line(row, filled) for row in cells]
     place = report.environment
+    rounds = "one run of each" if report.rounds == 1 else f"{report.rounds} interleaved rounds"
     images = f", {report.images} images" if any(row.quality for row in report.rows) else ""
     lines += [
         "",
-        f"`{report.command}`, {report.rounds} interleaved rounds{images}; {report.scope}; {place.cpu}, {place.cores} "
+        f"`{report.command}`, {rounds}{images}; {report.scope}; {place.cpu}, {place.cores} "
         f"cores; parity {report.parity.relative_error_image:.1e}." + (f" From [{source}]({source})." if source else ""),
     ]
     return "\n".join(lines)

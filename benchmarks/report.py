@@ -121,7 +121,9 @@ class ReportRecord(Record):
 
 
 def milliseconds(seconds: float, unit: bool = True) -> str:
-    """Return a duration in milliseconds, with three figures or more."""
+    """Return a duration in milliseconds, with three figures or more; with its unit, from ten seconds on in these."""
+    if unit and seconds >= 10:
+        return f"{seconds:.1f} s"
     value = seconds * 1e3
     text = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
     return f"{text} ms" if unit else text

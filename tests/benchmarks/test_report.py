@@ -144,6 +144,8 @@ def test_heat_maps_escape_names():
     assert cells(drawn) == ["on", "off"]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(1.5, "1500 ms"), (0.0123, "12.3 ms"), (0.00123, "1.23 ms")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(466.16, "466.2 s"), (1.5, "1500 ms"), (0.0123, "12.3 ms"), (0.00123, "1.23 ms")]
+)
 def test_milliseconds(seconds: float, text: str):
     assert milliseconds(seconds) == text
