@@ -31,7 +31,7 @@ from benchmarks.quality import Made
 from benchmarks.reference import converged, model_of, subnet_of, task_of
 from benchmarks.report import SUBJECT, Memory, ReportRecord
 from benchmarks.rows import rows_of
-from benchmarks.subjects import ProgramSpec
+from benchmarks.specs import ProgramSpec
 from benchmarks.suite import DEFAULT, Suite, load_suite
 from benchmarks.techniques import TECHNIQUES
 from dipgo.errors import DipgoError, UsageError

@@ -13,7 +13,7 @@ from benchmarks.failures import one_line
 from benchmarks.inputs import PARITY_SEED, encodes, given_of, latent_shape, save
 from benchmarks.parity import Parity, conditions_in, measure
 from benchmarks.progress import Progress
-from benchmarks.subjects import ProgramSpec, TorchSpec
+from benchmarks.specs import ProgramSpec, TorchSpec
 from benchmarks.suite import Suite
 from dipgo.errors import DipgoError
 from dipgo.search.task import Task

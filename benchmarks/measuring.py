@@ -14,7 +14,7 @@ from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import IMAGE_SEED
 from benchmarks.progress import Progress, silent
 from benchmarks.quality import Made, latent_error
-from benchmarks.subjects import ProgramSpec, TorchSpec
+from benchmarks.specs import ProgramSpec, TorchSpec
 from benchmarks.suite import Suite
 from benchmarks.timing import in_rounds
 from benchmarks.workers import Worker

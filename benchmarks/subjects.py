@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import Field
 
 import engines
 from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import TIMING_SEED, encodes, given_of, latent_shape
+from benchmarks.specs import ProgramSpec, TorchSpec
 from benchmarks.stopwatch import Stopwatch
-from dipgo.records import Record
 from engines import Program
 from engines.onnxrt.runner import OnnxRuntimeRunner
-
-
-class ProgramSpec(Record):
-    """A bundle in a backend. ``conditions`` are files with the conditions of one batch each, in turn, for a program
-    that cannot make its own."""
-
-    kind: Literal["program"] = "program"
-    folder: str
-    backend: str
-    threads: int | None = None
-    conditions: list[str] = Field(default_factory=list)
-
-
-class TorchSpec(Record):
-    """The model that a bundle was compiled from, whole, in torch: its diffusers denoiser, scheduler and VAE.
-
-    ``technique`` is what is applied to it, see :mod:`benchmarks.techniques`.
-    """
-
-    kind: Literal["torch"] = "torch"
-    bundle: str
-    model: str | None = None
-    technique: str
-    threads: int | None = None
-
-
-Spec = Annotated[ProgramSpec | TorchSpec, Field(discriminator="kind")]
 
 
 class Subject(Protocol):

@@ -17,7 +17,7 @@ import torch
 from benchmarks.inputs import TIMING_SEED, given_for, latent_shape
 from benchmarks.parity import conditions_in, decode_latents
 from benchmarks.reference import cast_pipeline, model_of, subnet_of
-from benchmarks.subjects import TorchSpec
+from benchmarks.specs import TorchSpec
 from benchmarks.techniques import TECHNIQUES, Position
 from dipgo.exported import in_dtype
 from dipgo.families import GuidedDenoiser, family_of

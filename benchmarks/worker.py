@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 
 from benchmarks.failures import one_line
 from benchmarks.inputs import save
-from benchmarks.subjects import ProgramSpec, Spec, Subject, TorchSpec, subject_of
+from benchmarks.specs import ProgramSpec, Spec, TorchSpec
+from benchmarks.subjects import Subject, subject_of
 
 Answer = dict[str, Any]
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.failures import NotMeasuredError
-from benchmarks.subjects import ProgramSpec, TorchSpec
+from benchmarks.specs import ProgramSpec, TorchSpec
 
 GRACE = 5.0  # seconds for a worker to end by itself once its pipe is closed
 

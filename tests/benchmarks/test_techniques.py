@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import IMAGE_SEED, PROMPTS
 from benchmarks.quality import latent_error
-from benchmarks.subjects import ProgramSpec, ProgramSubject, TorchSpec
+from benchmarks.specs import ProgramSpec, TorchSpec
+from benchmarks.subjects import ProgramSubject
 from benchmarks.torch_subject import TorchSubject
 from dipgo.models import find_model
 from dipgo.search.task import make_task

@@ -12,7 +12,7 @@ import pytest
 import engines
 from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import IMAGE_SEED, TIMING_SEED, given_of
-from benchmarks.subjects import ProgramSpec
+from benchmarks.specs import ProgramSpec
 from benchmarks.workers import Worker
 
 
