@@ -84,7 +84,7 @@ def main() -> None:
             rows.append({"way": way} | json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]))
     record = {
-        "command": f"python -m benchmarks.session_memory {given.bundle.name} --sessions {given.sessions}",
+        "command": f"python -m benchmarks.session_memory {given.bundle} --sessions {given.sessions}",
         "model": open_bundle(given.bundle, False).record.model.name,
         "rows": rows,
         "environment": environment(load).model_dump(),

@@ -69,7 +69,8 @@ class TorchSubject:
         return latent.cpu().numpy()
 
     def pipeline(self) -> np.ndarray:
-        return self._decoded(self._run(self._noise, self._conditions_of(self._given)))
+        latents = self._run(self._noise, self._conditions_of(self._given))
+        return self._decoded(latents) if self.decodes else latents.cpu().numpy()
 
     def steps(self) -> list[float]:
         marks: list[float] = []

@@ -1,12 +1,10 @@
 """Learned backups: what a skipped site serves, learned by gradient through the trajectory.
 
-The weights are written as those of a policy, linear extrapolation by default, plus a learned correction per step, site,
-term and channel. The correction starts at zero, so learning starts from the policy.
+The weights are written as linear extrapolation, which follows the gates, plus a learned correction per step, site,
+term and channel. The correction starts at zero, so learning starts from the extrapolating policy.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,22 +23,14 @@ from dipgo.trajectory import Trajectory
 class Backups(nn.Module):
     """Backup weights for given gates.
 
-    ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site; ``start`` is
-    the policy's weights, ``[calls, 2]`` by backup name.
+    ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site.
     """
 
-    def __init__(
-        self,
-        trace: Trace,
-        gates: np.ndarray,
-        terms: int = 2,
-        by_channel: bool = True,
-        start: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
+    def __init__(self, trace: Trace, gates: np.ndarray, terms: int = 2, by_channel: bool = True) -> None:
         super().__init__()
         self.gates, self.terms = gates, terms
         channels = _channels(trace)
-        start = start or extrapolation(trace, gates)
+        start = extrapolation(trace, gates)
         computed_before = np.cumsum(gates, axis=0) - gates
         self.names: list[str] = []
         self.corrections = nn.ParameterList()

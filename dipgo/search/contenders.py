@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,10 +24,9 @@ def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list
         All candidates, and those that extrapolate, with different gates, the best first.
     """
     fixed = _policies(work, budget)
-    starts = _starts(work, budget, fixed)
-    moved = _moved(work, budget, starts[0], last)
-    served = [start.candidate for start in starts]
-    return [*fixed, *served, *moved], _distinct(sorted([*moved, *served], key=lambda candidate: -candidate.psnr))
+    straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
+    moved = _moved(work, budget, straight[0], last)
+    return [*fixed, *moved], _distinct(sorted([*moved, *straight], key=lambda candidate: -candidate.psnr))
 
 
 def _policies(work: Work, budget: float) -> list[Candidate]:
@@ -47,44 +45,9 @@ def _policies(work: Work, budget: float) -> list[Candidate]:
     return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Gates served by extrapolation of this reach."""
-
-    candidate: Candidate
-    reach: float
-
-
-def _starts(work: Work, budget: float, fixed: Sequence[Candidate]) -> list[_Start]:
-    """Serve the best extrapolating policies' gates with the reach that suits each; returns the best first.
-
-    The reach is chosen on the noise that moves are tried on, and judged on the judge's.
-    """
-    trace, reaches, run = work.task.trace, work.settings.reaches, work.run
-    straight = _distinct(sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr))
-    straight = straight[: 3 * work.settings.contenders]
-
-    def tried() -> dict[str, np.ndarray]:
-        scores = []
-        for number, policy in enumerate(straight):
-            served = [extrapolation(trace, policy.gates, reach) for reach in reaches]
-            scores.append([work.ground.psnr(policy.gates, weights) for weights in served])
-            run.report(f"reaches {budget:g}", number + 1, len(straight), f"{policy.name} {max(scores[-1]):.2f} dB")
-        return {"psnr": np.array(scores)}
-
-    scores = run.once(f"reaches-{budget:g}", tried)["psnr"] if len(reaches) > 1 else np.zeros((len(straight), 1))
-    starts = []
-    for policy, row in zip(straight, scores, strict=True):
-        reach = reaches[int(np.argmax(row))]
-        name = f"{policy.name}, reach {reach:g}"
-        weights = extrapolation(trace, policy.gates, reach)
-        starts.append(_Start(policy if reach == 1 else work.judge(name, policy.gates, weights), reach))
-    return sorted(starts, key=lambda start: -start.candidate.psnr)
-
-
-def _moved(work: Work, budget: float, start: _Start, last: np.ndarray | None) -> list[Candidate]:
+def _moved(work: Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
     """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
-    trace, settings, run, reach = work.task.trace, work.settings, work.run, start.reach
+    trace, settings, run = work.task.trace, work.settings, work.run
     proposals = {}
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
@@ -93,9 +56,9 @@ def _moved(work: Work, budget: float, start: _Start, last: np.ndarray | None) ->
         def improved() -> dict[str, np.ndarray]:
             gates = improve(
                 trace,
-                start.candidate.gates,
+                start.gates,
                 budget,
-                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates, reach)),
+                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
                 settings.moves,
                 work.seed,
                 lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
@@ -105,7 +68,7 @@ def _moved(work: Work, budget: float, start: _Start, last: np.ndarray | None) ->
         proposals["moved"] = run.once(f"moves-{budget:g}", improved)["gates"].astype(bool)
     if settings.gate_iterations:
         scores = budgeted_scores(
-            work.pruner(start.candidate.gates),
+            work.pruner(start.gates),
             trace,
             work.task.trajectory,
             work.pool,
@@ -115,7 +78,7 @@ def _moved(work: Work, budget: float, start: _Start, last: np.ndarray | None) ->
             budget,
         )
         proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
-    return [work.judge(name, gates, extrapolation(trace, gates, reach)) for name, gates in proposals.items()]
+    return [work.judge(name, gates, extrapolation(trace, gates)) for name, gates in proposals.items()]
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

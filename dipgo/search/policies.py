@@ -204,13 +204,13 @@ def trim(
     return below
 
 
-def extrapolation(trace: Trace, gates: np.ndarray, reach: float = 1.0) -> dict[str, np.ndarray]:
+def extrapolation(trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
     """Return the weights of linear extrapolation for ``gates``: tensors ``[calls, 2]`` by backup name.
 
-    At step t, with the last computed steps a > b, a site serves f(a) + reach · (t - a) / (a - b) · (f(a) - f(b)); with
-    only one computed step it serves that one. A ``reach`` of 1 is the straight line, 0 is reuse.
+    At step t, with the last computed steps a > b, a site serves f(a) + (t - a) / (a - b) · (f(a) - f(b)); with only
+    one computed step it serves that one.
     """
-    table = np.stack([_extrapolate(gates[:, site], reach) for site in range(gates.shape[1])])
+    table = np.stack([_extrapolate(gates[:, site]) for site in range(gates.shape[1])])
     return {
         backup_name(site.name, output): table[index]
         for index, site in enumerate(trace.sites)
@@ -218,14 +218,14 @@ def extrapolation(trace: Trace, gates: np.ndarray, reach: float = 1.0) -> dict[s
     }
 
 
-def _extrapolate(column: np.ndarray, reach: float) -> np.ndarray:
+def _extrapolate(column: np.ndarray) -> np.ndarray:
     weights = np.zeros((len(column), 2), np.float32)
     past: list[int] = []
     for step, gate in enumerate(column):
         if gate:
             past = [step, *past][:2]
         elif len(past) == 2:
-            slope = reach * (step - past[0]) / (past[0] - past[1])
+            slope = (step - past[0]) / (past[0] - past[1])
             weights[step] = (1 + slope, -slope)
         else:
             weights[step] = (1, 0)

@@ -63,10 +63,9 @@ def sweep(
 ) -> list[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
 
-    ``method="dipgo"``: fixed policies are judged; the best, with the part of the extrapolation that suits each, what
-    moves of its gates improve, and the last budget's gates thinned out are given learned backups for a while, and the
-    best of these learns on. Every candidate is judged on held-out noise and the best is returned, so the result is
-    never worse there than the best policy.
+    ``method="dipgo"``: fixed policies are judged; the best, what moves of its gates improve, and the last budget's
+    gates thinned out are given learned backups for a while, and the best of these learns on. Every candidate is judged
+    on held-out noise and the best is returned, so the result is never worse there than the best policy.
     ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
     scores for all budgets.
 
@@ -222,7 +221,7 @@ def _learn(
 ) -> _Trial:
     trace, settings = work.task.trace, work.settings
     name = f"{start.name}, longer" if backups else f"{start.name}, backups learned at {rate:g}"
-    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel, start.weights)
+    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel)
     learn_backups(
         backups,
         work.task.trajectory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
@@ -46,8 +45,6 @@ class Settings:
         postprocess: from scores to gates, ``bisection`` (the paper's Algorithm 1) or ``sweep`` (the public code's).
         loss: see :func:`dipgo.search.losses.make_loss`.
         step_weights: of the latent term, one number a call; empty takes the final latent alone.
-        reaches: parts of the extrapolation's slope to try before anything is learned. A straight line overshoots where
-            computed steps lie far apart; on digits-dit learning makes up for that, so only the line itself is tried.
         terms: K, how many computed outputs a backup combines.
         by_channel: one backup weight a channel instead of one a site.
         precision: ``fp32``, ``fp16`` or ``bf16``, of the denoiser.
@@ -85,7 +82,6 @@ class Settings:
     postprocess: str = "bisection"
     loss: str = "psnr"
     step_weights: tuple[float, ...] = ()
-    reaches: tuple[float, ...] = (1.0,)
     terms: int = 2
     by_channel: bool = True
     precision: str = "fp32"
@@ -165,8 +161,6 @@ def check(settings: Settings) -> None:
                 raise UsageError(f"{name} = {getattr(settings, name)}; give at least {lowest}")
     if settings.postprocess not in POSTPROCESSES:
         raise UsageError(f"unknown postprocess '{settings.postprocess}'; use {', '.join(POSTPROCESSES)}")
-    if not settings.reaches or not all(map(math.isfinite, settings.reaches)):
-        raise UsageError(f"reaches = {settings.reaches}; give at least one finite number")
     make_loss(settings.loss, lambda latents: latents, settings.step_weights)
     check_dimensions(settings.width, settings.layers, settings.heads, settings.hidden, settings.attention)
     _ = settings.gate_descent, settings.backup_descent  # they check themselves

@@ -14,10 +14,9 @@ from dipgo.liveness import canonical
 from dipgo.models import find_model
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import dependent_shares
-from dipgo.search.judge import Judge
 from dipgo.search.losses import final_latent, psnr
 from dipgo.search.optimise import Descent
-from dipgo.search.policies import extrapolation, measure_drift, policies, spacing
+from dipgo.search.policies import extrapolation, policies, spacing
 from dipgo.search.postprocess import gates_at_budget
 from dipgo.search.pruner import Pruner, straight_through
 from dipgo.search.run import Run
@@ -95,42 +94,6 @@ def test_extrapolation_is_exact_on_straight_lines(task):
         for step in np.flatnonzero(~gates[:, index]):
             past = np.flatnonzero(gates[:step, index])[::-1][:2]
             assert table[f"backup.{site.name}"][step] @ line[past] == pytest.approx(line[step])
-
-
-def test_reach_lies_between_reuse_and_the_straight_line(task):
-    gates = np.random.default_rng(0).random((STEPS, len(task.trace.sites))) < 0.5
-    gates[0] = True
-    reuse, half, straight = (extrapolation(task.trace, gates, reach) for reach in (0.0, 0.5, 1.0))
-    for name, weights in half.items():
-        assert np.allclose(weights, (reuse[name] + straight[name]) / 2)
-        assert not reuse[name][:, 1].any()
-    batch = task.sampling.draw(2, 0)
-
-    def final(weights, terms):
-        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-        return task.trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)[-1]
-
-    with torch.no_grad():
-        assert torch.allclose(final(reuse, 2), final({}, 1), atol=1e-5)
-
-
-def test_a_search_starts_from_the_best_reach(task):
-    """Every policy served with a reach is at least as good, where the reach was chosen, as with any other offered."""
-    reaches = (0.0, 0.5, 1.0)
-    wide = search(task, 0.5, settings=replace(TINY, reaches=reaches, moves_on=8, backup_iterations=0))
-    alone = search(task, 0.5, settings=replace(TINY, reaches=(1.0,), moves_on=8, backup_iterations=0))
-    ground = Judge(task, 8, 4_000_000, Run())
-    tried = 0
-    for policy in policies(task.trace, STEPS, 0.5, measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000))):
-        chosen = [reach for reach in reaches if f"{policy.name}, reach {reach:g}" in wide.search["held_out_psnr_db"]]
-        if chosen:
-            scores = {
-                reach: ground.psnr(policy.gates, extrapolation(task.trace, policy.gates, reach)) for reach in reaches
-            }
-            assert scores[chosen[0]] == max(scores.values()) > scores[1.0]
-            tried += 1
-    assert tried
-    assert not any(", reach" in name for name in alone.search["held_out_psnr_db"])
 
 
 def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
