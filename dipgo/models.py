@@ -25,6 +25,7 @@ from dipgo.records import ModelIdentity, read_json
 
 BUILT_IN = Path(__file__).parent / "zoo"
 ARCHITECTURES = Path(__file__).parent / "architectures"
+_LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 
 
@@ -217,25 +218,34 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     if component is None:
         raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
     config = read_json(folder / component / "config.json", "model configuration")
+    _check_add_ons(index_file, index, config)
     family = family_for(index[component][1], component, config, str(index.get("_class_name")))
     _check_latent(index_file, config)
     family.example(config, 1)  # refuses what cannot be conditioned
     model = Model(name, folder, family, config, random_weights)
     if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
-    _check_add_ons(index_file, index, config, read_checkpoint(model.weights_files))
+    _check_lora(folder, read_checkpoint(model.weights_files))
     return model
 
 
-def _check_add_ons(
-    index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Stored]
-) -> None:
+def _check_add_ons(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuse what changes a denoiser from outside: a trace would leave it out without a word."""
     for entry, what in _ADD_ONS.items():
         if (index.get(entry) or [None])[0]:
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")
+
+
+def _check_lora(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """Refuse a LoRA that is not fused: among the weights, or in diffusers' file for it, which no pipeline loads."""
+    beside = folder / _LORA
+    if beside.is_file():
+        raise UsageError(
+            f"{beside}: a LoRA that is not fused; call load_lora_weights() and fuse_lora() on the pipeline and save it "
+            "elsewhere, or move the file away"
+        )
     adapted = next((name for name in tensors if "lora_" in name or ".base_layer." in name), None)
     if adapted:
         raise UsageError(

@@ -161,7 +161,7 @@ def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
         find_model(str(folder))
     index_file.write_text(json.dumps(index | {"controlnet": [None, None]}))
     find_model(str(folder))
-    config_file.write_text(json.dumps(config | {"encoder_hid_dim_type": "ip_image_proj"}))
+    config_file.write_text(json.dumps(config | {"encoder_hid_dim_type": "ip_image_proj", "encoder_hid_dim": 24}))
     with pytest.raises(UsageError, match="has an IP-Adapter"):
         find_model(str(folder))
     config_file.write_text(json.dumps(config))
@@ -169,6 +169,10 @@ def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
     tensors = load_file(weights)
     save_file(tensors | {"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1, 1)}, weights)
     with pytest.raises(UsageError, match=r"LoRA weights that are not fused .*; call fuse_lora\(\)"):
+        find_model(str(folder))
+    save_file(tensors, weights)
+    save_file({"lora": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UsageError, match=r"pytorch_lora_weights\.safetensors: a LoRA that is not fused"):
         find_model(str(folder))
 
 
