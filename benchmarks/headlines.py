@@ -32,7 +32,7 @@ def headlines(
         f"{own.macs_ratio:.1%} of the MACs.",
         f"{speedup.median:.2f} times the speed of the full program, compiled the same way: "
         f"{milliseconds(own.timing.wall.median)} against {milliseconds(full.timing.wall.median)}, "
-        f"{_rounds(own.timing)} ({scope}; {place.cpu}); efficiency {own.efficiency:.2f}.",
+        f"{_rounds(own.timing)}; {scope}; {place.cpu}; efficiency {own.efficiency:.2f}.",
     ]
     if own.quality:
         judged = [(row.quality.psnr_db, row.name) for row in equal if row.quality]
@@ -53,8 +53,8 @@ def _rounds(timing: Timing) -> str:
         return "one run of each"
     speedup = timing.speedup
     return (
-        f"median of {len(timing.samples)} interleaved rounds, whose own ratios are {speedup.p5:.2f} to "
-        f"{speedup.p95:.2f} (p5 to p95)"
+        f"median of {len(timing.samples)} interleaved rounds (their ratios {speedup.p5:.2f} to {speedup.p95:.2f}, "
+        "p5 to p95)"
     )
 
 
