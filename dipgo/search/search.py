@@ -146,7 +146,7 @@ def sweep(
                 "cost": _cost(task.trace, best, profile),
                 "seed": seed,
                 "settings": asdict(settings),
-                "seconds": round(time.time() - started, 1),
+                "seconds": _seconds(work, budget, started),
                 "chosen": best.name,
                 "best_policy": _best_policy(candidates),
                 "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
@@ -155,6 +155,12 @@ def sweep(
             },
         )
     return [found[budget] for budget in budgets]
+
+
+def _seconds(work: Work, budget: float, started: float) -> float:
+    """Return how long a budget took, also when it was finished before its run was killed and resumed."""
+    arrays = work.run.once(f"seconds-{budget:g}", lambda: {"seconds": np.array(time.time() - started)})
+    return round(arrays["seconds"].item(), 1)
 
 
 def _best_policy(candidates: Sequence[Candidate]) -> str | None:

@@ -279,6 +279,14 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
     assert killed.search["held_out_psnr_db"] == straight.search["held_out_psnr_db"]
 
 
+def test_a_finished_search_resumed_says_the_same(task, tmp_path):
+    """The seconds that it took among the rest, though nothing is searched again."""
+    settings = settings_of("dipgo", "default", [f"{name}={value}" for name, value in SETTINGS.items()])
+    first = search(task, 0.6, settings=settings, run_folder=tmp_path / "run")
+    again = search(task, 0.6, settings=settings, run_folder=tmp_path / "run", resume=True)
+    assert again.search == first.search
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(task, gates, tmp_path):
     """A limit on the size of files stands for a disk that fills; it raises EFBIG."""
     run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=3))
