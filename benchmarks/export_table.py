@@ -87,7 +87,7 @@ def subnet_of(model: Model) -> SubNet:
     """Return the SubNet to export: the published one where there is one, else whole steps at even intervals."""
     from dipgo.families import default_guidance
     from dipgo.sampler import make_scheduler, tabulate
-    from dipgo.search.policies import spaced
+    from dipgo.search.policies import SPACINGS, spaced
     from dipgo.subnet import Cost
     from dipgo.trace import trace
 
@@ -99,7 +99,7 @@ def subnet_of(model: Model) -> SubNet:
     scale = default_guidance(getattr(diffusers, index["_class_name"]))
     traced = trace(model, "block", scale)
     sampler = tabulate(make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=False)), STEPS)
-    gates = spaced(traced, sampler.calls, RATIO, 1.0)
+    gates = spaced(traced, sampler.calls, RATIO, SPACINGS["uniform"])
     return SubNet(model.identity(), sampler.identity(scale), traced.sites, gates, Cost(full=1, subnet=1, ratio=1))
 
 

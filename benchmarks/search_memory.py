@@ -31,7 +31,7 @@ from dipgo.search.gates import paper_scores
 from dipgo.search.losses import final_latent
 from dipgo.search.memory import MemoryEstimate, memory_estimate
 from dipgo.search.optimise import Descent
-from dipgo.search.policies import spaced
+from dipgo.search.policies import SPACINGS, spaced
 from dipgo.search.pruner import Pruner
 from dipgo.search.run import Run
 from dipgo.search.task import Pool, Task, make_task
@@ -78,7 +78,7 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
     task = make_task(model, steps, sites=sites)
     pool = Pool(task, 1, 1, seed=0, chunk=1)
     _ = pool[0]
-    gates = spaced(task.trace, task.sampler.calls, 0.6, 1.0, "inside", learned=True)
+    gates = spaced(task.trace, task.sampler.calls, 0.6, SPACINGS["uniform"], "inside", learned=True)
     for recompute in ways:
         changed = task.with_trajectory(recompute=recompute)
         pruner = Pruner(task.sampler.calls, len(task.trace.sites))

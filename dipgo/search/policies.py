@@ -7,6 +7,7 @@ are compared at equal MACs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,17 @@ from dipgo.search.postprocess import gates_at_budget
 from dipgo.trace import Trace
 from dipgo.trajectory import Batch, Trajectory
 
-SPACINGS = {"uniform": 1.0, "late": 1.4, "early": 0.7}
+Spacing = Callable[[np.ndarray], np.ndarray]
+"""From a computed step's rank among them to its place in the trajectory, both as shares from 0 to below 1."""
+
+SPACINGS: dict[str, Spacing] = {
+    "uniform": lambda rank: rank,
+    "late": lambda rank: 1 - (1 - rank) ** 1.4,
+    "early": lambda rank: 1 - (1 - rank) ** 0.7,
+    "middle": lambda rank: (1 + np.sign(2 * rank - 1) * np.abs(2 * rank - 1) ** 1.4) / 2,
+}
+"""Where computed steps lie densely."""
+
 SERVINGS = ("inside", "whole", "mixed")
 OUTER = (1, 2, 4)
 
@@ -57,15 +68,16 @@ def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None =
             found.append(Policy(name, gates, extrapolation(trace, gates) if learned else {}))
 
     for learned, what in ((False, "reuse"), (True, "extrapolation")):
-        for spacing_name, power in SPACINGS.items():
+        for name, spacing in SPACINGS.items():
             for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
-                gates = spaced(trace, calls, budget, power, serving, learned)
-                add(f"{spacing_name} {what}, {serving}", gates, learned)
+                gates = spaced(trace, calls, budget, spacing, serving, learned)
+                add(f"{name} {what}, {serving}", gates, learned)
         if drift is not None:
             add(f"by drift, {what}", drifted(trace, drift, budget, learned), learned)
     for outer in OUTER:
         if 2 * outer < len(trace.sites):
-            add(f"DeepCache-like, {outer} outer", spaced(trace, calls, budget, 1.0, outer=outer), False)
+            gates = spaced(trace, calls, budget, SPACINGS["uniform"], outer=outer)
+            add(f"DeepCache-like, {outer} outer", gates, False)
     return found
 
 
@@ -73,7 +85,7 @@ def spaced(
     trace: Trace,
     calls: int,
     budget: float,
-    power: float,
+    spacing: Spacing,
     serving: str = "inside",
     learned: bool = False,
     outer: int = 0,
@@ -81,7 +93,7 @@ def spaced(
     """Return gates that compute whole steps, as many as the budget allows, and serve backups in between.
 
     Args:
-        power: 1 spaces the computed steps evenly, above 1 densely at the end, below 1 densely at the start.
+        spacing: where the computed steps lie, such as one of :data:`SPACINGS`.
         serving: where a skipped step is served. ``whole``: at the output, so that nothing runs; ``inside``: at the
             inner sites, and what stands behind them runs, on today's latent and timestep; ``mixed``: whole in the
             first step after a computed one, inside in the others.
@@ -97,7 +109,7 @@ def spaced(
     rest[[*trace.output_sites(), *order[:outer], *order[len(order) - outer :]]] = True
 
     def gates_of(count: int) -> np.ndarray:
-        steps = spacing(calls, count, power)
+        steps = computed_steps(calls, count, spacing)
         gates = np.zeros((calls, len(trace.sites)), bool)
         for step in range(calls):
             first = step > 0 and step - 1 in steps
@@ -174,9 +186,9 @@ def thinned(trace: Trace, gates: np.ndarray, drift: np.ndarray, budget: float) -
     return gates_at_budget(trace, scores, budget, learned=True)
 
 
-def spacing(calls: int, count: int, power: float) -> list[int]:
+def computed_steps(calls: int, count: int, spacing: Spacing) -> list[int]:
     """Return ``count`` distinct steps out of ``calls``, the first always among them."""
-    positions = (1 - (1 - np.arange(count) / count) ** power) * calls
+    positions = spacing(np.arange(count) / count) * calls
     chosen: list[int] = []
     for rank, position in enumerate(positions):
         lowest = chosen[-1] + 1 if chosen else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from dipgo.cost import check_budget, cost_of
 from dipgo.errors import UsageError
 from dipgo.latency import LatencyProfile, timed
-from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.contenders import contenders
 from dipgo.search.gates import paper_scores
 from dipgo.search.journal import Report, silent
@@ -28,6 +27,7 @@ from dipgo.search.processes import processes
 from dipgo.search.run import Cadence, open_run
 from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.task import Pool, Task
+from dipgo.search.trials import learned
 from dipgo.search.work import Work
 from dipgo.subnet import SubNet
 from dipgo.trace import Trace
@@ -193,51 +193,7 @@ def policy_subnet(task: Task, policy: Policy) -> SubNet:
 
 def _dipgo(work: Work, budget: float, last: np.ndarray | None) -> list[Candidate]:
     judged, best = contenders(work, budget, last)
-    return [*judged, *_learned(work, budget, best[: work.settings.contenders])]
-
-
-def _learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Candidate]:
-    """Learn backups for each of the contenders for a while, then on for the best of them.
-
-    The first contender tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
-    """
-    settings, rate = work.settings, work.settings.backup_rate
-    if not settings.backup_iterations:
-        return []
-    trials: list[_Trial] = []
-    for number, start in enumerate(starts):
-        for trial_rate in (rate, rate / 4) if number == 0 else (rate,):
-            phase = f"trial-{budget:g}-{len(trials)}"
-            trials.append(_learn(work, start, trial_rate, settings.trial_iterations, phase))
-        rate = max(trials, key=lambda trial: trial.candidate.psnr).rate
-    best = max(trials, key=lambda trial: trial.candidate.psnr)
-    longer = _learn(work, best.candidate, best.rate, settings.backup_iterations, f"backups-{budget:g}", best.backups)
-    return [*(trial.candidate for trial in trials if settings.trial_iterations), longer.candidate]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    candidate: Candidate
-    backups: Backups
-    rate: float
-
-
-def _learn(
-    work: Work, start: Candidate, rate: float, iterations: int, phase: str, backups: Backups | None = None
-) -> _Trial:
-    trace, settings = work.task.trace, work.settings
-    name = f"{start.name}, longer" if backups else f"{start.name}, backups learned at {rate:g}"
-    backups = backups or Backups(trace, start.gates, settings.terms, settings.by_channel)
-    learn_backups(
-        backups,
-        work.task.trajectory,
-        work.pool,
-        replace(settings.backup_descent, iterations=iterations, rate=rate),
-        work.loss,
-        work.run.phase(phase),
-        cost_of(trace, backups.gates, learned=True).ratio,
-    )
-    return _Trial(work.judge(name, backups.gates, backups.arrays()), backups, rate)
+    return [*judged, *learned(work, budget, best[: work.settings.contenders])]
 
 
 def _paper_scores(work: Work, least: float) -> np.ndarray:

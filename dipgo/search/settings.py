@@ -32,9 +32,10 @@ class Settings:
         held_out: noises on which candidates are compared; never used for learning.
         moves: trials of the local search on the gates, 0 for none.
         moves_on: noises on which moves are tried.
-        contenders: how many different gates are given learned backups for a while, of which the best learns on.
+        contenders: how many different gates are given learned backups for a while. While there are more than three, the
+            better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
-        trial_iterations, backup_iterations: of the backup phase, for each of the contenders and for the best.
+        trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and for the best.
         gate_rate, backup_rate: learning rates; backups try a quarter of theirs too.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
@@ -58,9 +59,9 @@ class Settings:
     held_out: int = 32
     moves: int = 100
     moves_on: int = 16
-    contenders: int = 3
+    contenders: int = 6
     gate_iterations: int = 0
-    trial_iterations: int = 60
+    trial_iterations: int = 30
     backup_iterations: int = 1200
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2

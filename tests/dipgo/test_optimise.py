@@ -23,7 +23,7 @@ from dipgo.search.checkpoint import read_checkpoint
 from dipgo.search.gates import budgeted_scores, paper_scores
 from dipgo.search.losses import final_latent, make_loss
 from dipgo.search.optimise import Descent, optimise
-from dipgo.search.policies import spaced
+from dipgo.search.policies import SPACINGS, spaced
 from dipgo.search.pruner import Pruner
 from dipgo.search.run import Run, open_run
 from dipgo.search.search import search
@@ -44,7 +44,7 @@ def task(tiny_dit):
 
 @pytest.fixture(scope="module")
 def gates(task):
-    return spaced(task.trace, STEPS, 0.5, 1.0, "inside", learned=True)
+    return spaced(task.trace, STEPS, 0.5, SPACINGS["uniform"], "inside", learned=True)
 
 
 def learnt(task, gates, descent, pool, run=None, loss=final_latent):
@@ -352,7 +352,7 @@ from dipgo.search.checkpoint import read_checkpoint
 from dipgo.search.gates import budgeted_scores
 from dipgo.search.losses import make_loss
 from dipgo.search.optimise import Descent
-from dipgo.search.policies import spaced
+from dipgo.search.policies import SPACINGS, spaced
 from dipgo.search.processes import processes
 from dipgo.search.pruner import Pruner
 from dipgo.search.run import Run
@@ -365,7 +365,7 @@ def both(model, images):
     task = make_task(find_model(model), 6)
     group = processes(torch.device("cpu"))
     run = Run(processes=group)
-    gates = spaced(task.trace, 6, 0.5, 1.0, "inside", learned=True)
+    gates = spaced(task.trace, 6, 0.5, SPACINGS["uniform"], "inside", learned=True)
     backups = Backups(task.trace, gates)
     loss = make_loss("ssim+latent", task.decode)
     pool = Pool(task, 16, images // group.count, 1, group)

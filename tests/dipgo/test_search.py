@@ -16,7 +16,7 @@ from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import dependent_shares
 from dipgo.search.losses import final_latent, psnr
 from dipgo.search.optimise import Descent
-from dipgo.search.policies import extrapolation, policies, spacing
+from dipgo.search.policies import SPACINGS, computed_steps, extrapolation, policies
 from dipgo.search.postprocess import gates_at_budget
 from dipgo.search.pruner import Pruner, straight_through
 from dipgo.search.run import Run
@@ -73,12 +73,13 @@ def test_policies_meet_the_budget(task, unet, budget):
             assert policy.gates[0].all()
 
 
-def test_spacing():
-    assert spacing(20, 5, 1.0) == [0, 4, 8, 12, 16]
-    late = np.diff(spacing(20, 5, 1.8))
-    assert (np.diff(late) <= 0).all()
+@pytest.mark.parametrize("name", SPACINGS)
+def test_spacing(name):
+    gaps = np.diff([*computed_steps(20, 5, SPACINGS[name]), 20])
+    dense = {"uniform": range(5), "late": [4], "early": [0, 1], "middle": [1, 2, 3]}[name]
+    assert set(np.flatnonzero(gaps == gaps.min())) <= set(dense)
     for count in range(1, 21):
-        steps = spacing(20, count, 1.8)
+        steps = computed_steps(20, count, SPACINGS[name])
         assert steps[0] == 0
         assert len(set(steps)) == count
         assert steps == sorted(steps)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dipgo.liveness import canonical
 from dipgo.models import find_model
 from dipgo.search.moves import improve
 from dipgo.search.pareto import write_pareto
-from dipgo.search.policies import drifted, measure_drift, policies, spaced, thinned
+from dipgo.search.policies import SPACINGS, drifted, measure_drift, policies, spaced, thinned
 from dipgo.search.postprocess import swept_gates
 from dipgo.search.request import budgets_of
 from dipgo.search.search import sweep
@@ -61,7 +62,17 @@ def test_sweep_answers_in_the_order_asked_and_meets_every_budget(swept):
     names = " ".join(swept[0].search["held_out_psnr_db"])
     assert "thinned" in names, "the smaller budget starts from the larger"
     assert "moved" in names
-    assert "longer" in names
+    assert "backups learned at" in names
+
+
+def test_the_better_half_of_the_contenders_learns_on(task):
+    settings = replace(TINY, contenders=6, trial_iterations=2, backup_iterations=3)
+    scores = sweep(task, [0.5], settings=settings)[0].search["held_out_psnr_db"]
+    rounds = [{name: db for name, db in scores.items() if name.endswith(f" {n} iterations")} for n in (2, 6, 9)]
+    assert [len(judged) for judged in rounds] == [7, 3, 1]
+    for before, after in itertools.pairwise(rounds):
+        best = sorted(before, key=lambda name: -before[name])[: len(after)]
+        assert {name.rsplit(",", 1)[0] for name in best} == {name.rsplit(",", 1)[0] for name in after}
 
 
 def test_pareto_holds_every_budget(swept, tmp_path):
@@ -85,7 +96,7 @@ def test_paper_sweep_scores_once(task):
 def test_moves_never_lose_and_keep_the_budget(task, unet):
     """The score asks for computation late, which moves can bring about."""
     for traced in (task.trace, unet):
-        gates = spaced(traced, STEPS, 0.5, 0.7, learned=True)
+        gates = spaced(traced, STEPS, 0.5, SPACINGS["early"], learned=True)
 
         def late(moved):
             return float((moved * np.arange(STEPS)[:, None]).sum())
@@ -121,7 +132,7 @@ def test_drifted_gates_compute_where_the_output_moves(task, drift):
 
 
 def test_thinned_gates_lie_within_the_larger_ones(task, drift):
-    large = spaced(task.trace, STEPS, 0.7, 1.0, learned=True)
+    large = spaced(task.trace, STEPS, 0.7, SPACINGS["uniform"], learned=True)
     small = thinned(task.trace, large, drift, 0.4)
     assert share(task.trace, small) <= 0.4
     inner = [site for site in range(small.shape[1]) if site not in task.trace.output_sites()]
@@ -131,7 +142,7 @@ def test_thinned_gates_lie_within_the_larger_ones(task, drift):
 def test_deepcache_computes_its_outer_sites_in_every_step(task, unet):
     for traced in (task.trace, unet):
         order = traced.execution_order()
-        gates = spaced(traced, STEPS, 0.7, 1.0, outer=1)
+        gates = spaced(traced, STEPS, 0.7, SPACINGS["uniform"], outer=1)
         assert gates[:, [order[0], order[-1]]].all()
         assert not gates[:, order[1:-1]].all()
         assert "DeepCache-like, 1 outer" in [policy.name for policy in policies(traced, STEPS, 0.7)]

@@ -1,0 +1,77 @@
+"""Which gates learn best: learned backups for several contenders by successive halving, then on for the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dipgo.cost import cost_of
+from dipgo.search.backups import Backups, learn_backups
+from dipgo.search.judge import Candidate
+from dipgo.search.work import Work
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Backups under way for the gates of ``start``: at what rate, for how many iterations, and the judge's verdict."""
+
+    start: Candidate
+    backups: Backups
+    rate: float
+    iterations: int
+    candidate: Candidate
+
+
+def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Candidate]:
+    """Return what learned backups make of the contenders, judged, after every round.
+
+    Successive halving (Jamieson & Talwalkar 2016): while more than three are left, a round keeps the better half and is
+    twice as long as the one before, since gates that are behind at first may be ahead afterwards. The first contender
+    tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
+    """
+    settings, rate, iterations = work.settings, work.settings.backup_rate, work.settings.trial_iterations
+    if not settings.backup_iterations:
+        return []
+    trials: list[Trial] = []
+    for number, start in enumerate(starts):
+        for trial_rate in (rate, rate / 4) if number == 0 else (rate,):
+            phase = f"trial-{budget:g}-{len(trials)}"
+            trials.append(_on(work, _begin(work, start, trial_rate), iterations, phase))
+        rate = _ranked(trials)[0].rate
+    judged = list(trials)
+    while len(trials) > 3:
+        iterations *= 2
+        trials = [
+            _on(work, trial, iterations, f"trial-{budget:g}-{number}-on-{trial.iterations}")
+            for number, trial in enumerate(_ranked(trials)[: len(trials) // 2])
+        ]
+        judged += trials
+    last = _on(work, _ranked(trials)[0], settings.backup_iterations, f"backups-{budget:g}")
+    return [trial.candidate for trial in (*(judged if iterations else []), last)]
+
+
+def _begin(work: Work, start: Candidate, rate: float) -> Trial:
+    settings = work.settings
+    backups = Backups(work.task.trace, start.gates, settings.terms, settings.by_channel)
+    return Trial(start, backups, rate, 0, start)
+
+
+def _on(work: Work, trial: Trial, iterations: int, phase: str) -> Trial:
+    """Learn on for so many iterations, and judge."""
+    backups, done = trial.backups, trial.iterations + iterations
+    learn_backups(
+        backups,
+        work.task.trajectory,
+        work.pool,
+        replace(work.settings.backup_descent, iterations=iterations, rate=trial.rate),
+        work.loss,
+        work.run.phase(phase),
+        cost_of(work.task.trace, backups.gates, learned=True).ratio,
+    )
+    name = f"{trial.start.name}, backups learned at {trial.rate:g}, {done} iterations"
+    return replace(trial, iterations=done, candidate=work.judge(name, backups.gates, backups.arrays()))
+
+
+def _ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, the best first."""
+    return sorted(trials, key=lambda trial: -trial.candidate.psnr)
