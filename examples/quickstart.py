@@ -15,7 +15,7 @@ from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/quickstart")
 model = find_model("digits-dit")
-short = settings_of("dipgo", "quick", ["pool=16", "held_out=8", "trial_iterations=2", "backup_iterations=6"])
+short = settings_of("dipgo", "quick", ["pool=16", "held_out=8", "trial_iterations=1", "backup_iterations=2"])
 subnet = search(make_task(model, steps=20), budget=0.35, settings=short)
 compile_subnet(subnet, model, folder / "bundle", force=True)
 

@@ -35,7 +35,8 @@ class Settings:
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
-        trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and for the best.
+        trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and for the best,
+            in whole trajectories: at a budget of 0.25 there are four times as many, for each costs a quarter.
         gate_rate, backup_rate: learning rates; backups try a quarter of theirs too.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
@@ -61,8 +62,8 @@ class Settings:
     moves_on: int = 16
     contenders: int = 6
     gate_iterations: int = 0
-    trial_iterations: int = 30
-    backup_iterations: int = 1200
+    trial_iterations: int = 10
+    backup_iterations: int = 420
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     gate_schedule: str = "constant"
@@ -105,14 +106,12 @@ class Settings:
 
     @property
     def backup_descent(self) -> Descent:
-        return Descent(
-            self.backup_iterations, self.backup_rate, schedule=self.backup_schedule, accumulate=self.accumulate
-        )
+        return Descent(0, self.backup_rate, schedule=self.backup_schedule, accumulate=self.accumulate)
 
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, trial_iterations=30, backup_iterations=150),
+    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, trial_iterations=10, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {

@@ -29,8 +29,9 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
     twice as long as the one before, since gates that are behind at first may be ahead afterwards. The first contender
     tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
     """
-    settings, rate, iterations = work.settings, work.settings.backup_rate, work.settings.trial_iterations
-    if not settings.backup_iterations:
+    settings, rate = work.settings, work.settings.backup_rate
+    iterations, longest = (round(count / budget) for count in (settings.trial_iterations, settings.backup_iterations))
+    if not longest:
         return []
     trials: list[Trial] = []
     for number, start in enumerate(starts):
@@ -46,7 +47,7 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
             for number, trial in enumerate(_ranked(trials)[: len(trials) // 2])
         ]
         judged += trials
-    last = _on(work, _ranked(trials)[0], settings.backup_iterations, f"backups-{budget:g}")
+    last = _on(work, _ranked(trials)[0], longest, f"backups-{budget:g}")
     return [trial.candidate for trial in (*(judged if iterations else []), last)]
 
 

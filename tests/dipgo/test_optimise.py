@@ -396,14 +396,14 @@ def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
 
 def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "s.json"
-    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 4}
+    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 3}
     arguments = [*LAUNCH, *command(tiny_dit, output, folder, settings=settings)[1:]]
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SubNet: ") == 1
     assert load_subnet(output).cost.ratio <= 0.6
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if line["phase"] == "backups-0.6"] == [1, 2, 3, 4]
+    assert [line["iteration"] for line in lines if line["phase"] == "backups-0.6"] == [1, 2, 3, 4, 5]
     output.unlink()
     output.with_suffix(".safetensors").unlink(missing_ok=True)
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from dipgo.families import FAMILIES
 from dipgo.models import find_model
 from dipgo.prompts import read_prompts
 from dipgo.search.processes import Processes
-from dipgo.search.settings import Settings, settings_of
+from dipgo.search.settings import PRESETS, Settings, settings_of
 from dipgo.search.task import Pool, choices_of, make_task
 from dipgo.trajectory import Sampling
 
@@ -150,7 +150,7 @@ def test_settings_by_name():
     changed = settings_of("dipgo", "quick", ["alpha=0.5", "gamma=false", "loss=ssim+l1", "batch=3", "step_weights=0,1"])
     assert (changed.alpha, changed.gamma, changed.loss, changed.batch) == (0.5, False, "ssim+l1", 3)
     assert changed.step_weights == (0.0, 1.0)
-    assert changed.backup_iterations == 150
+    assert changed.backup_iterations == PRESETS["quick"].backup_iterations
     paper = settings_of("paper", "default", ["gate_rate=10"])
     assert (paper.width, paper.optimiser, paper.gate_rate, paper.batch, paper.tau) == (512, "sgd", 10, 1, 0.2)
     assert settings_of("dipgo", "default") == Settings()
