@@ -104,9 +104,8 @@ class Settings:
             self.accumulate,
         )
 
-    @property
-    def backup_descent(self) -> Descent:
-        return Descent(0, self.backup_rate, schedule=self.backup_schedule, accumulate=self.accumulate)
+    def backup_descent(self, iterations: int, rate: float) -> Descent:
+        return Descent(iterations, rate, schedule=self.backup_schedule, accumulate=self.accumulate)
 
 
 PRESETS = {
@@ -163,7 +162,7 @@ def check(settings: Settings) -> None:
         raise UsageError(f"unknown postprocess '{settings.postprocess}'; use {', '.join(POSTPROCESSES)}")
     make_loss(settings.loss, lambda latents: latents, settings.step_weights)
     check_dimensions(settings.width, settings.layers, settings.heads, settings.hidden, settings.attention)
-    _ = settings.gate_descent, settings.backup_descent  # they check themselves
+    _ = settings.gate_descent, settings.backup_descent(0, settings.backup_rate)  # they check themselves
     if settings.precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 

@@ -64,7 +64,7 @@ def _on(work: Work, trial: Trial, iterations: int, phase: str) -> Trial:
         backups,
         work.task.trajectory,
         work.pool,
-        replace(work.settings.backup_descent, iterations=iterations, rate=trial.rate),
+        work.settings.backup_descent(iterations, trial.rate),
         work.loss,
         work.run.phase(phase),
         cost_of(work.task.trace, backups.gates, learned=True).ratio,
