@@ -172,7 +172,7 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     with log.open("w") as stream:
         # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
         process = subprocess.Popen(
-            [*command, "--set", "moves=0", "--set", "held_out=4", "-o", str(output)],
+            [*command, "--set", "drops=0", "--set", "held_out=4", "-o", str(output)],
             stderr=stream,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other threads here
         )

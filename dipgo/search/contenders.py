@@ -1,4 +1,4 @@
-"""Gates that are worth learning backups for: the best fixed policies, and what moves make of the best of them."""
+"""Gates that are worth learning backups for: the best fixed policies, and such as no rule gives."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dipgo.search.drops import drop_cheapest
 from dipgo.search.gates import budgeted_scores
 from dipgo.search.judge import Candidate
-from dipgo.search.moves import improve
-from dipgo.search.policies import extrapolation, policies, thinned
+from dipgo.search.policies import SPACINGS, Spacing, extrapolation, policies, thinned, whole_steps
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.work import Work
 
@@ -25,8 +25,8 @@ def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list
     """
     fixed = _policies(work, budget)
     straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
-    moved = _moved(work, budget, straight[0], last)
-    return [*fixed, *moved], _distinct(sorted([*moved, *straight], key=lambda candidate: -candidate.psnr))
+    proposed = _proposed(work, budget, straight[0], last)
+    return [*fixed, *proposed], _distinct(sorted([*proposed, *straight], key=lambda candidate: -candidate.psnr))
 
 
 def _policies(work: Work, budget: float) -> list[Candidate]:
@@ -45,27 +45,15 @@ def _policies(work: Work, budget: float) -> list[Candidate]:
     return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
 
 
-def _moved(work: Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
-    """Propose gates that no rule gives: the last budget's thinned out, moved ones, and ones moved by gradient."""
+def _proposed(work: Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
+    """Propose gates that no rule gives: the last budget's thinned out, by measured drops, and moved by gradient."""
     trace, settings, run = work.task.trace, work.settings, work.run
     proposals = {}
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
-    if settings.moves:
-
-        def improved() -> dict[str, np.ndarray]:
-            gates = improve(
-                trace,
-                start.gates,
-                budget,
-                lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
-                settings.moves,
-                work.seed,
-                lambda trial, best: run.report(f"moves {budget:g}", trial, settings.moves, f"{best:.2f} dB"),
-            )
-            return {"gates": gates.astype(np.uint8)}
-
-        proposals["moved"] = run.once(f"moves-{budget:g}", improved)["gates"].astype(bool)
+    if settings.drops:
+        for name, spacing in SPACINGS.items():
+            proposals[f"{name}, dropped"] = _dropped(work, budget, name, spacing)
     if settings.gate_iterations:
         scores = budgeted_scores(
             work.pruner(start.gates),
@@ -79,6 +67,29 @@ def _moved(work: Work, budget: float, start: Candidate, last: np.ndarray | None)
         )
         proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
     return [work.judge(name, gates, extrapolation(trace, gates)) for name, gates in proposals.items()]
+
+
+def _dropped(work: Work, budget: float, name: str, spacing: Spacing) -> np.ndarray:
+    """Return gates of one whole step too many, less what is missed least."""
+    trace, settings, run = work.task.trace, work.settings, work.run
+    serving = "mixed" if trace.output_sites() else "inside"
+    _, above = whole_steps(trace, work.task.sampler.calls, budget, spacing, serving, learned=True)
+
+    def dropped() -> dict[str, np.ndarray]:
+        gates = drop_cheapest(
+            trace,
+            above,
+            budget,
+            lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
+            settings.drops,
+            work.seed,
+            lambda measured, left: run.report(
+                f"drops {budget:g}, {name}", measured, max(measured, settings.drops), f"{left:.2f} dB"
+            ),
+        )
+        return {"gates": gates.astype(np.uint8)}
+
+    return run.once(f"drops-{budget:g}-{name}", dropped)["gates"].astype(bool)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -92,6 +92,25 @@ def spaced(
 ) -> np.ndarray:
     """Return gates that compute whole steps, as many as the budget allows, and serve backups in between.
 
+    One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
+    costs too much, so do the gates that are returned. Arguments as for :func:`whole_steps`.
+    """
+    below, above = whole_steps(trace, calls, budget, spacing, serving, learned, outer)
+    inner = np.flatnonzero(~_served_inside(trace, outer))
+    return trim(trace, above, below, budget * trace.full_macs * calls, learned, inner)
+
+
+def whole_steps(
+    trace: Trace,
+    calls: int,
+    budget: float,
+    spacing: Spacing,
+    serving: str = "inside",
+    learned: bool = False,
+    outer: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return gates that compute as many whole steps as the budget allows, and gates that compute one step more.
+
     Args:
         spacing: where the computed steps lie, such as one of :data:`SPACINGS`.
         serving: where a skipped step is served. ``whole``: at the output, so that nothing runs; ``inside``: at the
@@ -100,13 +119,10 @@ def spaced(
         learned: whether backups will be weighted (two terms) or last outputs.
         outer: how many of the first and of the last sites, in the order in which they run, are never skipped.
 
-    One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
-    costs too much, so do the gates that are returned.
+    Where all steps fit, both are the same.
     """
     limit = budget * trace.full_macs * calls
-    order = trace.execution_order()
-    rest = np.zeros(len(trace.sites), bool)
-    rest[[*trace.output_sites(), *order[:outer], *order[len(order) - outer :]]] = True
+    rest = _served_inside(trace, outer)
 
     def gates_of(count: int) -> np.ndarray:
         steps = computed_steps(calls, count, spacing)
@@ -118,13 +134,21 @@ def spaced(
         gates[steps] = True
         return canonical(gates, 2 if learned else 1, trace.live_sites)
 
-    best = gates_of(1)
+    below = gates_of(1)
     for count in range(2, calls + 1):
-        gates = gates_of(count)
-        if trajectory_macs(trace, gates, learned) > limit:
-            return trim(trace, gates, best, limit, learned, np.flatnonzero(~rest))
-        best = gates
-    return best
+        above = gates_of(count)
+        if trajectory_macs(trace, above, learned) > limit:
+            return below, above
+        below = above
+    return below, below
+
+
+def _served_inside(trace: Trace, outer: int) -> np.ndarray:
+    """Return the sites that run in a step that is served inside: bool ``[sites]``."""
+    order = trace.execution_order()
+    rest = np.zeros(len(trace.sites), bool)
+    rest[[*trace.output_sites(), *order[:outer], *order[len(order) - outer :]]] = True
+    return rest
 
 
 def measure_drift(trajectory: Trajectory, batch: Batch) -> np.ndarray:
@@ -205,6 +229,8 @@ def trim(
     two computed steps in a row while that can be helped. Falls back to ``below`` where a whole step's worth must go.
     """
     gates = above.copy()
+    if trajectory_macs(trace, gates, learned) <= limit:
+        return gates
     computed = [step for step in np.flatnonzero(gates[:, inner].all(axis=1)) if step > 0]
     for offset in (0, 1):
         for number, step in enumerate(reversed(computed)):

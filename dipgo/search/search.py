@@ -1,4 +1,4 @@
-"""The search: the best fixed policy, moved gates, learned backups; noise that nothing was learned from chooses."""
+"""The search: fixed policies, measured drops, learned backups; noise that nothing was learned from chooses."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ def sweep(
 ) -> list[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
 
-    ``method="dipgo"``: fixed policies are judged; the best, what moves of its gates improve, and the last budget's
-    gates thinned out are given learned backups for a while, and the best of these learns on. Every candidate is judged
-    on held-out noise and the best is returned, so the result is never worse there than the best policy.
+    ``method="dipgo"``: fixed policies are judged; the best of them, what measured drops make of schedules that cost too
+    much, and the last budget's gates thinned out are given learned backups for a while, and the best of these learns
+    on. Every candidate is judged on held-out noise and the best is returned, so the result is never worse there than
+    the best policy.
     ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
     scores for all budgets.
 
@@ -121,7 +122,7 @@ def sweep(
         run,
         Pool(task, settings.pool, settings.batch, seed + 1, group, settings.chunk),
         Judge(task, settings.held_out, 2_000_000 + seed, run),
-        Judge(task, settings.moves_on, 4_000_000 + seed, run),
+        Judge(task, settings.drops_on, 4_000_000 + seed, run),
         make_loss(settings.loss, task.decode, settings.step_weights),
     )
     found: dict[float, SubNet] = {}

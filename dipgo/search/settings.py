@@ -16,8 +16,8 @@ from dipgo.search.pruner import check_dimensions
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
-POSITIVE = ("batch", "chunk", "held_out", "terms", "moves_on", "contenders")
-NATURAL = ("pool", "moves", "gate_iterations", "trial_iterations", "backup_iterations")
+POSITIVE = ("batch", "chunk", "held_out", "terms", "drops_on", "contenders")
+NATURAL = ("pool", "drops", "gate_iterations", "trial_iterations", "backup_iterations")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Settings:
             at every iteration.
         chunk: how many full trajectories are computed at once.
         held_out: noises on which candidates are compared; never used for learning.
-        moves: trials of the local search on the gates, 0 for none.
-        moves_on: noises on which moves are tried.
+        drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
+            (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
+        drops_on: noises on which it is measured.
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
@@ -58,8 +59,8 @@ class Settings:
     pool: int = 2048
     chunk: int = 32
     held_out: int = 32
-    moves: int = 100
-    moves_on: int = 16
+    drops: int = 48
+    drops_on: int = 16
     contenders: int = 6
     gate_iterations: int = 0
     trial_iterations: int = 10
@@ -110,7 +111,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, moves=0, contenders=1, trial_iterations=10, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=10, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {

@@ -34,7 +34,7 @@ from dipgo.subnet import load_subnet
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
 SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "width": 16, "gate_iterations": 12, "backup_iterations": 30}
-SETTINGS |= {"moves": 3, "moves_on": 2, "contenders": 2, "trial_iterations": 2}
+SETTINGS |= {"drops": 3, "drops_on": 2, "contenders": 2, "trial_iterations": 2}
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from dipgo.cost import trajectory_macs
 from dipgo.errors import UsageError
 from dipgo.liveness import canonical
 from dipgo.models import find_model
-from dipgo.search.moves import improve
+from dipgo.search.drops import drop_cheapest
 from dipgo.search.pareto import write_pareto
-from dipgo.search.policies import SPACINGS, drifted, measure_drift, policies, spaced, thinned
+from dipgo.search.policies import SPACINGS, drifted, measure_drift, policies, spaced, thinned, whole_steps
 from dipgo.search.postprocess import swept_gates
 from dipgo.search.request import budgets_of
 from dipgo.search.search import sweep
@@ -25,7 +25,7 @@ from tests.models import tiny_unet
 
 STEPS = 8
 TINY = Settings(
-    batch=2, pool=8, held_out=4, moves=3, moves_on=2, contenders=2, trial_iterations=2, backup_iterations=3, width=16
+    batch=2, pool=8, held_out=4, drops=3, drops_on=2, contenders=2, trial_iterations=2, backup_iterations=3, width=16
 )
 
 
@@ -61,7 +61,7 @@ def test_sweep_answers_in_the_order_asked_and_meets_every_budget(swept):
         assert subnet.cost.ratio <= subnet.search["budget"]
     names = " ".join(swept[0].search["held_out_psnr_db"])
     assert "thinned" in names, "the smaller budget starts from the larger"
-    assert "moved" in names
+    assert "dropped" in names
     assert "backups learned at" in names
 
 
@@ -93,19 +93,35 @@ def test_paper_sweep_scores_once(task):
     assert found[1].cost.ratio <= 0.4
 
 
-def test_moves_never_lose_and_keep_the_budget(task, unet):
-    """The score asks for computation late, which moves can bring about."""
-    for traced in (task.trace, unet):
-        gates = spaced(traced, STEPS, 0.5, SPACINGS["early"], learned=True)
+def test_drops_are_the_cheapest_per_mac(task):
+    """Where every gate is worth what it is worth alone, what was dropped is cheaper than all that is left."""
+    trace = task.trace
+    _, above = whole_steps(trace, STEPS, 0.4, SPACINGS["middle"], "mixed", learned=True)
+    worth = np.random.default_rng(0).random(above.shape)
+    found = drop_cheapest(trace, above, 0.4, lambda gates: float(worth[gates].sum()), above.size, seed=0)
+    assert share(trace, above) > 0.4 >= share(trace, found)
+    assert np.array_equal(found, canonical(found, 2, trace.live_sites))
+    price = worth / np.array([site.macs for site in trace.sites])
+    price[0] = price[:, trace.output_sites()] = np.inf
+    assert price[above & ~found].max() < price[found].min()
 
-        def late(moved):
-            return float((moved * np.arange(STEPS)[:, None]).sum())
 
-        better = improve(traced, gates, 0.5, late, trials=60, seed=0)
-        assert late(better) > late(gates)
-        assert share(traced, better) <= 0.5
-        assert better[0].all()
-        assert np.array_equal(better, canonical(better, 2, traced.live_sites))
+@pytest.mark.parametrize("singles", [1, 1000])
+def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
+    """On a UNet, where sites go with others that nobody reads any more; computation is worth more the later it is."""
+    _, above = whole_steps(unet, STEPS, 0.5, SPACINGS["early"], learned=True)
+    measured = []
+
+    def late(gates):
+        return float((gates * np.arange(STEPS)[:, None]).sum())
+
+    found = drop_cheapest(unet, above, 0.5, late, singles, 0, lambda count, left: measured.append(left))
+    assert share(unet, above) > 0.5 >= share(unet, found)
+    assert not (found & ~above).any()
+    assert found[0].all()
+    assert measured[-1] <= measured[0]
+    if singles > above.size:
+        assert late(found) > late(spaced(unet, STEPS, 0.5, SPACINGS["early"], learned=True))
 
 
 def test_drift_is_the_relative_change_between_steps(task, drift):
