@@ -1,10 +1,12 @@
 """Learned backups: what a skipped site serves, learned by gradient through the trajectory.
 
-The weights are written as linear extrapolation, which follows the gates, plus a learned correction per step, site,
-term and channel. The correction starts at zero, so learning starts from the extrapolating policy.
+The weights are written as what they start from, such as linear extrapolation, plus a learned correction per step, site,
+term and channel. The correction starts at zero, so learning starts from a policy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,14 +25,22 @@ from dipgo.trajectory import Trajectory
 class Backups(nn.Module):
     """Backup weights for given gates.
 
-    ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site.
+    ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site. ``start`` is
+    what to begin with, ``[calls, 2]`` by backup name; linear extrapolation where it is left out.
     """
 
-    def __init__(self, trace: Trace, gates: np.ndarray, terms: int = 2, by_channel: bool = True) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        gates: np.ndarray,
+        terms: int = 2,
+        by_channel: bool = True,
+        start: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         super().__init__()
         self.gates, self.terms = gates, terms
         channels = _channels(trace)
-        start = extrapolation(trace, gates)
+        start = start or extrapolation(trace, gates)
         computed_before = np.cumsum(gates, axis=0) - gates
         self.names: list[str] = []
         self.corrections = nn.ParameterList()

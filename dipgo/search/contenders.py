@@ -6,10 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dipgo.cost import trajectory_macs
+from dipgo.liveness import canonical
 from dipgo.search.drops import drop_cheapest
 from dipgo.search.gates import budgeted_scores
 from dipgo.search.judge import Candidate
-from dipgo.search.policies import SPACINGS, Spacing, extrapolation, policies, thinned, whole_steps
+from dipgo.search.policies import (
+    SERVINGS,
+    SLOPES,
+    SPACINGS,
+    extrapolation,
+    policies,
+    policy_name,
+    thinned,
+    whole_steps,
+)
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.work import Work
 
@@ -21,12 +32,15 @@ def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list
         last: the gates that were found for the budget before this one.
 
     Returns:
-        All candidates, and those that extrapolate, with different gates, the best first.
+        All candidates, and those that learning may begin with, with different gates, the best first.
     """
     fixed = _policies(work, budget)
-    straight = sorted((c for c in fixed if c.weights), key=lambda candidate: -candidate.psnr)
-    proposed = _proposed(work, budget, straight[0], last)
-    return [*fixed, *proposed], _distinct(sorted([*proposed, *straight], key=lambda candidate: -candidate.psnr))
+    schedules = _schedules(work, budget, fixed)
+    named = _proposed(work, budget, fixed, next(iter(schedules.values())), last)
+    named |= dict(list(schedules.items())[: work.settings.contenders])
+    different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
+    starts = [_sloped(work, budget, name, gates) for name, gates in different.values()]
+    return [*fixed, *starts], sorted(starts, key=lambda candidate: -candidate.psnr)
 
 
 def _policies(work: Work, budget: float) -> list[Candidate]:
@@ -45,56 +59,77 @@ def _policies(work: Work, budget: float) -> list[Candidate]:
     return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
 
 
-def _proposed(work: Work, budget: float, start: Candidate, last: np.ndarray | None) -> list[Candidate]:
+def _schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> dict[str, np.ndarray]:
+    """Return the gates of the policies with two cached outputs to combine, the best first: bool ``[calls, sites]``."""
+    trace, calls = work.task.trace, work.task.sampler.calls
+    found = {}
+    for policy in sorted(fixed, key=lambda candidate: -candidate.psnr):
+        gates = canonical(policy.gates, 2, trace.live_sites)
+        if trajectory_macs(trace, gates, learned=True) <= budget * trace.full_macs * calls:
+            found[policy.name] = gates
+    return found
+
+
+def _proposed(
+    work: Work, budget: float, fixed: Sequence[Candidate], start: np.ndarray, last: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Propose gates that no rule gives: the last budget's thinned out, by measured drops, and moved by gradient."""
-    trace, settings, run = work.task.trace, work.settings, work.run
+    trace, settings = work.task.trace, work.settings
     proposals = {}
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
     if settings.drops:
-        for name, spacing in SPACINGS.items():
-            proposals[f"{name}, dropped"] = _dropped(work, budget, name, spacing)
+        judged = {policy.name: policy.psnr for policy in fixed}
+        for spacing in SPACINGS:
+            best = {
+                serving: max(judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True))
+                for serving in SERVINGS
+            }
+            serving = max(SERVINGS, key=lambda serving: best[serving])
+            if best[serving] > -np.inf:
+                proposals[f"{spacing}, {serving}, dropped"] = _dropped(work, budget, spacing, serving)
     if settings.gate_iterations:
         scores = budgeted_scores(
-            work.pruner(start.gates),
+            work.pruner(start),
             trace,
             work.task.trajectory,
             work.pool,
             settings.gate_descent,
             work.loss,
-            run.phase(f"gates-{budget:g}"),
+            work.run.phase(f"gates-{budget:g}"),
             budget,
         )
         proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
-    return [work.judge(name, gates, extrapolation(trace, gates)) for name, gates in proposals.items()]
+    return proposals
 
 
-def _dropped(work: Work, budget: float, name: str, spacing: Spacing) -> np.ndarray:
-    """Return gates of one whole step too many, less what is missed least."""
-    trace, settings, run = work.task.trace, work.settings, work.run
-    serving = "mixed" if trace.output_sites() else "inside"
-    _, above = whole_steps(trace, work.task.sampler.calls, budget, spacing, serving, learned=True)
+def _dropped(work: Work, budget: float, spacing: str, serving: str) -> np.ndarray:
+    """Return gates of one whole step more than the budget allows, less what is missed least."""
+    trace, settings = work.task.trace, work.settings
+    _, above = whole_steps(trace, work.task.sampler.calls, budget, SPACINGS[spacing], serving, learned=True)
+
+    def report(measured: int, left: float) -> None:
+        total = max(measured, settings.drops)
+        work.run.report(f"drops {budget:g}, {spacing}", measured, total, f"{left:.2f} dB")
 
     def dropped() -> dict[str, np.ndarray]:
-        gates = drop_cheapest(
-            trace,
-            above,
-            budget,
-            lambda gates: work.ground.psnr(gates, extrapolation(trace, gates)),
-            settings.drops,
-            work.seed,
-            lambda measured, left: run.report(
-                f"drops {budget:g}, {name}", measured, max(measured, settings.drops), f"{left:.2f} dB"
-            ),
-        )
-        return {"gates": gates.astype(np.uint8)}
+        slope = _slope(work, above)
 
-    return run.once(f"drops-{budget:g}-{name}", dropped)["gates"].astype(bool)
+        def score(gates: np.ndarray) -> float:
+            return work.ground.psnr(gates, extrapolation(trace, gates, slope))
+
+        return {"gates": drop_cheapest(trace, above, budget, score, settings.drops, work.seed, report).astype(np.uint8)}
+
+    return work.run.once(f"drops-{budget:g}-{spacing}", dropped)["gates"].astype(bool)
 
 
-def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates without those whose gates an earlier one has."""
-    first: dict[bytes, Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(candidate.gates.tobytes(), candidate)
-    return list(first.values())
+def _sloped(work: Work, budget: float, name: str, gates: np.ndarray) -> Candidate:
+    """Judge the gates with backups that follow as much of the straight line as serves them best."""
+    phase = f"slope-{budget:g}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
+    slope = work.run.once(phase, lambda: {"slope": np.array(_slope(work, gates))})["slope"].item()
+    return work.judge(f"{name}, slope {slope:g}", gates, extrapolation(work.task.trace, gates, slope))
+
+
+def _slope(work: Work, gates: np.ndarray) -> float:
+    """Return the best of :data:`SLOPES`, as measured."""
+    return max(SLOPES, key=lambda slope: work.ground.psnr(gates, extrapolation(work.task.trace, gates, slope)))

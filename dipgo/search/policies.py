@@ -31,6 +31,10 @@ SPACINGS: dict[str, Spacing] = {
 }
 """Where computed steps lie densely."""
 
+SLOPES = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""How much of the straight line's slope backups may start with; the farther apart computed steps lie, the less."""
+
+WHAT = {False: "reuse", True: "extrapolation"}
 SERVINGS = ("inside", "whole", "mixed")
 OUTER = (1, 2, 4)
 
@@ -67,18 +71,23 @@ def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None =
         if trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * calls:
             found.append(Policy(name, gates, extrapolation(trace, gates) if learned else {}))
 
-    for learned, what in ((False, "reuse"), (True, "extrapolation")):
+    for learned in (False, True):
         for name, spacing in SPACINGS.items():
             for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
                 gates = spaced(trace, calls, budget, spacing, serving, learned)
-                add(f"{name} {what}, {serving}", gates, learned)
+                add(policy_name(name, learned, serving), gates, learned)
         if drift is not None:
-            add(f"by drift, {what}", drifted(trace, drift, budget, learned), learned)
+            add(f"by drift, {WHAT[learned]}", drifted(trace, drift, budget, learned), learned)
     for outer in OUTER:
         if 2 * outer < len(trace.sites):
             gates = spaced(trace, calls, budget, SPACINGS["uniform"], outer=outer)
             add(f"DeepCache-like, {outer} outer", gates, False)
     return found
+
+
+def policy_name(spacing: str, learned: bool, serving: str) -> str:
+    """Return the name of the policy with this spacing, see :func:`spaced`."""
+    return f"{spacing} {WHAT[learned]}, {serving}"
 
 
 def spaced(
@@ -242,13 +251,13 @@ def trim(
     return below
 
 
-def extrapolation(trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
+def extrapolation(trace: Trace, gates: np.ndarray, slope: float = 1.0) -> dict[str, np.ndarray]:
     """Return the weights of linear extrapolation for ``gates``: tensors ``[calls, 2]`` by backup name.
 
-    At step t, with the last computed steps a > b, a site serves f(a) + (t - a) / (a - b) · (f(a) - f(b)); with only
-    one computed step it serves that one.
+    At step t, with the last computed steps a > b, a site serves f(a) + slope · (t - a) / (a - b) · (f(a) - f(b)); with
+    only one computed step it serves that one. A slope of 0 is reuse.
     """
-    table = np.stack([_extrapolate(gates[:, site]) for site in range(gates.shape[1])])
+    table = np.stack([_extrapolate(gates[:, site], slope) for site in range(gates.shape[1])])
     return {
         backup_name(site.name, output): table[index]
         for index, site in enumerate(trace.sites)
@@ -256,15 +265,15 @@ def extrapolation(trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _extrapolate(column: np.ndarray) -> np.ndarray:
+def _extrapolate(column: np.ndarray, slope: float) -> np.ndarray:
     weights = np.zeros((len(column), 2), np.float32)
     past: list[int] = []
     for step, gate in enumerate(column):
         if gate:
             past = [step, *past][:2]
         elif len(past) == 2:
-            slope = (step - past[0]) / (past[0] - past[1])
-            weights[step] = (1 + slope, -slope)
+            share = slope * (step - past[0]) / (past[0] - past[1])
+            weights[step] = (1 + share, -share)
         else:
             weights[step] = (1, 0)
     return weights

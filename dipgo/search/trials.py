@@ -53,7 +53,7 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
 
 def _begin(work: Work, start: Candidate, rate: float) -> Trial:
     settings = work.settings
-    backups = Backups(work.task.trace, start.gates, settings.terms, settings.by_channel)
+    backups = Backups(work.task.trace, start.gates, settings.terms, settings.by_channel, start.weights)
     return Trial(start, backups, rate, 0, start)
 
 
