@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from dipgo.sampler import make_scheduler
 from dipgo.search.policies import measure_drift, policies
 from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, load_subnet
-from dipgo.trajectory import Batch
+from dipgo.trajectory import Batch, Trajectory, every_site
 
 CHUNK = 32
 CONVERGED_STEPS = 500
@@ -88,11 +89,24 @@ class Judge:
         return np.concatenate(found)
 
     def gated(self, gates: np.ndarray, weights: Mapping[str, np.ndarray], terms: int) -> np.ndarray:
+        """Return the images of gates on the task's sites."""
+        return self._gated(self.task.trajectory, gates, weights, terms)
+
+    def found(self, subnet: SubNet) -> np.ndarray:
+        """Return the images of a SubNet, whose sites may be of another granularity than the task's."""
+        trajectory = self.task.trajectory
+        if subnet.sites != trajectory.sites:
+            trajectory = replace(trajectory, sites=subnet.sites, live_sites=every_site)
+        return self._gated(trajectory, subnet.gates, subnet.weights, subnet.terms)
+
+    def _gated(
+        self, trajectory: Trajectory, gates: np.ndarray, weights: Mapping[str, np.ndarray], terms: int
+    ) -> np.ndarray:
         tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
         found = []
         with torch.no_grad():
             for batch in self.batches:
-                latents = self.task.trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)
+                latents = trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)
                 found.append(self._images(latents[-1]))
         return np.concatenate(found)
 
@@ -152,7 +166,7 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
                         row,
                         budget,
                         one.cost.ratio,
-                        judge.gated(one.gates, one.weights, one.terms),
+                        judge.found(one),
                         what=one.search["chosen"],
                         search_seconds=one.search["seconds"],
                     )
