@@ -32,7 +32,7 @@ class Settings:
         held_out: noises on which candidates are compared; never used for learning.
         drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
             (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
-        drops_on: noises on which it is measured.
+        drops_on: noises on which drops are measured, and where between reuse and extrapolation backups should start.
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.

@@ -18,7 +18,7 @@ from dipgo.search.task import Pool, Task
 
 @dataclass(frozen=True)
 class Work:
-    """What every phase of a search needs. ``ground`` is where drops are measured, apart from the judge's noise."""
+    """What every phase of a search needs. ``ground`` is the noise for drops and slopes, apart from the judge's."""
 
     task: Task
     settings: Settings

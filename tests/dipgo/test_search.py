@@ -97,12 +97,28 @@ def test_extrapolation_is_exact_on_straight_lines(task):
             assert table[f"backup.{site.name}"][step] @ line[past] == pytest.approx(line[step])
 
 
+def test_extrapolation_without_slope_is_reuse(task):
+    gates = policies(task.trace, STEPS, 0.5)[0].gates
+    batch = task.sampling.draw(2, 0)
+    flat = {name: torch.from_numpy(a) for name, a in extrapolation(task.trace, gates, slope=0).items()}
+    half, full = (extrapolation(task.trace, gates, slope) for slope in (0.5, 1.0))
+    with torch.no_grad():
+        served = task.trajectory.gated(batch.noise, batch.conditions, gates, flat, 2)
+        reused = task.trajectory.gated(batch.noise, batch.conditions, gates, {}, 1)
+    assert torch.allclose(served[-1], reused[-1], atol=1e-6)
+    for name, array in half.items():
+        assert np.allclose(array, (flat[name].numpy() + full[name]) / 2)
+
+
 def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
     gates = policies(task.trace, STEPS, 0.5)[1].gates
     backups = Backups(task.trace, gates)
     start = extrapolation(task.trace, gates)
     for name, array in backups.arrays().items():
         assert np.allclose(array, start[name][:, :, None] * np.ones_like(array))
+    given = extrapolation(task.trace, gates, slope=0.25)
+    for name, array in Backups(task.trace, gates, start=given).arrays().items():
+        assert np.allclose(array, given[name][:, :, None] * np.ones_like(array))
     batch = task.sampling.draw(4, 0)
     target = task.trajectory.full(batch.noise, batch.conditions)
 
