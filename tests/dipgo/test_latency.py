@@ -15,7 +15,15 @@ from dipgo.search.settings import Settings
 from dipgo.search.task import make_task
 
 QUICK = Settings(
-    batch=2, pool=4, held_out=2, drops=0, contenders=1, trial_iterations=1, backup_iterations=1, checkpoint_seconds=0
+    batch=2,
+    pool=4,
+    held_out=2,
+    drops=2,
+    drops_on=2,
+    contenders=1,
+    trial_iterations=1,
+    backup_iterations=1,
+    checkpoint_seconds=0,
 )
 
 
