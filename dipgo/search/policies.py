@@ -110,13 +110,7 @@ def spaced(
 
 
 def whole_steps(
-    trace: Trace,
-    calls: int,
-    budget: float,
-    spacing: Spacing,
-    serving: str = "inside",
-    learned: bool = False,
-    outer: int = 0,
+    trace: Trace, calls: int, budget: float, spacing: Spacing, serving: str, learned: bool, outer: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return gates that compute as many whole steps as the budget allows, and gates that compute one step more.
 

@@ -109,7 +109,7 @@ def test_drops_are_the_cheapest_per_mac(task):
 @pytest.mark.parametrize("singles", [1, 1000])
 def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
     """On a UNet, where sites go with others that nobody reads any more; computation is worth more the later it is."""
-    _, above = whole_steps(unet, STEPS, 0.5, SPACINGS["early"], learned=True)
+    _, above = whole_steps(unet, STEPS, 0.5, SPACINGS["early"], "inside", learned=True)
     measured = []
 
     def late(gates):
