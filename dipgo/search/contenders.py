@@ -61,13 +61,14 @@ def _policies(work: Work, budget: float) -> list[Candidate]:
 
 def _schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> dict[str, np.ndarray]:
     """Return the gates of the policies with two cached outputs to combine, the best first: bool ``[calls, sites]``."""
-    trace, calls = work.task.trace, work.task.sampler.calls
-    found = {}
-    for policy in sorted(fixed, key=lambda candidate: -candidate.psnr):
-        gates = canonical(policy.gates, 2, trace.live_sites)
-        if trajectory_macs(trace, gates, learned=True) <= budget * trace.full_macs * calls:
-            found[policy.name] = gates
-    return found
+    best = sorted(fixed, key=lambda candidate: -candidate.psnr)
+    found = {policy.name: canonical(policy.gates, 2, work.task.trace.live_sites) for policy in best}
+    return {name: gates for name, gates in found.items() if _fits(work, budget, gates)}
+
+
+def _fits(work: Work, budget: float, gates: np.ndarray) -> bool:
+    trace = work.task.trace
+    return trajectory_macs(trace, gates, learned=True) <= budget * trace.full_macs * len(gates)
 
 
 def _proposed(
@@ -87,7 +88,9 @@ def _proposed(
             }
             serving = max(SERVINGS, key=lambda serving: best[serving])
             if best[serving] > -np.inf:
-                proposals[f"{spacing}, {serving}, dropped"] = _dropped(work, budget, spacing, serving)
+                gates = _dropped(work, budget, spacing, serving)
+                if _fits(work, budget, gates):
+                    proposals[f"{spacing}, {serving}, dropped"] = gates
     if settings.gate_iterations:
         scores = budgeted_scores(
             work.pruner(start),

@@ -29,8 +29,8 @@ def drop_cheapest(
 
     Lazy greedy (Minoux 1978): what each drop costs is measured alone at first; the cheapest is measured again on what
     is left, and goes once it is still the cheapest. Skipped sites extrapolate, with weights that follow the gates, so
-    a drop never meets weights that were learned for other gates. Sites at the output are kept, for they cost next to
-    nothing and without them a step serves nothing inside.
+    a drop never meets weights that were learned for other gates. Sites at the output are kept, for without them a step
+    serves nothing inside; where they alone cost too much, so do the gates that are returned.
 
     Args:
         gates: bool ``[calls, sites]``, canonical.

@@ -21,7 +21,7 @@ from dipgo.search.search import sweep
 from dipgo.search.settings import Settings
 from dipgo.search.task import make_task
 from dipgo.trace import trace
-from tests.models import tiny_unet
+from tests.models import tiny_sd, tiny_unet
 
 STEPS = 8
 TINY = Settings(
@@ -122,6 +122,17 @@ def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
     assert measured[-1] <= measured[0]
     if singles > above.size:
         assert late(found) > late(spaced(unet, STEPS, 0.5, SPACINGS["early"], learned=True))
+
+
+@pytest.mark.parametrize("sites", ["block", "layer"])
+def test_searches_keep_a_budget_that_hardly_allows_one_step(tmp_path, sites):
+    """By block the UNet's output site is dear, and what drops leave of a second step may cost too much."""
+    task = make_task(find_model(tiny_sd(tmp_path / "sd")), STEPS, "euler", sites)
+    least = np.zeros((STEPS, len(task.trace.sites)), bool)
+    least[0] = True
+    budget = share(task.trace, least) + 0.001
+    (found,) = sweep(task, [budget], settings=replace(TINY, drops=100, trial_iterations=0, backup_iterations=0))
+    assert found.cost.ratio <= budget
 
 
 def test_drift_is_the_relative_change_between_steps(task, drift):
