@@ -31,9 +31,10 @@ class Candidate:
 
 
 class Judge:
-    """Compares gates and backups by PSNR of the decoded images to those of the full trajectory.
+    """Compares gates and backups by the mean of the decoded images' PSNR to those of the full trajectory.
 
-    With several processes the main one judges for all, so that all choose alike.
+    That is what the ``psnr`` loss descends. Over all pixels together, a few images that part ways with the full
+    trajectory's would decide. With several processes the main one judges for all, so that all choose alike.
     """
 
     def __init__(self, task: Task, count: int, seed: int, run: Run) -> None:
@@ -44,13 +45,13 @@ class Judge:
         return Candidate(name, gates, weights, self.run.processes.from_main(lambda: self.psnr(gates, weights)))
 
     def psnr(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> float:
-        """Return the PSNR in dB; for the main process alone."""
+        """Return the mean of the images' PSNR in dB; for the main process alone."""
         tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
         with torch.no_grad():
             latents = self.task.trajectory.gated(
                 self.batch.noise, self.batch.conditions, gates, tensors, terms_of(weights)
             )
-        return psnr(self._images(latents), self.reference)
+        return psnr(self._images(latents), self.reference).mean().item()
 
     @cached_property
     def reference(self) -> torch.Tensor:

@@ -94,21 +94,18 @@ def ssim(images: torch.Tensor, reference: torch.Tensor, span: float = SPAN) -> t
     return (luminance * (2 * covariance + second) / (variance + variance_reference + second)).mean()
 
 
-def psnr(images: torch.Tensor, reference: torch.Tensor, span: float = SPAN) -> float:
-    """Return 10 log10(span² / MSE) in dB over all pixels together; images are clamped to [-span/2, span/2]."""
+def psnr(images: torch.Tensor, reference: torch.Tensor, span: float = SPAN) -> torch.Tensor:
+    """Return each image's PSNR, 10 log10(span² / MSE) in dB, ``[B]``; images are clamped to [-span/2, span/2].
+
+    70 dB at the most, which is more than 8-bit images can show: so a mean over images stays finite.
+    """
     half = span / 2
-    error = (images.clamp(-half, half) - reference.clamp(-half, half)).square().mean().item()
-    return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(span**2 / error)))
-
-
-def _decibels(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    half = SPAN / 2
     error = (images.clamp(-half, half) - reference.clamp(-half, half)).square().flatten(1).mean(1)
-    return 10 * torch.log10(error / SPAN**2 + 1e-7).mean()  # flat beyond 70 dB, which 8-bit images cannot show
+    return -10 * torch.log10(error / span**2 + 1e-7)
 
 
 _IMAGE_TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "psnr": _decibels,
+    "psnr": lambda images, reference: -psnr(images, reference).mean(),
     "ssim": lambda images, reference: 1 - ssim(images, reference),
     "l1": lambda images, reference: (images - reference).abs().mean(),
     "l2": lambda images, reference: (images - reference).square().mean(),
