@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.environment import Environment, environment, load_average
+from benchmarks.readme import README, put_between
 from dipgo.errors import DipgoError
 from dipgo.files import new_file, refuse_existing
 from dipgo.models import ARCHITECTURES, Model, find_model
@@ -32,7 +33,7 @@ from dipgo.subnet import SubNet, load_subnet
 from export.bundle import BundleRecord, PartRecord
 
 ROOT = Path(__file__).parents[1]
-README, MARKER = ROOT / "README.md", "export"
+MARKER = "export"
 SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes
 PUBLISHED = ROOT / "dipgo" / "published" / "sd15-published-0.8.json"
 MODELS = ("sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha")
@@ -235,8 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = markdown(record, str(given.output))
     print(text)
     if given.publish:
-        from benchmarks.search_table import put_between
-
         put_between(README, MARKER, text)
 
 

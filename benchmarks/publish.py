@@ -15,10 +15,10 @@ import engines
 from benchmarks.inputs import given_of
 from benchmarks.markdown import summary
 from benchmarks.quality import SEED
+from benchmarks.readme import README, put_between
 from benchmarks.reference import model_of, task_of
 from benchmarks.report import ReportRecord, read_report
 from benchmarks.results import main as write_results
-from benchmarks.search_table import put_between
 from benchmarks.suite import DEFAULT
 from engines.images import grid
 
@@ -68,7 +68,7 @@ def main() -> None:
     place.write_text(report.text())
     if arguments.bundle:
         marker = "results" if report.suite in (None, DEFAULT) else str(report.suite)
-        put_between(ROOT / "README.md", marker, summary(report, f"benchmarks/results/{place.name}"))
+        put_between(README, marker, summary(report, f"benchmarks/results/{place.name}"))
         picture(arguments.bundle, ROOT / "docs" / f"{Path(report.model.name).name}.png")
     write_results([])
 

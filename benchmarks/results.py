@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import export_table, search_table
+from benchmarks import export_table, search_record
 from benchmarks.figures import tables
 from benchmarks.markdown import summary
 from benchmarks.report import SCHEMA, ReportRecord
@@ -52,7 +52,7 @@ def sections() -> list[Section]:
         Section(
             "Searches against every fixed policy",
             lambda raw: "cells" in raw,
-            lambda raw, source: search_table.markdown(search_table.TableRecord.model_validate(raw), source),
+            lambda raw, source: search_record.markdown(search_record.TableRecord.model_validate(raw), source),
             "python -m benchmarks.search_table build/search -o benchmarks/results/search-digits-dit-ddim.json",
         )
     ]

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.environment import Environment, environment, load_average
+from benchmarks.environment import environment, load_average
 from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.readme import README, put_between
 from benchmarks.reference import converged as converged_task
+from benchmarks.search_record import CONVERGED_STEPS, Cell, TableRecord, markdown
+from dipgo.cost import cost_of
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import find_model
-from dipgo.records import ModelIdentity, Record, SamplerIdentity
 from dipgo.sampler import make_scheduler
 from dipgo.search.policies import measure_drift, policies
 from dipgo.search.task import Task, make_task
@@ -31,43 +33,7 @@ from dipgo.subnet import SubNet, load_subnet
 from dipgo.trajectory import Batch, Trajectory, every_site
 
 CHUNK = 32
-CONVERGED_STEPS = 500
 PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
-README = Path(__file__).parents[1] / "README.md"
-
-
-class Cell(Record):
-    """One row at one budget.
-
-    ``psnr_db``: over all pixels together, to the full trajectory. ``image_psnr_db``: mean of the images' own.
-    ``converged_db``: as ``psnr_db``, to 500 steps of DDIM, on the first images. ``what``: the policy that
-    was chosen, where the row has several.
-    """
-
-    row: str
-    budget: float
-    macs_ratio: float
-    psnr_db: float
-    image_psnr_db: float
-    converged_db: float | None
-    class_accuracy: float | None
-    what: str = ""
-    search_seconds: float | None = None
-
-
-class TableRecord(Record):
-    """The result file; ``prompts`` is how many different ones the judged images are of, 0 for classes."""
-
-    command: str
-    model: ModelIdentity
-    sampler: SamplerIdentity
-    images: int
-    converged_images: int
-    prompts: int = 0
-    full_class_accuracy: float | None
-    full_converged_db: float | None
-    cells: list[Cell]
-    environment: Environment
 
 
 class Judge:
@@ -157,7 +123,7 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
         for row, name in chosen.items():
             policy = fixed[name]
             images = judge.gated(policy.gates, policy.weights, policy.terms)
-            ratio = trace_ratio(task, policy.gates, bool(policy.weights))
+            ratio = cost_of(trace, policy.gates, bool(policy.weights)).ratio
             yield judge.cell(row.removesuffix(", inside"), budget, ratio, images, what=name)
         for row, subnets in (("the paper's method", paper), ("**dipgo**", [subnet])):
             for one in subnets:
@@ -170,68 +136,6 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
                         what=one.search["chosen"],
                         search_seconds=one.search["seconds"],
                     )
-
-
-def trace_ratio(task: Task, gates: np.ndarray, learned: bool) -> float:
-    from dipgo.cost import cost_of
-
-    return cost_of(task.trace, gates, learned).ratio
-
-
-def markdown(record: TableRecord, source: str) -> str:
-    """Return the table: a row a method, a column a budget, PSNR to the full trajectory (and to the converged one)."""
-    budgets = sorted({cell.budget for cell in record.cells}, reverse=True)
-    rows = list(dict.fromkeys(cell.row for cell in record.cells))
-    by_place = {(cell.row, cell.budget): cell for cell in record.cells}
-    lines = [
-        f"PSNR in dB to the full {record.sampler.steps}-step {record.sampler.class_name.removesuffix('Scheduler')} "
-        f"trajectory, guidance {record.sampler.guidance_scale:g}, over {record.images} held-out pairs of noise and "
-        + (f"prompt, of {record.prompts} prompts" if record.prompts else "class")
-        + (
-            f"; in brackets to {CONVERGED_STEPS} steps of DDIM, over {record.converged_images}"
-            if record.converged_images
-            else ""
-        )
-        + (f" (the full trajectory itself: {record.full_converged_db:.1f})" if record.full_converged_db else "")
-        + (
-            f"; class accuracy of the images after the bar (full: {record.full_class_accuracy:.1%})."
-            if record.full_class_accuracy is not None
-            else "."
-        ),
-        "",
-        "| at equal MACs | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
-    ]
-    for row in rows:
-        texts = [_text(by_place.get((row, budget))) for budget in budgets]
-        lines.append(f"| {row} | " + " | ".join(texts) + " |")
-    place = record.environment
-    seconds = [cell.search_seconds for cell in record.cells if cell.row == "**dipgo**" and cell.search_seconds]
-    lines += [
-        "",
-        f"`{record.command}`; {place.cpu}, {place.cores} cores"
-        + (f"; searches took {', '.join(f'{value / 60:.0f}' for value in seconds)} minutes" if seconds else "")
-        + f". From [{source}]({source}).",
-    ]
-    return "\n".join(lines)
-
-
-def _text(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    close = f" ({cell.converged_db:.1f})" if cell.converged_db is not None else ""
-    seen = f" \\| {cell.class_accuracy:.1%}" if cell.class_accuracy is not None else ""
-    return f"{cell.psnr_db:.1f}{close}{seen}"
-
-
-def put_between(file: Path, marker: str, text: str) -> None:
-    """Put a text between ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->`` in a file."""
-    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
-    before, found, rest = file.read_text().partition(begin)
-    _, ended, after = rest.partition(end)
-    if not found or not ended:
-        raise DipgoError(f"{file} has no place '{begin} … {end}'; add it where the table should stand")
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def load_folder(folder: Path) -> list[SubNet]:

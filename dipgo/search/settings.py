@@ -36,8 +36,8 @@ class Settings:
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
-        trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and for the best,
-            in whole trajectories: at a budget of 0.25 there are four times as many, for each costs a quarter.
+        trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and in all for
+            the best, in whole trajectories: at a budget of 0.25 there are four times as many, for each costs a quarter.
         gate_rate, backup_rate: learning rates; backups try a quarter of theirs too.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
@@ -56,15 +56,15 @@ class Settings:
     """
 
     batch: int = 8
-    pool: int = 2048
+    pool: int = 1024
     chunk: int = 32
     held_out: int = 32
     drops: int = 48
-    drops_on: int = 16
+    drops_on: int = 8
     contenders: int = 6
     gate_iterations: int = 0
-    trial_iterations: int = 10
-    backup_iterations: int = 420
+    trial_iterations: int = 8
+    backup_iterations: int = 270
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     gate_schedule: str = "constant"
@@ -111,7 +111,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=10, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, drops=32, contenders=2, trial_iterations=10, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {

@@ -47,7 +47,8 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
             for number, trial in enumerate(_ranked(trials)[: len(trials) // 2])
         ]
         judged += trials
-    last = _on(work, _ranked(trials)[0], longest, f"backups-{budget:g}")
+    best = _ranked(trials)[0]
+    last = _on(work, best, max(0, longest - best.iterations), f"backups-{budget:g}")
     return [trial.candidate for trial in (*(judged if iterations else []), last)]
 
 

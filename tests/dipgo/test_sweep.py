@@ -66,7 +66,7 @@ def test_sweep_answers_in_the_order_asked_and_meets_every_budget(swept):
 
 
 def test_the_better_half_of_the_contenders_learns_on(task):
-    settings = replace(TINY, contenders=6, trial_iterations=2, backup_iterations=3)
+    settings = replace(TINY, contenders=6, trial_iterations=2, backup_iterations=9)
     scores = sweep(task, [0.5], settings=settings)[0].search["held_out_psnr_db"]
     rounds = [{name: db for name, db in scores.items() if name.endswith(f" {n} iterations")} for n in (4, 12, 18)]
     assert [len(judged) for judged in rounds] == [7, 3, 1]
