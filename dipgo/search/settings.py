@@ -111,7 +111,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, drops=32, contenders=2, trial_iterations=10, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=10, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {
