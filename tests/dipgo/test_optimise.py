@@ -396,7 +396,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
 
 def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "s.json"
-    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 3}
+    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 5}
     arguments = [*LAUNCH, *command(tiny_dit, output, folder, settings=settings)[1:]]
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
