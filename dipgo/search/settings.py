@@ -64,7 +64,7 @@ class Settings:
     contenders: int = 6
     gate_iterations: int = 0
     trial_iterations: int = 8
-    backup_iterations: int = 270
+    backup_iterations: int = 200
     gate_rate: float = 3e-4
     backup_rate: float = 2e-2
     gate_schedule: str = "constant"
