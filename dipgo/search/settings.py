@@ -38,7 +38,8 @@ class Settings:
         gate_iterations: of the gate phase; 0 leaves it out.
         trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and in all for
             the best, in whole trajectories: at a budget of 0.25 there are four times as many, for each costs a quarter.
-        gate_rate, backup_rate: learning rates; backups try a quarter of theirs too.
+        gate_rate, backup_rate: learning rates; that of backups is for a whole trajectory, and at a budget of 0.25 four
+            times as high, for the closer gates are to the full trajectory, the lower is the best.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
         warmup, weight_decay, clip: of the gate phase, see :class:`dipgo.search.optimise.Descent`.
@@ -66,7 +67,7 @@ class Settings:
     trial_iterations: int = 8
     backup_iterations: int = 200
     gate_rate: float = 3e-4
-    backup_rate: float = 2e-2
+    backup_rate: float = 5e-3
     gate_schedule: str = "constant"
     backup_schedule: str = "cosine"
     optimiser: str = "adam"
@@ -105,13 +106,13 @@ class Settings:
             self.accumulate,
         )
 
-    def backup_descent(self, iterations: int, rate: float) -> Descent:
-        return Descent(iterations, rate, schedule=self.backup_schedule, accumulate=self.accumulate)
+    def backup_descent(self, iterations: int, budget: float) -> Descent:
+        return Descent(iterations, self.backup_rate / budget, schedule=self.backup_schedule, accumulate=self.accumulate)
 
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=10, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=0, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {
@@ -163,7 +164,7 @@ def check(settings: Settings) -> None:
         raise UsageError(f"unknown postprocess '{settings.postprocess}'; use {', '.join(POSTPROCESSES)}")
     make_loss(settings.loss, lambda latents: latents, settings.step_weights)
     check_dimensions(settings.width, settings.layers, settings.heads, settings.hidden, settings.attention)
-    _ = settings.gate_descent, settings.backup_descent(0, settings.backup_rate)  # they check themselves
+    _ = settings.gate_descent, settings.backup_descent(0, 1)  # they check themselves
     if settings.precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 

@@ -13,11 +13,10 @@ from dipgo.search.work import Work
 
 @dataclass(frozen=True)
 class Trial:
-    """Backups under way for the gates of ``start``: at what rate, for how many iterations, and the judge's verdict."""
+    """Backups under way for the gates of ``start``: for how many iterations, and the judge's verdict."""
 
     start: Candidate
     backups: Backups
-    rate: float
     iterations: int
     candidate: Candidate
 
@@ -26,51 +25,48 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
     """Return what learned backups make of the contenders, judged, after every round.
 
     Successive halving (Jamieson & Talwalkar 2016): while more than three are left, a round keeps the better half and is
-    twice as long as the one before, since gates that are behind at first may be ahead afterwards. The first contender
-    tries two learning rates: the closer a policy is to the full trajectory, the lower is the best.
+    twice as long as the one before, since gates that are behind at first may be ahead afterwards.
     """
-    settings, rate = work.settings, work.settings.backup_rate
+    settings = work.settings
     iterations, longest = (round(count / budget) for count in (settings.trial_iterations, settings.backup_iterations))
     if not longest:
         return []
-    trials: list[Trial] = []
-    for number, start in enumerate(starts):
-        for trial_rate in (rate, rate / 4) if number == 0 else (rate,):
-            phase = f"trial-{budget:g}-{len(trials)}"
-            trials.append(_on(work, _begin(work, start, trial_rate), iterations, phase))
-        rate = _ranked(trials)[0].rate
+    trials = [
+        _on(work, budget, _begin(work, start), iterations, f"trial-{budget:g}-{number}")
+        for number, start in enumerate(starts)
+    ]
     judged = list(trials)
     while len(trials) > 3:
         iterations *= 2
         trials = [
-            _on(work, trial, iterations, f"trial-{budget:g}-{number}-on-{trial.iterations}")
+            _on(work, budget, trial, iterations, f"trial-{budget:g}-{number}-on-{trial.iterations}")
             for number, trial in enumerate(_ranked(trials)[: len(trials) // 2])
         ]
         judged += trials
     best = _ranked(trials)[0]
-    last = _on(work, best, max(0, longest - best.iterations), f"backups-{budget:g}")
+    last = _on(work, budget, best, max(0, longest - best.iterations), f"backups-{budget:g}")
     return [trial.candidate for trial in (*(judged if iterations else []), last)]
 
 
-def _begin(work: Work, start: Candidate, rate: float) -> Trial:
+def _begin(work: Work, start: Candidate) -> Trial:
     settings = work.settings
     backups = Backups(work.task.trace, start.gates, settings.terms, settings.by_channel, start.weights)
-    return Trial(start, backups, rate, 0, start)
+    return Trial(start, backups, 0, start)
 
 
-def _on(work: Work, trial: Trial, iterations: int, phase: str) -> Trial:
+def _on(work: Work, budget: float, trial: Trial, iterations: int, phase: str) -> Trial:
     """Learn on for so many iterations, and judge."""
     backups, done = trial.backups, trial.iterations + iterations
     learn_backups(
         backups,
         work.task.trajectory,
         work.pool,
-        work.settings.backup_descent(iterations, trial.rate),
+        work.settings.backup_descent(iterations, budget),
         work.loss,
         work.run.phase(phase),
         cost_of(work.task.trace, backups.gates, learned=True).ratio,
     )
-    name = f"{trial.start.name}, backups learned at {trial.rate:g}, {done} iterations"
+    name = f"{trial.start.name}, backups learned, {done} iterations"
     return replace(trial, iterations=done, candidate=work.judge(name, backups.gates, backups.arrays()))
 
 
