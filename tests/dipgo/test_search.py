@@ -110,6 +110,26 @@ def test_extrapolation_without_slope_is_reuse(task):
         assert np.allclose(array, (flat[name].numpy() + full[name]) / 2)
 
 
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_backups_learn_a_gain_and_a_slope_that_leaves_what_stands_still(task, by_channel):
+    gates = policies(task.trace, STEPS, 0.5)[1].gates
+    backups = Backups(task.trace, gates, 2, by_channel)
+    start = {name: weights.detach() for name, weights in backups().items()}
+
+    def moved(term):
+        with torch.no_grad():
+            for parameter in backups.parameters():
+                parameter.zero_()[:, term] = 0.1
+        return {name: (weights - start[name]).detach() for name, weights in backups().items()}
+
+    gain, slope = moved(0), moved(1)
+    assert any(change.abs().max() > 0 for change in slope.values())
+    for name in start:
+        assert not gain[name][:, 1].any()
+        assert torch.allclose(slope[name].sum(dim=1), torch.zeros(()), atol=1e-6)
+        assert not slope[name][(start[name][:, 1] == 0).all(dim=1)].any(), "two outputs must have been computed"
+
+
 def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
     gates = policies(task.trace, STEPS, 0.5)[1].gates
     backups = Backups(task.trace, gates)
