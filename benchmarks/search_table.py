@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,15 @@ from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
 from benchmarks.readme import README, put_between
 from benchmarks.reference import converged as converged_task
 from benchmarks.search_record import CONVERGED_STEPS, Cell, TableRecord, markdown
-from dipgo.cost import cost_of
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import find_model
 from dipgo.sampler import make_scheduler
 from dipgo.search.policies import measure_drift, policies
+from dipgo.search.search import policy_subnet
 from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, load_subnet
-from dipgo.trajectory import Batch, Trajectory, every_site
+from dipgo.trajectory import Batch
 
 CHUNK = 32
 PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
@@ -41,6 +40,7 @@ class Judge:
 
     def __init__(self, task: Task, images: int, converged: int) -> None:
         self.task = task
+        self._tasks = {task.trace.sites: task}
         self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
         self.reference = self.full(task)
         self.labels = np.concatenate([_labels(batch) for batch in self.batches])
@@ -54,25 +54,20 @@ class Judge:
             found.append(self._images(task.trajectory.full(batch.noise, batch.conditions)[-1]))
         return np.concatenate(found)
 
-    def gated(self, gates: np.ndarray, weights: Mapping[str, np.ndarray], terms: int) -> np.ndarray:
-        """Return the images of gates on the task's sites."""
-        return self._gated(self.task.trajectory, gates, weights, terms)
+    def on_sites_of(self, subnet: SubNet) -> Task:
+        """Return the task on a SubNet's sites, which may be of another granularity than the one given."""
+        if subnet.sites not in self._tasks:
+            self._tasks[subnet.sites] = self.task.with_sites(",".join(site.name for site in subnet.sites))
+        return self._tasks[subnet.sites]
 
     def found(self, subnet: SubNet) -> np.ndarray:
-        """Return the images of a SubNet, whose sites may be of another granularity than the task's."""
-        trajectory = self.task.trajectory
-        if subnet.sites != trajectory.sites:
-            trajectory = replace(trajectory, sites=subnet.sites, live_sites=every_site)
-        return self._gated(trajectory, subnet.gates, subnet.weights, subnet.terms)
-
-    def _gated(
-        self, trajectory: Trajectory, gates: np.ndarray, weights: Mapping[str, np.ndarray], terms: int
-    ) -> np.ndarray:
-        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        """Return the images of a SubNet."""
+        trajectory = self.on_sites_of(subnet).trajectory
+        tensors = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
         found = []
         with torch.no_grad():
             for batch in self.batches:
-                latents = trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms)
+                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, tensors, subnet.terms)
                 found.append(self._images(latents[-1]))
         return np.concatenate(found)
 
@@ -101,11 +96,11 @@ class Judge:
 
 
 def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Cell]:
-    """Yield all rows of the budgets that ``found`` was searched for."""
-    task = judge.task
-    trace, calls = task.trace, task.sampler.calls
-    drift = measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000))
+    """Yield all rows of the budgets that ``found`` was searched for, fixed policies on the sites of each."""
     for subnet in found:
+        task = judge.on_sites_of(subnet)
+        calls = task.sampler.calls
+        drift = measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000))
         budget = float(subnet.search["budget"])
         steps = max(2, round(task.sampler.steps * budget))
         same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
@@ -114,16 +109,15 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
             dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
             yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, steps / calls, judge.full(dpm))
         scores = subnet.search["held_out_psnr_db"]
-        fixed = {policy.name: policy for policy in policies(trace, calls, budget, drift)}
+        fixed = {policy.name: policy for policy in policies(task.trace, calls, budget, drift)}
         chosen = {name: name for name in PLAIN if name in fixed}
         deep = [name for name in fixed if name.startswith("DeepCache")]
         if deep:
             chosen["DeepCache-like, the best"] = max(deep, key=lambda name: scores.get(name, -np.inf))
         chosen["best fixed policy of all"] = max(fixed, key=lambda name: scores.get(name, -np.inf))
         for row, name in chosen.items():
-            policy = fixed[name]
-            images = judge.gated(policy.gates, policy.weights, policy.terms)
-            ratio = cost_of(trace, policy.gates, bool(policy.weights)).ratio
+            policy = policy_subnet(task, fixed[name])
+            ratio, images = policy.cost.ratio, judge.found(policy)
             yield judge.cell(row.removesuffix(", inside"), budget, ratio, images, what=name)
         for row, subnets in (("the paper's method", paper), ("**dipgo**", [subnet])):
             for one in subnets:

@@ -69,6 +69,15 @@ def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
     assert "slots" in out
 
 
+def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path, monkeypatch, capsys):
+    command = ["search", tiny_dit, "--steps", 4, "--budget", 1, "--start", subnet_file]
+    quick = [f"--set={setting}" for setting in ("drops=0", "contenders=1", "trial_iterations=0", "held_out=2")]
+    command += [*quick, "--set=backup_iterations=0", "--set=drops_on=1", "--set=pool=0"]
+    code, _, err = run(monkeypatch, capsys, *command, "-o", tmp_path / "s.json")
+    assert code == 0, err
+    assert "given 1" in load_subnet(tmp_path / "s.json").search["held_out_psnr_db"]
+
+
 @pytest.mark.parametrize("negative", [None, "blue"])
 def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, monkeypatch, capsys, negative):
     pipe, subnet, bundle = prompted
@@ -134,6 +143,8 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--prompts", "p.txt", "-o", "OUT"], 2, "by classes"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--device", "cuda:9", "-o", "OUT"], 2, "device 'cuda:9'"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--set", "loss=mse", "-o", "OUT"], 2, "loss term 'mse'"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--start", "x.json", "-o", "OUT"], 1, "no such SubNet"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--start", "SUBNET", "-o", "OUT"], 2, "give its --steps"),
         (["search", "MODEL"], 2, "Missing option"),
         (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
         (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),

@@ -40,6 +40,10 @@ PromptsOption = Annotated[
 ClassesOption = Annotated[
     str | None, typer.Option(help="Classes to search on, joined by commas, or all, where classes condition the model.")
 ]
+StartOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="SubNet to begin with, besides the fixed schedules: an imported or a found one; repeatable."),
+]
 DeviceOption = Annotated[str, typer.Option(help="Where to search: cpu, or cuda where torch has it.")]
 RunFolderOption = Annotated[
     Path | None, typer.Option(help="Keep checkpoints and figures of the search in this folder; see --resume.")

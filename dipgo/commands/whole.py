@@ -23,6 +23,7 @@ from dipgo.commands.options import (
     SeedOption,
     SetOption,
     SitesOption,
+    StartOption,
     StepsOption,
     ThreadsOption,
 )
@@ -44,6 +45,7 @@ def compile_(
     settings: SetOption = None,
     prompts: PromptsOption = None,
     classes: ClassesOption = None,
+    start: StartOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,

@@ -32,7 +32,8 @@ class Backups(nn.Module):
     """Backup weights for given gates.
 
     ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site. ``start`` is
-    what to begin with, ``[calls, 2]`` by backup name; linear extrapolation where it is left out.
+    what to begin with, ``[calls, k]`` or ``[calls, k, channels]`` by backup name; linear extrapolation where it is left
+    out, and the last output where that has more terms than are combined.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Backups(nn.Module):
     ) -> None:
         super().__init__()
         self.gates, self.terms = gates, terms
-        channels = _channels(trace)
+        widths = channels(trace)
         start = start or extrapolation(trace, gates)
         computed_before = np.cumsum(gates, axis=0) - gates
         self.names: list[str] = []
@@ -54,16 +55,13 @@ class Backups(nn.Module):
             valid = (~gates[:, index, None]) & (computed_before[:, index, None] > np.arange(terms))
             for output in range(len(trace.outputs[index])):
                 name = backup_name(site.name, output)
-                base = np.zeros((len(gates), terms, 1), np.float32)
-                base[:, : min(2, terms), 0] = start[name][:, : min(2, terms)]
-                if terms == 1:
-                    base[:, 0, 0] = 1
+                base = _begun(start[name], terms)
                 number = len(self.names)
                 self.names.append(name)
                 self.register_buffer(f"base{number}", torch.from_numpy(base * valid[:, :, None]))
                 self.register_buffer(f"valid{number}", torch.from_numpy(valid[:, :, None].astype(np.float32)))
-                widths = [1, channels[index][output]] if by_channel else [1]
-                self.corrections.append(nn.ParameterList(torch.zeros(len(gates), terms, width) for width in widths))
+                parts = [1, widths[name]] if by_channel else [1]
+                self.corrections.append(nn.ParameterList(torch.zeros(len(gates), terms, width) for width in parts))
         self.register_buffer("basis", _basis(terms))
 
     def forward(self) -> dict[str, torch.Tensor]:
@@ -93,11 +91,25 @@ def _basis(terms: int) -> torch.Tensor:
     return torch.tensor(rows) * torch.tensor([2.0 if k == 1 else 0.5 for k in range(terms)])[:, None]
 
 
-def _channels(trace: Trace) -> list[list[int]]:
-    return [
-        [trace.shape(name, 1)[site.channel_axis] for name in names]
+def _begun(start: np.ndarray, terms: int) -> np.ndarray:
+    """Return the weights to begin with for ``terms`` outputs: float32 ``[calls, terms, channels or 1]``."""
+    calls, given = start.shape[:2]
+    weights = start.reshape(calls, given, -1)
+    base = np.zeros((calls, terms, weights.shape[2]), np.float32)
+    if given <= terms:
+        base[:, :given] = weights
+    else:
+        base[:, 0] = 1
+    return base
+
+
+def channels(trace: Trace) -> dict[str, int]:
+    """Return how many channels each output of each site has, by backup name."""
+    return {
+        backup_name(site.name, output): trace.shape(name, 1)[site.channel_axis]
         for site, names in zip(trace.sites, trace.outputs, strict=True)
-    ]
+        for output, name in enumerate(names)
+    }
 
 
 def learn_backups(

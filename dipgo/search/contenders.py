@@ -31,16 +31,32 @@ def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list
     Args:
         last: the gates that were found for the budget before this one.
 
+    A SubNet that the search was given is judged as it is where it fits the budget, and its backups learn on; where its
+    gates cost too much they are thinned out.
+
     Returns:
         All candidates, and those that learning may begin with, with different gates, the best first.
     """
     fixed = _policies(work, budget)
     schedules = _schedules(work, budget, fixed)
+    given = _given(work, budget)
     named = _proposed(work, budget, fixed, next(iter(schedules.values())), last)
     named |= dict(list(schedules.items())[: work.settings.contenders])
     different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
-    starts = [_sloped(work, budget, name, gates) for name, gates in different.values()]
-    return [*fixed, *starts], sorted(starts, key=lambda candidate: -candidate.psnr)
+    learned = [candidate for candidate in given if candidate.weights]
+    for candidate in learned:
+        different.pop(candidate.gates.tobytes(), None)
+    sloped = [_sloped(work, budget, name, gates) for name, gates in different.values()]
+    return [*fixed, *given, *sloped], sorted([*learned, *sloped], key=lambda candidate: -candidate.psnr)
+
+
+def _given(work: Work, budget: float) -> list[Candidate]:
+    """Judge the SubNets that the search was given, as they are."""
+    return [
+        work.judge(f"given {number}", start.gates, start.weights)
+        for number, start in enumerate(work.starts, 1)
+        if _fits(work, budget, start.gates, bool(start.weights))
+    ]
 
 
 def _policies(work: Work, budget: float) -> list[Candidate]:
@@ -66,17 +82,23 @@ def _schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> dict[st
     return {name: gates for name, gates in found.items() if _fits(work, budget, gates)}
 
 
-def _fits(work: Work, budget: float, gates: np.ndarray) -> bool:
+def _fits(work: Work, budget: float, gates: np.ndarray, learned: bool = True) -> bool:
     trace = work.task.trace
-    return trajectory_macs(trace, gates, learned=True) <= budget * trace.full_macs * len(gates)
+    return trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * len(gates)
 
 
 def _proposed(
     work: Work, budget: float, fixed: Sequence[Candidate], start: np.ndarray, last: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Propose gates that no rule gives: the last budget's thinned out, by measured drops, and moved by gradient."""
+    """Propose gates that no rule gives: given ones, the last budget's, by measured drops, and moved by gradient."""
     trace, settings = work.task.trace, work.settings
     proposals = {}
+    for number, given in enumerate(work.starts, 1):
+        gates = canonical(given.gates, 2, trace.live_sites)
+        if _fits(work, budget, gates):
+            proposals[f"given {number}'s gates"] = gates
+        else:
+            proposals[f"given {number}, thinned"] = thinned(trace, gates, work.drift, budget)
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
     if settings.drops:

@@ -17,7 +17,7 @@ from dipgo.search.processes import processes
 from dipgo.search.search import sweep
 from dipgo.search.settings import settings_of
 from dipgo.search.task import Task, make_task
-from dipgo.subnet import SubNet, save_subnet
+from dipgo.subnet import SubNet, load_subnet, save_subnet
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Request:
         settings: overrides as ``NAME=VALUE``.
         output: the SubNet's JSON file; with several budgets a folder.
         cost: what budgets are a share of: ``macs``, ``latency`` as measured here and now, or a latency profile's file.
+        start: files of SubNets to begin with.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Request:
     settings: Sequence[str] | None = None
     prompts: Path | None = None
     classes: str | None = None
+    start: Sequence[Path] | None = None
     device: str = "cpu"
     seed: int = 0
     threads: int | None = None
@@ -83,6 +85,7 @@ def carry_out(
         raise UsageError(f"steps = {request.steps}: with one step there is nothing to reuse; give at least 2")
     settings = settings_of(request.method, request.preset, request.settings or ())
     profile = None if request.cost in ("macs", "latency") else read_profile(Path(request.cost))
+    starts = [load_subnet(file) for file in request.start or ()]
     model = find_model(request.model, request.random_weights)
     with busy("load and trace"):
         if request.threads:
@@ -112,6 +115,7 @@ def carry_out(
             request.resume,
             request.tensorboard,
             profile,
+            starts,
         )
     if not processes(task.trajectory.device).main:
         return []

@@ -26,6 +26,7 @@ from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.processes import processes
 from dipgo.search.run import Cadence, open_run
 from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
+from dipgo.search.starts import check_starts, digest_of
 from dipgo.search.task import Pool, Task
 from dipgo.search.trials import learned
 from dipgo.search.work import Work
@@ -44,9 +45,10 @@ def search(
     resume: bool = False,
     tensorboard: bool = False,
     profile: LatencyProfile | None = None,
+    starts: Sequence[SubNet] = (),
 ) -> SubNet:
     """Search a SubNet that keeps ``budget`` of the full trajectory's MACs; see :func:`sweep`."""
-    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile)[0]
+    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile, starts)[0]
 
 
 def sweep(
@@ -60,6 +62,7 @@ def sweep(
     resume: bool = False,
     tensorboard: bool = False,
     profile: LatencyProfile | None = None,
+    starts: Sequence[SubNet] = (),
 ) -> list[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
 
@@ -78,12 +81,14 @@ def sweep(
         resume: go on with the run that lies there.
         tensorboard: log figures for TensorBoard too.
         profile: measured times, of which the budgets are shares then, instead of MACs; kept with the SubNets.
+        starts: SubNets to begin with, besides the policies; for ``method="dipgo"``. Those that fit a budget are judged
+            there as they are, so the result is never worse there than they are; others are thinned out first.
 
     Returns:
         One SubNet a budget, in the order of ``budgets``.
 
     Raises:
-        UsageError: an unknown method, or a budget that cannot be met.
+        UsageError: an unknown method, a budget that cannot be met, or a start that does not fit.
         DipgoError: a loss that is not finite, a run folder that does not fit, a full disk.
     """
     if method not in METHODS:
@@ -94,6 +99,9 @@ def sweep(
     for budget in budgets:
         check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
     check(settings)
+    if starts and method == "paper":
+        raise UsageError("the paper's method begins with everything kept; starts are for --method dipgo")
+    check_starts(starts, traced, task.sampler.calls, settings.terms)
     if len(settings.step_weights) not in (0, task.sampler.calls):
         raise UsageError(
             f"{len(settings.step_weights)} step weights for {task.sampler.calls} calls of the denoiser; give one a call"
@@ -112,7 +120,7 @@ def sweep(
         "settings": asdict(settings),
         "processes": group.count,
         "profile": profile.model_dump(by_alias=True) if profile else None,
-    }
+    } | ({"starts": [digest_of(start) for start in starts]} if starts else {})
     cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
     run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
     work = Work(
@@ -124,6 +132,7 @@ def sweep(
         Judge(task, settings.held_out, 2_000_000 + seed, run),
         Judge(task, settings.drops_on, 4_000_000 + seed, run),
         make_loss(settings.loss, task.decode, settings.step_weights),
+        starts,
     )
     found: dict[float, SubNet] = {}
     gates = None

@@ -17,7 +17,7 @@ from dipgo.search.pruner import check_dimensions
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
 POSITIVE = ("batch", "chunk", "held_out", "terms", "drops_on", "contenders")
-NATURAL = ("pool", "drops", "gate_iterations", "trial_iterations", "backup_iterations")
+NATURAL = ("pool", "drops", "gate_iterations", "trial_iterations", "backup_iterations", "backup_warmup")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class Settings:
         gate_iterations: of the gate phase; 0 leaves it out.
         trial_iterations, backup_iterations: of the backup phase, for each of the contenders at first, and in all for
             the best, in whole trajectories: at a budget of 0.25 there are four times as many, for each costs a quarter.
-        gate_rate, backup_rate: learning rates; that of backups is for a whole trajectory, and at a budget of 0.25 four
-            times as high, for the closer gates are to the full trajectory, the lower is the best.
+        gate_rate, backup_rate: learning rates; that of backups is for a whole trajectory, and at a budget of 0.25
+            sixteen times as high, for the closer gates are to the full trajectory, the lower is the best. Below 0.2 it
+            grows no more.
         gate_schedule, backup_schedule: ``cosine`` or ``constant``.
         optimiser: of the gate phase, ``adam`` or ``sgd``.
         warmup, weight_decay, clip: of the gate phase, see :class:`dipgo.search.optimise.Descent`.
+        backup_warmup: of the backup phase, in iterations: without it Adam's first steps are as long as any and as noisy
+            as one batch, which spoils what starts well and misleads trials.
         accumulate: batches that make one update, in every phase.
         width, layers, heads, hidden, attention: of the pruner, see :class:`dipgo.search.pruner.Pruner`.
         alpha, tau, gamma: the paper's α, τ, and whether gates are weighted by γ.
@@ -67,11 +70,12 @@ class Settings:
     trial_iterations: int = 8
     backup_iterations: int = 200
     gate_rate: float = 3e-4
-    backup_rate: float = 5e-3
+    backup_rate: float = 1.25e-3
     gate_schedule: str = "constant"
     backup_schedule: str = "cosine"
     optimiser: str = "adam"
     warmup: int = 0
+    backup_warmup: int = 8
     weight_decay: float = 0.0
     clip: float = 0.0
     accumulate: int = 1
@@ -107,7 +111,13 @@ class Settings:
         )
 
     def backup_descent(self, iterations: int, budget: float) -> Descent:
-        return Descent(iterations, self.backup_rate / budget, schedule=self.backup_schedule, accumulate=self.accumulate)
+        return Descent(
+            iterations,
+            self.backup_rate / max(budget, 0.2) ** 2,
+            schedule=self.backup_schedule,
+            warmup=self.backup_warmup,
+            accumulate=self.accumulate,
+        )
 
 
 PRESETS = {

@@ -55,6 +55,11 @@ class Task:
         """Return the same task under another sampler."""
         return self.with_trajectory(sampler=tabulate(scheduler, steps, self.model.family.scales_noise))
 
+    def with_sites(self, sites: str) -> Task:
+        """Return the same task on other sites, given as for :func:`make_task`."""
+        traced = trace(self.model, sites, self.guidance_scale)
+        return replace(self, trace=traced).with_trajectory(sites=traced.sites, live_sites=traced.live_sites)
+
     def with_trajectory(self, **changes: Any) -> Task:
         """Return the same task with attributes of its trajectory changed: ``precision``, ``recompute``, …"""
         return replace(self, trajectory=replace(self.trajectory, **changes))

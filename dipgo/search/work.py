@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,11 +15,15 @@ from dipgo.search.pruner import Pruner
 from dipgo.search.run import Run
 from dipgo.search.settings import Settings
 from dipgo.search.task import Pool, Task
+from dipgo.subnet import SubNet
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every phase of a search needs. ``ground`` is the noise for drops and slopes, apart from the judge's."""
+    """What every phase of a search needs.
+
+    ``ground`` is the noise for drops and slopes, apart from the judge's; ``starts`` are SubNets to begin with.
+    """
 
     task: Task
     settings: Settings
@@ -28,6 +33,7 @@ class Work:
     judge: Judge
     ground: Judge
     loss: Loss
+    starts: Sequence[SubNet] = ()
 
     @cached_property
     def drift(self) -> np.ndarray:

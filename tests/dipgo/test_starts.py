@@ -1,0 +1,107 @@
+"""SubNets that a search is given to begin with."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dipgo.cost import cost_of
+from dipgo.errors import DipgoError, UsageError
+from dipgo.models import find_model
+from dipgo.search.backups import Backups
+from dipgo.search.policies import spaced
+from dipgo.search.search import search, sweep
+from dipgo.search.settings import Settings
+from dipgo.search.task import make_task
+from dipgo.subnet import SubNet
+
+STEPS = 8
+LEARN = Settings(
+    batch=2, pool=8, held_out=4, drops=0, drops_on=2, contenders=1, trial_iterations=0, backup_iterations=6, width=16
+)
+JUDGE = replace(LEARN, backup_iterations=0)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), STEPS)
+
+
+@pytest.fixture(scope="module")
+def found(task):
+    return search(task, 0.5, settings=LEARN)
+
+
+def reusing(task, gates):
+    return SubNet(task.model.identity(), task.identity, task.trace.sites, gates, cost_of(task.trace, gates))
+
+
+def odd_gates(task, budget):
+    """Gates of no policy: whole steps, packed at the end."""
+    return spaced(task.trace, STEPS, budget, lambda rank: rank**0.2)
+
+
+def test_a_search_goes_on_from_what_another_found(task, found):
+    scores = found.search["held_out_psnr_db"]
+    again = search(task, 0.5, settings=JUDGE, starts=[found])
+    assert again.search["held_out_psnr_db"]["given 1"] == scores[found.search["chosen"]]
+    assert again.search["chosen"] == "given 1"
+    assert np.array_equal(again.gates, found.gates)
+    for name, weights in found.weights.items():
+        assert np.array_equal(again.weights[name], weights)
+    on = search(task, 0.5, settings=LEARN, starts=[found])
+    assert any(name.startswith("given 1, backups learned") for name in on.search["held_out_psnr_db"])
+
+
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel):
+    """With as many terms, and with one more that begins at nothing."""
+    for terms in (2, 3):
+        backups = Backups(task.trace, found.gates, terms, by_channel, found.weights)
+        for name, weights in backups.arrays().items():
+            assert np.allclose(weights[:, :2], found.weights[name], atol=1e-7)
+            assert not weights[:, 2:].any()
+
+
+def test_a_schedule_that_only_reuses_is_judged_so_and_learns_backups(task):
+    gates = odd_gates(task, 0.5)
+    subnet = search(task, 0.6, settings=LEARN, starts=[reusing(task, gates)])
+    names = subnet.search["held_out_psnr_db"]
+    assert "given 1" in names
+    assert any(name.startswith("given 1's gates, slope") for name in names)
+
+
+def test_a_start_that_costs_too_much_is_thinned_out(task, found):
+    small, large = sweep(task, [0.3, 0.6], settings=JUDGE, starts=[found])
+    assert "given 1" in large.search["held_out_psnr_db"]
+    names = small.search["held_out_psnr_db"]
+    assert "given 1" not in names
+    assert any(name.startswith("given 1, thinned") for name in names)
+    assert small.cost.ratio <= 0.3
+
+
+def test_a_run_is_not_resumed_with_other_starts(task, found, tmp_path):
+    search(task, 0.5, settings=JUDGE, starts=[found], run_folder=tmp_path / "run")
+    search(task, 0.5, settings=JUDGE, starts=[found], run_folder=tmp_path / "run", resume=True)
+    other = replace(found, gates=np.ones_like(found.gates))
+    with pytest.raises(DipgoError, match="was begun with starts"):
+        search(task, 0.5, settings=JUDGE, starts=[other], run_folder=tmp_path / "run", resume=True)
+
+
+def test_starts_that_do_not_fit_are_refused(task, found, tiny_dit):
+    other_sites = make_task(find_model(tiny_dit), STEPS, sites="block")
+    with pytest.raises(UsageError, match="start 1 has other sites than this search"):
+        search(other_sites, 0.5, settings=JUDGE, starts=[found])
+    with pytest.raises(UsageError, match="start 1 has 8 calls of the denoiser, this search 6"):
+        search(make_task(find_model(tiny_dit), 6), 0.5, settings=JUDGE, starts=[found])
+    reuse = reusing(task, odd_gates(task, 0.5))
+    with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set terms=2"):
+        search(task, 0.5, settings=replace(JUDGE, terms=1), starts=[reuse, found])
+    with pytest.raises(UsageError, match="starts are for --method dipgo"):
+        search(task, 0.5, "paper", settings=JUDGE, starts=[found])
+    name = next(iter(found.weights))
+    wide = dict(found.weights) | {name: np.zeros((STEPS, 2, 3), np.float32)}
+    with pytest.raises(UsageError, match="has 3 channels, here it has"):
+        search(task, 0.5, settings=JUDGE, starts=[replace(found, weights=wide)])
+    with pytest.raises(UsageError, match="is an output of one model alone"):
+        search(task, 0.5, settings=JUDGE, starts=[replace(found, weights={name: found.weights[name]})])
