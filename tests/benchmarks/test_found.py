@@ -63,6 +63,7 @@ def serve(gates, weights):
     [
         ("ddim", "search-digits-dit-ddim", "**dipgo**"),
         ("ddim-paper", "search-digits-dit-ddim", "the paper's method"),
+        ("dpm", "search-digits-dit-dpm", "**dipgo**"),
         ("dpm-paper", "search-digits-dit-dpm", "the paper's method"),
     ],
 )
