@@ -38,8 +38,9 @@ def check_starts(starts: Sequence[SubNet], trace: Trace, calls: int, terms: int)
             )
         if start.terms > terms:
             raise UsageError(f"start {number} combines {start.terms} outputs; search with --set terms={start.terms}")
-        for name in widths.keys() ^ start.weights.keys() if start.weights else ():
-            raise UsageError(f"start {number}: '{name}' is an output of one model alone; it is of another architecture")
+        odd = min(widths.keys() ^ start.weights.keys(), default=None) if start.weights else None
+        if odd:
+            raise UsageError(f"start {number}: '{odd}' is an output of one model alone; it is of another architecture")
         for name, weights in start.weights.items():
             if weights.ndim == 3 and weights.shape[2] not in (1, widths[name]):
                 raise UsageError(
