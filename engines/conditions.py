@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import UsageError
+from engines.backend import numpy_type
 from engines.given import is_torch, to_array
 from engines.program import Program
 from engines.steps import rows_of
@@ -40,6 +41,7 @@ def conditions_of(
     conditioning, folder = program.record.conditioning, program.bundle.folder
     if repeats < 1 or batch_size < 1:
         raise UsageError(f"{min(repeats, batch_size)} images; ask for at least one")
+    _refuse_unread(program, asked)
     if conditioning.kind == "nothing":
         if given is not None:
             raise UsageError(f"{folder}: nothing conditions it; give batch_size alone")
@@ -58,6 +60,24 @@ def conditions_of(
     made = _encoded(program, values, asked.get("negative_prompt"), size)
     rows = np.arange(len(values)).repeat(repeats)
     return len(rows), rows_of(made, rows, len(values))
+
+
+def _refuse_unread(program: Program, asked: Mapping[str, Any]) -> None:
+    """Refuse embeddings and negative prompts that would make no difference."""
+    kind, folder = program.record.conditioning.kind, program.bundle.folder
+    embeddings = _embeddings(asked)
+    negative = ["negative_prompt"] if asked.get("negative_prompt") is not None else []
+    if kind != "prompt" and embeddings + negative:
+        raise UsageError(f"{folder}: conditioned by {kind}; leave {(embeddings + negative)[0]} out")
+    if embeddings and "prompt_embeds" not in embeddings:
+        raise UsageError(f"{embeddings[0]} is given without prompt_embeds; give all embeddings, or prompts alone")
+    if embeddings and negative:
+        raise UsageError("both negative_prompt and embeddings are given; give negative_prompt_embeds in its place")
+
+
+def _embeddings(asked: Mapping[str, Any]) -> list[str]:
+    """Return the names of the embeddings that are given."""
+    return [name for halves in EMBEDDINGS.values() for name in halves if asked.get(name) is not None]
 
 
 def _encoded(
@@ -81,8 +101,8 @@ def embedded(program: Program, given: Mapping[str, Any], repeats: int, size: tup
         size: height and width of the images in pixels.
 
     Raises:
-        UsageError: one that is missing, halves that do not agree, a shape that is not the bundle's, or a condition that
-            no argument stands for.
+        UsageError: one that is missing or that the bundle does not take, halves that do not agree, a shape that is not
+            the bundle's, or a condition that no argument stands for.
     """
     conditioning = program.record.conditioning
     fixed: dict[str, Sequence[float]] = {}
@@ -91,6 +111,7 @@ def embedded(program: Program, given: Mapping[str, Any], repeats: int, size: tup
         sized = {name: shape_at(row, axes) for name, row in conditioning.encoder.sized.items()}
         fixed = {**conditioning.encoder.fixed, **sized}
     found: dict[str, np.ndarray] = {}
+    read: list[str] = []
     for tensor in conditioning.inputs:
         if tensor.name in fixed:
             continue
@@ -98,6 +119,7 @@ def embedded(program: Program, given: Mapping[str, Any], repeats: int, size: tup
             raise UsageError(f"the bundle takes '{tensor.name}' and holds no text encoder; use Program.denoise")
         halves = []
         for argument in EMBEDDINGS[tensor.name][0 if conditioning.guided else 1 :]:
+            read.append(argument)
             if given.get(argument) is None:
                 raise UsageError(f"{argument} is missing; give it with the other embeddings")
             halves.append(to_array(given[argument]).repeat(repeats, axis=0))
@@ -107,7 +129,10 @@ def embedded(program: Program, given: Mapping[str, Any], repeats: int, size: tup
                     f"{argument} is {list(to_array(given[argument]).shape)}, the bundle was compiled for "
                     f"{[rows, *tensor.shape[1:]]}"
                 )
-        found[tensor.name] = np.concatenate(halves).astype(tensor.dtype)
+        found[tensor.name] = np.concatenate(halves).astype(numpy_type(tensor.dtype))
+    for argument in _embeddings(given):
+        if argument not in read:
+            raise UsageError(f"{argument} is given, the bundle takes {', '.join(read)}; leave it out")
     rows = len(next(iter(found.values())))
     if any(len(value) != rows for value in found.values()):
         raise UsageError(f"embeddings are of {' and '.join(sorted({str(len(v)) for v in found.values()}))} rows")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import DipgoError
+from engines.backend import numpy_type
 
 INSTALL = "run: pip install 'cuda-bindings>=13,<14' (or <13 for a driver of CUDA 12)"
 
@@ -131,7 +132,7 @@ class Stream:
 
     def write(self, target: DeviceArray, values: np.ndarray) -> None:
         """Copy values of the host, in the target's shape and cast to its dtype; they may change once this returns."""
-        host = np.ascontiguousarray(np.broadcast_to(values, target.shape), _numpy_type(target.dtype))
+        host = np.ascontiguousarray(np.broadcast_to(values, target.shape), numpy_type(target.dtype))
         kind = _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
         with self.lock:
             _call("cudaMemcpyAsync", target.pointer, host.ctypes.data, host.nbytes, kind, self.handle)
@@ -151,7 +152,7 @@ class Stream:
 
     def read(self, source: DeviceArray) -> np.ndarray:
         """Wait for the stream and return an array's values on the host; bfloat16 becomes float32, which holds it."""
-        host = np.empty(source.shape, _numpy_type(source.dtype))
+        host = np.empty(source.shape, numpy_type(source.dtype))
         kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
         with self.lock:
             _call("cudaMemcpyAsync", host.ctypes.data, source.pointer, host.nbytes, kind, self.handle)
@@ -210,14 +211,6 @@ class _Memory:
 def item_bytes(dtype: str) -> int:
     """Return the bytes of one value; ``dtype`` is numpy's name, or ``bfloat16``."""
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-
-def _numpy_type(dtype: str) -> Any:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return np.dtype(dtype)
 
 
 def _runtime() -> Any:

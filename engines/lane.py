@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Lane:
         self.runner.write(by_step, np.broadcast_to(rows[:, None], tuple(by_step.shape)))
 
     def _copy(self, target: Buffer, source: Buffer) -> Launch:
-        return lambda: self.runner.copy(target, source)
+        return partial(self.runner.copy, target, source)
 
     def _bind(self, index: int, launch: LaunchRecord) -> Launch:
         graph = self.record.graphs[launch.graph]

@@ -191,7 +191,7 @@ class Pipeline(Program):
         other = next((name for name in shown if name not in self._callback_tensor_inputs), None)
         if callback and other:
             raise UsageError(f"callbacks of a bundle are shown latents, not '{other}'; use attach() for all others")
-        if output_type != "latent" and self.record.decoder is None and not self._makes_pixels:
+        if output_type != "latent" and self.record.decoder is None and not self.makes_pixels:
             raise UsageError(f"{self.bundle.folder}: holds no VAE decoder; ask for output_type='latent'")
 
     def _size(self, height: int | None, width: int | None, asked: Mapping[str, Any]) -> tuple[int, int]:
@@ -202,11 +202,6 @@ class Pipeline(Program):
             if asked.get(name) is not None and tuple(asked[name]) != size:
                 raise UsageError(f"{name} = {tuple(asked[name])}, a bundle's is the size of its images, {size}")
         return size
-
-    @property
-    def _makes_pixels(self) -> bool:
-        """Whether latents are images, as where a pipeline has no VAE."""
-        return self.record.decoder is None and self.record.conditioning.kind == "nothing"
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
         if latents is None:
@@ -235,6 +230,7 @@ class Pipeline(Program):
                     if walk.steps.whole and not together and going:
                         walk.finish()
                         bar.update(calls)
+                        going = observe(walk)
                     while going and walk.done < calls:
                         walk.advance()
                         bar.update()
@@ -259,8 +255,6 @@ class Pipeline(Program):
 
     def _pixels(self, latent: np.ndarray) -> np.ndarray:
         """Return pixels ``[n, channels, height, width]`` in [0, 1] of latents."""
-        if self._makes_pixels:
-            return (latent / 2 + np.float32(0.5)).clip(0, 1)
         return np.concatenate([self.decode(latent[rows]) for rows in self.batches(len(latent))])[: len(latent)]
 
 

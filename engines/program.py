@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import UsageError
-from engines.backend import Runner
+from engines.backend import Runner, numpy_type
+from engines.given import draw_noise
 from engines.lane import Lane
-from engines.noise import torch_randn
-from engines.sizes import axes_of, cells_of
+from engines.sizes import axes_of, batch_of, cells_of
 from engines.steps import Steps, Walk
 from engines.text import TextEncoder
 from export.axes import shape_at, values_at
-from export.bundle import Bundle
+from export.bundle import Bundle, DecoderRecord
 
 AfterStep = Callable[[int, np.ndarray], None]
+
+IDLE_LANES = 8  # that wait for their next trajectory, of all sizes together; each holds memory of its own
 
 
 class Program:
@@ -37,7 +39,8 @@ class Program:
         self.record = bundle.record
         encoder = self.record.conditioning.encoder
         self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
-        self._lanes: dict[tuple[int, ...], queue.SimpleQueue[Lane]] = {}  # idle ones, by their sizes
+        self._idle: list[Lane] = []  # the one that ran last at the end
+        self._taking = threading.Lock()
         self.launches = 0
 
     def __enter__(self) -> Program:
@@ -47,13 +50,13 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lanes = {}
+        self._idle = []
         self.runner.__exit__(kind, error, trace)
 
     @property
     def batch(self) -> int:
         """The most images that a call of :meth:`denoise` takes; where the batch is no axis, the only number."""
-        return shape_at(self.record.latent.shape, values_at(self.record.axes, "max"))[0]
+        return batch_of(self.record)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,10 +81,7 @@ class Program:
         Raises:
             UsageError: a seed that torch's noise cannot be rebuilt from, or a size that the bundle does not take.
         """
-        try:
-            return torch_randn(self.latent_shape(count, size), seed)
-        except ValueError as error:
-            raise UsageError(f"{error}; give another seed") from error
+        return draw_noise(self.latent_shape(count, size), seed)
 
     def class_of(self, label: str) -> int:
         """Return the class that ``label`` names, by its name or its number.
@@ -126,7 +126,7 @@ class Program:
             sizes = self.axes_of(self.latent_shape(len(given), size))
             for name, row in conditioning.encoder.sized.items():
                 found[name][:] = shape_at(row, sizes)
-        return {tensor.name: found[tensor.name].astype(tensor.dtype) for tensor in conditioning.inputs}
+        return {tensor.name: found[tensor.name].astype(numpy_type(tensor.dtype)) for tensor in conditioning.inputs}
 
     def _class_conditions(self, classes: Sequence[Any]) -> dict[str, np.ndarray]:
         conditioning = self.record.conditioning
@@ -175,14 +175,17 @@ class Program:
             UsageError: a shape that the bundle was not compiled for.
         """
         sizes = self.axes_of(shape)
-        try:
-            return self._lanes.setdefault(tuple(sizes.values()), queue.SimpleQueue()).get_nowait()
-        except queue.Empty:
-            return Lane(self.bundle, self.runner, sizes)
+        with self._taking:
+            for index in reversed(range(len(self._idle))):
+                if self._idle[index].sizes == sizes:
+                    return self._idle.pop(index)
+        return Lane(self.bundle, self.runner, sizes)
 
     def give_lane(self, lane: Lane) -> None:
-        """Give back a lane that nothing uses any more."""
-        self._lanes.setdefault(tuple(lane.sizes.values()), queue.SimpleQueue()).put(lane)
+        """Give back a lane that nothing uses any more; beyond :data:`IDLE_LANES` the one that waited longest goes."""
+        with self._taking:
+            self._idle.append(lane)
+            del self._idle[:-IDLE_LANES]
 
     def batches(self, count: int) -> list[np.ndarray]:
         """Return which of ``count`` images go together; the last batch is filled up with the last image."""
@@ -192,15 +195,20 @@ class Program:
             found.append(np.arange(start, start + length).clip(max=count - 1))
         return found
 
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether latents are images, as where a pipeline has no VAE."""
+        return self.record.decoder is None and self.record.conditioning.kind == "nothing"
+
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """Run the VAE decoder: latent ``[B, C, H, W]`` to pixels ``[B, channels, height, width]`` in [0, 1].
+        """Return pixels ``[B, channels, height, width]`` in [0, 1] of a latent ``[B, C, H, W]``, by the VAE decoder.
 
         Raises:
-            UsageError: a bundle without one.
+            UsageError: a bundle without one whose latents are no images either.
         """
-        decoder = self.record.decoder
-        if decoder is None:
-            raise UsageError(f"{self.bundle.folder}: holds no VAE decoder, only latents can be had from it")
+        if self.makes_pixels:
+            return (latent / 2 + np.float32(0.5)).clip(0, 1)
+        decoder = self._decoder()
         return self.runner.run(decoder.file, {decoder.input.name: latent})[decoder.output.name]
 
     def generate(
@@ -218,8 +226,10 @@ class Program:
         :attr:`size`). A last batch that is not full is filled up and cut, unless the bundle takes fewer images too.
 
         Raises:
-            UsageError: see :meth:`noise` and :meth:`conditions`.
+            UsageError: see :meth:`noise`, :meth:`conditions` and :meth:`decode`.
         """
+        if not self.makes_pixels:
+            self._decoder()
         noise = self.noise(len(given), seed, size)
         pixels, batches = [], self.batches(len(given))
         for number in progress(range(len(batches))):
@@ -235,6 +245,12 @@ class Program:
             UsageError: a shape that the bundle was not compiled for.
         """
         return axes_of(self.record, shape)
+
+    def _decoder(self) -> DecoderRecord:
+        """Return the VAE decoder, or refuse where there is none."""
+        if self.record.decoder is None:
+            raise UsageError(f"{self.bundle.folder}: holds no VAE decoder, only latents can be had from it")
+        return self.record.decoder
 
     def _check_rows(self, conditions: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
         """Refuse conditions of another number of images than the noise."""

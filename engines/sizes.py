@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dipgo.errors import UsageError
-from export.axes import shape_at
+from export.axes import shape_at, values_at
 from export.bundle import BundleRecord
 
 
@@ -23,6 +23,11 @@ def axes_of(record: BundleRecord, shape: Sequence[int]) -> dict[str, int]:
     if outside or len(sizes) < len(axes) or tuple(shape) != shape_at(latent, sizes):
         raise UsageError(f"noise is {list(shape)}, the bundle was compiled for {_latent_text(record)}")
     return sizes
+
+
+def batch_of(record: BundleRecord) -> int:
+    """Return how many images a batch has: the bundle's number, or the largest."""
+    return shape_at(record.latent.shape, values_at(record.axes, "max"))[0]
 
 
 def cells_of(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dipgo.errors import DipgoError
+from dipgo.errors import DipgoError, UsageError
 from export.bundle import TextRecord, TokenizerRecord
 
 Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -47,7 +47,13 @@ class TextEncoder:
         return conditions
 
     def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the graph's inputs ``[len(texts), length]`` int64: ids and, where the encoder takes one, the mask."""
+        """Return the graph's inputs ``[len(texts), length]`` int64: ids and, where the encoder takes one, the mask.
+
+        Raises:
+            UsageError: half a character of UTF-16, which bytes on the command line become that are no UTF-8.
+        """
+        for text in texts:
+            _check_text(text)
         if self.record.lower:
             texts = [text.lower().strip() for text in texts]
         inputs = {}
@@ -71,6 +77,14 @@ class TextEncoder:
         return {
             record.name: np.concatenate([call[record.name] for call in calls])[rows] for record in self.record.outputs
         }
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"{text[error.start]!a} at character {error.start}"
+        raise UsageError(f"the prompt is not valid Unicode ({what}); give it in UTF-8") from error
 
 
 def _load(path: Path, record: TokenizerRecord) -> Tokenizer:

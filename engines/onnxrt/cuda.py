@@ -5,7 +5,6 @@ Buffers lie on the device and are bound by address; everything runs on one strea
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from dipgo.errors import DipgoError
+from dipgo.files import cache_root
 from engines.backend import Launch
 from engines.cuda import CudaError, DeviceArray, Stream, open_device
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleRecord
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _BFLOAT16 = 16  # ONNX's number: numpy has no such type
@@ -159,22 +159,11 @@ class CudaRunner:
 
     def _providers(self) -> list[tuple[str, dict[str, str]]]:
         common = {"device_id": "0", "user_compute_stream": str(self.stream.handle)}
-        dtype = self.bundle.record.dtype
-        cuda = (CUDA, common | {"use_tf32": str(int(dtype != "float32"))})
+        record = self.bundle.record
+        cuda = (CUDA, common | {"use_tf32": str(int(record.dtype != "float32"))})
         if self.provider == CUDA:
             return [cuda]
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = base / "dipgo" / "onnxruntime-tensorrt"
-        cache.mkdir(parents=True, exist_ok=True)
-        engines = {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(cache),
-            "trt_fp16_enable": str(int(dtype == "float16")),
-            "trt_bf16_enable": str(int(dtype == "bfloat16")),
-        }
-        return [(TENSORRT, common | engines), cuda]
+        return [(TENSORRT, common | tensorrt_options(record)), cuda]
 
 
 def on_cuda(bundle: Bundle, threads: int | None = None) -> CudaRunner:
@@ -185,6 +174,25 @@ def on_cuda(bundle: Bundle, threads: int | None = None) -> CudaRunner:
 def on_tensorrt(bundle: Bundle, threads: int | None = None) -> CudaRunner:
     """Return the runner of backend ``onnxruntime-tensorrt``; engines are built on entering it, and kept."""
     return CudaRunner(bundle, TENSORRT)
+
+
+def tensorrt_options(record: BundleRecord) -> dict[str, str]:
+    """Return the TensorRT provider's options: where it keeps engines and timings, and the precision.
+
+    Timings are shared by all bundles. Engines are not: ONNX Runtime finds them by the graph without its weights, so it
+    would take those of another bundle.
+    """
+    timings = cache_root() / "onnxruntime-tensorrt"
+    engines = timings / record.sha256[:16]
+    engines.mkdir(parents=True, exist_ok=True)
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(timings),
+        "trt_fp16_enable": str(int(record.dtype == "float16")),
+        "trt_bf16_enable": str(int(record.dtype == "bfloat16")),
+    }
 
 
 def _require(provider: str) -> None:

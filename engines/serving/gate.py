@@ -12,7 +12,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 from dipgo.errors import UsageError
 from engines.serving.protocol import HEADER_LENGTH, rewritten
@@ -64,7 +64,9 @@ class Gate:
         return True
 
     async def _session(self, application: web.Application) -> AsyncIterator[None]:
-        async with ClientSession(timeout=ClientTimeout(total=None, connect=10)) as self._client:
+        # No limit of its own: probes of health must not wait behind inference, which AT_ONCE limits already.
+        connector, timeout = TCPConnector(limit=0), ClientTimeout(total=None, connect=10)
+        async with ClientSession(connector=connector, timeout=timeout) as self._client:
             yield
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:

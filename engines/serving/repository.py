@@ -6,22 +6,26 @@ server sends itself before it says that it is ready.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import new_folder, refuse_existing
+from dipgo.files import new_folder
 from engines.backends import BACKENDS, DEFAULT
 from engines.serving.limits import Limits
-from export.axes import shape_at, values_at
+from engines.sizes import batch_of
+from engines.trt.store import FOLDER as ENGINES
+from engines.trt.store import record_path
 from export.bundle import RECORD_FILE, BundleRecord, open_bundle
 
 MODEL = Path(__file__).with_name("model.py")
-VERSION, BUNDLE, WARMUP = "1", "bundle", "warmup"
+CONFIG, VERSION, BUNDLE, WARMUP = "config.pbtxt", "1", "bundle", "warmup"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -57,7 +61,8 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
     """Write a model repository, or one more model into it; returns the model's folder ``root/name``.
 
     Raises:
-        UsageError: the model is there already, without ``force``; a name or backend that cannot be.
+        UsageError: the model is there already, without ``force``, or something else is; a name or backend that cannot
+            be.
         DipgoError: not an intact bundle, or one that cannot turn a class or prompt into an image.
     """
     deployment = deployment or Deployment()
@@ -65,22 +70,22 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
         raise UsageError(f"unknown backend '{deployment.backend}'; use {', '.join(BACKENDS)}")
     record = open_bundle(bundle).record
     _check_servable(record, bundle)
+    built = _engines(bundle) if deployment.backend == "tensorrt" else []
     name = deployment.name or _name_of(record.model.name)
     if not NAME.fullmatch(name):
         raise UsageError(f"model name '{name}' does not fit a URL; use up to 64 letters, digits, '_', '-' and '.'")
     target = root / name
     if root.is_file():
         raise UsageError(f"{root}: is a file; give a folder for the model repository")
-    refuse_existing(target, force)
-    with new_folder(target, force) as draft:
-        (draft / "config.pbtxt").write_text(config_text(record, name, deployment))
+    with new_folder(target, force, CONFIG) as draft:
+        (draft / CONFIG).write_text(config_text(record, name, deployment))
         version = draft / VERSION
         version.mkdir()
         shutil.copyfile(MODEL, version / "model.py")
         if deployment.link:
             (version / BUNDLE).symlink_to(bundle.resolve(), target_is_directory=True)
         else:
-            _copy(bundle, record, version / BUNDLE)
+            _copy(bundle, [RECORD_FILE, *record.files, *built], version / BUNDLE)
             open_bundle(version / BUNDLE)
         (draft / WARMUP).mkdir()
         for entry in _inputs(record):
@@ -119,11 +124,6 @@ def _inputs(record: BundleRecord) -> list[_Input]:
     return [*kinds[record.conditioning.kind], seed, _Input("number", "TYPE_INT32", True)]
 
 
-def batch_of(record: BundleRecord) -> int:
-    """Return how many rows the server may gather: the bundle's batch, or the largest."""
-    return shape_at(record.latent.shape, values_at(record.axes, "max"))[0]
-
-
 def _check_servable(record: BundleRecord, bundle: Path) -> None:
     if record.decoder is None:
         raise DipgoError(f"{bundle}: holds no VAE decoder, so there are no images to serve; export it with --pipeline")
@@ -149,8 +149,18 @@ def _name_of(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name).strip("-.")[:64] or "model"
 
 
-def _copy(bundle: Path, record: BundleRecord, target: Path) -> None:
-    """Copy what the record lists, readable by the server's user; a pipeline's folder may hold more than that."""
-    for name in (RECORD_FILE, *record.files):
+def _engines(bundle: Path) -> list[str]:
+    """Return the files of the bundle's TensorRT engines; one without a record is a build that was interrupted."""
+    found = [path for path in sorted((bundle / ENGINES).glob("*.engine")) if record_path(path).is_file()]
+    if not found:
+        raise DipgoError(f"{bundle}: holds no TensorRT engines; run: dipgo build {bundle} --backend tensorrt")
+    return [str(path.relative_to(bundle)) for engine in found for path in (engine, record_path(engine))]
+
+
+def _copy(bundle: Path, names: Iterable[str], target: Path) -> None:
+    """Copy files by their names, readable by the server's user; a pipeline's folder may hold more than a bundle."""
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle / name, target / name)
+        status = (bundle / name).stat()
+        os.utime(target / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # an engine's record knows when it changed

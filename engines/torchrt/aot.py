@@ -6,7 +6,6 @@ below ``$XDG_CACHE_HOME/dipgo``, not in the bundle, because code from a bundle t
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from dipgo.errors import DipgoError
-from dipgo.files import new_file, sha256_of_json
+from dipgo.files import cache_root, new_file, sha256_of_json
 from engines.torchrt.lift import Lifted, lift
 from engines.torchrt.weights import Weights
 from export.axes import shape_at, values_at
@@ -97,8 +96,7 @@ def package_path(bundle: Bundle, file: str, lifted: Lifted) -> Path:
     shapes = [[given.name, str(given.dtype), list(given.shape)] for given in lifted.inputs]
     graph = bundle.record.files[file].sha256
     digest = sha256_of_json([graph, shapes, torch.__version__, _machine(lifted.device)])
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dipgo" / "torch-aot" / f"{Path(file).stem}-{digest[:16]}.pt2"
+    return cache_root() / "torch-aot" / f"{Path(file).stem}-{digest[:16]}.pt2"
 
 
 def _compile(path: Path, lifted: Lifted, target: Path) -> None:
@@ -117,13 +115,8 @@ def _compile(path: Path, lifted: Lifted, target: Path) -> None:
 
 def inputs_by_file(record: BundleRecord, beside: bool = True) -> dict[str, list[TensorRecord]]:
     """Return the inputs of the loop's graphs and prologues; with ``beside`` of the text graph and the decoder too."""
-    found = {graph.file: graph.inputs for graph in record.graphs.values()}
-    found |= {prologue.file: prologue.inputs for prologue in record.prologues}
-    if beside and record.conditioning.encoder:
-        found[record.conditioning.encoder.file] = record.conditioning.encoder.inputs
-    if beside and record.decoder:
-        found[record.decoder.file] = [record.decoder.input]
-    return found
+    found = {file: inputs for file, (inputs, _) in record.tensors.items()}
+    return found if beside else {file: found[file] for file in record.loaded}
 
 
 def _machine(device: torch.device) -> str:

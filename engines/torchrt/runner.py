@@ -24,6 +24,8 @@ Function = Callable[..., Sequence[torch.Tensor]]
 Make = Callable[[Bundle, str, Lifted], Function]
 """Makes a function from a bundle, the graph's file name and the lifted graph."""
 
+KEPT_SIZES = 8  # of a graph, where sizes are chosen at run time
+
 
 class TorchRunner:
     """All graphs of a bundle as torch functions, with each weight in memory once.
@@ -43,7 +45,7 @@ class TorchRunner:
             where = f"CPU, {count} thread{'s' * (count > 1)}"
         self.label = f"torch {torch.__version__} {way}, {where}"
         self._weights = Weights(bundle.folder, device)
-        self._graphs: dict[Any, tuple[Lifted, Function]] = {}
+        self._graphs: dict[str, dict[Any, tuple[Lifted, Function]]] = {}  # by file and shapes, the last used at the end
         self._making = threading.Lock()
         self._capture: Capture | None = None
         self._precision: tuple[bool, bool] | None = None
@@ -108,11 +110,14 @@ class TorchRunner:
     def _graph(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Lifted, Function]:
         """Return a graph for inputs of these shapes."""
         with self._making:
-            key = (file, tuple(sorted(shapes.items())))
-            if key not in self._graphs:
+            known, key = self._graphs.setdefault(file, {}), tuple(sorted(shapes.items()))
+            if key not in known:
                 lifted = lift(self.bundle.folder / file, self._weights, shapes)
-                self._graphs[key] = lifted, self._make(self.bundle, file, lifted)
-            return self._graphs[key]
+                known[key] = lifted, self._make(self.bundle, file, lifted)
+            known[key] = known.pop(key)
+            for oldest in list(known)[:-KEPT_SIZES]:  # lanes hold on to those that they launch
+                del known[oldest]
+            return known[key]
 
 
 def eager(bundle: Bundle, threads: int | None = None) -> TorchRunner:

@@ -14,6 +14,8 @@ from engines.trt.timing import add_timings, use_timings
 from export.axes import profile_of
 from export.bundle import AxisRecord, TensorRecord
 
+LEVEL = 3  # of the builder's optimisation, 0 to 5
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -21,11 +23,9 @@ class BuildOptions:
 
     Attributes:
         strip: leave the weights out; they are read from the graph's weights file whenever the engine is loaded.
-        level: the builder's optimisation level, 0 to 5.
     """
 
     strip: bool = False
-    level: int = 3
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +78,7 @@ def plan_from_graph(
     _let_attention_decompose(library, network)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in a bundle means float32
-    config.builder_optimization_level = options.level
+    config.builder_optimization_level = LEVEL
     if options.strip:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)

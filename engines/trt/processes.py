@@ -37,13 +37,13 @@ def each(function: Callable[[T], R], tasks: Sequence[T], workers: int, name: Cal
         try:
             busy: dict[Any, tuple[_Worker, T]] = {}
             for worker in crew:
-                busy[worker.connection] = (worker, worker.give(waiting.pop(0)))
+                busy[worker.connection] = (worker, worker.give(waiting.pop(0), name))
             while busy:
                 for connection in wait(list(busy)):
                     worker, task = busy.pop(connection)
                     result = worker.take(name(task))
                     if waiting:
-                        busy[connection] = (worker, worker.give(waiting.pop(0)))
+                        busy[connection] = (worker, worker.give(waiting.pop(0), name))
                     yield result
         finally:
             for worker in crew:
@@ -59,16 +59,18 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def give(self, task: T) -> T:
-        self.connection.send(task)
+    def give(self, task: T, name: Callable[[T], str]) -> T:
+        try:
+            self.connection.send(task)
+        except ConnectionError:
+            raise self._death(name(task)) from None
         return task
 
     def take(self, name: str) -> Any:
         try:
             failed, value = self.connection.recv()
-        except EOFError:
-            self._process.join()
-            raise DipgoError(f"{name}: {self._last_words()}") from None
+        except (EOFError, ConnectionError):  # the second where it did not read its task
+            raise self._death(name) from None
         if failed:
             raise DipgoError(value)
         return value
@@ -77,6 +79,10 @@ class _Worker:
         self._process.terminate()
         self._process.join()
         self.connection.close()
+
+    def _death(self, name: str) -> DipgoError:
+        self._process.join()
+        return DipgoError(f"{name}: {self._last_words()}")
 
     def _last_words(self) -> str:
         code = self._process.exitcode or 0

@@ -49,14 +49,7 @@ class EngineRecord(Record):
 
 def graphs_of(record: BundleRecord) -> list[Graph]:
     """Return all graphs of a bundle, those of the loop first."""
-    loop = [Graph(part.file, part.inputs, part.outputs) for part in record.graphs.values()]
-    before = [Graph(part.file, part.inputs, part.outputs) for part in record.prologues]
-    text = record.conditioning.encoder
-    others = [Graph(text.file, text.inputs, text.outputs)] if text else []
-    decoder = record.decoder
-    if decoder:
-        others.append(Graph(decoder.file, [decoder.input], [decoder.output]))
-    return loop + before + others
+    return [Graph(file, inputs, outputs) for file, (inputs, outputs) in record.tensors.items()]
 
 
 def engine_path(bundle: Bundle, graph: Graph, library: Library, target: str) -> Path:

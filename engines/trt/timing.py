@@ -5,13 +5,12 @@ Only full TensorRT times kernels while it builds; TensorRT-RTX chooses them wher
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from dipgo.files import new_file
+from dipgo.files import cache_root, new_file
 from engines.trt.library import Library
 
 
@@ -19,8 +18,7 @@ def timing_file(library: Library, target: str) -> Path | None:
     """Return where timings are kept: below ``$XDG_CACHE_HOME/dipgo``, a file a version and GPU; None for none."""
     if library.portable:
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dipgo" / "tensorrt" / f"{library.name}-{library.version}.{target}.timing"
+    return cache_root() / "tensorrt" / f"{library.name}-{library.version}.{target}.timing"
 
 
 def use_timings(config: Any, path: Path, errors: list[str]) -> None:

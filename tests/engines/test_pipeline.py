@@ -5,10 +5,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
+from typer.testing import CliRunner
 
 import engines
+from dipgo.cli import app
 from dipgo.errors import UsageError
 from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
+
+EMBEDDED = np.zeros((3, 77, 24), np.float32)
+EMBEDDINGS = {"prompt": None, "prompt_embeds": EMBEDDED, "negative_prompt_embeds": EMBEDDED}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,14 @@ def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),
         ({"num_images_per_prompt": 0}, "0 images"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are \[1, 4, 8, 8\], this call is for \[3, 4, 8, 8\]"),
+        ({"negative_prompt_embeds": EMBEDDED}, "negative_prompt_embeds is given without prompt_embeds; give all"),
+        ({"pooled_prompt_embeds": EMBEDDED}, "pooled_prompt_embeds is given without prompt_embeds"),
+        ({"prompt": None, "prompt_attention_mask": EMBEDDED}, "prompt_attention_mask is given without prompt_embeds"),
+        ({**EMBEDDINGS, "negative_prompt": "blue"}, "both negative_prompt and embeddings are given; give negative_"),
+        (
+            {**EMBEDDINGS, "prompt_attention_mask": EMBEDDED},
+            "prompt_attention_mask is given, the bundle takes negative_prompt_embeds, prompt_embeds; leave it out",
+        ),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; use pil, np, pt, latent"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -217,3 +230,31 @@ def test_pipelines_without_conditions_and_without_a_vae():
         assert error(made.call(pipe), made.expected()) <= 1e-4
         with pytest.raises(UsageError, match="nothing conditions it; give batch_size alone"):
             pipe("a red fox")
+        with pytest.raises(UsageError, match="conditioned by nothing; leave prompt_embeds out"):
+            pipe(prompt_embeds=EMBEDDED)
+
+
+def test_a_program_without_conditions_and_without_a_vae_generates_too(tmp_path):
+    """As the pipeline does it, and on the command line."""
+    made = compiled("unconditional")
+    with engines.load(made.folder) as pipe:
+        expected = made.call(pipe, batch_size=2, generator=3)
+        assert np.array_equal(pipe.generate([""] * 2, 3), expected)
+    arguments = ["run", str(made.folder), "--seed", "3", "-n", "2", "-o", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert np.abs(np.array(Image.open(tmp_path / "x.png")) / 255 - np.hstack(expected)).max() <= 1 / 255
+
+
+def test_where_there_is_no_decoder_it_is_said_before_any_work():
+    with engines.load(compiled("dit", whole=False).folder) as program:
+        with pytest.raises(UsageError, match="holds no VAE decoder, only latents can be had from it"):
+            program.generate([0], 3)
+        assert program.launches == 0
+
+
+def test_negative_prompts_and_embeddings_are_for_bundles_of_prompts():
+    with engines.load(compiled("dit").folder) as pipe:
+        for given in ({"negative_prompt": "blue"}, {"prompt_embeds": EMBEDDED}, {"pooled_prompt_embeds": EMBEDDED}):
+            with pytest.raises(UsageError, match=f"conditioned by class; leave {next(iter(given))} out"):
+                pipe(class_labels=[0], **given)

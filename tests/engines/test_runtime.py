@@ -7,15 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import engines
 from dipgo.errors import UsageError
 from dipgo.models import find_model
+from dipgo.sampler import tabulate
 from dipgo.search.task import make_task
+from dipgo.trace import trace
 from engines.images import grid
 from engines.noise import torch_randn
 from export.compiler import prepare, write_bundle
-from tests.models import random_subnet
+from tests.models import random_subnet, tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,43 @@ with engines.load({str(bundle)!r}) as program:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     with engines.load(bundle) as program:
         assert float(result.stdout) == pytest.approx(float(program.generate([0, 1], 3).sum()), rel=1e-5)
+
+
+def test_conditions_in_bfloat16_come_without_torch(tmp_path):
+    """Of prompts and of embeddings; numpy knows the type from ml_dtypes alone, which nobody else has imported here."""
+    model = find_model(tiny_sd(tmp_path / "model"))
+    traced = trace(model, None, 4.0, torch.bfloat16)
+    sampler = tabulate(DDIMScheduler(clip_sample=False), 2, model.family.scales_noise)
+    write_bundle(prepare(traced), random_subnet(traced, sampler, 0), sampler, tmp_path / "b")
+    script = f"""
+import sys
+for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
+    sys.modules[name] = None
+from pathlib import Path
+import numpy as np
+from engines.conditions import conditions_of
+from engines.program import Program
+from export.bundle import open_bundle
+bundle = open_bundle(Path({str(tmp_path / "b")!r}))
+
+outputs = bundle.record.conditioning.encoder.outputs
+
+class Runner:
+    def run(self, file, inputs):
+        return {{output.name: np.ones(output.shape, np.float32) for output in outputs}}
+
+program, half = Program(bundle, Runner()), np.ones((1, 77, 24), np.float32)
+embeddings = {{"prompt_embeds": half, "negative_prompt_embeds": half}}
+assert "ml_dtypes" not in sys.modules
+if sys.argv[1] == "prompt":
+    found = program.conditions(["a"])
+else:
+    found = conditions_of(program, None, 1, 1, (16, 16), embeddings)[1]
+print(found["encoder_hidden_states"].dtype, found["encoder_hidden_states"].astype(float).sum())
+"""
+    for made in ("prompt", "embeddings"):
+        done = subprocess.run([sys.executable, "-c", script, made], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["bfloat16", str(2.0 * 77 * 24)]
 
 
 def test_calls_do_not_leak_into_each_other(bundle):

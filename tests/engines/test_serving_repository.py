@@ -100,6 +100,13 @@ def test_a_bundle_without_decoder_has_no_images_to_serve(bundle, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_bundle_without_engines_is_not_for_tensorrt(bundle, tmp_path, link):
+    with pytest.raises(DipgoError, match=r"holds no TensorRT engines; run: dipgo build .*bundle --backend tensorrt$"):
+        write_repository(bundle, tmp_path / "models", Deployment(backend="tensorrt", link=link))
+    assert not (tmp_path / "models").exists()
+
+
 def test_without_a_server_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

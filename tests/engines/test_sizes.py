@@ -1,6 +1,9 @@
 """A program of ranges: lanes of different sizes at once, and requests outside the ranges."""
 
+import gc
+import itertools
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +14,10 @@ from dipgo.errors import UsageError
 from dipgo.models import find_model
 from dipgo.sampler import tabulate
 from dipgo.trace import trace
+from engines.lane import Lane
+from engines.program import IDLE_LANES
+from engines.steps import Steps, Walk
+from engines.torchrt import runner
 from export.compiler import prepare, write_bundle
 from export.sizes import sizes_for
 from tests.models import random_subnet, tiny_unconditional
@@ -61,6 +68,62 @@ def test_two_sizes_in_two_threads(bundles):
         for seed, made in results.items():
             assert len(made) == 5
             assert all(np.array_equal(each, expected[seed]) for each in made)
+
+
+SIZES = list(itertools.product(range(4, 13, 2), repeat=2))
+
+
+def living(references):
+    return sum(reference() is not None for reference in references)
+
+
+def test_few_lanes_wait_for_their_next_trajectory(bundles, monkeypatch):
+    """Of all sizes together, and after a call of many images; the others' memory is free at once."""
+    made = []
+
+    class Watched(Lane):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("engines.program.Lane", Watched)
+    with engines.load(bundles / "ranges") as program:
+        latents = [program.denoise(program.noise(1, 0, size), {}) for size in SIZES]
+        assert (len(made), living(made)) == (len(SIZES), IDLE_LANES)
+        for size, latent in list(zip(SIZES, latents, strict=True))[-IDLE_LANES:]:
+            assert np.array_equal(program.denoise(program.noise(1, 0, size), {}), latent)
+        assert len(made) == len(SIZES)
+        with Steps(program, (40, 3, 8, 8), {}):
+            assert living(made) >= 14
+        assert living(made) == IDLE_LANES
+        assert np.array_equal(program.denoise(program.noise(1, 0, SIZES[0]), {}), latents[0])
+
+
+def test_torch_keeps_the_graphs_of_few_sizes(bundles, monkeypatch):
+    """A trajectory under way goes on with those that it began with."""
+    made, files, lift = [], set(), runner.lift
+
+    def watched(path, *parts):
+        lifted = lift(path, *parts)
+        made.append(weakref.ref(lifted.module))
+        files.add(path)
+        return lifted
+
+    monkeypatch.setattr(runner, "lift", watched)
+    with engines.load(bundles / "ranges", backend="torch-cpu") as program:
+        noise = program.noise(2, 0, SIZES[0])
+        expected = program.denoise(noise, {})
+        with Steps(program, noise.shape, {}) as steps:
+            walk = Walk(steps, noise)
+            walk.advance()
+            for size in SIZES[1:]:
+                program.denoise(program.noise(1, 0, size), {})
+            while walk.done < len(program.record.steps):
+                walk.advance()
+            assert np.array_equal(walk.latent, expected)
+        gc.collect()
+        assert len(made) == len(files) * len(SIZES)
+        assert living(made) <= len(files) * (runner.KEPT_SIZES + 1)
 
 
 def test_requests_outside_the_ranges_are_refused(bundles):

@@ -81,6 +81,26 @@ def test_a_call_that_is_interrupted(pipe, fresh):
     assert np.array_equal(images(pipe), fresh)
 
 
+def test_a_call_whose_trajectories_are_one_launch_is_interrupted_between_them(pipe, monkeypatch):
+    """As CUDA graphs are: nobody can stop one, but the next image need not begin."""
+    first, launched = images(pipe, (0,), latents=np.ones((1, 4, 8, 8)), output_type="latent"), []
+    pipe.close()
+
+    def joined(launches):
+        def whole():
+            for launch in launches:
+                launch()
+            launched.append(len(launches))
+            pipe._interrupt = True
+
+        return whole
+
+    monkeypatch.setattr(pipe.runner, "joined", joined)
+    latents = images(pipe, (0, 2, 1), latents=np.ones((3, 4, 8, 8)), output_type="latent")
+    assert len(launched) == 1
+    assert np.array_equal(latents[:1], first)
+
+
 def test_a_call_within_a_callback(pipe, fresh):
     """The inner call is interrupted, the outer is not."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from dipgo.errors import DipgoError
+from dipgo.errors import DipgoError, UsageError
 from dipgo.models import find_model
 from engines.text import TextEncoder
 from export.components import components_of, weights_of
@@ -183,6 +183,14 @@ print(float(abs(TextEncoder(record, folder, run)(["a fox"], None, True)["encoder
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     here = np.abs(encoder(["a fox"], None, guided=True)["encoder_hidden_states"]).sum()
     assert float(result.stdout) == pytest.approx(float(here), rel=1e-5)
+
+
+def test_half_a_character_is_refused(encoder):
+    """What Python makes of bytes on the command line that are no UTF-8."""
+    line = r"the prompt is not valid Unicode \('\\udcff' at character 3\); give it in UTF-8"
+    for prompts, negative in ((["a fox", "a f\udcffx"], ""), (["a fox"], "a f\udcffx")):
+        with pytest.raises(UsageError, match=line):
+            encoder(prompts, negative, guided=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

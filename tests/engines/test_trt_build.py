@@ -266,6 +266,20 @@ def test_a_process_that_dies_is_said_in_one_line(function, task, ending):
         list(each(function, [task], 1, lambda task: "graph"))
 
 
+class Stillborn:
+    """A function that a process dies of before it reads its task."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+@pytest.mark.parametrize("task", [b"small", bytes(10**7)], ids=["answer", "task"])
+def test_a_process_that_dies_before_it_reads_its_task(task):
+    """It is found out when its answer is due, or when a large task is handed over."""
+    with pytest.raises(DipgoError, match=r"^graph: the process at it ended with exit code 3; the last it said"):
+        list(each(Stillborn(), [task], 1, lambda task: "graph"))
+
+
 def test_results_come_from_several_processes():
     assert sorted(each(math.sqrt, [1, 4, 9, 16, 25], 2, str)) == [1, 2, 3, 4, 5]
 

@@ -1,7 +1,9 @@
 """Running on TensorRT, without a GPU: the real runner on a stand-in that computes with ONNX Runtime (fake_tensorrt)."""
 
 import gc
+import json
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,7 @@ from dipgo.errors import DipgoError
 from dipgo.models import find_model
 from dipgo.search.task import make_task
 from engines.cuda import Device
+from engines.serving.repository import Deployment, write_repository
 from engines.trt import build as building
 from engines.trt.build import build
 from engines.trt.library import find_library
@@ -148,6 +151,22 @@ def test_stripped_engines_get_their_weights_from_the_graphs(made, bundle, trt):
     assert not trt.refitted
     assert np.abs(images(bundle) - expected[1]).max() <= 1e-6
     assert sorted(trt.refitted) == sorted(path.name for path in bundle.folder.glob("*.onnx"))
+
+
+def test_a_model_repository_holds_the_engines(made, bundle, tmp_path):
+    """Whole ones alone, as they are: they run where they were copied to, and none is built again."""
+    _, expected = made
+    folder = shutil.copytree(bundle.folder, tmp_path / "b")
+    (folder / "engines" / "interrupted.engine").write_bytes(b"half")
+    model = write_repository(folder, tmp_path / "models", Deployment(backend="tensorrt"))
+    copy = open_bundle(model / "1" / "bundle")
+    whole = [engine.path.name for engine in build(bundle).engines]
+    assert sorted(path.name for path in copy.folder.glob("engines/*.engine")) == sorted(whole)
+    for name in whole:
+        record = json.loads((copy.folder / "engines" / f"{name}.json").read_text())
+        assert (copy.folder / "engines" / name).stat().st_mtime_ns == record["changed_ns"]  # spares reading it
+    assert np.abs(images(copy) - expected[1]).max() <= 1e-6
+    assert not any(engine.built for engine in build(copy).engines)
 
 
 def test_timings_are_kept_for_the_next_build_and_a_damaged_file_is_kept_aside(bundle, tmp_path):
