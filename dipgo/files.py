@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and fingerprints of files."""
+"""Files written whole or not at all, fingerprints of files, and the folder of what is kept between runs."""
 
 from __future__ import annotations
 
@@ -39,17 +39,35 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Refuse an output that exists already, before any work is done for it."""
-    if path.exists() and not force:
+def cache_root() -> Path:
+    """Return the folder of what dipgo keeps between runs, ``$XDG_CACHE_HOME/dipgo``; all of it can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipgo"
+
+
+def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> None:
+    """Refuse an output that exists already, or that cannot be written, before any work is done for it.
+
+    ``known_by`` is for folders: a file that each of their kind holds. With ``force`` what holds no such file is refused
+    too, since it is somebody's else; but an empty folder is not, nor a link, of which no more than itself is lost.
+    """
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise UsageError(f"{path}: {above} is no folder that can be written to; give another path")
+    if not os.path.lexists(path):  # a link that leads nowhere is there too
+        return
+    if not force:
         raise UsageError(f"{path} exists; give another path, or --force to replace it")
+    if known_by is None or path.is_symlink() or (path / known_by).is_file():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise UsageError(f"{path}: holds no {known_by}, so --force does not replace it; give another path")
 
 
 @contextmanager
 def new_file(path: Path, force: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is renamed, on any failure removed."""
     refuse_existing(path, force)
-    with full_disk(path):
+    with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -57,28 +75,48 @@ def new_file(path: Path, force: bool = True) -> Iterator[Path]:
     try:
         with full_disk(path):
             yield draft
-        draft.chmod(0o644)
-        draft.replace(path)
+        with _written(path):
+            draft.chmod(0o644)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it goes."""
-    refuse_existing(path, force)
-    with full_disk(path):
+def new_folder(path: Path, force: bool = False, known_by: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it goes.
+
+    With ``force`` it replaces what :func:`refuse_existing` lets it; of a link, the link itself.
+    """
+    if path.name in ("", ".."):  # "." would be its own parent
+        path = path.resolve()
+    refuse_existing(path, force, known_by)
+    with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with full_disk(path):
             yield draft
-        draft.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        draft.rename(path)
+        refuse_existing(path, force, known_by)  # again: the work may have taken minutes
+        with _written(path):
+            draft.chmod(0o755)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn whatever keeps an output from being written into one line."""
+    try:
+        with full_disk(path):
+            yield
+    except OSError as error:
+        raise DipgoError(f"{path}: cannot be written ({error.strerror}); give another path") from error
 
 
 @contextmanager

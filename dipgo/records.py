@@ -48,7 +48,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise DipgoError(f"{path}: no such {what}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DipgoError(f"{path}: not a readable {what} ({error})") from error
 
 
@@ -58,7 +58,11 @@ def read_record(path: Path, kind: type[R], schema: str, what: str, cure: str) ->
     Raises:
         DipgoError: a missing or unreadable file, another schema version, or a field that is wrong.
     """
-    raw = read_json(path, what)
+    return validated(read_json(path, what), path, kind, schema, cure)
+
+
+def validated(raw: Any, path: Path, kind: type[R], schema: str, cure: str) -> R:
+    """Return what was read from ``path`` as a record; DipgoError where it is none of this version."""
     found = raw.get("schema") if isinstance(raw, dict) else None
     if found != schema:
         raise DipgoError(f"{path}: schema is {found!r}, this version reads '{schema}'; {cure}")

@@ -6,90 +6,22 @@ in the folder and point into the weights files, which lie as in the pipeline's o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dipgo.errors import DipgoError
 from dipgo.files import sha256_of, sha256_of_json
 from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
+from export.graphs import AxisRecord, GraphRecord, PrologueRecord, Size, TensorRecord
 
 SCHEMA = "dipgo.bundle/1"
 RECORD_FILE = "bundle.json"
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "bundle-1.json"
-
-
-Size = int | str
-"""A size: a whole number, or an expression over :attr:`BundleRecord.axes` (:mod:`export.axes` evaluates it)."""
-
-
-class TensorRecord(Record):
-    """A graph's input or output; ``dtype`` is numpy's name."""
-
-    name: str
-    dtype: str
-    shape: list[Size]
-
-
-class AxisRecord(Record):
-    """The range of a size that is chosen when the program runs: multiples of ``multiple`` from ``min`` to ``max``.
-
-    ``opt`` is what engines are made fastest at, where they are made for a range.
-    """
-
-    min: int
-    opt: int
-    max: int
-    multiple: int = 1
-
-
-class RowRecord(Record):
-    """A graph input that is a row of a table: ``tensor[step]`` or ``tensor[step, term]``, broadcast to the input."""
-
-    tensor: str
-    term: int | None = None
-
-    def read(self, tables: Mapping[str, np.ndarray], step: int, shape: Sequence[int]) -> np.ndarray:
-        """Return the row for a step in the input's shape: reshaped where the sizes agree, else repeated by batch."""
-        row = tables[self.tensor][step] if self.term is None else tables[self.tensor][step, self.term]
-        return row.reshape(shape) if row.size == prod(shape) else np.broadcast_to(row, shape)
-
-
-class GraphRecord(Record):
-    """One graph of the loop.
-
-    ``signature`` names the sites that it computes, as a string of 0 and 1 over the SubNet's sites. ``rows`` are the
-    inputs that come from :attr:`BundleRecord.tables_file`; the others are conditions, values of prologues, and slots.
-    """
-
-    file: str
-    signature: str
-    macs: int
-    parameters: int
-    inputs: list[TensorRecord]
-    outputs: list[TensorRecord]
-    rows: dict[str, RowRecord]
-
-
-class PrologueRecord(Record):
-    """A graph that runs before the loop and hands values to the loop's graphs.
-
-    ``steps``: once for all steps; the rows of its batch are [step, half, image], the halves being those of guidance.
-    ``prompt``: once a prompt or class, on the batch of a step. ``rows`` are inputs from the tables.
-    """
-
-    file: str
-    kind: Literal["steps", "prompt"]
-    macs: int
-    parameters: int
-    inputs: list[TensorRecord]
-    outputs: list[TensorRecord]
-    rows: dict[str, RowRecord]
 
 
 class LaunchRecord(Record):
@@ -244,6 +176,24 @@ class BundleRecord(Record):
         """The graphs that every trajectory launches, of the loop and before it, by file."""
         return [graph.file for graph in self.graphs.values()] + [graph.file for graph in self.prologues]
 
+    @property
+    def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
+        """Inputs and outputs of all graphs by file: of the loop, before it, then the text encoders and the decoder."""
+        found = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
+        found |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in self.prologues}
+        if text := self.conditioning.encoder:
+            found[text.file] = (text.inputs, text.outputs)
+        if self.decoder:
+            found[self.decoder.file] = ([self.decoder.input], [self.decoder.output])
+        return found
+
+    @property
+    def used(self) -> set[str]:
+        """The files that this record names as parts of the program; each must be in ``files``, with its checksum."""
+        text = self.conditioning.encoder
+        tokenizers = [tokenizer.file for tokenizer in text.tokenizers] if text else []
+        return {*self.tensors, *tokenizers, self.tables_file, self.subnet_file}
+
     def sealed(self) -> BundleRecord:
         """Return the record with its own checksum."""
         blank = self.model_copy(update={"sha256": ""})
@@ -267,14 +217,18 @@ class Bundle:
     def __init__(self, folder: Path, record: BundleRecord) -> None:
         self.folder = folder
         self.record = record
-        self.tables: dict[str, np.ndarray] = load_file(folder / record.tables_file)
+        try:
+            self.tables: dict[str, np.ndarray] = load_file(folder / record.tables_file)
+        except SafetensorError as error:
+            path = folder / record.tables_file
+            raise DipgoError(f"{path}: not a safetensors file ({error}); export it again") from error
 
 
 def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     """Read a bundle and check its files against their recorded sizes and checksums.
 
     Raises:
-        DipgoError: no bundle there, another schema version, or a missing or altered file.
+        DipgoError: no bundle there, another schema version, or a missing, altered or unlisted file.
     """
     if not folder.is_dir():
         raise DipgoError(f"{folder}: no such bundle; make one with 'dipgo export' or 'dipgo compile'")
@@ -284,6 +238,8 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
         raise DipgoError(
             f"{path}: altered since the bundle was made (checksum differs), or made by another dipgo; export it again"
         )
+    if unlisted := sorted(record.used - record.files.keys()):
+        raise DipgoError(f"{folder / RECORD_FILE}: '{unlisted[0]}' is not among its files; export it again")
     for name, expected in record.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():

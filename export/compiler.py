@@ -30,7 +30,8 @@ from export.bundle import (
     FileRecord,
     TensorRecord,
 )
-from export.delivery import deliver
+from export.components import components_of, weights_in_place
+from export.delivery import check_delivery, check_weights, deliver
 from export.launches import LATENT
 from export.layouts import LAYOUTS
 from export.merge import merged
@@ -182,12 +183,17 @@ def compile_subnet(
     images a call, and ``size``, of images in pixels, may be ranges: see :func:`export.sizes.sizes_for`.
 
     Raises:
-        UsageError: an unknown dtype, a size that the model does not take, an architecture without weights.
+        UsageError: an unknown dtype, a size that the model does not take, an architecture without weights, a folder
+            that cannot take the bundle.
         DipgoError: see :func:`write_bundle`; what cannot be traced or converted.
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(DTYPES)}")
     model.require_weights()
+    check_delivery(Path(folder), model.folder, options.weights, force, (TABLES_FILE, SUBNET_FILE))
+    if options.weights == "in-place":
+        for name in (model.family.component, *(components_of(model) if whole else ())):
+            check_weights(weights_in_place(model, name, DTYPES[dtype]), model.folder)
     check_model(subnet, model)
     sizes = sizes_for(model, batch, size)
     height, width = sizes.latent_at(0, "opt")[2:]

@@ -22,6 +22,7 @@ from dipgo.errors import DipgoError
 from dipgo.models import Model
 from dipgo.random_weights import write_random
 from dipgo.records import read_json
+from dipgo.vae import to_vae
 from export.bundle import DecoderRecord, Size
 from export.convert import convert, simplify, tensor_record
 from export.symbols import name_axes
@@ -86,14 +87,7 @@ class _Decoder(nn.Module):
         self.dtype = dtype
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and deviation is not None:
-            latent = latent * torch.tensor(deviation).view(1, -1, 1, 1) / config.scaling_factor
-            latent = latent + torch.tensor(mean).view(1, -1, 1, 1)
-        else:
-            latent = latent / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        pixels = self.vae.decode(latent.to(self.dtype), return_dict=False)[0]
+        pixels = self.vae.decode(to_vae(latent, self.vae.config).to(self.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -144,10 +138,7 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
     library, class_name = class_of(model, name) or ("", "")
     module_class = getattr(importlib.import_module(library), class_name, None) if library in _STEMS else None
     if module_class is None:
-        raise DipgoError(
-            f"{model.folder / 'model_index.json'}: the {name} is a {class_name} of '{library}', which is not "
-            "installed here; only classes of diffusers and transformers can be exported"
-        )
+        raise _foreign(model, name, library, class_name)
     config = component_config(model, name)
     try:
         with init_empty_weights(include_buffers=False):
@@ -170,6 +161,13 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
     return module.eval()
 
 
+def _foreign(model: Model, name: str, library: str, class_name: str) -> DipgoError:
+    return DipgoError(
+        f"{model.folder / 'model_index.json'}: the {name} is a {class_name} of '{library}', which is not "
+        "installed here; only classes of diffusers and transformers can be exported"
+    )
+
+
 def parameters_of(model: Model, name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a component's parameters, by their names in memory."""
     module = empty_component(model, name, torch.float32)
@@ -180,7 +178,7 @@ def own_weights(model: Model, name: str) -> Weights:
     """Return where a component's tensors lie in the pipeline's own folder.
 
     Raises:
-        DipgoError: no safetensors files there, or damaged ones.
+        DipgoError: no safetensors files there, or damaged ones; a class of another library.
     """
     folder = model.folder / name
     files = _files(model, name)
@@ -190,8 +188,22 @@ def own_weights(model: Model, name: str) -> Weights:
 
 
 def _files(model: Model, name: str) -> list[Path]:
-    library = (class_of(model, name) or ("diffusers", ""))[0]
+    library, class_name = class_of(model, name) or ("diffusers", "")
+    if library not in _STEMS:
+        raise _foreign(model, name, library, class_name)
     return checkpoint_files(model.folder / name, _STEMS[library])
+
+
+def _is_drawn(model: Model, name: str) -> bool:
+    return model.random_weights and name in (VAE, model.family.component) and not _files(model, name)
+
+
+def weights_in_place(model: Model, name: str, dtype: torch.dtype) -> Weights | None:
+    """Return a component's own weights; None where headers tell that its graph wants others, cast or drawn ones."""
+    if _is_drawn(model, name):
+        return None
+    own, kind = own_weights(model, name), _STORED_DTYPES[component_dtype(model, name, dtype)]
+    return own if any(stored.dtype == kind for stored in own.tensors.values()) else None
 
 
 def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Weights:
@@ -201,9 +213,9 @@ def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Wei
     in ``folder/<component>``.
 
     Raises:
-        DipgoError: no weights, damaged ones, or weights of another model.
+        DipgoError: no weights, damaged ones, weights of another model, or a class of another library.
     """
-    if model.random_weights and name in (VAE, model.family.component) and not _files(model, name):
+    if _is_drawn(model, name):
         drawn = component_dtype(model, name, dtype)
         path = folder / name / f"random-{_STORED_DTYPES[drawn]}.safetensors"
         write_random(parameters_of(model, name), drawn, path)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.bundle import RowRecord, TensorRecord
 from export.convert import tensor_record
+from export.graphs import RowRecord, TensorRecord
 from export.launches import EPSILON, LATENT
 from export.symbols import read_elsewhere
 from export.tapped import Tapped

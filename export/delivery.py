@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import full_disk, new_folder, sha256_once
+from dipgo.files import full_disk, new_folder, refuse_existing, sha256_once
+from dipgo.records import read_json
 from export.bundle import RECORD_FILE, FileRecord
 from export.weights import Weights, check_in_place, place
 
 Files = dict[str, FileRecord]
+
+
+def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Iterable[str] = ()) -> None:
+    """Refuse a folder that cannot take a bundle of the pipeline in ``root``; ``names`` are files that it will hold.
+
+    Raises:
+        UsageError: a folder that exists, without ``force``. With copies, one that holds the pipeline, or that is no
+            bundle; in place, another one than the pipeline's, or one where a file of the user's has such a name.
+        DipgoError: in place, the record of a bundle that cannot be read.
+    """
+    if how == "copy":
+        if root.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"{folder}: holds the model ({root}), which a bundle in its place would delete; give another -o, or "
+                f"--weights in-place with -o {root}"
+            )
+        refuse_existing(folder, force, RECORD_FILE)
+        return
+    if folder.resolve() != root.resolve():
+        raise UsageError(f"{folder}: with --weights in-place the bundle lies beside the checkpoint; give -o {root}")
+    if (folder / RECORD_FILE).exists() and not force:
+        raise UsageError(f"{folder / RECORD_FILE} exists; --force replaces the bundle that lies beside the checkpoint")
+    _check_free(folder, names, _owned(folder))
+
+
+def check_weights(part: Weights | None, root: Path) -> None:
+    """Refuse weights that graphs in the pipeline's folder cannot point to; None stands for cast or drawn ones.
+
+    Raises:
+        UsageError: weights that lie elsewhere.
+        DipgoError: a file that ONNX tools would refuse.
+    """
+    if part is None or part.root.resolve() != root.resolve():
+        raise UsageError(
+            f"{root}: its checkpoint has another precision than the graphs, or no weights; give its own --dtype, or "
+            "--weights copy"
+        )
+    check_in_place(part.files, root)
 
 
 @contextmanager
@@ -26,11 +65,11 @@ def deliver(
     What the body wrote there, and the weights, are in ``folder`` afterwards; on any failure nothing is.
 
     Raises:
-        UsageError: a folder that exists, without ``force``; in place, another one than the pipeline's.
-        DipgoError: weights that graphs cannot point to in place, or a full disk.
+        UsageError, DipgoError: see :func:`check_delivery` and :func:`check_weights`; a full disk.
     """
+    check_delivery(folder, root, how, force)
     if how == "copy":
-        with new_folder(folder, force) as draft:
+        with new_folder(folder, force, RECORD_FILE) as draft:
             digests: Files = {}
             for part in weights:
                 known = {file: sha256_once(file) for file in part.files}
@@ -38,17 +77,9 @@ def deliver(
                     digests[location] = FileRecord(bytes=(draft / location).stat().st_size, sha256=digest)
             yield draft, digests
         return
-    if folder.resolve() != root.resolve():
-        raise UsageError(f"{folder}: with --weights in-place the bundle lies beside the checkpoint; give -o {root}")
-    if (folder / RECORD_FILE).exists() and not force:
-        raise UsageError(f"{folder / RECORD_FILE} exists; --force replaces the bundle that lies beside the checkpoint")
     found: Files = {}
     for part in weights:
-        if part.root.resolve() != root.resolve():
-            raise UsageError(
-                f"{root}: its checkpoint has another precision than the graphs; give its own --dtype, or --weights copy"
-            )
-        check_in_place(part.files, root)
+        check_weights(part, root)
         for file in part.files:
             found[file.relative_to(part.root).as_posix()] = FileRecord(
                 bytes=file.stat().st_size, sha256=sha256_once(file)
@@ -65,15 +96,37 @@ def deliver(
 
 def _move_in(draft: Path, folder: Path) -> None:
     """Replace the bundle in ``folder`` by what was drafted; its record goes first and comes last."""
-    record = folder / RECORD_FILE
-    if record.exists():
-        try:
-            old = json.loads(record.read_text())["files"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DipgoError(f"{record}: not a bundle's record; remove it and export again") from error
-        record.unlink()
-        for name in old:
-            if "/" not in name:  # weights and other files of the pipeline lie in folders of their own
-                (folder / name).unlink(missing_ok=True)
+    owned = _owned(folder)
+    _check_free(folder, (path.name for path in draft.iterdir() if path.name != RECORD_FILE), owned)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    for name in owned:
+        (folder / name).unlink()
     for path in sorted(draft.iterdir(), key=lambda path: path.name == RECORD_FILE):
         path.replace(folder / path.name)
+
+
+def _owned(folder: Path) -> set[str]:
+    """Return the files beside the checkpoint that the bundle there has brought, but for its record.
+
+    Raises:
+        DipgoError: a record that cannot be read.
+    """
+    record = folder / RECORD_FILE
+    if not record.exists():
+        return set()
+    try:
+        names = read_json(record, "bundle's record")["files"].keys()
+    except (DipgoError, AttributeError, KeyError, TypeError) as error:
+        raise DipgoError(f"{record}: not a bundle's record; remove it and export again") from error
+    # Weights and other files of the pipeline lie in folders of their own.
+    return {name for name in names if "/" not in name and (folder / name).is_file()}
+
+
+def _check_free(folder: Path, names: Iterable[str], owned: set[str]) -> None:
+    """Refuse names that files in ``folder`` have which no bundle brought."""
+    taken = sorted(name for name in names if name not in owned and os.path.lexists(folder / name))
+    if taken:
+        raise UsageError(
+            f"{folder / taken[0]} belongs to no bundle, and the new one has a file of that name; move it away, or "
+            "export with --weights copy"
+        )

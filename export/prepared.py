@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dipgo.files import sha256_of_json
+from dipgo.files import cache_root, sha256_of_json
 from dipgo.models import Model
 from dipgo.trace import Trace
 from export.binding import Hoisted, hoisted_values
@@ -117,8 +116,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
 
 def cache_folder(model: Model) -> Path:
     """Return where weights are kept that were cast or drawn for a model: below ``$XDG_CACHE_HOME/dipgo``."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dipgo" / f"{stem_of(model.name)}-{sha256_of_json(model.config)[:8]}"
+    return cache_root() / f"{stem_of(model.name)}-{sha256_of_json(model.config)[:8]}"
 
 
 def stem_of(name: str) -> str:

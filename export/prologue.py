@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.binding import TIMESTEP, Hoisted
-from export.bundle import PrologueRecord, RowRecord
 from export.convert import tensor_record
+from export.graphs import PrologueRecord, RowRecord
 from export.launches import LATENT
 from export.macs import node_macs, weights_read
 from export.sizes import Sizes

@@ -45,9 +45,10 @@ def export(
     """Compile a SubNet into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the program."""
     from dipgo.files import refuse_existing
     from dipgo.subnet import load_subnet
+    from export.bundle import RECORD_FILE
 
     if weights == "copy":
-        refuse_existing(output, force)
+        refuse_existing(output, force, RECORD_FILE)
     found = load_subnet(subnet)
     record = export_with(
         found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole, size

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dipgo.files import cache_root
+
 PACKAGES = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
     *("polygraphy", "cuda-bindings", "tritonclient"),
@@ -166,6 +168,6 @@ def _imports(module: str) -> str:
 
 
 def _cache() -> dict[str, Any]:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipgo"
+    folder = cache_root()
     sizes = [path.lstat().st_size for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return {"folder": str(folder), "bytes": sum(sizes)}

@@ -85,11 +85,11 @@ def bench_with(
 
 
 def compare_with(first: Path, second: Path, output: Path | None, force: bool) -> None:
-    from benchmarks.compare import compare, text, write_comparison
+    from benchmarks.compare import NAMES, compare, text, write_comparison
     from dipgo.files import refuse_existing
 
     if output is not None:
-        refuse_existing(output, force)
+        refuse_existing(output, force, NAMES[0])
     found = compare(first, second)
     typer.echo(text(found))
     if output is not None:

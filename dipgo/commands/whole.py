@@ -54,9 +54,14 @@ def compile_(
 ) -> None:
     """All of it: OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/."""
     options = locals()
+    from benchmarks.report import RECORD_FILE as REPORT_FILE
     from dipgo.files import refuse_existing
+    from export.bundle import RECORD_FILE as BUNDLE_FILE
 
     refuse_existing(output, force)
+    refuse_existing(output / "bundle", force, BUNDLE_FILE)
+    if measure:
+        refuse_existing(output / "report", force, REPORT_FILE)
     (subnet,) = search_with(options | {"output": output / "subnet.json"})
     export_with(subnet, output / "bundle", model, force)
     typer.echo(f"bundle: {output / 'bundle'}")

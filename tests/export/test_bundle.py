@@ -4,12 +4,13 @@ import json
 import shutil
 
 import jsonschema
+import onnx
 import pytest
 
 from dipgo.errors import DipgoError, UsageError
 from dipgo.models import find_model
 from dipgo.search.task import make_task
-from export.bundle import SCHEMA_FILE, json_schema, open_bundle
+from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
 from export.compiler import compile_subnet, prepare, write_bundle
 from tests.models import random_subnet
 
@@ -61,6 +62,56 @@ def test_an_altered_program_is_refused(bundle):
     (bundle / "bundle.json").write_text(json.dumps(document))
     with pytest.raises(DipgoError, match=r"bundle\.json: altered since the bundle was made"):
         open_bundle(bundle)
+
+
+def reseal(folder, change):
+    """Change a record as somebody would who makes its checksum fit."""
+    document = json.loads((folder / "bundle.json").read_text())
+    change(document)
+    (folder / "bundle.json").write_text(BundleRecord.model_validate(document).sealed().text())
+
+
+TEXT = {"file": "a.onnx", "inputs": [], "outputs": [], "unconditional": "zeros", "lower": False, "fixed": {}}
+TOKENIZER = {"file": "a.json", "ids": "ids", "mask": None, "length": 1, "pad_token": "", "pad_id": 0}
+OTHER = "../other"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: next(iter(record["graphs"].values())).update(file=OTHER),
+        lambda record: record["prologues"][0].update(file=OTHER),
+        lambda record: record["decoder"].update(file=OTHER),
+        lambda record: record["conditioning"].update(encoder=TEXT | {"file": OTHER, "tokenizers": []}),
+        lambda record: record["conditioning"].update(
+            encoder=TEXT | {"file": "vae_decoder.onnx", "tokenizers": [TOKENIZER | {"file": OTHER}]}
+        ),
+        lambda record: record.update(tables_file=OTHER),
+        lambda record: record.update(subnet_file=OTHER),
+    ],
+)
+def test_files_without_a_checksum_are_refused(bundle, change):
+    shutil.copyfile(bundle / "tables.safetensors", bundle.parent / "other")
+    reseal(bundle, change)
+    for check_files in (True, False):
+        with pytest.raises(DipgoError, match=r"bundle\.json: '\.\./other' is not among its files; export it again"):
+            open_bundle(bundle, check_files)
+
+
+def test_tables_that_are_none_are_refused(bundle):
+    path = bundle / "tables.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DipgoError, match=r"tables\.safetensors: not a safetensors file .*; export it again"):
+        open_bundle(bundle, check_files=False)
+
+
+def test_tensors_are_those_of_the_graphs(bundle):
+    tensors = open_bundle(bundle).record.tensors
+    assert sorted(tensors) == sorted(path.name for path in bundle.glob("*.onnx"))
+    for file, (inputs, outputs) in tensors.items():
+        graph = onnx.load(bundle / file, load_external_data=False).graph
+        assert {tensor.name for tensor in inputs} == {value.name for value in graph.input}
+        assert {tensor.name for tensor in outputs} == {value.name for value in graph.output}
 
 
 def test_no_bundle(tmp_path):

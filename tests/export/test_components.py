@@ -15,14 +15,17 @@ from tokenizers import Tokenizer
 
 from dipgo.errors import DipgoError
 from dipgo.models import find_model
+from dipgo.trace import trace
 from export.components import (
     VAE,
     component_dtype,
     components_of,
     decoder_to_onnx,
+    empty_component,
     parameters_of,
     weights_of,
 )
+from export.prepared import prepare
 from export.text import text_to_onnx
 from tests.models import tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
 
@@ -289,10 +292,15 @@ def test_incomplete_vaes_are_refused(copied, damage, message):
     assert "\n" not in str(caught.value)
 
 
-def test_only_classes_of_the_two_libraries_are_built(copied):
+@pytest.mark.parametrize("name", [VAE, "text_encoder"])
+def test_only_classes_of_the_two_libraries_are_built(copied, name):
     """``model_index.json`` names modules to import; no other may be."""
     model = copied("sd")
     path = model.folder / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": ["antigravity", "AutoencoderKL"]}))
-    with pytest.raises(DipgoError, match=r"the vae is a AutoencoderKL of 'antigravity'.* only classes of diffusers"):
-        decoder_to_onnx(model, SHAPE, torch.float32)
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {name: ["antigravity", index[name][1]]}))
+    message = rf"the {name} is a \w+ of 'antigravity'.* only classes of diffusers"
+    with pytest.raises(DipgoError, match=message):
+        prepare(trace(model, None, 4.0))
+    with pytest.raises(DipgoError, match=message):
+        empty_component(model, name, torch.float32)

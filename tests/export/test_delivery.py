@@ -14,7 +14,7 @@ from dipgo.models import find_model
 from dipgo.sampler import tabulate
 from dipgo.trace import trace
 from export.bundle import open_bundle
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import Options, compile_subnet, prepare, write_bundle
 from tests.models import random_subnet
 
 
@@ -36,6 +36,35 @@ def compiled(model, folder, options=Options(), dtype=torch.float32, seed=0, forc
     sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
     subnet = random_subnet(traced, sampler, seed, terms=2, channels=1)
     return write_bundle(prepare(traced), subnet, sampler, folder, force, options)
+
+
+@pytest.fixture(scope="module")
+def subnet(pristine):
+    """A SubNet of every model here: they are copies of one."""
+    from diffusers import DDIMScheduler
+
+    traced = trace(find_model(str(pristine)), None, 4.0)
+    return random_subnet(traced, tabulate(DDIMScheduler(clip_sample=False), 4), 0)
+
+
+@pytest.fixture
+def refused(model, subnet, monkeypatch):
+    """Compile as the command line does, and return the line of the refusal, which comes before the model is traced."""
+
+    def traced(*_):
+        raise AssertionError("traced already")
+
+    monkeypatch.setattr("export.compiler.retrace", traced)
+
+    def refused(folder, kind=UsageError, force=True, dtype="fp32", weights="copy"):
+        before = contents(model.folder.parent)
+        with pytest.raises(kind) as caught:
+            compile_subnet(subnet, model, folder, force, dtype=dtype, options=Options(weights=weights))
+        assert contents(model.folder.parent) == before
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return refused
 
 
 def contents(folder):
@@ -114,6 +143,46 @@ def test_half_precision_is_cast_once_and_in_place_says_so(model, tmp_path, monke
     with pytest.raises(UsageError, match="another precision than the graphs"):
         compiled(model, model.folder, Options(weights="in-place"), dtype=torch.float16)
     assert not (model.folder / "bundle.json").exists()
+
+
+def test_copies_never_take_the_place_of_the_model(model, refused):
+    (model.folder / "bundle.json").write_text("{}")
+    link = model.folder.parent / "link"
+    link.symlink_to(model.folder)
+    for folder in (model.folder, model.folder.parent, link):
+        for force in (True, False):
+            assert "which a bundle in its place would delete; give another -o" in refused(folder, force=force)
+
+
+def test_copies_replace_no_folder_but_a_bundle(model, refused):
+    assert "transformer: holds no bundle.json, so --force does not replace it" in refused(model.folder / "transformer")
+
+
+def test_in_place_is_refused_before_the_work(model, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = model.folder
+    assert f"lies beside the checkpoint; give -o {folder}" in refused(tmp_path / "b", weights="in-place")
+    assert "another precision than the graphs" in refused(folder, weights="in-place", dtype="fp16")
+    assert not (tmp_path / "cache").exists()
+    blob = tmp_path / "blob"
+    shutil.move(folder / "vae" / "diffusion_pytorch_model.safetensors", blob)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").symlink_to(blob)
+    assert "symbolic link; export with --weights copy" in refused(folder, DipgoError, weights="in-place")
+    (folder / "bundle.json").write_text('{"files": []}')
+    assert "--force replaces the bundle that lies" in refused(folder, force=False, weights="in-place")
+    assert "not a bundle's record; remove it" in refused(folder, DipgoError, weights="in-place")
+
+
+def test_in_place_replaces_no_file_of_the_user(model, refused):
+    mine = model.folder / "subnet.json"
+    mine.write_text("mine")
+    assert f"{mine} belongs to no bundle" in refused(model.folder, weights="in-place")
+    mine.rename(model.folder / "vae_decoder.onnx")
+    before = contents(model.folder)
+    with pytest.raises(UsageError, match=r"vae_decoder\.onnx belongs to no bundle.*; move it away, or"):
+        compiled(model, model.folder, Options(weights="in-place"))
+    assert contents(model.folder) == before
+    assert not any(name.startswith(".") for name in os.listdir(model.folder))
 
 
 def test_a_failure_in_place_leaves_the_folder_as_it_was(model, monkeypatch):

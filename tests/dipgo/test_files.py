@@ -1,0 +1,130 @@
+"""Outputs take the place of dipgo's own alone; JSON that cannot be read is one line."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dipgo.errors import DipgoError, UsageError
+from dipgo.files import cache_root, new_file, new_folder, refuse_existing
+from dipgo.records import read_json
+
+KNOWN_BY = "made.json"
+
+
+def write(path, force=True):
+    with new_folder(path, force, KNOWN_BY) as draft:
+        (draft / KNOWN_BY).write_text("new")
+
+
+def test_a_folder_is_replaced_with_force_alone(tmp_path):
+    path = tmp_path / "out"
+    write(path, force=False)
+    (path / "old").write_text("old")
+    with pytest.raises(UsageError, match=r"out exists; give another path, or --force"):
+        write(path, force=False)
+    assert (path / "old").is_file()
+    write(path)
+    assert [file.name for file in path.iterdir()] == [KNOWN_BY]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_somebody_else_s_is_not_replaced_with_force(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "folder":
+        path.mkdir()
+    mine = path / "photo" if kind == "folder" else path
+    mine.write_text("mine")
+    for refused in (lambda: refuse_existing(path, True, KNOWN_BY), lambda: write(path)):
+        with pytest.raises(UsageError, match=r"out: holds no made\.json, so --force does not replace it"):
+            refused()
+    assert mine.read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_comes_while_an_output_is_made_is_kept(tmp_path):
+    path = tmp_path / "out"
+
+    def work():
+        with new_folder(path):
+            path.mkdir()
+            (path / "photo").write_text("mine")
+
+    with pytest.raises(UsageError, match="out exists"):
+        work()
+    assert (path / "photo").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    """Before any work where it can be told, else when it comes to it; nothing half written stays."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for below in (tmp_path / "file" / "s.json", tmp_path / "file" / "deep" / "s.json"):
+        with pytest.raises(UsageError, match=r"file is no folder that can be written to; give another path"):
+            refuse_existing(below, True)
+    with (
+        pytest.raises(DipgoError, match=r"folder: cannot be written \(Is a directory\)"),
+        new_file(tmp_path / "folder"),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_takes_no_files_is_refused_before_any_work(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UsageError, match="is no folder that can be written to"):
+            refuse_existing(tmp_path / "s.json", False)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    assert (tmp_path / "out" / KNOWN_BY).read_text() == "new"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_itself(tmp_path, there):
+    target, path = tmp_path / "target", tmp_path / "out"
+    if there:
+        target.mkdir()
+        (target / "photo").write_text("mine")
+    path.symlink_to(target)
+    for refused in (lambda: write(path, force=False), lambda: new_file(path, force=False).__enter__()):
+        with pytest.raises(UsageError, match="out exists"):
+            refused()
+    write(path)
+    assert not path.is_symlink()
+    assert (path / KNOWN_BY).read_text() == "new"
+    assert target.exists() == there
+    assert not there or (target / "photo").read_text() == "mine"
+
+
+def test_the_folder_one_is_in_is_replaced(tmp_path, monkeypatch):
+    write(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    Path("old").write_text("old")
+    write(Path())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [KNOWN_BY]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_things_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_root() == tmp_path / "cache" / "dipgo"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "dipgo"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_json_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DipgoError, match=r"x\.json: not a readable thing \(") as caught:
+        read_json(tmp_path / "x.json", "thing")
+    assert "\n" not in str(caught.value)
