@@ -18,9 +18,10 @@ from benchmarks.failures import one_line
 from benchmarks.progress import Progress, silent
 from dipgo.errors import DipgoError
 from dipgo.sampler import make_scheduler
-from dipgo.search.policies import SPACINGS, Policy, extrapolation, measure_drift, policies, spaced
+from dipgo.search.policies import SPACINGS, Policy, extrapolation, policies, spaced
 from dipgo.search.search import policy_subnet
 from dipgo.search.task import Task
+from dipgo.search.work import drift_of
 from dipgo.subnet import SubNet, load_subnet
 from dipgo.trace import trace
 from export.bundle import open_bundle
@@ -29,7 +30,6 @@ from export.compiler import check_model, prepare, sites_of, write_bundle
 Baseline = Callable[[Task, float], tuple[Task, SubNet]]
 FULL = "full"
 PUBLISHED = Path(__file__).parents[1] / "dipgo" / "published" / "sd15-published-0.8.json"
-DRIFT_SEED, DRIFT_IMAGES = 3_000_000, 8  # as the search measures drift
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def best_policy(task: Task, ratio: float, searched: SubNet, prefix: str = "") ->
         DipgoError: the search noted no scores, or none of such a policy.
     """
     scores = searched.search.get("held_out_psnr_db", {})
-    drift = measure_drift(task.trajectory, task.sampling.draw(DRIFT_IMAGES, DRIFT_SEED))
+    drift = drift_of(task, searched.search.get("seed", 0))
     found = [
         policy
         for policy in policies(task.trace, task.sampler.calls, ratio, drift)

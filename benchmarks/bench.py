@@ -24,12 +24,12 @@ from benchmarks.candidates import (
 from benchmarks.environment import clock, environment, load_average
 from benchmarks.headlines import headlines
 from benchmarks.inputs import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
-from benchmarks.measuring import Outcome, measure_all
+from benchmarks.measuring import Outcome, measure_all, shown
 from benchmarks.page import write_report
 from benchmarks.progress import Bars, Progress
 from benchmarks.quality import Made
 from benchmarks.reference import converged, model_of, subnet_of, task_of
-from benchmarks.report import SUBJECT, Memory, ReportRecord
+from benchmarks.report import RECORD_FILE, SUBJECT, Memory, ReportRecord
 from benchmarks.rows import rows_of
 from benchmarks.specs import ProgramSpec
 from benchmarks.suite import DEFAULT, Suite, load_suite
@@ -80,7 +80,7 @@ def bench(
     named = suite if isinstance(suite, str) else None
     settings = load_suite(suite) if isinstance(suite, str) else suite
     settings = settings.changed(images=images, repeats=repeats, seconds=seconds, threads=threads)
-    refuse_existing(output, force)
+    refuse_existing(output, force, RECORD_FILE)
     load_at_start, clock_at_start = load_average(), clock()
     progress = progress or Bars()
     bundle = open_bundle(folder)
@@ -190,6 +190,8 @@ def _converged(task: Task, bundle: Bundle, count: int, suite: Suite, progress: P
         with torch.no_grad():
             conditions = join(*task.model.family.conditions(task.pipe, given[start:end]), task.guidance_scale > 1)
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
-            images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+            if bundle.record.decoder is not None:
+                images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
     progress(f"{steps} steps", count, count, "")
-    return Made(np.concatenate(latents), np.concatenate(images))
+    found = np.concatenate(latents)
+    return Made(found, np.concatenate(images) if images else shown(found))

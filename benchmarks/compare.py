@@ -102,7 +102,7 @@ def compare(first: Path, second: Path) -> Comparison:
 
 def write_comparison(found: Comparison, folder: Path, force: bool = False) -> None:
     """Write ``comparison.html`` and ``comparison.md`` into ``folder``, whole or not at all."""
-    with new_folder(folder, force) as draft:
+    with new_folder(folder, force, NAMES[0]) as draft:
         page = template("comparison.html").render(comparison=found, cells=_cells)
         (draft / NAMES[0]).write_text(page)
         (draft / NAMES[1]).write_text(_markdown(found) + "\n")
@@ -141,7 +141,7 @@ def _markdown(found: Comparison) -> str:
     lines += [f"| {' | '.join(_cells(pair))} |" for pair in found.pairs]
     for letter, report in (("A", found.first), ("B", found.second)):
         lines += ["", f"{letter}: `{report.command}`, {report.created}; {report.environment.cpu}."]
-    return "\n".join([*lines, "", "\\* beyond chance (bootstrap, 95%)."])
+    return "\n".join([*lines, "", "\\* beyond chance (bootstrap, 95% for each program by itself)."])
 
 
 def _read(path: Path) -> ReportRecord:
@@ -165,7 +165,7 @@ def _pair(name: str, first: Row | None, second: Row | None) -> Pair:
 
 
 def _speedup(first: Row, second: Row) -> Change | None:
-    """Compare the medians of the rounds' own ratios; reports keep samples, and ratios follow from the full rows."""
+    """Compare the medians of the rounds' own ratios; None where a report has none."""
     assert first.timing and second.timing  # noqa: PT018 - for mypy
     a, b = (np.array(row.timing.ratios) for row in (first, second) if row.timing)
     if not len(a) or not len(b):

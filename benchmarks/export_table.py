@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from benchmarks.readme import README, put_between
 from dipgo.errors import DipgoError
 from dipgo.files import new_file, refuse_existing
 from dipgo.models import ARCHITECTURES, Model, find_model
+from dipgo.process_memory import resident_peak
 from dipgo.records import Record
 from dipgo.subnet import SubNet, load_subnet
 from export.bundle import BundleRecord, PartRecord
@@ -121,7 +121,7 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     sampler = sampler_of(found, model)
     write_bundle(prepared, found, sampler, output, True, Options(weights=weights))
     total = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resident_peak()
     started = time.perf_counter()
     made = assemble(prepared, normalise(found, prepared.trace), sampler, "signature")
     for graph in made.models.values():

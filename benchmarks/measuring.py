@@ -137,6 +137,19 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
                 outcome.outside.append(1 - found["graph_seconds"] / found["seconds"])
 
         in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
+        if scope == "loop":
+            for name in running():
+                with _listed(outcomes[name]):
+                    _note_memory(workers[name], outcomes[name])
+
+
+def _note_memory(worker: Worker, outcome: Outcome) -> None:
+    """Note the most that was held so far: after the loop, before a decoder's memory counts."""
+    memory = worker.ask("memory")
+    outcome.resident = max(outcome.resident, memory["resident_peak"])
+    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
+    if "device_peak" in memory:
+        outcome.device = max(outcome.device or 0, memory["device_peak"])
 
 
 def _time_steps(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], repeats: int) -> None:
@@ -148,13 +161,8 @@ def _time_steps(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], 
 
 
 def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:
-    """Read memory and results; the first generation counts MACs and makes the images."""
+    """Read results; the first generation counts MACs and makes the images."""
     file = scratch / f"latents-{worker.pid}.npz"
-    memory = worker.ask("memory")  # before the images: a decoder's memory is not the loop's
-    outcome.resident = max(outcome.resident, memory["resident_peak"])
-    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
-    if "device_peak" in memory:
-        outcome.device = max(outcome.device or 0, memory["device_peak"])
     worker.ask("latents", file=str(file))
     with np.load(file, allow_pickle=False) as held:
         drift = latent_error(held["last"], held["first"])
@@ -174,14 +182,14 @@ def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Made:
         worker.ask("made", start=start, count=count, seed=IMAGE_SEED, file=str(file))
         with np.load(file, allow_pickle=False) as held:
             latents.append(held["latents"])
-            images.append(held["images"] if "images" in held.files else _shown(held["latents"]))
+            images.append(held["images"] if "images" in held.files else shown(held["latents"]))
     made = Made(np.concatenate(latents), np.concatenate(images))
     if not (np.isfinite(made.latents).all() and np.isfinite(made.images).all()):
         raise NotMeasuredError("its images are not finite")
     return made
 
 
-def _shown(latents: np.ndarray) -> np.ndarray:
+def shown(latents: np.ndarray) -> np.ndarray:
     """Stand in for images where nothing decodes: latents between -1 and 1 as [0, 1], three channels at most."""
     pixels: np.ndarray = (latents[:, :3] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
     return pixels[..., :1] if pixels.shape[-1] == 2 else pixels

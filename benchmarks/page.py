@@ -48,7 +48,7 @@ def write_report(
         captions: what each image shows.
 
     Raises:
-        UsageError: the folder exists, without ``force``.
+        UsageError: the folder exists, without ``force``, or is no report's.
     """
     size: Sequence[int] = next((images.shape[1:3] for images in pictures.values()), (SMALL, SMALL))
     shown = SHOWN_SMALL if min(size) < SMALL else SHOWN
@@ -57,7 +57,7 @@ def write_report(
         for row in report.rows
         if row.name in pictures and not row.error
     ]
-    with new_folder(folder, force) as draft:
+    with new_folder(folder, force, RECORD_FILE) as draft:
         (draft / RECORD_FILE).write_text(report.text())
         (draft / PAGE_FILE).write_text(render(report, strips, captions[:shown], size))
         (draft / SUMMARY_FILE).write_text(summary(report) + "\n")

@@ -27,6 +27,7 @@ from dipgo.gating import gated
 from dipgo.records import Record
 from dipgo.sampler import tabulate
 from dipgo.trajectory import Trajectory
+from dipgo.vae import from_vae, to_vae
 from engines import Program
 from export.compiler import scheduler_of
 
@@ -196,9 +197,7 @@ def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
-    factor, offset = _vae_scale(vae.config)
-    scaled = latents * factor.to(latents.device) + offset.to(latents.device)
-    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    decoded = vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float()
     return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
@@ -223,10 +222,9 @@ def _changed(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
 def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
     """Collect the latents that ``vae.decode`` is given, in the scale of the denoiser."""
     original, latents = vae.decode, []
-    factor, offset = _vae_scale(vae.config)
 
     def decode(latent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        latents.append((latent - offset) / factor)
+        latents.append(from_vae(latent, vae.config))
         return original(latent, *args, **kwargs)
 
     vae.decode = decode
@@ -234,15 +232,6 @@ def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
         yield latents
     finally:
         del vae.decode
-
-
-def _vae_scale(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return by what a latent is multiplied, and what is added to it then, before the VAE decodes it."""
-    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and deviation is not None:
-        by_channel = [torch.tensor(values).view(1, -1, 1, 1) for values in (deviation, mean)]
-        return by_channel[0] / config.scaling_factor, by_channel[1]
-    return torch.tensor(1 / config.scaling_factor), torch.tensor(getattr(config, "shift_factor", None) or 0.0)
 
 
 def _program(program: Program, pipe: Any | None, given: Given, seed: int, progress: Progress) -> Made:

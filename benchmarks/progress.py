@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the phase, how many of its parts are done, how many there are, and a short figure, as in the search."""
@@ -41,15 +39,3 @@ class Bars:
 
 def silent(phase: str, done: int, total: int, figure: str) -> None:
     """Show nothing."""
-
-
-def counted(progress: Progress, phase: str) -> Callable[[Sequence[T]], Iterator[T]]:
-    """Return a function that hands on the items of a sequence and reports each one when it is dealt with."""
-
-    def hand_on(items: Sequence[T]) -> Iterator[T]:
-        progress(phase, 0, len(items), "")
-        for done, item in enumerate(items, 1):
-            yield item
-            progress(phase, done, len(items), "")
-
-    return hand_on

@@ -10,11 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.frechet import digit_features, frechet, frechet_interval, real_digit_features
-from benchmarks.inputs import IMAGE_SEED, given_of
-from benchmarks.progress import Progress, counted, silent
-from dipgo.errors import DipgoError
+from benchmarks.inputs import IMAGE_SEED
 from dipgo.records import Record
-from engines import Program
 
 SEED = IMAGE_SEED
 SSIM_WINDOW = 11
@@ -63,21 +60,6 @@ class Made:
 
     latents: np.ndarray
     images: np.ndarray
-
-
-def generate(program: Program, count: int, name: str = "", progress: Progress = silent) -> np.ndarray:
-    """Generate ``count`` images from the quality seed, their classes cycling through the model's labels.
-
-    Returns:
-        Pixels ``[count, height, width, channels]`` in [0, 1].
-
-    Raises:
-        DipgoError: images that are not finite.
-    """
-    images = program.generate(given_of(program, count), SEED, counted(progress, f"images: {name}"))
-    if not np.isfinite(images).all():
-        raise DipgoError("its images are not finite")
-    return images
 
 
 def compare(made: Made, reference: Made, classes: Sequence[int], model: str, converged: Made | None = None) -> Quality:

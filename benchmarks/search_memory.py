@@ -26,6 +26,7 @@ import torch
 from benchmarks.environment import environment, load_average
 from dipgo.files import new_file
 from dipgo.models import Model, find_model
+from dipgo.process_memory import resident, resident_peak
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import paper_scores
 from dipgo.search.losses import final_latent
@@ -152,14 +153,9 @@ def _peak_above(run: Callable[[], object]) -> int:
     """Return by how many bytes the resident size rose above its start while ``run`` ran."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
-    before = _status("VmRSS")
+    before = resident()
     run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return resident_peak() - before
 
 
 def _give_memory_back() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ WAYS = {"shared": True, "prepacked": False}
 
 
 def measure(folder: Path, share: bool, sessions: int, runs: int) -> dict[str, Any]:
-    """Load the first ``sessions`` graphs of the loop in this process and run each ``runs`` times on zeros.
+    """Load the first ``sessions`` graphs of the loop in this process and time ``runs`` runs of each on zeros.
 
     Returns:
         PSS in bytes before, loaded, and after the runs; seconds to load, and the median seconds of a run by graph.
@@ -48,6 +49,7 @@ def measure(folder: Path, share: bool, sessions: int, runs: int) -> dict[str, An
     medians = []
     for graph, session in zip(graphs, opened, strict=True):
         feed = {tensor.name: np.zeros(shape_at(tensor.shape, sizes), tensor.dtype) for tensor in graph.inputs}
+        session.run(None, feed)  # the first one touches the weights
         times = []
         for _ in range(runs):
             begun = time.perf_counter()
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--sessions", type=int, default=8, help="how many at most")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SESSIONS"), help="measure in this process and print")
     given = parser.parse_args()
     if given.one:
@@ -84,7 +86,7 @@ def main() -> None:
             rows.append({"way": way} | json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]))
     record = {
-        "command": f"python -m benchmarks.session_memory {given.bundle} --sessions {given.sessions}",
+        "command": shlex.join(["python", "-m", "benchmarks.session_memory", *sys.argv[1:]]),
         "model": open_bundle(given.bundle, False).record.model.name,
         "rows": rows,
         "environment": environment(load).model_dump(),

@@ -86,12 +86,12 @@ def deep_cache(pipe: Any, position: Position, interval: int) -> Reset:
     return reset
 
 
-def first_block_cache(pipe: Any, position: Position) -> Reset:
-    """Skip all blocks but the first where its residual has moved by less than 0.05 since the last computed step."""
+def first_block_cache(pipe: Any, position: Position, threshold: float = 0.05) -> Reset:
+    """Skip all blocks but the first where its residual has moved by less than that since the last computed step."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
     denoiser = _transformer(pipe, "FirstBlockCache")
-    apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=0.05))
+    apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=threshold))
     return _reset_of(denoiser)
 
 

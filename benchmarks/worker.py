@@ -21,6 +21,7 @@ from benchmarks.failures import one_line
 from benchmarks.inputs import save
 from benchmarks.specs import ProgramSpec, Spec, TorchSpec
 from benchmarks.subjects import Subject, subject_of
+from dipgo.process_memory import resident_peak
 
 Answer = dict[str, Any]
 
@@ -96,7 +97,7 @@ class Server:
     def do_memory(self) -> Answer:
         """Bytes: the peak of what was resident, and the largest share of it seen (shared pages divided by sharers)."""
         self._look_at_memory()
-        return {"resident_peak": _status("VmHWM"), "proportional_peak": self.shared_peak, **_device_memory()}
+        return {"resident_peak": resident_peak(), "proportional_peak": self.shared_peak, **_device_memory()}
 
     @property
     def _subject(self) -> Subject:
@@ -105,15 +106,6 @@ class Server:
 
     def _look_at_memory(self) -> None:
         self.shared_peak = max(self.shared_peak, _proportional())
-
-
-def _status(name: str) -> int:
-    """Return an entry of /proc/self/status in bytes; getrusage would count the parent's peak before the exec too."""
-    try:
-        with open("/proc/self/status") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)
-    except OSError:
-        return 0
 
 
 def _proportional() -> int:

@@ -1,17 +1,20 @@
 """The tables of what searches find: rows, budgets, and SubNets of other sites than the table's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import psnr
-from benchmarks.search_table import Judge, cells, load_folder
+from benchmarks.quality import image_psnr, psnr
+from benchmarks.search_table import Judge, cells, check_same, load_folder
 from dipgo.errors import DipgoError
 from dipgo.gating import gated
 from dipgo.models import find_model
 from dipgo.search.policies import Policy, policies
 from dipgo.search.search import policy_subnet
 from dipgo.search.task import make_task
+from dipgo.search.work import drift_of
 
 STEPS, BUDGET = 6, 0.6
 
@@ -61,6 +64,33 @@ def test_every_row_is_there_at_the_budget(tiny_dit, judge):
     assert found["**dipgo**"].psnr_db == psnr(judge.found(ours), judge.reference)
     assert found["the paper's method"].macs_ratio == pytest.approx(paper.cost.ratio, abs=1e-4)
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
+
+
+def test_the_best_fixed_policy_is_the_best_of_all_that_may_be(tiny_dit, judge):
+    """Each figure is the highest of any policy that the search did not see far behind, or that a row names."""
+    ours = searched(tiny_dit, "layer")
+    fixed = policies(judge.task.trace, STEPS, BUDGET, drift_of(judge.task, 0))
+    scores = {policy.name: 20.0 for policy in fixed}
+    behind = next(policy.name for policy in fixed if policy.name.startswith("late"))
+    scores[behind] = 1.0
+    ours.search["held_out_psnr_db"] = scores
+    found = {cell.row: cell for cell in cells(judge, [ours], [])}
+    images = {policy.name: judge.found(policy_subnet(judge.task, policy)) for policy in fixed if policy.name != behind}
+    best = found["best fixed policy of all"]
+    assert best.psnr_db == max(psnr(each, judge.reference) for each in images.values())
+    assert best.image_psnr_db == max(image_psnr(each, judge.reference).mean() for each in images.values())
+    assert best.psnr_db == psnr(images[best.what], judge.reference)
+
+
+def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):
+    ours = searched(tiny_dit, "layer")
+    check_same([ours, searched(tiny_dit, "block")], judge.task.model)
+    other = replace(ours, sampler=ours.sampler.model_copy(update={"guidance_scale": 9.0}))
+    with pytest.raises(DipgoError, match=r"6 steps of DDIMScheduler at guidance 9 beside"):
+        check_same([ours, other], judge.task.model)
+    foreign = replace(ours, model=ours.model.model_copy(update={"weights_sha256": "0" * 64}))
+    with pytest.raises(DipgoError, match="its weights"):
+        check_same([ours, foreign], judge.task.model)
 
 
 def test_a_folder_without_subnets_is_refused(tmp_path):

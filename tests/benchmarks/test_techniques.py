@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.inputs import IMAGE_SEED, PROMPTS
 from benchmarks.quality import latent_error
 from benchmarks.specs import ProgramSpec, TorchSpec
 from benchmarks.subjects import ProgramSubject
+from benchmarks.techniques import TECHNIQUES, Technique, first_block_cache
 from benchmarks.torch_subject import TorchSubject
 from dipgo.models import find_model
 from dipgo.search.task import make_task
@@ -99,10 +101,15 @@ def test_attention_broadcast_computes_less(kind: str, request: pytest.FixtureReq
     assert cached.macs() < found.macs
 
 
-def test_first_block_cache_forgets_between_trajectories(dit: Made):
-    cached = subject(dit, "diffusers FirstBlockCache")
-    assert np.array_equal(cached.loop(), cached.loop())
-    assert cached.macs() <= dit.macs
+def test_first_block_cache_forgets_between_trajectories(dit: Made, monkeypatch: pytest.MonkeyPatch):
+    """Where everything counts as unmoved, only the first step of each trajectory is whole."""
+    name = "diffusers FirstBlockCache"
+    monkeypatch.setitem(TECHNIQUES, name, Technique(partial(first_block_cache, threshold=1e6)))
+    cached = subject(dit, name)
+    first = cached.loop()
+    assert np.array_equal(first, cached.loop())
+    assert dit.macs / STEPS < cached.macs() < 0.8 * dit.macs
+    assert latent_error(first, subject(dit, "eager torch").loop()) > 1e-3
 
 
 @pytest.mark.parametrize(

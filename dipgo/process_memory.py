@@ -1,0 +1,27 @@
+"""What this process holds in memory, as the system counts it, in bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+_STATUS = Path("/proc/self/status")
+
+
+def resident() -> int:
+    """Return what is resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def resident_peak() -> int:
+    """Return the most that was resident at once since the process began."""
+    if _STATUS.exists():  # getrusage would count the peak of the process that started this one, too
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if windows is not None:
+        return int(windows)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
