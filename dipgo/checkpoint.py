@@ -76,6 +76,12 @@ def checkpoint_files(folder: Path, stem: str) -> list[Path]:
     return shards if shards and (indexed or len(shards) == len(files)) else files[-1:]
 
 
+def variant_of(files: Sequence[Path]) -> str | None:
+    """Return what diffusers calls the variant of a component's files, ``fp16`` in ``….fp16.safetensors``, or None."""
+    parts = _SHARD.sub("", files[0].name).split(".")[1:-1] if files else []
+    return parts[0] if parts else None
+
+
 def read_checkpoint(files: Sequence[Path]) -> dict[str, Stored]:
     """Return where each tensor of a checkpoint lies, of one file or of all its shards; only headers are read.
 

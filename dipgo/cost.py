@@ -32,9 +32,9 @@ def check_budget(trace: Trace, budget: float, calls: int, learned: bool = False)
         raise UsageError(f"budget {budget} is outside (0, 1]; give the share of the full trajectory's MACs to keep")
     cheapest = np.zeros((calls, len(trace.sites)), bool)
     cheapest[0] = True
-    least = cost_of(trace, cheapest, learned).ratio
-    if budget < least:
+    least = cost_of(trace, cheapest, learned)
+    if least.subnet > budget * trace.full_macs * calls:  # as everything that meets a budget counts
         raise UsageError(
-            f"budget {budget} is below {least:.4f}, what step 0 and the ungated parts alone cost at {calls} steps; "
-            f"give at least {np.ceil(least * 1000) / 1000:.3f}"
+            f"budget {budget} is below {least.ratio:.4f}, what step 0 and the ungated parts alone cost at {calls} "
+            f"steps; give at least {np.ceil(least.ratio * 1000) / 1000:.3f}"
         )

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from dipgo.errors import DipgoError
-from dipgo.records import ModelIdentity, Record, read_record
+from dipgo.records import ModelIdentity, Record, read_json, validated
 from dipgo.trace import Trace
 
 SCHEMA = "dipgo.latency/1"
@@ -38,8 +38,16 @@ class LatencyProfile(Record):
 
 
 def read_profile(path: Path) -> LatencyProfile:
-    """Read a profile; DipgoError where it is missing or damaged."""
-    return read_record(path, LatencyProfile, SCHEMA, "latency profile", "measure it again with --cost latency")
+    """Read a profile, of a file of its own or of a SubNet that was searched with one.
+
+    Raises:
+        DipgoError: a file that is missing, damaged, or of a SubNet that was searched by MACs.
+    """
+    raw = read_json(path, "latency profile")
+    if isinstance(raw, dict) and isinstance(raw.get("search"), dict):  # a SubNet
+        cost = raw["search"].get("cost")
+        raw = cost.get("profile") if isinstance(cost, dict) else None
+    return validated(raw, path, LatencyProfile, SCHEMA, "measure it with --cost latency")
 
 
 def timed(trace: Trace, profile: LatencyProfile) -> Trace:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint
+from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint, variant_of
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of_json, sha256_once
@@ -126,8 +126,9 @@ class Model:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         drawn = self._drawn_components() if self.random_weights else {}
+        options = {"dtype": torch.float32, "variant": variant_of(self.weights_files), "use_safetensors": True}
         try:
-            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32, **drawn)
+            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **options, **drawn)
         except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
             raise DipgoError(
                 f"{self.folder}: cannot load it as a diffusers pipeline ({_one_line(error)}); download or save it again"
@@ -279,9 +280,10 @@ def _locate(name: str) -> Path:
         raise DipgoError(f"no model '{name}': neither built in ({_shipped()}) nor a folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    # Single-file checkpoints at the top hold the same weights again.
+    patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors", _LORA]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.non_ema*"]))
     except Exception as error:  # offline, not found, gated: each has a class of its own
         raise DipgoError(
             f"no model '{name}': not built in ({_shipped()}), not a folder, and the hub says: {_one_line(error)}"

@@ -70,7 +70,7 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     """Return a scheduler by alias or class name, configured from the pipeline's own; None returns the pipeline's.
 
     Raises:
-        UsageError: diffusers has no such scheduler.
+        UsageError: diffusers has no such scheduler, or it cannot be made.
     """
     import diffusers
 
@@ -78,9 +78,15 @@ def make_scheduler(name: str | None, base: Any) -> Any:
         return type(base).from_config(base.config)
     class_name, overrides = ALIASES.get(name.lower(), (name, {}))
     scheduler_class = getattr(diffusers, class_name, None)
-    if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
-        raise UsageError(f"unknown sampler '{name}'; use {', '.join(ALIASES)}, or the name of a diffusers scheduler")
-    return scheduler_class.from_config(base.config, **overrides)
+    try:
+        if scheduler_class is not None and hasattr(scheduler_class, "set_timesteps"):
+            return scheduler_class.from_config(base.config, **overrides)
+    except (ImportError, TypeError, ValueError) as error:  # a package, or an argument, that is not there
+        raise UsageError(
+            f"sampler '{name}' cannot be made of the pipeline's configuration ({_short(error)}); use "
+            f"{', '.join(ALIASES)}"
+        ) from error
+    raise UsageError(f"unknown sampler '{name}'; use {', '.join(ALIASES)}, or the name of a diffusers scheduler")
 
 
 def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
@@ -95,7 +101,17 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
     """
     name = type(scheduler).__name__
     if steps < 2:
-        raise UsageError(f"steps = {steps}: nothing to reuse; give at least 2")
+        raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
+    try:
+        return _table(scheduler, steps, scales_noise)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"sampler {name} does not step as those do that are supported ({_short(error)}); use {', '.join(ALIASES)}"
+        ) from error
+
+
+def _table(scheduler: Any, steps: int, scales_noise: bool) -> Sampler:
+    name = type(scheduler).__name__
     _set_timesteps(scheduler, steps)
     if not scales_noise and abs(float(scheduler.init_noise_sigma) - 1) > 1e-6:
         raise UsageError(f"{name} starts from scaled noise, which this pipeline does not do; use ddim, dpm++2m or pndm")
@@ -123,6 +139,10 @@ def _plain(config: Any) -> dict[str, Any]:
         for key, value in dict(config).items()
         if not key.startswith("_") and not (isinstance(value, float) and not math.isfinite(value))
     }
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:

@@ -123,15 +123,15 @@ def check(subnet: SubNet) -> None:
 def save_subnet(subnet: SubNet, path: Path, force: bool = False) -> None:
     """Write ``path`` (JSON) and, where backups are learned, the safetensors file beside it.
 
-    The weights go first: a JSON that exists is always complete.
+    The weights go first: a new JSON is always complete, and one that was to be replaced tells by its checksum.
     """
     check(subnet)
     backup = None
     if subnet.weights:
-        weights_file = path.with_suffix(".safetensors")
-        with new_file(weights_file, force) as draft:
+        beside = weights_file(path)
+        with new_file(beside, force) as draft:
             save_file({name: np.ascontiguousarray(array) for name, array in subnet.weights.items()}, draft)
-        backup = BackupRecord(terms=subnet.terms, file=weights_file.name, sha256=sha256_of(weights_file))
+        backup = BackupRecord(terms=subnet.terms, file=beside.name, sha256=sha256_of(beside))
     record = SubNetRecord(
         model=subnet.model,
         sampler=subnet.sampler,
@@ -145,6 +145,11 @@ def save_subnet(subnet: SubNet, path: Path, force: bool = False) -> None:
         draft.write_text(_one_row_a_line(record.model_dump(mode="json", by_alias=True)) + "\n")
 
 
+def weights_file(path: Path) -> Path:
+    """Return where the learned backups of a SubNet's JSON file lie: beside it."""
+    return path.with_name(path.name.removesuffix(".json") + ".safetensors")
+
+
 def load_subnet(path: Path) -> SubNet:
     """Read and validate a SubNet.
 
@@ -154,15 +159,15 @@ def load_subnet(path: Path) -> SubNet:
     record = read_record(path, SubNetRecord, SCHEMA, "SubNet", "search again")
     weights: dict[str, np.ndarray] = {}
     if record.backup:
-        weights_file = path.parent / record.backup.file
-        if record.backup.file != Path(record.backup.file).name or not weights_file.is_file():
+        beside = path.parent / record.backup.file
+        if record.backup.file != Path(record.backup.file).name or not beside.is_file():
             raise DipgoError(f"{path}: its backup weights '{record.backup.file}' are not beside it; copy both files")
-        if sha256_of(weights_file) != record.backup.sha256:
-            raise DipgoError(f"{weights_file}: not the weights that {path.name} was saved with; copy both files again")
+        if sha256_of(beside) != record.backup.sha256:
+            raise DipgoError(f"{beside}: not the weights that {path.name} was saved with; copy both files again")
         try:
-            weights = load_file(weights_file)
+            weights = load_file(beside)
         except SafetensorError as error:
-            raise DipgoError(f"{weights_file}: not a safetensors file ({error}); search again") from error
+            raise DipgoError(f"{beside}: not a safetensors file ({error}); search again") from error
     ragged = len({len(row) for row in record.gates}) != 1
     subnet = SubNet(
         model=record.model,

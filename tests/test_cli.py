@@ -153,6 +153,7 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["run", "BUNDLE", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
         (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
         (["run", "PROMPTED", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
+        (["run", "PROMPTED", "--prompt", "\udcff", "-o", "OUT"], 2, "the prompt is not valid Unicode ('\\udcff' at"),
         (["run", "PROMPTED", "--class", "1", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
         (["run", "PROMPTED", "--class", "1", "--prompt", "a", "-o", "OUT"], 2, "give --prompt alone"),
         (["inspect", "none.json"], 1, "none.json: no such SubNet"),
@@ -172,6 +173,31 @@ def test_bad_input_is_one_line(
     assert message in lines[0]
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "known_by"),
+    [
+        (["export", "SUBNET", "-o", "OUT"], "out", "bundle.json"),
+        (["compile", "MODEL", "--steps", 4, "--budget", 0.5, "-o", "OUT"], "out/bundle", "bundle.json"),
+        (["compile", "MODEL", "--steps", 4, "--budget", 0.5, "-o", "OUT"], "out/report", "report.json"),
+        (["bench", "BUNDLE", "-o", "OUT"], "out", "report.json"),
+        (["bench", "--compare", "a", "b", "-o", "OUT"], "out", "comparison.html"),
+        (["deploy", "BUNDLE", "--triton", "OUT", "--name", "x"], "out/x", "config.pbtxt"),
+    ],
+)
+def test_force_replaces_what_dipgo_made_alone(
+    arguments, folder, known_by, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dipgo.commands.whole.search_with", None)  # nothing is searched first
+    mine = tmp_path / folder / "photo"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    places = {"MODEL": tiny_dit, "OUT": tmp_path / "out", "SUBNET": subnet_file, "BUNDLE": bundle}
+    code, _, err = run(monkeypatch, capsys, *(places.get(argument, argument) for argument in arguments), "--force")
+    assert code == 2
+    assert f"{mine.parent}: holds no {known_by}, so --force does not replace it" in err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

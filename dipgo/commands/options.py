@@ -15,7 +15,11 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; all cor
 StepsOption = Annotated[int, typer.Option(help="Inference steps of the full trajectory.")]
 BudgetOption = Annotated[float, typer.Option(help="Share of the full trajectory's MACs to keep, in (0, 1].")]
 BudgetsOption = Annotated[
-    str, typer.Option(help="The same, or several joined by commas: 0.5,0.35,0.25; each starts from the last.")
+    str,
+    typer.Option(
+        help="Share of the full trajectory's MACs to keep, in (0, 1]; several joined by commas, such as 0.5,0.35,0.25, "
+        "each start from the last."
+    ),
 ]
 SamplerOption = Annotated[
     str | None,
@@ -27,7 +31,11 @@ SitesOption = Annotated[
 ]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default by default.")]
 CostOption = Annotated[
-    str, typer.Option(help="What the budget is a share of: macs, latency (measured here), or a latency profile's file.")
+    str,
+    typer.Option(
+        help="What the budget is a share of: macs, latency (measured here), or the file of a SubNet that was searched "
+        "by latency, for the one measured there."
+    ),
 ]
 MethodOption = Annotated[str, typer.Option(help="dipgo, or paper for the published procedure.")]
 SetOption = Annotated[

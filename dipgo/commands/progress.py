@@ -39,11 +39,14 @@ def phases() -> Iterator[Report]:
     def report(phase: str, iteration: int, total: int, figure: str) -> None:
         if not is_main():
             return
-        bar = bars.get(phase) or bars.setdefault(phase, tqdm(total=total, desc=phase))
-        bar.set_postfix_str(figure, refresh=False)
+        if phase not in bars:
+            for before in bars.values():
+                before.close()
+            bars[phase] = tqdm(total=total, desc=phase)
+        bar = bars[phase]
+        bar.total = total  # in some phases it grows
+        bar.set_postfix_str(figure, refresh=iteration == total)
         bar.update(iteration - bar.n)
-        if iteration == total:
-            bar.close()
 
     try:
         yield report

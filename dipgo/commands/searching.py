@@ -105,9 +105,6 @@ def import_(
 
 def search_with(options: dict[str, Any]) -> list[SubNet]:
     """Carry out a search; of a command's options those count that are in :class:`dipgo.search.request.Request`."""
-    from dipgo.files import refuse_existing
-
-    refuse_existing(options["output"], options["force"])
     with spinner("load"):
         from dipgo.search.request import Request, carry_out
         from dipgo.search.search import describe

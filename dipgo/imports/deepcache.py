@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dipgo.trace import Trace
 
+_MOST = 10_000  # steps, branches: no model has so many
 _LAYERS = 3  # of a block, as DeepCache numbers branches, whatever the model
 _KEYS = {
     *("cache_interval", "cache_branch_id", "cache_layer_id", "cache_block_id"),
@@ -160,6 +161,6 @@ def _curve(document: Mapping[str, Any]) -> tuple[float, int] | None:
 
 def _whole(document: Mapping[str, Any], name: str, least: int) -> int:
     value = document.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise ValueError(f"{name} is {str(value)[:40]}, expected a whole number from {least} to {_MOST}")
     return value

@@ -105,8 +105,6 @@ def import_subnet(
     count = steps or schedule.steps
     if count is None:
         raise UsageError(f"{path} is {schedule.format}, which fits any number of steps; give --steps")
-    if schedule.steps not in (None, count):
-        raise UsageError(f"{path} is {schedule.format} for {schedule.steps} steps, not {count}; leave --steps out")
 
     import diffusers
 

@@ -72,4 +72,6 @@ def by_call(rows: np.ndarray, timesteps: Sequence[float], what: str) -> np.ndarr
         return rows
     if len(rows) == len(distinct):
         return rows[[distinct.index(timestep) for timestep in timesteps]]
-    raise ValueError(f"{what} has {len(rows)} entries, but the sampler makes {len(timesteps)} calls")
+    raise ValueError(
+        f"{what} has {len(rows)} entries, but the sampler makes {len(timesteps)} calls; give the --steps it is for"
+    )

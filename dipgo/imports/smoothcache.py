@@ -72,7 +72,7 @@ def read_smoothcache(document: Any) -> SmoothCache | None:
     """Read a schedule; None where the document is something else.
 
     Raises:
-        ValueError: lists of different lengths.
+        ValueError: lists of different lengths, or two for the same layer.
     """
     if not isinstance(document, dict) or not document or not all(map(_KEY.fullmatch, document)):
         return None
@@ -81,7 +81,10 @@ def read_smoothcache(document: Any) -> SmoothCache | None:
     masks = {}
     for key, value in document.items():
         layer, _, block = key.partition("-")
-        masks[_DIFFUSERS.get(layer, layer), block or None] = np.array(value, bool)
+        named = (_DIFFUSERS.get(layer, layer), block or None)
+        if named in masks:
+            raise ValueError(f"'{key}' says again what another key says of {_text(named)}; leave one of them out")
+        masks[named] = np.array(value, bool)
     lengths = {key: len(value) for key, value in document.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"its lists have different lengths: {', '.join(f'{k} {n}' for k, n in lengths.items())}"[:200])

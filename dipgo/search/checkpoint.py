@@ -33,7 +33,7 @@ class CheckpointRecord(Record):
     fingerprint: str
     phase: str
     iteration: int = Field(ge=0)
-    scaler: dict[str, float]
+    scaler: dict[str, int | float]  # torch wants its counters whole
 
 
 def write_checkpoint(path: Path, record: CheckpointRecord, tensors: dict[str, torch.Tensor]) -> None:

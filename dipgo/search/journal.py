@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from dipgo.errors import DipgoError
 from dipgo.files import full_disk, new_file
+from dipgo.process_memory import resident_peak
 
 Report = Callable[[str, int, int, str], None]
 """Called with the phase, the iteration, how many there are, and a short figure."""
@@ -62,14 +62,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: allocated on the accelerator, or resident where there is none."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident_peak()
 
 
 def event_writer() -> Any:

@@ -14,10 +14,11 @@ from dipgo.models import find_model
 from dipgo.search.journal import Report
 from dipgo.search.pareto import write_pareto
 from dipgo.search.processes import processes
+from dipgo.search.run import begun_with
 from dipgo.search.search import sweep
 from dipgo.search.settings import settings_of
 from dipgo.search.task import Task, make_task
-from dipgo.subnet import SubNet, load_subnet, save_subnet
+from dipgo.subnet import SubNet, load_subnet, save_subnet, weights_file
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Request:
         budget: one number, or several joined by commas.
         settings: overrides as ``NAME=VALUE``.
         output: the SubNet's JSON file; with several budgets a folder.
-        cost: what budgets are a share of: ``macs``, ``latency`` as measured here and now, or a latency profile's file.
+        cost: what budgets are a share of: ``macs``, ``latency`` as measured here and now, or the file of a latency
+            profile or of a SubNet that was searched with one.
         start: files of SubNets to begin with.
     """
 
@@ -73,12 +75,13 @@ def carry_out(
         The SubNets and their files, one a budget; nothing in other processes than the main one.
 
     Raises:
-        UsageError, DipgoError: in one line, before or during the search; nothing half is written.
+        UsageError, DipgoError: in one line, before or during the search. No SubNet is half written, and those of a
+            sweep that were found before stay.
     """
     import torch
 
-    refuse_existing(request.output, request.force)
     budgets = budgets_of(str(request.budget))
+    refuse_output(request, budgets)
     if (request.resume or request.tensorboard) and request.run_folder is None:
         raise UsageError("--resume and --tensorboard need --run-folder")
     if request.steps < 2:
@@ -100,11 +103,13 @@ def carry_out(
             prompts=request.prompts,
             classes=request.classes,
         )
+    group = processes(task.trajectory.device)
     if request.cost == "latency":
         with busy("measure latency"):
-            profile = measure(task, request.threads)
+            profile = group.from_main(lambda: _begun_with(request) or measure(task, request.threads))
+    written: list[tuple[Path, SubNet]] = []
     with phases() as report:
-        found = sweep(
+        for subnet in sweep(
             task,
             budgets,
             request.method,
@@ -116,16 +121,42 @@ def carry_out(
             request.tensorboard,
             profile,
             starts,
-        )
-    if not processes(task.trajectory.device).main:
-        return []
-    single = len(budgets) == 1
-    files = [request.output if single else request.output / f"{budget:g}.json" for budget in budgets]
-    for file, subnet in zip(files, found, strict=True):
-        save_subnet(subnet, file, request.force)
-    if not single:
-        write_pareto(found, request.output)
-    return list(zip(files, found, strict=True))
+        ):
+            if group.main:
+                file = file_of(request, budgets, float(subnet.search["budget"]))
+                save_subnet(subnet, file, request.force or request.resume)
+                written.append((file, subnet))
+    if written and len(budgets) > 1:
+        write_pareto([subnet for _, subnet in written], request.output)
+    return written
+
+
+def refuse_output(request: Request, budgets: Sequence[float]) -> None:
+    """Refuse an output that exists; that a resumed sweep has written before is written again.
+
+    Raises:
+        UsageError: it exists, without ``force``, or it is a file where a folder is to be, or the reverse.
+    """
+    output, several = request.output, len(budgets) > 1
+    if output.exists() and output.is_dir() != several:
+        is_now, wanted = ("a file", "a folder") if several else ("a folder", "a JSON file")
+        raise UsageError(f"{output}: is {is_now}; give {wanted} for {'several budgets' if several else 'one budget'}")
+    if several and request.resume:
+        return
+    refuse_existing(output, request.force)
+    if not several:
+        refuse_existing(weights_file(output), request.force)
+
+
+def file_of(request: Request, budgets: Sequence[float], budget: float) -> Path:
+    """Return where the SubNet of a budget goes."""
+    return request.output if len(budgets) == 1 else request.output / f"{budget:g}.json"
+
+
+def _begun_with(request: Request) -> LatencyProfile | None:
+    """Return the profile that the run to be resumed was begun with: measured again, it would not be the same."""
+    begun = begun_with(request.run_folder, "profile") if request.resume and request.run_folder else None
+    return LatencyProfile.model_validate(begun) if begun else None
 
 
 def budgets_of(text: str) -> list[float]:

@@ -78,7 +78,7 @@ class Run:
 
         return self.processes.from_main(made)
 
-    def record(self, phase: str, iteration: int, scaler: dict[str, float]) -> CheckpointRecord:
+    def record(self, phase: str, iteration: int, scaler: dict[str, Any]) -> CheckpointRecord:
         return CheckpointRecord(fingerprint=self.fingerprint, phase=phase, iteration=iteration, scaler=scaler)
 
     def check(self, record: CheckpointRecord, path: Path) -> None:
@@ -108,7 +108,7 @@ class Phase:
             DipgoError: a checkpoint that is damaged, or of another model or other settings.
         """
 
-        def begin() -> tuple[int, dict[str, torch.Tensor], dict[str, float]]:
+        def begin() -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
             if self.path is None or not self.path.exists():
                 return 0, pack(module, optimiser), scaler.state_dict()
             record, tensors = read_checkpoint(self.path)
@@ -202,6 +202,8 @@ def open_run(
             event_writer()  # refused before anything is written
         if folder.exists() and not resume:
             raise UsageError(f"{folder} exists; --resume goes on with it, or give another --run-folder")
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder}: is a file; give a folder to --run-folder")
         if path.exists():
             _compare(folder, read_json(path, "run folder"), settings)
             for draft in folder.glob(".*"):  # what a kill left half written
@@ -215,6 +217,14 @@ def open_run(
     processes.from_main(begin)
     journal = Journal(folder, tensorboard) if processes.main else None
     return Run(folder, sha256_of_json(settings), processes, journal, cadence, report)
+
+
+def begun_with(folder: Path, name: str) -> Any:
+    """Return the setting ``name`` that the run in a folder was begun with; None where no run lies there."""
+    path = folder / "run.json"
+    record = read_json(path, "run folder") if path.is_file() else {}
+    settings = record.get("settings") if isinstance(record, dict) else None
+    return settings.get(name) if isinstance(settings, dict) else None
 
 
 def _compare(folder: Path, record: Any, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,8 @@ def search(
     starts: Sequence[SubNet] = (),
 ) -> SubNet:
     """Search a SubNet that keeps ``budget`` of the full trajectory's MACs; see :func:`sweep`."""
-    return sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile, starts)[0]
+    found = sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile, starts)
+    return next(iter(found))
 
 
 def sweep(
@@ -63,8 +64,10 @@ def sweep(
     tensorboard: bool = False,
     profile: LatencyProfile | None = None,
     starts: Sequence[SubNet] = (),
-) -> list[SubNet]:
+) -> Iterator[SubNet]:
     """Search a SubNet for each of several budgets, the largest first; each starts from what the last one found.
+
+    Arguments are checked at once; the search goes on as far as the SubNets are asked for.
 
     ``method="dipgo"``: fixed policies are judged; the best of them, what measured drops make of schedules that cost too
     much, and the last budget's gates thinned out are given learned backups for a while, and the best of these learns
@@ -85,7 +88,7 @@ def sweep(
             there as they are, so the result is never worse there than they are; others are thinned out first.
 
     Returns:
-        One SubNet a budget, in the order of ``budgets``.
+        One SubNet a budget, as each is found.
 
     Raises:
         UsageError: an unknown method, a budget that cannot be met, or a start that does not fit.
@@ -134,15 +137,23 @@ def sweep(
         make_loss(settings.loss, task.decode, settings.step_weights),
         starts,
     )
-    found: dict[float, SubNet] = {}
-    gates = None
-    scores = _paper_scores(work, min(budgets)) if method == "paper" else None
+    return _found(work, budgets, method, traced, profile)
+
+
+def _found(
+    work: Work, budgets: Sequence[float], method: str, traced: Trace, profile: LatencyProfile | None
+) -> Iterator[SubNet]:
+    task, started = work.task, time.time()
+    gates, scores, shared = None, None, 0.0
+    if method == "paper":
+        scores = _paper_scores(work, min(budgets))
+        shared = _seconds(work, "scores", started)
     for budget in sorted(set(budgets), reverse=True):
         started = time.time()
         candidates = _dipgo(work, budget, gates) if scores is None else [_paper(work, budget, scores)]
         best = max(candidates, key=lambda candidate: candidate.psnr)
         gates = best.gates
-        found[budget] = SubNet(
+        yield SubNet(
             model=task.model.identity(),
             sampler=task.identity,
             sites=traced.sites,
@@ -154,9 +165,9 @@ def sweep(
                 "method": method,
                 "budget": budget,
                 "cost": _cost(task.trace, best, profile),
-                "seed": seed,
-                "settings": asdict(settings),
-                "seconds": _seconds(work, budget, started),
+                "seed": work.seed,
+                "settings": asdict(work.settings),
+                "seconds": round(shared + _seconds(work, f"{budget:g}", started), 1),
                 "chosen": best.name,
                 "best_policy": _best_policy(candidates),
                 "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
@@ -164,13 +175,12 @@ def sweep(
                 | {"python": platform.python_version()},
             },
         )
-    return [found[budget] for budget in budgets]
 
 
-def _seconds(work: Work, budget: float, started: float) -> float:
-    """Return how long a budget took, also when it was finished before its run was killed and resumed."""
-    arrays = work.run.once(f"seconds-{budget:g}", lambda: {"seconds": np.array(time.time() - started)})
-    return round(arrays["seconds"].item(), 1)
+def _seconds(work: Work, part: str, started: float) -> float:
+    """Return how long a part of the search took, also when it was finished before its run was killed and resumed."""
+    arrays = work.run.once(f"seconds-{part}", lambda: {"seconds": np.array(time.time() - started)})
+    return float(arrays["seconds"].item())
 
 
 def _best_policy(candidates: Sequence[Candidate]) -> str | None:

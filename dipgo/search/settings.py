@@ -48,7 +48,7 @@ class Settings:
             as one batch, which spoils what starts well and misleads trials.
         accumulate: batches that make one update, in every phase.
         width, layers, heads, hidden, attention: of the pruner, see :class:`dipgo.search.pruner.Pruner`.
-        alpha, tau, gamma: the paper's α, τ, and whether gates are weighted by γ.
+        alpha, tau, gamma: the paper's α, τ (no more than the least budget counts), and whether gates are weighted by γ.
         postprocess: from scores to gates, ``bisection`` (the paper's Algorithm 1) or ``sweep`` (the public code's).
         loss: see :func:`dipgo.search.losses.make_loss`.
         step_weights: of the latent term, one number a call; empty takes the final latent alone.

@@ -21,6 +21,7 @@ from dipgo.sampler import Sampler, make_scheduler, tabulate
 from dipgo.search.processes import ALONE, Processes
 from dipgo.trace import Trace, trace
 from dipgo.trajectory import Batch, Sampling, Trajectory, select
+from dipgo.vae import to_vae
 
 
 class Batches(Protocol):
@@ -70,9 +71,7 @@ class Task:
         Where the pipeline has no VAE the latents are the images.
         """
         vae = getattr(self.pipe, "vae", None)
-        if vae is None:
-            return latents
-        return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        return latents if vae is None else vae.decode(to_vae(latents, vae.config), return_dict=False)[0]
 
 
 def make_task(
@@ -103,8 +102,6 @@ def make_task(
     Raises:
         UsageError, DipgoError: see :func:`dipgo.sampler.tabulate`, :func:`dipgo.trace.trace` and :func:`choices_of`.
     """
-    if steps < 2:
-        raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     place = _device(device)
     pipe = model.pipeline()
     choices = choices_of(model.family, model.labels(), prompts, classes, model.prompts())
@@ -140,7 +137,6 @@ def choices_of(
         return read_prompts(prompts) if prompts else list(own) or [""]
     if prompts is not None:
         raise UsageError("this model is conditioned by classes, not prompts; give --classes")
-    labels = labels or {str(number): number for number in range(family.null_class or 0)}
     if classes is None or classes == "all":
         return sorted(set(labels.values()))
     known = {str(number): number for number in labels.values()} | dict(labels)

@@ -40,7 +40,7 @@ class Work:
         """How far every site moves from step to step; measured once, when first needed."""
 
         def measured() -> dict[str, np.ndarray]:
-            return {"drift": measure_drift(self.task.trajectory, self.task.sampling.draw(8, 3_000_000 + self.seed))}
+            return {"drift": drift_of(self.task, self.seed)}
 
         return self.run.once("drift", measured)["drift"]
 
@@ -58,3 +58,8 @@ class Work:
             start,
             confidence=1.0 if start is None else 0.5,
         )
+
+
+def drift_of(task: Task, seed: int) -> np.ndarray:
+    """Return the drift of every site, ``[calls, sites]``, as a search with this seed measures it."""
+    return measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000 + seed))

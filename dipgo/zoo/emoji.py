@@ -28,7 +28,6 @@ PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 TARBALL = f"{PACKAGE}-{VERSION}.tgz"
 SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 HELD_OUT = 0.05
-SIDE = 64
 
 _STYLES = ("heavy", "black", "white")  # in Unicode's names mostly a style of text, not a colour
 _MENDED = {"heart": "red heart"}

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from safetensors.torch import save_file
+from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dipgo.files import new_file, new_folder
 from dipgo.zoo.digits import DigitClassifier, load_digits
 
 GUIDANCE = 4.0
@@ -225,6 +227,15 @@ def judge(pipe: DiTPipeline, classifier: DigitClassifier, count: int) -> tuple[d
     return {"count": seen, "steps": 50, "guidance_scale": GUIDANCE, "class_accuracy": right / seen}, shown
 
 
+def save_pipeline(pipe: DiTPipeline, folder: Path) -> None:
+    """Save the pipeline with the names of its classes, which ``save_pretrained`` leaves out; DiT-XL/2 has them here."""
+    pipe.save_pretrained(folder)
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text()) | {"id2label": ID2LABEL}
+    with new_file(index_file) as draft:
+        draft.write_text(json.dumps(index, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -241,7 +252,8 @@ def main() -> None:
 
     def finished(stage: str, figures: dict[str, float], started: float) -> None:
         record["stages"][stage] = {"seconds": round(time.time() - started, 1), **figures}
-        record_file.write_text(json.dumps(record, indent=2) + "\n")
+        with new_file(record_file) as draft:
+            draft.write_text(json.dumps(record, indent=2) + "\n")
         print(stage, record["stages"][stage], flush=True)
 
     def seeded(stage: int) -> torch.Generator:
@@ -252,39 +264,35 @@ def main() -> None:
     classifier_file = args.output / "digits-classifier.safetensors"
     if not classifier_file.exists():
         classifier, figures = train_classifier(seeded(0), args.classifier_steps)
-        save_file(classifier.state_dict(), classifier_file)
+        with new_file(classifier_file) as draft:
+            save_file(classifier.state_dict(), draft)
         finished("classifier", {"steps": args.classifier_steps, **figures}, started)
 
     started = time.time()
-    if not (folder / "vae" / "config.json").exists():
+    if not (folder / "vae").exists():
         vae, figures = train_vae(seeded(1), args.vae_steps)
-        vae.save_pretrained(folder / "vae")
+        with new_folder(folder / "vae") as draft:
+            vae.save_pretrained(draft)
         finished("vae", {"steps": args.vae_steps, **figures}, started)
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
 
     started = time.time()
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    if not (folder / "transformer" / "config.json").exists():
+    if not (folder / "transformer").exists():
         transformer, figures = train_transformer(vae, scheduler, seeded(2), args.transformer_steps)
-        transformer.save_pretrained(folder / "transformer")
+        with new_folder(folder / "transformer") as draft:
+            transformer.save_pretrained(draft)
         finished("transformer", {"steps": args.transformer_steps, **figures}, started)
     transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer")
 
     pipe = DiTPipeline(transformer, vae, scheduler, id2label=ID2LABEL)
-    pipe.save_pretrained(folder)
-    index_file = folder / "model_index.json"  # save_pretrained leaves id2label out; DiT-XL/2 has it here
-    index = json.loads(index_file.read_text()) | {"id2label": ID2LABEL}
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    save_pipeline(pipe, folder)
 
     started = time.time()
-    from safetensors.torch import load_file
-
     classifier = DigitClassifier()
     classifier.load_state_dict(load_file(classifier_file))
     figures, shown = judge(pipe, classifier.eval(), args.judged)
     finished("judge", figures, started)
-    from diffusers.utils import make_image_grid
-
     make_image_grid(shown, rows=4, cols=10).resize((640, 256)).save(folder / "samples.png")
 
 

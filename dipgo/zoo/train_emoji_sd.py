@@ -200,7 +200,7 @@ def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenize
     seen = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
     pipe = assemble(model, vae, tokenizer)
     images = sample(pipe, [shop.emoji[index].name for index in seen], 2 * shop.size.steps, guidance=4.0)
-    with new_folder(folder, force=True) as draft:
+    with new_folder(folder, force=True, known_by="model_index.json") as draft:
         for part in (vae, model.text, model.unet):
             part.half()
         pipe.save_pretrained(draft)

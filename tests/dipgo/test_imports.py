@@ -316,6 +316,16 @@ def test_calls_at_one_timestep_share_a_row(layers, tmp_path):
     assert len(set(subnet.sampler.timesteps)) == 6
 
 
+def test_a_mask_may_have_one_entry_a_call(tiny_dit, tmp_path):
+    """PNDM's 6 steps are 7 calls; without --steps the same file is for 7 steps, an entry a distinct timestep."""
+    mask = [1, 0, 1, 1, 0, 0, 1]
+    path = write(tmp_path / "mask.json", mask)
+    subnet = import_subnet(path, tiny_dit, steps=6, sampler="pndm")
+    assert subnet.gates.all(axis=1).tolist() == [bool(entry) for entry in mask]
+    assert subnet.sampler.steps == 6
+    assert import_subnet(path, tiny_dit, sampler="pndm").sampler.steps == 7
+
+
 def test_smoothcache_by_layer_type_and_by_block(layers, tmp_path):
     schedule = {"attn": [1, 0, 0, 1], "mlp": [1, 1, 0, 1], "mlp-1": [1, 0, 1, 0]}
     subnet = apply(read_schedule(write(tmp_path / "50.json", schedule)), layers, sampler(4))
@@ -369,6 +379,8 @@ REFUSED = {
     "soft gates": ([1, 0.5, 1], "a format that is not known"),
     "ragged SmoothCache": ({"attn1": [1, 0], "ff": [1]}, "different lengths: attn1 2, ff 1"),
     "ragged gates": ({"block_order": ["down/block/0/0"], "keep": [[1], [1, 0]]}, "'keep' of step 1"),
+    "one layer twice": ({"attn": [1, 0], "attn1": [1, 1]}, "'attn1' says again what another key says of attn1"),
+    "a center far off": ({"cache_interval": 2, "uniform": False, "pow": 1.4, "center": 10**400}, "center is 1000"),
     "no interval": ({"cache_interval": 0}, "cache_interval is 0"),
     "unknown setting": ({"cache_interval": 2, "speed": 3}, "no setting 'speed'"),
     "two meanings": ({"cache_interval": 2, "cache_layer_id": 0, "cache_block_id": 0}, "give cache_branch_id"),
@@ -400,7 +412,7 @@ def test_a_missing_file_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "error", "message"),
     [
-        ([1, 0, 1], {"steps": 4}, UsageError, "a step mask for 3 steps, not 4"),
+        ([1, 0, 1], {"steps": 4}, DipgoError, "has 3 entries, but the sampler makes 4 calls; give the --steps"),
         ([0, 1, 1], {}, DipgoError, "step 0 is not computed in full"),
         ({"attn1": [0, 1]}, {}, DipgoError, "step 0 is not computed in full"),
         ({"attn2": [1, 1]}, {}, DipgoError, "'attn2' is no layer in the transformer blocks of DiTTransformer2DModel"),

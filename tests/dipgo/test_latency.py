@@ -1,5 +1,6 @@
 """Latency as the cost: a profile measured on a real program prices the trace."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,9 @@ def test_measured_profile_has_every_site_and_takes_time(task, profile, tmp_path)
     path = tmp_path / "profile.json"
     path.write_text(profile.text())
     assert read_profile(path) == profile
+    path.write_text(json.dumps({"search": {"cost": {"kind": "macs"}}}))
+    with pytest.raises(DipgoError, match=r"schema is None.*measure it with --cost latency"):
+        read_profile(path)
 
 
 def test_priced_trace_adds_up_what_is_computed(task):

@@ -176,6 +176,26 @@ def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
         find_model(str(folder))
 
 
+def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
+    """Of all components or of one; weights that only ``torch.load`` could read are refused."""
+    plain = find_model(tiny_sd(tmp_path / "plain")).pipeline()
+    for name, changed in (("all", ("unet", "vae", "text_encoder")), ("one", ("unet",))):
+        folder = shutil.copytree(tmp_path / "plain", tmp_path / name)
+        for component in changed:
+            for file in (folder / component).glob("*.safetensors"):
+                file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+        loaded = find_model(str(folder)).pipeline()
+        for component in ("unet", "vae", "text_encoder"):
+            first, second = (getattr(pipe, component).state_dict() for pipe in (plain, loaded))
+            assert all(torch.equal(first[key], second[key]) for key in first)
+    folder = shutil.copytree(tmp_path / "plain", tmp_path / "pickled")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(DipgoError, match="cannot load it as a diffusers pipeline"):
+        find_model(str(folder)).pipeline()
+
+
 def test_half_precision_files_load_in_float32(tmp_path):
     """All components alike: transformers takes a file's own dtype, diffusers float32."""
     folder = tiny_sd(tmp_path / "full")

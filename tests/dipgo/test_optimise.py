@@ -29,7 +29,7 @@ from dipgo.search.run import Run, open_run
 from dipgo.search.search import search
 from dipgo.search.settings import settings_of
 from dipgo.search.task import Pool, make_task
-from dipgo.subnet import load_subnet
+from dipgo.subnet import load_subnet, weights_file
 
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
@@ -132,6 +132,27 @@ def test_float16_scales_the_loss_and_leaves_out_overflows(task):
 
     optimise(module, loss_at, Descent(4, 0.25, "sgd", "constant"), half, Run().phase("p"))
     assert values == [1.0, 1.0, 0.75, 0.5], "the first update overflowed, the others did not"
+
+
+def test_float16_resumes_to_the_same_bits(task, gates, tmp_path):
+    """The scale of the loss and its counters come back as they were."""
+    half = task.with_trajectory(precision=torch.float16)
+    calls = 0
+
+    def learnt_half(run, stop=False):
+        def loss(latents, target):
+            nonlocal calls
+            calls += 1
+            if stop and calls == 6:
+                raise KeyboardInterrupt
+            return final_latent(latents, target)
+
+        return learnt(half, gates, Descent(8, 1e-2), Pool(half, 8, 2, seed=3), run, loss)
+
+    run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=2))
+    with pytest.raises(KeyboardInterrupt):
+        learnt_half(run, stop=True)
+    assert_close(learnt_half(open_run(tmp_path / "run", {}, resume=True)), learnt_half(Run()), 0)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -405,7 +426,7 @@ def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if line["phase"] == "backups-0.6"] == [1, 2, 3, 4, 5]
     output.unlink()
-    output.with_suffix(".safetensors").unlink(missing_ok=True)
+    weights_file(output).unlink(missing_ok=True)
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("dipgo: ")] == [

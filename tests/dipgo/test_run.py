@@ -113,6 +113,8 @@ def test_folders_that_exist(tmp_path):
     with pytest.raises(DipgoError, match="holds files but no run"):
         open_run(tmp_path / "other", SETTINGS, resume=True)
     assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(UsageError, match="is a file"):
+        open_run(tmp_path / "other" / "thesis.tex", SETTINGS, resume=True)
     fresh = open_run(tmp_path / "fresh", SETTINGS, resume=True)
     assert fresh.phase("gates").restore(*ground()) == 0, "a kill before the first file is no reason to refuse"
     (tmp_path / "run" / "run.json").write_text('{"schema": "dipgo.run/0"}')

@@ -40,6 +40,18 @@ def test_table_equals_scheduler(name, steps, base):
     assert torch.linalg.norm(latent - final) <= 1e-4 * torch.linalg.norm(latent)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in dir(diffusers) if name.endswith("Scheduler")))
+def test_every_scheduler_of_diffusers_is_a_table_or_refused_in_one_line(name):
+    """Flow matching, other arguments to ``step`` or to the constructor, packages that are not installed."""
+    try:
+        assert tabulate(make_scheduler(name, BASE), 5).calls >= 5
+    except UsageError as error:
+        text = str(error)
+        assert name in text
+        assert "\n" not in text
+        assert len(text) < 400
+
+
 def test_timesteps_are_the_scheduler_s():
     sampler = tabulate(make_scheduler("pndm", BASE), 5)
     scheduler = make_scheduler("pndm", BASE)

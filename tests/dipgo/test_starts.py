@@ -72,7 +72,7 @@ def test_a_schedule_that_only_reuses_is_judged_so_and_learns_backups(task):
 
 
 def test_a_start_that_costs_too_much_is_thinned_out(task, found):
-    small, large = sweep(task, [0.3, 0.6], settings=JUDGE, starts=[found])
+    large, small = sweep(task, [0.3, 0.6], settings=JUDGE, starts=[found])
     assert "given 1" in large.search["held_out_psnr_db"]
     names = small.search["held_out_psnr_db"]
     assert "given 1" not in names

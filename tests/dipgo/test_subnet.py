@@ -104,6 +104,16 @@ def test_nan_is_never_written_or_read(subnet, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_with_dots_keep_their_own_weights(subnet, tmp_path):
+    """``b0.35`` and ``b0.25`` are two SubNets, and one may be called ``s.safetensors``."""
+    names = ("b0.35", "b0.25", "s.safetensors")
+    for number, name in enumerate(names):
+        save_subnet(replace(subnet, weights={k: w + number for k, w in subnet.weights.items()}), tmp_path / name)
+    for number, name in enumerate(names):
+        found = load_subnet(tmp_path / name).weights
+        assert all(np.array_equal(found[key], array + number) for key, array in subnet.weights.items())
+
+
 def test_existing_output_is_kept(subnet, tmp_path):
     save_subnet(subnet, tmp_path / "s.json")
     before = (tmp_path / "s.json").read_bytes()

@@ -1,0 +1,93 @@
+"""What a search is asked for: where its SubNets go, and what a resumed one finds there."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from dipgo.errors import UsageError
+from dipgo.latency import LatencyProfile, SiteLatency
+from dipgo.search.journal import silent
+from dipgo.search.request import Request, carry_out
+from dipgo.subnet import load_subnet, weights_file
+
+QUICK = ["batch=1", "pool=2", "held_out=2", "drops=0", "drops_on=1", "contenders=1"]
+QUICK += ["trial_iterations=0", "backup_iterations=1", "backup_warmup=0"]
+
+
+class Stopped(Exception):
+    pass
+
+
+def ask(model, output, budget="0.6", report=silent, measure=None, **more):
+    request = Request(model, 6, budget, output, settings=QUICK, **more)
+    return carry_out(request, lambda label: nullcontext(), lambda: nullcontext(report), measure)
+
+
+def stopping(phase):
+    """A report that stops the search where ``phase`` begins."""
+
+    def report(name, *figures):
+        if name == phase:
+            raise Stopped
+
+    return report
+
+
+def test_a_sweep_that_stops_has_written_what_it_found_and_goes_on(tiny_dit, tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "found"
+    with pytest.raises(Stopped):
+        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder)
+    assert load_subnet(output / "0.7.json").search["budget"] == 0.7
+    assert not (output / "0.4.json").exists()
+    with pytest.raises(UsageError, match="--force"):
+        ask(tiny_dit, output, "0.4,0.7")
+    written = ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True)
+    assert [file.name for file, _ in written] == ["0.7.json", "0.4.json"]
+    assert all(np.array_equal(load_subnet(file).gates, subnet.gates) for file, subnet in written)
+    assert (output / "pareto.png").is_file()
+
+
+def test_outputs_are_refused_before_the_search(tiny_dit, tmp_path):
+    """Also where only the weights of a SubNet are left, or a folder lies where a file is to go."""
+    output = tmp_path / "s.json"
+    weights_file(output).write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for where, budget, more, message in (
+        (output, "0.6", {}, r"s\.safetensors exists; .*--force"),
+        (tmp_path / "folder", "0.6", {"force": True}, "is a folder; give a JSON file"),
+        (tmp_path / "file", "0.6,0.5", {"force": True}, "is a file; give a folder"),
+        (tmp_path / "file", "0.6,0.5", {"resume": True, "run_folder": tmp_path / "run"}, "is a file; give a folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ask(tiny_dit, where, budget, stopping("policies 0.6"), **more)
+    assert weights_file(output).read_bytes() == b"mine"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path):
+    """Measured again the times would be others, and the run another."""
+    measured = []
+
+    def measure(task, threads):
+        measured.append(
+            LatencyProfile(
+                model=task.model.identity(),
+                engine="none",
+                machine="none",
+                guidance_scale=task.guidance_scale,
+                base_nanoseconds=7,
+                sites=[SiteLatency(name=site.name, nanoseconds=900 + len(measured)) for site in task.trace.sites],
+            )
+        )
+        return measured[-1]
+
+    options = {"cost": "latency", "run_folder": tmp_path / "run", "measure": measure}
+    with pytest.raises(Stopped):
+        ask(tiny_dit, tmp_path / "s.json", report=stopping("backups-0.6"), **options)
+    ((file, subnet),) = ask(tiny_dit, tmp_path / "s.json", resume=True, **options)
+    assert len(measured) == 1
+    assert LatencyProfile.model_validate(subnet.search["cost"]["profile"]) == measured[0]
+    again = ask(tiny_dit, tmp_path / "t.json", cost=str(file))
+    assert again[0][1].search["cost"] == subnet.search["cost"], "the profile of a SubNet serves another search"
