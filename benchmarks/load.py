@@ -31,7 +31,8 @@ from dipgo.errors import DipgoError
 from dipgo.files import new_file, refuse_existing
 from dipgo.records import Record
 from engines.serving.limits import Limits
-from engines.serving.repository import Deployment, batch_of, write_repository
+from engines.serving.repository import Deployment, write_repository
+from engines.sizes import batch_of
 from export.bundle import open_bundle
 
 NAME = "model"

@@ -81,7 +81,7 @@ def draw_noise(shape: Sequence[int], generator: Any) -> np.ndarray:
     try:
         return torch_randn(shape, int(generator))
     except ValueError as error:
-        raise UsageError(f"{error}; give another seed") from error
+        raise UsageError(f"{error}; give another seed, or noise as latents") from error
 
 
 def as_format(pixels: np.ndarray, output_type: str) -> Any:
