@@ -1,5 +1,6 @@
 """The loop: what it descends on, what stops it, how it goes on; in real processes where processes matter."""
 
+import itertools
 import json
 import math
 import os
@@ -51,6 +52,18 @@ def learnt(task, gates, descent, pool, run=None, loss=final_latent):
     backups = Backups(task.trace, gates)
     learn_backups(backups, task.trajectory, pool, descent, loss, (run or Run()).phase("backups"))
     return backups.arrays()
+
+
+def interrupted_at(call):
+    """A loss that is interrupted at that call."""
+    calls = itertools.count(1)
+
+    def loss(latents, target):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return final_latent(latents, target)
+
+    return loss
 
 
 def assert_close(first, second, tolerance):
@@ -137,21 +150,13 @@ def test_float16_scales_the_loss_and_leaves_out_overflows(task):
 def test_float16_resumes_to_the_same_bits(task, gates, tmp_path):
     """The scale of the loss and its counters come back as they were."""
     half = task.with_trajectory(precision=torch.float16)
-    calls = 0
 
-    def learnt_half(run, stop=False):
-        def loss(latents, target):
-            nonlocal calls
-            calls += 1
-            if stop and calls == 6:
-                raise KeyboardInterrupt
-            return final_latent(latents, target)
-
+    def learnt_half(run, loss=final_latent):
         return learnt(half, gates, Descent(8, 1e-2), Pool(half, 8, 2, seed=3), run, loss)
 
     run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=2))
     with pytest.raises(KeyboardInterrupt):
-        learnt_half(run, stop=True)
+        learnt_half(run, interrupted_at(6))
     assert_close(learnt_half(open_run(tmp_path / "run", {}, resume=True)), learnt_half(Run()), 0)
 
 
@@ -188,18 +193,9 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
 
 @pytest.mark.parametrize("kind", ["paper", "budgeted"])
 def test_gate_phases_resume_to_the_same_bits(task, tmp_path, kind):
-    def scores(run, stop=False):
+    def scores(run, loss=final_latent):
         torch.manual_seed(7)
         pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
-        calls = 0
-
-        def loss(latents, target):
-            nonlocal calls
-            calls += 1
-            if stop and calls == 6:
-                raise KeyboardInterrupt
-            return final_latent(latents, target)
-
         phase = run.phase("gates")
         pool = Pool(task, 8, 2, seed=3)
         if kind == "paper":
@@ -211,7 +207,7 @@ def test_gate_phases_resume_to_the_same_bits(task, tmp_path, kind):
     folder = tmp_path / "run"
     run = replace(open_run(folder, {}), cadence=replace(Run().cadence, iterations=2))
     with pytest.raises(KeyboardInterrupt):
-        scores(run, stop=True)
+        scores(run, interrupted_at(6))
     resumed = scores(open_run(folder, {}, resume=True))
     assert np.array_equal(resumed, scores(Run()))
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
