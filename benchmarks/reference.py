@@ -101,4 +101,6 @@ def converged(task: Task, steps: int) -> Task:
     DDIM whatever the task's sampler is: with ``leading`` timesteps some schedulers (DPM-Solver++ among them) begin a
     trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
     """
-    return task.with_sampler(make_scheduler("ddim", task.pipe.scheduler), steps)
+    scheduler = make_scheduler("ddim", task.pipe.scheduler)
+    scheduler.register_to_config(clip_sample=False)  # DDIM's default where the pipeline's scheduler knows no such entry
+    return task.with_sampler(scheduler, steps)
