@@ -9,11 +9,13 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
+from dipgo.records import read_json
 
 WINDOW = 20
 
@@ -24,17 +26,12 @@ def curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Seconds count from the first iteration of the budget's trials.
 
     Raises:
-        DipgoError: a folder without a journal, or whose search did not learn by the ``psnr`` loss.
+        DipgoError: a folder without a journal, whose search did not learn by the ``psnr`` loss, or too short a search.
     """
-    journal, run = folder / "journal.jsonl", folder / "run.json"
-    if not journal.is_file() or not run.is_file():
-        raise DipgoError(f"{folder}: no journal in it; give the --run-folder of a search")
-    if json.loads(run.read_text())["settings"]["settings"]["loss"] != "psnr":
-        raise DipgoError(f"{folder}: its search did not learn by PSNR, so its losses are no quality; search with psnr")
+    lines = journal_of(folder)
     seconds: dict[str, list[float]] = defaultdict(list)
     losses: dict[str, list[float]] = defaultdict(list)
-    for line in journal.read_text().splitlines():
-        record = json.loads(line)
+    for record in lines:
         phase, _, rest = record["phase"].partition("-")
         budget = rest.partition("-")[0]
         seconds[budget].append(record["seconds"])
@@ -42,9 +39,21 @@ def curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {}
     for budget, values in losses.items():
         learning = ~np.isnan(values)
+        if learning.sum() < WINDOW:
+            raise DipgoError(f"{folder}: fewer than {WINDOW} iterations at {budget}; let the search learn for longer")
         quality = np.convolve(np.array(values)[learning], np.full(WINDOW, 1 / WINDOW), mode="valid")
         found[budget] = (np.cumsum(seconds[budget])[learning][WINDOW - 1 :], quality)
     return found
+
+
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the journal's lines of a search that learned by the ``psnr`` loss; DipgoError of any other folder."""
+    journal, run = folder / "journal.jsonl", folder / "run.json"
+    if not journal.is_file() or not run.is_file():
+        raise DipgoError(f"{folder}: no journal in it; give the --run-folder of a search")
+    if read_json(run, "run folder")["settings"]["settings"]["loss"] != "psnr":
+        raise DipgoError(f"{folder}: its search did not learn by PSNR, so its losses are no quality; search with psnr")
+    return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
 def main() -> None:

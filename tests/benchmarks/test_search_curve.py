@@ -1,0 +1,49 @@
+"""The curve of quality against time, from the journal of a real search."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import search_curve
+from dipgo.errors import DipgoError
+from dipgo.models import find_model
+from dipgo.search.search import search
+from dipgo.search.settings import PRESETS
+from dipgo.search.task import make_task
+
+SMALL = replace(PRESETS["quick"], batch=1, pool=2, chunk=2, held_out=1, backup_iterations=20)
+
+
+def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_dit: str, tmp_path: Path, monkeypatch):
+    folder, output = tmp_path / "run", tmp_path / "curve.png"
+    search(make_task(find_model(tiny_dit), 3), 0.6, settings=SMALL, run_folder=folder)
+    lines = search_curve.journal_of(folder)
+    ((budget, (seconds, quality)),) = search_curve.curves(folder).items()
+    assert budget == "0.6"
+    assert len(seconds) == len(quality) == len(lines) - search_curve.WINDOW + 1
+    assert (np.diff(seconds) > 0).all()
+    assert seconds[-1] == pytest.approx(sum(line["seconds"] for line in lines))
+    assert quality[-1] == pytest.approx(np.mean([-line["loss"] for line in lines[-search_curve.WINDOW :]]))
+    monkeypatch.setattr(sys, "argv", ["search_curve", str(folder), "-o", str(output)])
+    search_curve.main()
+    with Image.open(output) as picture:
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
+
+
+def test_what_has_no_curve_is_refused(tiny_dit: str, tmp_path: Path):
+    with pytest.raises(DipgoError, match="no journal in it"):
+        search_curve.curves(tmp_path)
+    folder = tmp_path / "run"
+    search(make_task(find_model(tiny_dit), 3), 0.6, settings=replace(SMALL, loss="l1"), run_folder=folder)
+    with pytest.raises(DipgoError, match="did not learn by PSNR"):
+        search_curve.curves(folder)
+    short = tmp_path / "short"
+    search(make_task(find_model(tiny_dit), 3), 0.6, settings=replace(SMALL, backup_iterations=5), run_folder=short)
+    with pytest.raises(DipgoError, match="fewer than 20 iterations"):
+        search_curve.curves(short)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import session_memory
+from export.bundle import open_bundle
+
+
+def test_each_way_is_measured_in_a_process_of_its_own(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["session_memory", str(bundle), "--sessions", "2", "-o", str(output)])
+    session_memory.main()
+    record = json.loads(output.read_text())
+    assert record["model"] == open_bundle(bundle).record.model.name
+    ways = [(row["way"], row["sessions"]) for row in record["rows"]]
+    assert ways == [("shared", 1), ("shared", 2), ("prepacked", 1)]
+    for row in record["rows"]:
+        assert row["pss"]["before"] < min(row["pss"]["loaded"], row["pss"]["after"])
+        assert row["load_seconds"] > 0
+        assert len(row["run_seconds"]) == row["sessions"]
+        assert min(row["run_seconds"]) > 0
