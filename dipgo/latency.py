@@ -16,6 +16,7 @@ from dipgo.records import ModelIdentity, Record, read_json, validated
 from dipgo.trace import Trace
 
 SCHEMA = "dipgo.latency/1"
+GIVE = "one that was searched with --cost latency, or measure with --cost latency"
 
 
 class SiteLatency(Record):
@@ -47,7 +48,9 @@ def read_profile(path: Path) -> LatencyProfile:
     if isinstance(raw, dict) and isinstance(raw.get("search"), dict):  # a SubNet
         cost = raw["search"].get("cost")
         raw = cost.get("profile") if isinstance(cost, dict) else None
-    return validated(raw, path, LatencyProfile, SCHEMA, "measure it with --cost latency")
+        if raw is None:
+            raise DipgoError(f"{path}: this SubNet was searched by MACs, so it holds no latency profile; give {GIVE}")
+    return validated(raw, path, LatencyProfile, SCHEMA, f"give {GIVE}")
 
 
 def timed(trace: Trace, profile: LatencyProfile) -> Trace:
