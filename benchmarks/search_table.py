@@ -170,10 +170,13 @@ def check_same(subnets: Sequence[SubNet], model: Model) -> None:
     """Refuse SubNets that one table cannot hold.
 
     Raises:
-        DipgoError: another model than ``model``, or another sampler, steps or guidance than the first one's.
+        DipgoError: another model than ``model``, another sampler, steps or guidance than the first one's, or budgets of
+            measured time, while policies are taken at equal MACs.
     """
     for subnet in subnets:
         check_model(subnet, model)
+        if subnet.search.get("cost", {}).get("kind", "macs") != "macs":
+            raise DipgoError("a SubNet whose budget is of latency; a table is at equal MACs, search with --cost macs")
         if subnet.sampler != subnets[0].sampler:
             raise DipgoError(
                 f"a SubNet for {_sampler(subnet)} beside one for {_sampler(subnets[0])}; a table is of one sampler, "

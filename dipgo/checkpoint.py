@@ -59,17 +59,19 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def checkpoint_files(folder: Path, stem: str) -> list[Path]:
+def checkpoint_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
     """Return the safetensors files of a component, in order of name; none where there are none.
 
     ``stem`` is ``diffusion_pytorch_model`` or ``model``, as diffusers and transformers name them. Shards are taken
-    where an index stands beside them. Variants (``.fp16.``) are left out where there is a checkpoint without a suffix.
+    where an index stands beside them. Files of ``variant`` (``fp16`` for ``.fp16.``) come first, as in diffusers; those
+    of others are left out where there is a checkpoint without a suffix.
     """
     found = sorted(folder.glob(f"{stem}*.safetensors"))
     if not found:
         return []
     whole_names = [_SHARD.sub("", path.name) for path in found]
-    name = min(whole_names, key=lambda name: (len(name), name))
+    wanted = f"{stem}.{variant}.safetensors"
+    name = wanted if wanted in whole_names else min(whole_names, key=lambda name: (len(name), name))
     files = [path for path, whole in zip(found, whole_names, strict=True) if whole == name]
     shards = [path for path in files if path.name != name]
     indexed = folder.joinpath(f"{name}.index.json").is_file()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dipgo.errors import DipgoError, UsageError
+
+_DRAFT = re.compile(r"\..+-[a-z0-9_]{8}\.\w+")  # as mkstemp names the drafts of new_file
 
 
 def sha256_of(path: Path) -> str:
@@ -44,23 +47,46 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipgo"
 
 
+def refuse_unwritable(folder: Path, output: Path) -> None:
+    """Refuse an output that is to be in ``folder``, which takes no files, or cannot be made, before any work is done.
+
+    Raises:
+        UsageError: the nearest folder that exists cannot be written to.
+    """
+    folder = folder.absolute()
+    nearest = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UsageError(f"{output}: {nearest} is no folder that can be written to; give another path")
+
+
 def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> None:
     """Refuse an output that exists already, or that cannot be written, before any work is done for it.
 
     ``known_by`` is for folders: a file that each of their kind holds. With ``force`` what holds no such file is refused
     too, since it is somebody's else; but an empty folder is not, nor a link, of which no more than itself is lost.
     """
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise UsageError(f"{path}: {above} is no folder that can be written to; give another path")
+    refuse_unwritable(path.absolute().parent, path)
     if not os.path.lexists(path):  # a link that leads nowhere is there too
         return
     if not force:
         raise UsageError(f"{path} exists; give another path, or --force to replace it")
-    if known_by is None or path.is_symlink() or (path / known_by).is_file():
+    if known_by is None or path.is_symlink():
         return
-    if not path.is_dir() or any(path.iterdir()):
+    try:
+        known = (path / known_by).is_file() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give another path") from error
+    if not known:
         raise UsageError(f"{path}: holds no {known_by}, so --force does not replace it; give another path")
+    if os.path.ismount(path):
+        raise UsageError(f"{path}: is where a file system is mounted, which nothing replaces; give a folder in it")
+
+
+def refuse_to_fill(folder: Path, force: bool) -> None:
+    """The same of a folder that outputs are written into, whatever else is in it."""
+    refuse_unwritable(folder, folder)
+    if os.path.lexists(folder) and not force:
+        raise UsageError(f"{folder} exists; give another path, or --force to replace it")
 
 
 @contextmanager
@@ -100,13 +126,34 @@ def new_folder(path: Path, force: bool = False, known_by: str | None = None) -> 
         refuse_existing(path, force, known_by)  # again: the work may have taken minutes
         with _written(path):
             draft.chmod(0o755)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            draft.rename(path)
+            _put(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Rename a folder over what is there, which goes last: whatever fails or is killed, one of the two is whole."""
+    if not os.path.lexists(path):
+        draft.rename(path)
+        return
+    aside = draft.with_name(f"{draft.name}-replaced")
+    path.rename(aside)
+    try:
+        draft.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what :func:`new_file` has left half written in a folder where it was killed."""
+    for path in folder.iterdir():
+        if _DRAFT.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 @contextmanager

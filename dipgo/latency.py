@@ -7,7 +7,7 @@ whatever asks the trace for costs (budgets, policies, post-processing) asks for 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,11 @@ def read_profile(path: Path) -> LatencyProfile:
         raw = cost.get("profile") if isinstance(cost, dict) else None
         if raw is None:
             raise DipgoError(f"{path}: this SubNet was searched by MACs, so it holds no latency profile; give {GIVE}")
+    return check_profile(raw, path)
+
+
+def check_profile(raw: Any, path: Path) -> LatencyProfile:
+    """Return what was read from ``path`` as a profile; DipgoError where it is none."""
     return validated(raw, path, LatencyProfile, SCHEMA, f"give {GIVE}")
 
 

@@ -59,6 +59,11 @@ class Model:
             return []
         return checkpoint_files(self.folder / self.family.component, "diffusion_pytorch_model")
 
+    @property
+    def variant(self) -> str | None:
+        """The variant that the denoiser's files are, such as ``fp16``; that of other components comes first then."""
+        return variant_of(self.weights_files)
+
     def identity(self) -> ModelIdentity:
         """Return the fingerprints that tie a SubNet or bundle to this model.
 
@@ -126,7 +131,7 @@ class Model:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         drawn = self._drawn_components() if self.random_weights else {}
-        options = {"dtype": torch.float32, "variant": variant_of(self.weights_files), "use_safetensors": True}
+        options = {"dtype": torch.float32, "variant": self.variant, "use_safetensors": True}
         try:
             pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **options, **drawn)
         except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder

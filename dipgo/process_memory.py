@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,14 @@ def resident() -> int:
 
 def resident_peak() -> int:
     """Return the most that was resident at once since the process began."""
-    if _STATUS.exists():  # getrusage would count the peak of the process that started this one, too
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    status = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    for line in status:  # getrusage would count the peak of the process that started this one, too
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
     if windows is not None:
         return int(windows)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kibibytes elsewhere

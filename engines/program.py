@@ -109,10 +109,11 @@ class Program:
         width of the images in pixels; None is :attr:`size`.
 
         Raises:
-            UsageError: classes for a model of prompts or the reverse, a class that the model lacks, or a size that the
-                bundle does not take.
+            UsageError: classes for a model of prompts or the reverse, a class that the model lacks, a size that the
+                bundle does not take, or a negative prompt without guidance.
         """
         conditioning = self.record.conditioning
+        self.check_negative(negative)
         if conditioning.kind == "nothing":
             return {}
         if conditioning.kind == "class":
@@ -127,6 +128,15 @@ class Program:
             for name, row in conditioning.encoder.sized.items():
                 found[name][:] = shape_at(row, sizes)
         return {tensor.name: found[tensor.name].astype(numpy_type(tensor.dtype)) for tensor in conditioning.inputs}
+
+    def check_negative(self, negative: str | None) -> None:
+        """Refuse a negative prompt that nothing would come of; the empty one is everybody's."""
+        if negative and not self.record.conditioning.guided:
+            scale = self.record.sampler.guidance_scale
+            raise UsageError(
+                f"a negative prompt is given, and the bundle was compiled for guidance {scale:g}, at which none is "
+                "read; leave it out"
+            )
 
     def _class_conditions(self, classes: Sequence[Any]) -> dict[str, np.ndarray]:
         conditioning = self.record.conditioning

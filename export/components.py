@@ -191,7 +191,7 @@ def _files(model: Model, name: str) -> list[Path]:
     library, class_name = class_of(model, name) or ("diffusers", "")
     if library not in _STEMS:
         raise _foreign(model, name, library, class_name)
-    return checkpoint_files(model.folder / name, _STEMS[library])
+    return checkpoint_files(model.folder / name, _STEMS[library], model.variant)
 
 
 def _is_drawn(model: Model, name: str) -> bool:

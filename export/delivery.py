@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import full_disk, new_folder, refuse_existing, sha256_once
+from dipgo.files import full_disk, new_file, new_folder, refuse_existing, refuse_unwritable, sha256_of, sha256_once
 from dipgo.records import read_json
 from export.bundle import RECORD_FILE, FileRecord
 from export.weights import Weights, check_in_place, place
 
 Files = dict[str, FileRecord]
+UNFINISHED = "dipgo.bundle/unfinished"
 
 
 def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Iterable[str] = ()) -> None:
@@ -34,6 +36,7 @@ def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Itera
             )
         refuse_existing(folder, force, RECORD_FILE)
         return
+    refuse_unwritable(folder, folder)
     if folder.resolve() != root.resolve():
         raise UsageError(f"{folder}: with --weights in-place the bundle lies beside the checkpoint; give -o {root}")
     if (folder / RECORD_FILE).exists() and not force:
@@ -62,7 +65,7 @@ def deliver(
 ) -> Iterator[tuple[Path, Files]]:
     """Yield a draft folder for everything but the weights, and the records of the weights files.
 
-    What the body wrote there, and the weights, are in ``folder`` afterwards; on any failure nothing is.
+    What the body wrote there, and the weights, are in ``folder`` afterwards; on any failure of the body nothing is.
 
     Raises:
         UsageError, DipgoError: see :func:`check_delivery` and :func:`check_weights`; a full disk.
@@ -95,18 +98,24 @@ def deliver(
 
 
 def _move_in(draft: Path, folder: Path) -> None:
-    """Replace the bundle in ``folder`` by what was drafted; its record goes first and comes last."""
-    owned = _owned(folder)
-    _check_free(folder, (path.name for path in draft.iterdir() if path.name != RECORD_FILE), owned)
-    (folder / RECORD_FILE).unlink(missing_ok=True)
-    for name in owned:
+    """Replace the bundle in ``folder`` by what was drafted.
+
+    Meanwhile a list of the old names and the new ones stands in for the record, so that what a kill leaves behind
+    belongs to an unfinished bundle, which the next export replaces.
+    """
+    owned, drafted = _owned(folder), {path.name for path in draft.iterdir()} - {RECORD_FILE}
+    _check_free(folder, drafted, owned)
+    with new_file(folder / RECORD_FILE) as unfinished:
+        unfinished.write_text(json.dumps({"schema": UNFINISHED, "files": dict.fromkeys(sorted(owned | drafted))}))
+    for name in drafted:
+        (draft / name).replace(folder / name)
+    for name in owned - drafted:
         (folder / name).unlink()
-    for path in sorted(draft.iterdir(), key=lambda path: path.name == RECORD_FILE):
-        path.replace(folder / path.name)
+    (draft / RECORD_FILE).replace(folder / RECORD_FILE)
 
 
 def _owned(folder: Path) -> set[str]:
-    """Return the files beside the checkpoint that the bundle there has brought, but for its record.
+    """Return the files beside the checkpoint that the bundle there has brought and nobody has changed, but its record.
 
     Raises:
         DipgoError: a record that cannot be read.
@@ -115,11 +124,14 @@ def _owned(folder: Path) -> set[str]:
     if not record.exists():
         return set()
     try:
-        names = read_json(record, "bundle's record")["files"].keys()
+        content = read_json(record, "bundle's record")
+        # Weights and other files of the pipeline lie in folders of their own.
+        files = {name: entry for name, entry in content["files"].items() if "/" not in name}
+        digests = {name: content["schema"] != UNFINISHED and entry["sha256"] for name, entry in files.items()}
     except (DipgoError, AttributeError, KeyError, TypeError) as error:
         raise DipgoError(f"{record}: not a bundle's record; remove it and export again") from error
-    # Weights and other files of the pipeline lie in folders of their own.
-    return {name for name in names if "/" not in name and (folder / name).is_file()}
+    there = {name: digest for name, digest in digests.items() if (folder / name).is_file()}
+    return {name for name, digest in there.items() if not digest or sha256_of(folder / name) == digest}
 
 
 def _check_free(folder: Path, names: Iterable[str], owned: set[str]) -> None:
@@ -127,6 +139,6 @@ def _check_free(folder: Path, names: Iterable[str], owned: set[str]) -> None:
     taken = sorted(name for name in names if name not in owned and os.path.lexists(folder / name))
     if taken:
         raise UsageError(
-            f"{folder / taken[0]} belongs to no bundle, and the new one has a file of that name; move it away, or "
-            "export with --weights copy"
+            f"{folder / taken[0]} belongs to no bundle, or was changed since, and the new one has a file of that name; "
+            "move it away, or export with --weights copy"
         )

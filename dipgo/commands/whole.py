@@ -55,10 +55,10 @@ def compile_(
     """All of it: OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/."""
     options = locals()
     from benchmarks.report import RECORD_FILE as REPORT_FILE
-    from dipgo.files import refuse_existing
+    from dipgo.files import refuse_existing, refuse_to_fill
     from export.bundle import RECORD_FILE as BUNDLE_FILE
 
-    refuse_existing(output, force)
+    refuse_to_fill(output, force)
     refuse_existing(output / "bundle", force, BUNDLE_FILE)
     if measure:
         refuse_existing(output / "report", force, REPORT_FILE)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dipgo.errors import UsageError
-from dipgo.files import refuse_existing
-from dipgo.latency import LatencyProfile, read_profile
+from dipgo.files import refuse_existing, refuse_to_fill
+from dipgo.latency import LatencyProfile, check_profile, read_profile
 from dipgo.models import find_model
+from dipgo.records import read_json
 from dipgo.search.journal import Report
 from dipgo.search.pareto import write_pareto
 from dipgo.search.processes import processes
 from dipgo.search.run import begun_with
 from dipgo.search.search import sweep
-from dipgo.search.settings import settings_of
+from dipgo.search.settings import Settings, settings_of
 from dipgo.search.task import Task, make_task
 from dipgo.subnet import SubNet, load_subnet, save_subnet, weights_file
 
@@ -81,12 +83,12 @@ def carry_out(
     import torch
 
     budgets = budgets_of(str(request.budget))
-    refuse_output(request, budgets)
+    settings = settings_of(request.method, request.preset, request.settings or ())
+    refuse_output(request, budgets, settings)
     if (request.resume or request.tensorboard) and request.run_folder is None:
         raise UsageError("--resume and --tensorboard need --run-folder")
     if request.steps < 2:
         raise UsageError(f"steps = {request.steps}: with one step there is nothing to reuse; give at least 2")
-    settings = settings_of(request.method, request.preset, request.settings or ())
     profile = None if request.cost in ("macs", "latency") else read_profile(Path(request.cost))
     starts = [load_subnet(file) for file in request.start or ()]
     model = find_model(request.model, request.random_weights)
@@ -124,15 +126,15 @@ def carry_out(
         ):
             if group.main:
                 file = file_of(request, budgets, float(subnet.search["budget"]))
-                save_subnet(subnet, file, request.force or request.resume)
+                save_subnet(subnet, file, request.force or (request.resume and len(budgets) > 1))
                 written.append((file, subnet))
     if written and len(budgets) > 1:
         write_pareto([subnet for _, subnet in written], request.output)
     return written
 
 
-def refuse_output(request: Request, budgets: Sequence[float]) -> None:
-    """Refuse an output that exists; that a resumed sweep has written before is written again.
+def refuse_output(request: Request, budgets: Sequence[float], settings: Settings) -> None:
+    """Refuse an output that exists or cannot be written; what the sweep that is resumed has written is written again.
 
     Raises:
         UsageError: it exists, without ``force``, or it is a file where a folder is to be, or the reverse.
@@ -141,11 +143,24 @@ def refuse_output(request: Request, budgets: Sequence[float]) -> None:
     if output.exists() and output.is_dir() != several:
         is_now, wanted = ("a file", "a folder") if several else ("a folder", "a JSON file")
         raise UsageError(f"{output}: is {is_now}; give {wanted} for {'several budgets' if several else 'one budget'}")
-    if several and request.resume:
-        return
-    refuse_existing(output, request.force)
     if not several:
+        refuse_existing(output, request.force)
         refuse_existing(weights_file(output), request.force)
+        return
+    resumed = request.resume and request.run_folder and begun_with(request.run_folder, "settings")
+    refuse_to_fill(output, request.force or bool(resumed))
+    for budget in budgets:
+        file = file_of(request, budgets, budget)
+        if not request.force and file.exists() and not _is_of(file, request, budget, settings):
+            raise UsageError(f"{file}: is of another search; give another path, or --force to replace it")
+
+
+def _is_of(file: Path, request: Request, budget: float, settings: Settings) -> bool:
+    """Whether a SubNet is what the requested search writes for a budget."""
+    record = read_json(file, "SubNet")
+    search = record.get("search") if isinstance(record, dict) else None
+    asked = {"method": request.method, "budget": budget, "seed": request.seed, "settings": asdict(settings)}
+    return isinstance(search, dict) and json.loads(json.dumps(asked)) == {name: search.get(name) for name in asked}
 
 
 def file_of(request: Request, budgets: Sequence[float], budget: float) -> Path:
@@ -156,7 +171,7 @@ def file_of(request: Request, budgets: Sequence[float], budget: float) -> Path:
 def _begun_with(request: Request) -> LatencyProfile | None:
     """Return the profile that the run to be resumed was begun with: measured again, it would not be the same."""
     begun = begun_with(request.run_folder, "profile") if request.resume and request.run_folder else None
-    return LatencyProfile.model_validate(begun) if begun else None
+    return check_profile(begun, request.run_folder / "run.json") if begun and request.run_folder else None
 
 
 def budgets_of(text: str) -> list[float]:
@@ -174,6 +189,6 @@ def budgets_of(text: str) -> list[float]:
             raise UsageError(
                 f"budget {budget:g} is outside (0, 1]; give the share of the full trajectory's MACs to keep"
             )
-    if len(set(budgets)) < len(budgets):
-        raise UsageError(f"budget '{text}' names one twice; give each once")
+    if len({f"{budget:g}" for budget in budgets}) < len(budgets):  # files and checkpoints are named by six digits
+        raise UsageError(f"budget '{text}' names one twice in its first six digits; give each once")
     return budgets

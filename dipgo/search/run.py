@@ -8,7 +8,6 @@ and is not repeated. Without a folder a run keeps nothing.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import new_file, sha256_of_json
+from dipgo.files import new_file, remove_drafts, sha256_of_json
 from dipgo.records import read_json
 from dipgo.search.checkpoint import CheckpointRecord, pack, read_checkpoint, unpack, write_checkpoint
 from dipgo.search.journal import Journal, Report, event_writer, silent
@@ -206,8 +205,7 @@ def open_run(
             raise UsageError(f"{folder}: is a file; give a folder to --run-folder")
         if path.exists():
             _compare(folder, read_json(path, "run folder"), settings)
-            for draft in folder.glob(".*"):  # what a kill left half written
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+            remove_drafts(folder)
         elif folder.exists() and any(folder.iterdir()):
             raise DipgoError(f"{folder}: holds files but no run.json; give a folder of its own to --run-folder")
         else:

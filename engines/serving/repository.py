@@ -77,7 +77,7 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
     target = root / name
     if root.is_file():
         raise UsageError(f"{root}: is a file; give a folder for the model repository")
-    with new_folder(target, force, CONFIG) as draft:
+    with new_folder(target, force, f"{VERSION}/{BUNDLE}/{RECORD_FILE}") as draft:
         (draft / CONFIG).write_text(config_text(record, name, deployment))
         version = draft / VERSION
         version.mkdir()

@@ -62,6 +62,8 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
     elif kind == "prompt":
         given = _texts("prompt", tensors, rows, limits)
         negatives = _texts("negative_prompt", tensors, rows, limits) or negatives
+        for negative in negatives:
+            program.check_negative(negative)
     return [Row(*row, numbers[0]) for row in zip(given, negatives, seeds, strict=True)]
 
 

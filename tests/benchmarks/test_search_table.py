@@ -88,6 +88,9 @@ def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):
     other = replace(ours, sampler=ours.sampler.model_copy(update={"guidance_scale": 9.0}))
     with pytest.raises(DipgoError, match=r"6 steps of DDIMScheduler at guidance 9 beside"):
         check_same([ours, other], judge.task.model)
+    timed = replace(ours, search=ours.search | {"cost": {"kind": "latency"}})
+    with pytest.raises(DipgoError, match="whose budget is of latency; a table is at equal MACs"):
+        check_same([ours, timed], judge.task.model)
     foreign = replace(ours, model=ours.model.model_copy(update={"weights_sha256": "0" * 64}))
     with pytest.raises(DipgoError, match="its weights"):
         check_same([ours, foreign], judge.task.model)

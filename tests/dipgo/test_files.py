@@ -1,12 +1,13 @@
 """Outputs take the place of dipgo's own alone; JSON that cannot be read is one line."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import cache_root, new_file, new_folder, refuse_existing
+from dipgo.files import cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
 from dipgo.records import read_json
 
 KNOWN_BY = "made.json"
@@ -80,6 +81,90 @@ def test_a_folder_that_takes_no_files_is_refused_before_any_work(tmp_path):
             refuse_existing(tmp_path / "s.json", False)
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, failing):
+    """As where one of the two is in use, or the disk fails, between the renaming of the old and of the new."""
+    write(tmp_path / "out", force=False)
+    (tmp_path / "out" / "old").write_text("old")
+    calls, rename = [], Path.rename
+
+    def busy(path, target):
+        calls.append(path)
+        if len(calls) == failing + 1:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(DipgoError, match=r"out: cannot be written \(Device or resource busy\)"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "old").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_root_is_never_replaced():
+    for refused in (lambda: refuse_existing(Path("/"), True, KNOWN_BY), lambda: write(Path("/"))):
+        with pytest.raises(UsageError, match=r"^/: (holds no made\.json|/ is no folder that can be written to)"):
+            refused()
+
+
+def test_a_mount_is_never_replaced(tmp_path, monkeypatch):
+    """Its files would be gone before its folder proves to be in use."""
+    write(tmp_path / "out", force=False)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(UsageError, match="where a file system is mounted, which nothing replaces; give a folder in it"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / KNOWN_BY).is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
+def test_a_folder_that_cannot_be_read_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir(mode=0)
+    with pytest.raises(UsageError, match=r"out: cannot be read \(Permission denied\); give another path"):
+        refuse_existing(tmp_path / "out", True, KNOWN_BY)
+
+
+def test_a_folder_that_is_filled_keeps_what_it_has(tmp_path):
+    refuse_to_fill(tmp_path / "new", force=False)
+    with pytest.raises(UsageError, match="exists; give another path, or --force"):
+        refuse_to_fill(tmp_path, force=False)
+    refuse_to_fill(tmp_path, force=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="file is no folder that can be written to"):
+        refuse_to_fill(tmp_path / "file", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("closed", ["out", "above"])
+def test_what_is_filled_must_take_files_itself(tmp_path, closed):
+    """The folder above need not: so it is with a volume in a container."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out if closed == "out" else tmp_path).chmod(0o500)
+    try:
+        if closed == "above":
+            refuse_to_fill(out, force=True)
+        else:
+            with pytest.raises(UsageError, match="out is no folder that can be written to"):
+                refuse_to_fill(out, force=True)
+    finally:
+        (out if closed == "out" else tmp_path).chmod(0o700)
+
+
+def test_drafts_that_a_kill_left_go_and_nothing_else(tmp_path):
+    kept = [".gitignore", ".nfs0001-abcdefg", ".notes-2026.md", "drops-0.35.json", "link"]
+    for name in kept[:-1]:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / ".git").mkdir()
+    begun = [new_file(tmp_path / name) for name in ("run.json", "trial-0.35-late.safetensors")]
+    for draft in begun:  # which are removed when they are forgotten
+        draft.__enter__()
+    assert len(list(tmp_path.iterdir())) == len(kept) + 3
+    remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".git"])
 
 
 def test_an_empty_folder_is_replaced(tmp_path):

@@ -15,6 +15,7 @@ from dipgo.errors import DipgoError, UsageError
 from dipgo.families import family_of
 from dipgo.models import architectures, find_model
 from dipgo.search.task import make_task
+from export.components import own_weights
 from tests.models import tiny_sd
 
 # DiP-GO's figures, tables 1 to 4 and 8. All but DiT's leave out the products inside attention; PixArt's count guidance.
@@ -194,6 +195,27 @@ def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
     file.unlink()
     with pytest.raises(DipgoError, match="cannot load it as a diffusers pipeline"):
         find_model(str(folder)).pipeline()
+
+
+def test_where_the_denoiser_is_a_variant_the_others_of_it_come_first(tmp_path):
+    """As diffusers reads them, so that an exported program has the text encoder that the pipeline has."""
+    folder = Path(tiny_sd(tmp_path / "sd"))
+    for component in ("unet", "text_encoder"):
+        (file,) = (folder / component).glob("*.safetensors")
+        variant = file.with_name(file.name.replace(".safetensors", ".fp16.safetensors"))
+        save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, variant, {"format": "pt"})
+        if component == "unet":
+            file.unlink()
+    model = find_model(str(folder))
+    assert model.variant == "fp16"
+    assert not any(value.any() for value in model.pipeline().text_encoder.parameters())
+    stored = own_weights(model, "text_encoder").tensors
+    assert {one.file.name for one in stored.values()} == {"model.fp16.safetensors"}
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    stored = own_weights(find_model(str(folder)), "text_encoder").tensors
+    assert {one.file.name for one in stored.values()} == {"model.safetensors"}
 
 
 def test_half_precision_files_load_in_float32(tmp_path):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from dipgo.errors import UsageError
+from dipgo.errors import DipgoError, UsageError
 from dipgo.latency import LatencyProfile, SiteLatency
 from dipgo.search.journal import silent
 from dipgo.search.request import Request, carry_out
@@ -64,6 +64,34 @@ def test_outputs_are_refused_before_the_search(tiny_dit, tmp_path):
             ask(tiny_dit, where, budget, stopping("policies 0.6"), **more)
     assert weights_file(output).read_bytes() == b"mine"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit, tmp_path):
+    """A run that was never begun has written nothing; another seed's SubNet is another search's."""
+    folder, output = tmp_path / "run", tmp_path / "found"
+    with pytest.raises(Stopped):
+        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder)
+    mine = (output / "0.7.json").read_bytes()
+    with pytest.raises(UsageError, match=r"found exists; give another path, or --force"):
+        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.7"), run_folder=tmp_path / "no-run", resume=True)
+    (output / "0.4.json").write_text((output / "0.7.json").read_text())
+    with pytest.raises(UsageError, match=r"0\.4\.json: is of another search; give another path, or --force"):
+        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder, resume=True)
+    (output / "0.4.json").unlink()
+    with pytest.raises(UsageError, match=r"0\.7\.json: is of another search"):
+        ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
+    assert (output / "0.7.json").read_bytes() == mine
+    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True)
+    assert load_subnet(output / "0.4.json").search["budget"] == 0.4
+
+
+def test_a_damaged_profile_of_a_run_is_one_line(tiny_dit, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"schema": "dipgo.run/1", "settings": {"profile": {"schema": "other"}}}')
+    with pytest.raises(DipgoError, match=r"run\.json: schema is 'other', this version reads") as caught:
+        ask(tiny_dit, tmp_path / "s.json", cost="latency", run_folder=folder, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path):

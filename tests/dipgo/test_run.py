@@ -149,7 +149,7 @@ def test_what_is_due():
 
 def test_drafts_that_a_kill_left_are_cleared(tmp_path):
     begun(tmp_path / "run")
-    (tmp_path / "run" / ".gates-abc.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")
     open_run(tmp_path / "run", SETTINGS, resume=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["gates.safetensors", "run.json"]
 

@@ -186,7 +186,10 @@ def test_public_sweep_reproduces_the_published_shape(unet):
     assert share(unet, gates, False) <= 0.35
 
 
-@pytest.mark.parametrize(("text", "part"), [("0.5;0.3", "give a number"), ("1.5", "outside"), ("0.5,0.5", "twice")])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("0.5;0.3", "give a number"), ("1.5", "outside"), ("0.5,0.5", "twice"), ("0.3333333,0.33333329", "twice")],
+)
 def test_bad_budgets(text, part):
     with pytest.raises(UsageError, match=part):
         budgets_of(text)

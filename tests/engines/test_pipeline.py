@@ -1,5 +1,7 @@
 """A bundle called like the diffusers pipeline that it came from: its images, its manners, and one line otherwise."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ from typer.testing import CliRunner
 import engines
 from dipgo.cli import app
 from dipgo.errors import UsageError
+from engines.serving.limits import Limits
+from engines.serving.requests import read_rows
+from export.bundle import open_bundle
 from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
 
 EMBEDDED = np.zeros((3, 77, 24), np.float32)
@@ -251,6 +256,33 @@ def test_where_there_is_no_decoder_it_is_said_before_any_work():
         with pytest.raises(UsageError, match="holds no VAE decoder, only latents can be had from it"):
             program.generate([0], 3)
         assert program.launches == 0
+
+
+def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
+    """From Python, from the command line and over the network: the images would be the same without."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(sd.folder, folder)
+    record = open_bundle(folder).record
+    record = record.model_copy(
+        update={
+            "sampler": record.sampler.model_copy(update={"guidance_scale": 1.0}),
+            "conditioning": record.conditioning.model_copy(update={"guided": False}),
+        }
+    )
+    (folder / "bundle.json").write_text(record.sealed().text())
+    message = "a negative prompt is given, and the bundle was compiled for guidance 1, at which none is read"
+    with engines.load(folder) as program:
+        with pytest.raises(UsageError, match=message):
+            program.generate(["a red fox"], 0, negative="blue")
+        tensors = {"prompt": b"a red fox", "negative_prompt": b"blue"}
+        with pytest.raises(UsageError, match=message):
+            read_rows(program, {name: np.array([[text]], object) for name, text in tensors.items()}, Limits())
+        program.check_negative("")
+        assert program.launches == 0
+    arguments = ["run", str(folder), "--prompt", "a red fox", "--negative", "blue", "-o", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UsageError)
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_negative_prompts_and_embeddings_are_for_bundles_of_prompts():

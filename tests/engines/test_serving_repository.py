@@ -62,6 +62,26 @@ def test_a_repository_takes_several_models_and_replaces_none_unasked(bundle, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_another_s_model_is_never_replaced(bundle, tmp_path):
+    """Every Triton model has a ``config.pbtxt``."""
+    theirs = tmp_path / "resnet"
+    (theirs / "1").mkdir(parents=True)
+    (theirs / "1" / "model.onnx").write_bytes(b"theirs")
+    (theirs / "config.pbtxt").write_text('name: "resnet"')
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"resnet: holds no 1/bundle/bundle\.json, so --force does not replace it"):
+        write_repository(bundle, tmp_path, Deployment(name="resnet"), force=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_linked_model_is_replaced_and_its_bundle_stays(bundle, tmp_path):
+    before = contents(bundle)
+    for _ in range(2):
+        write_repository(bundle, tmp_path, Deployment(name="a", link=True), force=True)
+    assert contents(bundle) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("deployment", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +184,43 @@ def test_in_place_replaces_no_file_of_the_user(model, refused):
         compiled(model, model.folder, Options(weights="in-place"))
     assert contents(model.folder) == before
     assert not any(name.startswith(".") for name in os.listdir(model.folder))
+
+
+def test_a_file_that_was_changed_since_is_the_user_s(model, refused):
+    compiled(model, model.folder, Options(weights="in-place"))
+    (model.folder / "subnet.json").write_text("mine")
+    assert "subnet.json belongs to no bundle, or was changed since" in refused(model.folder, weights="in-place")
+    (model.folder / "subnet.json").unlink()
+    compiled(model, model.folder, Options(weights="in-place"), force=True)
+    assert open_bundle(model.folder).record.files["subnet.json"]
+
+
+@pytest.mark.parametrize(("before", "moved"), [("nothing", 1), ("a bundle", 0), ("a bundle", 3)])
+def test_in_place_an_interruption_leaves_what_the_next_export_replaces(model, monkeypatch, before, moved):
+    own = contents(model.folder)
+    if before == "a bundle":
+        compiled(model, model.folder, Options(weights="in-place", layout="step"))
+    calls, replace = [], Path.replace
+
+    def interrupted(path, target):
+        if target.parent == model.folder and path.parent.name.startswith(".bundle-"):
+            calls.append(path)
+            if len(calls) > moved:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compiled(model, model.folder, Options(weights="in-place"), seed=1, force=True)
+    assert len(calls) == moved + 1
+    with pytest.raises(DipgoError, match=r"schema is 'dipgo\.bundle/unfinished'.*export it again"):
+        open_bundle(model.folder)
+    compiled(model, model.folder, Options(weights="in-place"), seed=1, force=True)
+    record = open_bundle(model.folder).record
+    assert set(contents(model.folder)) - set(own) == {name for name in record.files if "/" not in name} | {
+        "bundle.json"
+    }
 
 
 def test_a_failure_in_place_leaves_the_folder_as_it_was(model, monkeypatch):

@@ -1,0 +1,35 @@
+"""What a process holds, also where the system says less about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dipgo import process_memory
+
+HOLDER = """
+import sys
+from pathlib import Path
+from dipgo import process_memory
+process_memory._STATUS = Path(sys.argv[1])
+before = process_memory.resident_peak()
+held = bytearray(b"x") * 200_000_000
+print(before, process_memory.resident_peak(), process_memory.resident())
+"""
+
+
+@pytest.mark.parametrize("status", ["own", "none", "without the peak"])
+def test_the_peak_is_what_was_held(tmp_path, status):
+    """Some sandboxes have a status file without the peak; other systems have none."""
+    path = tmp_path / "status" if status != "own" else process_memory._STATUS
+    if status == "without the peak":
+        path.write_text("Name:\tpython\nVmRSS:\t 12 kB\n")
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after, resident = map(int, done.stdout.split())
+    if status == "own":
+        assert 190_000_000 < after - before < 210_000_000
+    assert 200_000_000 < resident <= after * 1.01
+    assert after < 2_000_000_000
