@@ -68,17 +68,22 @@ class Parity(Record):
 
 
 def verify(
-    folder: Path, model: str | None = None, images: int = 2, seed: int = 0, progress: Progress | None = None
+    folder: Path,
+    model: str | None = None,
+    images: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+    backend: str = "onnxruntime",
 ) -> Parity:
     """Measure the parity of a bundle with its model, which ``model`` finds if it lies elsewhere now.
 
-    ``progress`` None shows bars.
+    ``progress`` None shows bars; ``backend`` runs the program.
 
     Raises:
         DipgoError: a damaged bundle, or a model that is not the one it was compiled from.
     """
     progress = progress or Bars()
-    program = engines.load(folder)
+    program = engines.load(folder, backend=backend)
     pipe = model_of(program.bundle, model).pipeline()
     with program:
         return measure(program, pipe, images, seed, progress)

@@ -36,7 +36,8 @@ def families_text() -> str:
         lines.append(f"  {family.denoiser_class}")
         lines += [f"    {spec}: {', '.join(patterns)}" for spec, patterns in family.sites.items()]
     lines.append(
-        "  any other class of diffusers that is called on a latent, a timestep and text embeddings: --sites PATTERN,…"
+        "  any other class of diffusers that is called on a latent, a timestep and at most text embeddings: --sites "
+        "PATTERN,…"
     )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in na
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+BackendOption = Annotated[str, typer.Option(help="What runs the graphs; 'dipgo doctor' lists them.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
 StepsOption = Annotated[int, typer.Option(help="Inference steps of the full trajectory.")]
 BudgetOption = Annotated[float, typer.Option(help="Share of the full trajectory's MACs to keep, in (0, 1].")]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dipgo.commands.options import (
+    BackendOption,
     BundleArgument,
     ForceOption,
     SourceOption,
@@ -20,11 +21,12 @@ def verify(
     bundle: BundleArgument,
     model: SourceOption = None,
     images: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images to compare.")] = 2,
+    backend: BackendOption = "onnxruntime",
 ) -> None:
     """Measure the parity of a bundle with the gated diffusers pipeline; fail if it does not hold."""
     from benchmarks.parity import verify as measure
 
-    parity = measure(bundle, model, images)
+    parity = measure(bundle, model, images, backend=backend)
     line = f"{parity.line()}, over {parity.images} images"
     if not parity.passed:
         raise DipgoError(f"{bundle}: parity does not hold: {line}; export it again")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dipgo.commands.options import (
+    BackendOption,
     BundleArgument,
     ForceOption,
     OutputOption,
@@ -28,7 +29,7 @@ def run(
     size: Annotated[
         str | None, typer.Option(help="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the graphs; 'dipgo doctor' lists them.")] = "onnxruntime",
+    backend: BackendOption = "onnxruntime",
     threads: ThreadsOption = None,
     force: ForceOption = False,
 ) -> None:

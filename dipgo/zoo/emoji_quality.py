@@ -45,10 +45,10 @@ an ordinary diffusers folder; `StableDiffusionPipeline.from_pretrained` loads it
   held out, both lists are in `held-out.json`; `prompts.txt` has the first, for searches. The pictures are Google's
   Noto Emoji, Apache License 2.0, the flags among them in the public domain; the package itself is MIT. Captions are
   the names, alone or in a few more words.
-- **Training**: `python -m dipgo.zoo.train_emoji_sd` (seed {seed}; {device}): {vae_iterations} iterations of {vae_batch}
-  for the VAE in {vae_minutes:.0f} minutes, {unet_iterations} of {unet_batch} for text encoder and UNet together in
-  {unet_minutes:.0f}. 10 % of the captions dropped, loss weighted by min-SNR 5, moving average of the weights.
-  `training.json` has sizes, times and losses.
+- **Training**: `python -m dipgo.zoo.train_emoji_sd -o DIR` (`--device cuda`), seed {seed}, on {device}. VAE:
+  {vae_iterations} iterations, batch {vae_batch}, {vae_minutes:.1f} minutes. Text encoder and UNet together:
+  {unet_iterations} iterations, batch {unet_batch}, {unet_minutes:.1f} minutes, 10 % of the captions dropped, the
+  loss weighted by min-SNR 5, a moving average of the weights. `training.json` has sizes, times and losses.
 - **Quality**: of {count} training names ({steps} DDIM steps, guidance {guidance:g}, one image each), the training
   picture nearest in the VAE's latent space is of the right category for {category:.1%}, and the very emoji for
   {exact:.1%} (`quality.json`). By chance the category would be right for {chance:.1%}.

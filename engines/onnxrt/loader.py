@@ -42,11 +42,9 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
         )
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
         detail = " ".join(str(error).split())[:300]
-        cure = (
-            "ONNX Runtime's CPU has no bfloat16, export with --dtype fp16 or fp32"
-            if "bfloat16" in detail
-            else "export it again"
-        )
+        cure = "export it again"
+        if "bfloat16" in detail or "NOT_IMPLEMENTED" in detail:  # no kernel of an operator in this type
+            cure = "ONNX Runtime's CPU has no bfloat16: export with --dtype fp16 or fp32, or give --backend torch"
         raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}") from error
 
 

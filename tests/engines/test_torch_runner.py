@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 
 import engines
+from benchmarks.parity import verify
+from benchmarks.progress import silent
 from dipgo.errors import DipgoError
 from dipgo.models import find_model
 from dipgo.sampler import tabulate
@@ -89,6 +91,11 @@ def test_bfloat16_runs(dit, tmp_path):
     assert {slot.dtype for slot in open_bundle(half).record.slots} >= {"bfloat16"}
     for one, other in zip(latent_and_pixels(half, "torch-cpu"), expected, strict=True):
         assert 1e-4 < error(one, other) < 5e-2
+    with pytest.raises(DipgoError, match=r"ONNX Runtime's CPU has no bfloat16: .*, or give --backend torch"):
+        latent_and_pixels(half, "onnxruntime")
+    parity = verify(half, progress=silent, backend="torch-cpu")
+    assert parity.passed
+    assert parity.dtype == "bfloat16"
 
 
 def test_it_is_a_program_like_any_other(dit):
