@@ -1,8 +1,8 @@
 """The run folder: what a search keeps while it runs, so that a killed one goes on where it was.
 
 ``run.json`` holds the settings that the run was begun with (schema ``dipgo.run/1``), ``<phase>.safetensors`` the
-newest checkpoint of each phase, ``journal.jsonl`` the figures. A phase that is finished leaves its last checkpoint,
-and is not repeated. Without a folder a run keeps nothing.
+newest checkpoint of each phase, ``journal.jsonl`` the figures, ``clock.json`` the seconds. A phase that is finished
+leaves its last checkpoint, and is not repeated. Without a folder a run keeps nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dipgo.errors import DipgoError, UsageError
 from dipgo.files import new_file, remove_drafts, sha256_of_json
 from dipgo.records import read_json
 from dipgo.search.checkpoint import CheckpointRecord, pack, read_checkpoint, unpack, write_checkpoint
+from dipgo.search.clock import Clock
 from dipgo.search.journal import Journal, Report, event_writer, silent
 from dipgo.search.processes import ALONE, Processes
 
@@ -55,6 +56,7 @@ class Run:
     journal: Journal | None = None
     cadence: Cadence = BY_THE_MINUTE
     report: Report = silent
+    clock: Clock = field(default_factory=Clock)
 
     def phase(self, name: str) -> Phase:
         """Return the phase of this name (letters, digits and hyphens), where it was left."""
@@ -73,6 +75,7 @@ class Run:
             if path:
                 tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
                 write_checkpoint(path, self.record(name, 0, {}), tensors)
+                self.clock.keep()
             return arrays
 
         return self.processes.from_main(made)
@@ -149,6 +152,7 @@ class Phase:
             try:
                 record = self.run.record(self.name, iteration, scaler.state_dict())
                 write_checkpoint(path, record, pack(module, optimiser))
+                self.run.clock.keep()
             except DipgoError as error:
                 raise DipgoError(f"{error}; {self.standing()}") from error
 
@@ -214,7 +218,8 @@ def open_run(
 
     processes.from_main(begin)
     journal = Journal(folder, tensorboard) if processes.main else None
-    return Run(folder, sha256_of_json(settings), processes, journal, cadence, report)
+    clock = Clock(folder if processes.main else None)
+    return Run(folder, sha256_of_json(settings), processes, journal, cadence, report, clock)
 
 
 def begun_with(folder: Path, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -143,13 +142,14 @@ def sweep(
 def _found(
     work: Work, budgets: Sequence[float], method: str, traced: Trace, profile: LatencyProfile | None
 ) -> Iterator[SubNet]:
-    task, started = work.task, time.time()
+    task = work.task
     gates, scores, shared = None, None, 0.0
     if method == "paper":
+        work.run.clock.start("scores")
         scores = _paper_scores(work, min(budgets))
-        shared = _seconds(work, "scores", started)
+        shared = _seconds(work, "scores")
     for budget in sorted(set(budgets), reverse=True):
-        started = time.time()
+        work.run.clock.start(f"{budget:g}")
         candidates = _dipgo(work, budget, gates) if scores is None else [_paper(work, budget, scores)]
         best = max(candidates, key=lambda candidate: candidate.psnr)
         gates = best.gates
@@ -167,7 +167,7 @@ def _found(
                 "cost": _cost(task.trace, best, profile),
                 "seed": work.seed,
                 "settings": asdict(work.settings),
-                "seconds": round(shared + _seconds(work, f"{budget:g}", started), 1),
+                "seconds": round(shared + _seconds(work, f"{budget:g}"), 1),
                 "chosen": best.name,
                 "best_policy": _best_policy(candidates),
                 "held_out_psnr_db": {candidate.name: round(candidate.psnr, 3) for candidate in candidates},
@@ -177,9 +177,9 @@ def _found(
         )
 
 
-def _seconds(work: Work, part: str, started: float) -> float:
+def _seconds(work: Work, part: str) -> float:
     """Return how long a part of the search took, also when it was finished before its run was killed and resumed."""
-    arrays = work.run.once(f"seconds-{part}", lambda: {"seconds": np.array(time.time() - started)})
+    arrays = work.run.once(f"seconds-{part}", lambda: {"seconds": np.array(work.run.clock.seconds())})
     return float(arrays["seconds"].item())
 
 

@@ -147,11 +147,38 @@ def test_what_is_due():
     assert timed.due(2)
 
 
+def test_seconds_add_up_over_the_processes_that_worked(tmp_path, monkeypatch):
+    """What was done after the last checkpoint is done again, and counts once."""
+    now = [100.0]
+    monkeypatch.setattr("dipgo.search.clock.time.monotonic", lambda: now[0])
+    run = open_run(tmp_path / "run", SETTINGS)
+    run.clock.start("0.5")
+    now[0] += 7
+    run.clock.start("0.35")
+    now[0] += 10
+    run.phase("gates").keep(3, *ground())
+    now[0] += 5
+    assert run.clock.seconds() == 15
+    now[0] = 3.0  # another process has another clock
+    again = open_run(tmp_path / "run", SETTINGS, resume=True)
+    again.clock.start("0.35")
+    now[0] += 2
+    again.once("policies", lambda: {"psnr": np.zeros(1)})
+    assert again.clock.seconds() == 12
+    now[0] = 0.0
+    third = open_run(tmp_path / "run", SETTINGS, resume=True).clock
+    assert [(third.start(part), third.seconds())[1] for part in ("0.5", "0.35", "0.25")] == [7, 12, 0]
+    for content in ("[1]", '{"0.5": "long"}', "{"):
+        (tmp_path / "run" / "clock.json").write_text(content)
+        with pytest.raises(DipgoError, match=r"clock\.json: not a "):
+            open_run(tmp_path / "run", SETTINGS, resume=True)
+
+
 def test_drafts_that_a_kill_left_are_cleared(tmp_path):
     begun(tmp_path / "run")
     (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")
     open_run(tmp_path / "run", SETTINGS, resume=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["gates.safetensors", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["clock.json", "gates.safetensors", "run.json"]
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
