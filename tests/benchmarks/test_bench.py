@@ -154,4 +154,5 @@ def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
     eager = report.rows[-1]
     assert eager.quality is not None
     assert eager.quality.psnr_db > 80
+    assert eager.quality.converged_psnr_db is not None
     assert eager.quality.converged_psnr_db == pytest.approx(report.rows[0].quality.converged_psnr_db, abs=0.01)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from benchmarks.quality import image_psnr, psnr
+from benchmarks.reference import converged
 from benchmarks.search_table import Judge, cells, check_same, load_folder
 from dipgo.errors import DipgoError
 from dipgo.gating import gated
@@ -94,6 +96,15 @@ def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):
     foreign = replace(ours, model=ours.model.model_copy(update={"weights_sha256": "0" * 64}))
     with pytest.raises(DipgoError, match="its weights"):
         check_same([ours, foreign], judge.task.model)
+
+
+def test_the_converged_reference_never_clips(tiny_dit):
+    """DDIM's own default does, where the pipeline's scheduler has no such setting."""
+    task = make_task(find_model(tiny_dit), STEPS)
+    task.pipe.scheduler = DPMSolverMultistepScheduler()
+    assert "clip_sample" not in task.pipe.scheduler.config
+    long = converged(task, 40).sampler
+    assert (long.name, long.steps, long.config["clip_sample"]) == ("DDIMScheduler", 40, False)
 
 
 def test_a_folder_without_subnets_is_refused(tmp_path):
