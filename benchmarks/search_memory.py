@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     estimated = _full_size(full, given.sites)
     report = {
+        "command": shlex.join(["python", "-m", "benchmarks.search_memory", *sys.argv[1:]]),
         "model": given.model,
         "sites": given.sites,
         "weights": "random",
