@@ -102,5 +102,5 @@ def converged(task: Task, steps: int) -> Task:
     trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
     """
     scheduler = make_scheduler("ddim", task.pipe.scheduler)
-    scheduler.register_to_config(clip_sample=False)  # DDIM's default where the pipeline's scheduler knows no such entry
+    scheduler.register_to_config(clip_sample=False)  # where the pipeline's own clips, but not the task's sampler
     return task.with_sampler(scheduler, steps)

@@ -69,6 +69,9 @@ class Sampler:
 def make_scheduler(name: str | None, base: Any) -> Any:
     """Return a scheduler by alias or class name, configured from the pipeline's own; None returns the pipeline's.
 
+    Where the pipeline's own says nothing of ``clip_sample``, latents are not clipped, though DDIM's default is to: it
+    is meant for pixels, and a pipeline without the setting was made for a scheduler that never does.
+
     Raises:
         UsageError: diffusers has no such scheduler, or it cannot be made.
     """
@@ -80,6 +83,9 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     scheduler_class = getattr(diffusers, class_name, None)
     try:
         if scheduler_class is not None and hasattr(scheduler_class, "set_timesteps"):
+            clips = "clip_sample" in inspect.signature(scheduler_class.__init__).parameters
+            if clips and "clip_sample" not in base.config:
+                overrides = overrides | {"clip_sample": False}
             return scheduler_class.from_config(base.config, **overrides)
     except (ImportError, TypeError, ValueError) as error:  # a package, or an argument, that is not there
         raise UsageError(

@@ -75,6 +75,15 @@ def test_noise_and_clipping_are_refused(scheduler):
         tabulate(scheduler, 10)
 
 
+@pytest.mark.parametrize("name", ["ddim", "DDIMScheduler"])
+def test_ddim_clips_only_where_the_pipeline_does(name):
+    """Its default is to; a pipeline made for DPM-Solver++ says nothing of it."""
+    assert not make_scheduler(name, diffusers.DPMSolverMultistepScheduler()).config.clip_sample
+    assert tabulate(make_scheduler(name, diffusers.DPMSolverMultistepScheduler()), 5).calls == 5
+    with pytest.raises(UsageError, match="not linear"):
+        tabulate(make_scheduler(name, diffusers.DDIMScheduler(clip_sample=True)), 5)
+
+
 def test_one_step_and_unknown_names_are_refused():
     with pytest.raises(UsageError, match="at least 2"):
         tabulate(BASE, 1)
