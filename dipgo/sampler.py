@@ -108,6 +108,8 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
     name = type(scheduler).__name__
     if steps < 2:
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
+    if "FlowMatch" in name:
+        raise UsageError(f"sampler {name} is for flow matching, which is not supported; use {', '.join(ALIASES)}")
     try:
         return _table(scheduler, steps, scales_noise)
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:

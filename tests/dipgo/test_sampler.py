@@ -84,6 +84,13 @@ def test_ddim_clips_only_where_the_pipeline_does(name):
         tabulate(make_scheduler(name, diffusers.DDIMScheduler(clip_sample=True)), 5)
 
 
+def test_flow_matching_is_refused_by_its_name():
+    with pytest.raises(
+        UsageError, match="FlowMatchEulerDiscreteScheduler is for flow matching, which is not supported"
+    ):
+        tabulate(diffusers.FlowMatchEulerDiscreteScheduler(), 5)
+
+
 def test_one_step_and_unknown_names_are_refused():
     with pytest.raises(UsageError, match="at least 2"):
         tabulate(BASE, 1)
