@@ -85,9 +85,7 @@ def test_ddim_clips_only_where_the_pipeline_does(name):
 
 
 def test_flow_matching_is_refused_by_its_name():
-    with pytest.raises(
-        UsageError, match="FlowMatchEulerDiscreteScheduler is for flow matching, which is not supported"
-    ):
+    with pytest.raises(UsageError, match="EulerDiscreteScheduler is for flow matching, which is not supported"):
         tabulate(diffusers.FlowMatchEulerDiscreteScheduler(), 5)
 
 
