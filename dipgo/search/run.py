@@ -210,6 +210,7 @@ def open_run(
         if path.exists():
             _compare(folder, read_json(path, "run folder"), settings)
             remove_drafts(folder)
+            Clock(folder)  # one that cannot be read ends all processes, not this one alone
         elif folder.exists() and any(folder.iterdir()):
             raise DipgoError(f"{folder}: holds files but no run.json; give a folder of its own to --run-folder")
         else:
