@@ -183,7 +183,7 @@ def test_bad_input_is_one_line(
         (["compile", "MODEL", "--steps", 4, "--budget", 0.5, "-o", "OUT"], "out/report", "report.json"),
         (["bench", "BUNDLE", "-o", "OUT"], "out", "report.json"),
         (["bench", "--compare", "a", "b", "-o", "OUT"], "out", "comparison.html"),
-        (["deploy", "BUNDLE", "--triton", "OUT", "--name", "x"], "out/x", "config.pbtxt"),
+        (["deploy", "BUNDLE", "--triton", "OUT", "--name", "x"], "out/x", "1/bundle/bundle.json"),
     ],
 )
 def test_force_replaces_what_dipgo_made_alone(

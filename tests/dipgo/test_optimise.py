@@ -182,6 +182,7 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
     assert "\n" not in text
     assert [path.name for path in sorted((tmp_path / "run").iterdir())] == [
         "backups.safetensors",
+        "clock.json",
         "journal.jsonl",
         "run.json",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from dipgo import process_memory
@@ -32,4 +33,4 @@ def test_the_peak_is_what_was_held(tmp_path, status):
     if status == "own":
         assert 190_000_000 < after - before < 210_000_000
     assert 200_000_000 < resident <= after * 1.01
-    assert after < 2_000_000_000
+    assert after < psutil.virtual_memory().total, "in bytes; where the system says less, it may be a parent's"

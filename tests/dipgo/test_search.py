@@ -208,7 +208,8 @@ def test_pool_yields_full_trajectories(task):
         batch, target = next(batches)
     again = task.trajectory.full(batch.noise, batch.conditions)
     assert len(batch.noise) == 4
-    assert torch.allclose(again[-1], target[-1], atol=1e-4)
+    # Latents reach hundreds here, and kernels round by the size of the batch.
+    assert (again[-1] - target[-1]).norm() < 1e-5 * target[-1].norm()
 
 
 def test_psnr():
