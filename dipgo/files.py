@@ -66,11 +66,8 @@ def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> Non
     too, since it is somebody's else; but an empty folder is not, nor a link, of which no more than itself is lost.
     """
     refuse_unwritable(path.absolute().parent, path)
-    if not os.path.lexists(path):  # a link that leads nowhere is there too
-        return
-    if not force:
-        raise UsageError(f"{path} exists; give another path, or --force to replace it")
-    if known_by is None or path.is_symlink():
+    _refuse_there(path, force)
+    if known_by is None or path.is_symlink() or not path.exists():
         return
     try:
         known = (path / known_by).is_file() or (path.is_dir() and not any(path.iterdir()))
@@ -85,8 +82,12 @@ def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> Non
 def refuse_to_fill(folder: Path, force: bool) -> None:
     """The same of a folder that outputs are written into, whatever else is in it."""
     refuse_unwritable(folder, folder)
-    if os.path.lexists(folder) and not force:
-        raise UsageError(f"{folder} exists; give another path, or --force to replace it")
+    _refuse_there(folder, force)
+
+
+def _refuse_there(path: Path, force: bool) -> None:
+    if os.path.lexists(path) and not force:  # a link that leads nowhere is there too
+        raise UsageError(f"{path} exists; give another path, or --force to replace it")
 
 
 @contextmanager
