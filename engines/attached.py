@@ -161,7 +161,7 @@ class _Trajectory:
 
     def __init__(self, program: Pipeline, shape: Sequence[int], conditions: dict[str, np.ndarray]) -> None:
         self._shape, self._conditions, self.done = tuple(shape), conditions, 0
-        self._steps = Steps(program, shape, conditions)
+        self._steps = Steps(program.lanes, shape, conditions)
         self._in_graphs = program.record.solver.kind == "graph"
         self._scale = program.bundle.tables["solver.input_scale"]
         self._steps.__enter__()

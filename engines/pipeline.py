@@ -20,6 +20,7 @@ from engines.conditions import EMBEDDINGS, conditions_of
 from engines.given import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.interrupt import Calls
 from engines.program import Program
+from engines.sizes import batches_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import open_bundle
 
@@ -226,7 +227,7 @@ class Pipeline(Program):
                 chosen = np.arange(start, min(start + size, len(noise)))
                 with ExitStack() as stack:
                     own = rows_of(conditions, chosen, len(noise))
-                    walk = Walk(stack.enter_context(Steps(self, noise[chosen].shape, own)), noise[chosen])
+                    walk = Walk(stack.enter_context(Steps(self.lanes, noise[chosen].shape, own)), noise[chosen])
                     if walk.steps.whole and not together and going:
                         walk.finish()
                         bar.update(calls)
@@ -255,7 +256,8 @@ class Pipeline(Program):
 
     def _pixels(self, latent: np.ndarray) -> np.ndarray:
         """Return pixels ``[n, channels, height, width]`` in [0, 1] of latents."""
-        return np.concatenate([self.decode(latent[rows]) for rows in self.batches(len(latent))])[: len(latent)]
+        batches = batches_of(self.record, len(latent))
+        return np.concatenate([self.decode(latent[rows]) for rows in batches])[: len(latent)]
 
 
 def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT) -> Pipeline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 from dipgo.errors import UsageError
 from engines.backend import Runner, numpy_type
 from engines.given import draw_noise
-from engines.lane import Lane
-from engines.sizes import axes_of, batch_of, cells_of
+from engines.lanes import Lanes
+from engines.sizes import axes_of, batch_of, batches_of, cells_of
 from engines.steps import Steps, Walk
 from engines.text import TextEncoder
 from export.axes import shape_at, values_at
@@ -21,17 +20,12 @@ from export.bundle import Bundle, DecoderRecord
 
 AfterStep = Callable[[int, np.ndarray], None]
 
-IDLE_LANES = 8  # that wait for their next trajectory, of all sizes together; each holds memory of its own
-
 
 class Program:
     """A bundle ready to run; a context manager that holds its engines.
 
-    The state of a trajectory lives in a lane that one call of :meth:`denoise` has for itself and that every
-    trajectory overwrites from its first step on: calls cannot leak into each other, in one thread or several.
-
     Attributes:
-        launches: graphs of the loop launched since the program was made.
+        lanes: what trajectories run on, each on one of its own.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner) -> None:
@@ -39,9 +33,7 @@ class Program:
         self.record = bundle.record
         encoder = self.record.conditioning.encoder
         self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
-        self._idle: list[Lane] = []  # the one that ran last at the end
-        self._taking = threading.Lock()
-        self.launches = 0
+        self.lanes = Lanes(bundle, runner)
 
     def __enter__(self) -> Program:
         self.runner.__enter__()
@@ -50,7 +42,7 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._idle = []
+        self.lanes.clear()
         self.runner.__exit__(kind, error, trace)
 
     @property
@@ -168,7 +160,7 @@ class Program:
             The final latent, float32 ``[B, C, H, W]``.
         """
         self._check_rows(conditions, self.axes_of(noise.shape))
-        with Steps(self, noise.shape, conditions) as steps:
+        with Steps(self.lanes, noise.shape, conditions) as steps:
             walk = Walk(steps, noise, watched=False)
             if steps.whole and not after_step:
                 walk.finish()
@@ -177,33 +169,6 @@ class Program:
                 if after_step:
                     after_step(walk.done - 1, steps.epsilon(walk.done - 1))
             return walk.latent
-
-    def take_lane(self, shape: Sequence[int]) -> Lane:
-        """Return an idle lane for a batch of latents of this shape, or a new one.
-
-        Raises:
-            UsageError: a shape that the bundle was not compiled for.
-        """
-        sizes = self.axes_of(shape)
-        with self._taking:
-            for index in reversed(range(len(self._idle))):
-                if self._idle[index].sizes == sizes:
-                    return self._idle.pop(index)
-        return Lane(self.bundle, self.runner, sizes)
-
-    def give_lane(self, lane: Lane) -> None:
-        """Give back a lane that nothing uses any more; beyond :data:`IDLE_LANES` the one that waited longest goes."""
-        with self._taking:
-            self._idle.append(lane)
-            del self._idle[:-IDLE_LANES]
-
-    def batches(self, count: int) -> list[np.ndarray]:
-        """Return which of ``count`` images go together; the last batch is filled up with the last image."""
-        axis, found = self.record.axes.get("batch"), []
-        for start in range(0, count, self.batch):
-            length = self.batch if axis is None else max(min(self.batch, count - start), axis.min)
-            found.append(np.arange(start, start + length).clip(max=count - 1))
-        return found
 
     @property
     def makes_pixels(self) -> bool:
@@ -241,7 +206,7 @@ class Program:
         if not self.makes_pixels:
             self._decoder()
         noise = self.noise(len(given), seed, size)
-        pixels, batches = [], self.batches(len(given))
+        pixels, batches = [], batches_of(self.record, len(given))
         for number in progress(range(len(batches))):
             chosen = batches[number]
             conditions = self.conditions([given[k] for k in chosen], negative, size)

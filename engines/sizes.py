@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dipgo.errors import UsageError
 from export.axes import shape_at, values_at
 from export.bundle import BundleRecord
@@ -28,6 +30,15 @@ def axes_of(record: BundleRecord, shape: Sequence[int]) -> dict[str, int]:
 def batch_of(record: BundleRecord) -> int:
     """Return how many images a batch has: the bundle's number, or the largest."""
     return shape_at(record.latent.shape, values_at(record.axes, "max"))[0]
+
+
+def batches_of(record: BundleRecord, count: int) -> list[np.ndarray]:
+    """Return which of ``count`` images go together; the last batch is filled up with the last image."""
+    largest, axis, found = batch_of(record), record.axes.get("batch"), []
+    for start in range(0, count, largest):
+        length = largest if axis is None else max(min(largest, count - start), axis.min)
+        found.append(np.arange(start, start + length).clip(max=count - 1))
+    return found
 
 
 def cells_of(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, int]:

@@ -7,35 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engines.lane import Lane
-
-if TYPE_CHECKING:
-    from engines.program import Program
+from engines.lanes import Lanes
+from engines.sizes import batches_of
 
 
 class Steps:
-    """The lanes of some images; a context manager, which takes lanes from the program and gives them back.
+    """The lanes of some images; a context manager, which takes their lanes and gives them back.
 
     Args:
-        program: whose engines are loaded.
+        lanes: of a bundle whose engines are loaded.
         shape: of the latents of all images, ``[n, C, H, W]``.
         conditions: the graph inputs of all of them, with guidance the unconditional half first: ``2 n`` rows.
     """
 
-    def __init__(self, program: Program, shape: Sequence[int], conditions: Mapping[str, np.ndarray]) -> None:
-        self.program, self.count, self.record = program, shape[0], program.record
-        self._image, self._batches = tuple(shape[1:]), program.batches(shape[0])
+    def __init__(self, lanes: Lanes, shape: Sequence[int], conditions: Mapping[str, np.ndarray]) -> None:
+        self.bundle, self.record, self.count = lanes.bundle, lanes.bundle.record, shape[0]
+        self._image, self._batches = tuple(shape[1:]), batches_of(self.record, shape[0])
         self._conditions = conditions
+        self._from = lanes
         self._lanes: list[Lane] = []
 
     def __enter__(self) -> Steps:
         try:
             for chosen in self._batches:
-                lane = self.program.take_lane((len(chosen), *self._image))
+                lane = self._from.take((len(chosen), *self._image))
                 self._lanes.append(lane)
                 lane.begin(rows_of(self._conditions, chosen, self.count))
         except BaseException:
@@ -58,7 +57,7 @@ class Steps:
         for lane in self._lanes:
             assert lane.whole is not None
             lane.whole()
-            self.program.launches += 1
+            self._from.launches += 1
 
     def write(self, step: int, latent: np.ndarray) -> None:
         """Set x before a step, ``[n, C, H, W]``: in graphs that hold the solver unscaled, else as ε is computed."""
@@ -70,7 +69,7 @@ class Steps:
         for lane in self._lanes:
             for launch in lane.steps[step]:
                 launch()
-            self.program.launches += len(lane.steps[step])
+            self._from.launches += len(lane.steps[step])
 
     def epsilon(self, step: int) -> np.ndarray:
         """Return ε after a step, float32 ``[n, C, H, W]``, a copy."""
@@ -86,7 +85,7 @@ class Steps:
 
     def _give_back(self) -> None:
         while self._lanes:
-            self.program.give_lane(self._lanes.pop())
+            self._from.give(self._lanes.pop())
 
 
 class Walk:
@@ -98,7 +97,7 @@ class Walk:
     """
 
     def __init__(self, steps: Steps, noise: np.ndarray, watched: bool = True) -> None:
-        tables = steps.program.bundle.tables
+        tables = steps.bundle.tables
         self._rows, self._scale = tables["solver.rows"], tables["solver.input_scale"]
         self.steps, self.done = steps, 0
         self._in_graphs = steps.record.solver.kind == "graph"

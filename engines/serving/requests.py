@@ -17,6 +17,7 @@ from dipgo.errors import UsageError
 from engines.images import to_image
 from engines.program import Program
 from engines.serving.limits import Limits
+from engines.sizes import batches_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def render(program: Program, rows: Sequence[Row]) -> list[np.ndarray]:
     for negative in dict.fromkeys(row.negative for row in rows):
         wanted = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
         noise = {index: program.noise(rows[index].number, rows[index].seed) for index, _ in wanted}
-        for chosen in program.batches(len(wanted)):  # what fills the last batch up repeats its last image
+        for chosen in batches_of(program.record, len(wanted)):  # what fills the last batch up repeats its last image
             full = [wanted[k] for k in chosen]
             some = full[: len(np.unique(chosen))]
             conditions = program.conditions([rows[index].given for index, _ in full], negative)

@@ -15,7 +15,7 @@ from dipgo.models import find_model
 from dipgo.sampler import tabulate
 from dipgo.trace import trace
 from engines.lane import Lane
-from engines.program import IDLE_LANES
+from engines.lanes import IDLE
 from engines.steps import Steps, Walk
 from engines.torchrt import runner
 from export.compiler import prepare, write_bundle
@@ -86,16 +86,16 @@ def test_few_lanes_wait_for_their_next_trajectory(bundles, monkeypatch):
             super().__init__(*parts)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("engines.program.Lane", Watched)
+    monkeypatch.setattr("engines.lanes.Lane", Watched)
     with engines.load(bundles / "ranges") as program:
         latents = [program.denoise(program.noise(1, 0, size), {}) for size in SIZES]
-        assert (len(made), living(made)) == (len(SIZES), IDLE_LANES)
-        for size, latent in list(zip(SIZES, latents, strict=True))[-IDLE_LANES:]:
+        assert (len(made), living(made)) == (len(SIZES), IDLE)
+        for size, latent in list(zip(SIZES, latents, strict=True))[-IDLE:]:
             assert np.array_equal(program.denoise(program.noise(1, 0, size), {}), latent)
         assert len(made) == len(SIZES)
-        with Steps(program, (40, 3, 8, 8), {}):
+        with Steps(program.lanes, (40, 3, 8, 8), {}):
             assert living(made) >= 14
-        assert living(made) == IDLE_LANES
+        assert living(made) == IDLE
         assert np.array_equal(program.denoise(program.noise(1, 0, SIZES[0]), {}), latents[0])
 
 
@@ -113,7 +113,7 @@ def test_torch_keeps_the_graphs_of_few_sizes(bundles, monkeypatch):
     with engines.load(bundles / "ranges", backend="torch-cpu") as program:
         noise = program.noise(2, 0, SIZES[0])
         expected = program.denoise(noise, {})
-        with Steps(program, noise.shape, {}) as steps:
+        with Steps(program.lanes, noise.shape, {}) as steps:
             walk = Walk(steps, noise)
             walk.advance()
             for size in SIZES[1:]:

@@ -76,7 +76,7 @@ def test_images_are_those_of_onnx_runtime(made, bundle, cuda):
     _, expected = made
     with engines.load(bundle.folder, backend="tensorrt") as program:
         assert np.abs(program.generate([0, 1], 1) - expected[1]).max() <= 1e-6
-        assert program.launches == 2
+        assert program.lanes.launches == 2
         assert cuda.launched.count("graph") == 2
         noise, conditions = program.noise(1, 3), program.conditions([2])
         whole = program.denoise(noise, conditions)
