@@ -84,7 +84,7 @@ def variant_of(files: Sequence[Path]) -> str | None:
     return parts[0] if parts else None
 
 
-def read_checkpoint(files: Sequence[Path]) -> dict[str, Stored]:
+def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     """Return where each tensor of a checkpoint lies, of one file or of all its shards; only headers are read.
 
     Raises:

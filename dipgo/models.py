@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint, variant_of
+from dipgo.checkpoint import Stored, checkpoint_files, stored_tensors, variant_of
 from dipgo.errors import DipgoError, UsageError
 from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of_json, sha256_once
@@ -231,7 +231,7 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     model = Model(name, folder, family, config, random_weights)
     if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
-    _check_lora(folder, read_checkpoint(model.weights_files))
+    _check_lora(folder, stored_tensors(model.weights_files))
     return model
 
 

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.export import Dim
 
-from dipgo.checkpoint import Stored, checkpoint_files, read_checkpoint
+from dipgo.checkpoint import Stored, checkpoint_files, stored_tensors
 from dipgo.errors import DipgoError
 from dipgo.models import Model
 from dipgo.random_weights import write_random
@@ -184,7 +184,7 @@ def own_weights(model: Model, name: str) -> Weights:
     files = _files(model, name)
     if not files:
         raise DipgoError(f"{folder}: no safetensors weights in it; download or save the pipeline again")
-    return Weights(read_checkpoint(files), model.folder)
+    return Weights(stored_tensors(files), model.folder)
 
 
 def _files(model: Model, name: str) -> list[Path]:
@@ -219,7 +219,7 @@ def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Wei
         drawn = component_dtype(model, name, dtype)
         path = folder / name / f"random-{_STORED_DTYPES[drawn]}.safetensors"
         write_random(parameters_of(model, name), drawn, path)
-        return Weights(read_checkpoint([path]), folder)
+        return Weights(stored_tensors([path]), folder)
     own = own_weights(model, name)
     module = empty_component(model, name, dtype)
     wanted = {

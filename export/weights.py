@@ -18,7 +18,7 @@ from typing import Literal
 import onnx_ir as ir
 import torch
 
-from dipgo.checkpoint import DTYPES, Stored, is_whole, read_checkpoint, read_pieces, safetensors_header
+from dipgo.checkpoint import DTYPES, Stored, is_whole, read_pieces, safetensors_header, stored_tensors
 from dipgo.errors import DipgoError
 from dipgo.files import new_file, sha256_of_json, sha256_once
 
@@ -133,7 +133,7 @@ def cast(
             for name in order:
                 for piece in read_pieces(stored[name]):
                     stream.write(_converted(piece, kinds[name], stored[name].file, name).view(torch.uint8).numpy().data)
-    return read_checkpoint([target])
+    return stored_tensors([target])
 
 
 def place(files: Iterable[Path], root: Path, folder: Path, digests: Mapping[Path, str] | None = None) -> dict[str, str]:

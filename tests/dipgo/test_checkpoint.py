@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dipgo.checkpoint import DTYPES, read_checkpoint, read_pieces, safetensors_header
+from dipgo.checkpoint import DTYPES, read_pieces, safetensors_header, stored_tensors
 from dipgo.errors import DipgoError
 from dipgo.files import sha256_of, sha256_once
 from dipgo.models import find_model
@@ -40,7 +40,7 @@ def same_as_safetensors(files):
     expected = {}
     for file in files:
         expected |= load_file(file)
-    checkpoint = read_checkpoint(files)
+    checkpoint = stored_tensors(files)
     assert checkpoint.keys() == expected.keys()
     for name, stored in checkpoint.items():
         with stored.file.open("rb") as stream:
@@ -76,7 +76,7 @@ def test_a_header_of_ours_is_read_by_safetensors(tmp_path):
 def test_pieces_are_the_whole_tensor(tmp_path):
     values = torch.arange(5 * 2**20, dtype=torch.float32)  # 20 MiB, more than a piece
     save_file({"a": torch.ones(3), "w": values}, tmp_path / "w.safetensors")
-    pieces = list(read_pieces(read_checkpoint([tmp_path / "w.safetensors"])["w"]))
+    pieces = list(read_pieces(stored_tensors([tmp_path / "w.safetensors"])["w"]))
     assert len(pieces) == 2
     assert torch.equal(torch.cat(pieces), values)
 
@@ -126,7 +126,7 @@ def entry(start, end, shape=(2,), dtype="F32"):
 def test_bad_headers_are_refused(tmp_path, header, data, length, message):
     path = file_of(tmp_path / "w.safetensors", header, data, length)
     with pytest.raises(DipgoError, match=message) as raised:
-        read_checkpoint([path])
+        stored_tensors([path])
     text = str(raised.value)
     assert text.startswith(str(path))
     assert "\n" not in text
@@ -141,7 +141,7 @@ def test_an_absurd_header_is_not_read(tmp_path):
         stream.write((150_000_000).to_bytes(8, "little"))
         stream.truncate(200_000_000)  # sparse
     with pytest.raises(DipgoError, match="a header of 150000000 bytes, above 100000000"):
-        read_checkpoint([path])
+        stored_tensors([path])
 
 
 def test_truncated_and_missing_files(tmp_path, whole):
@@ -149,10 +149,10 @@ def test_truncated_and_missing_files(tmp_path, whole):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(DipgoError, match=r"truncated or damaged .*; download or save it again"):
-            read_checkpoint([path])
+            stored_tensors([path])
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(DipgoError, match=r"damaged \((No such file|Is a directory)"):
-            read_checkpoint([missing])
+            stored_tensors([missing])
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -171,7 +171,7 @@ def test_what_safetensors_accepts_is_accepted(tmp_path, whole, changes):
     path = tmp_path / "w.safetensors"
     path.write_bytes(data)
     try:
-        read_checkpoint([path])
+        stored_tensors([path])
     except DipgoError:
         with pytest.raises(SafetensorError):
             load_file(path)
@@ -195,7 +195,7 @@ def test_shards_are_one_checkpoint(tiny_dit, sharded):
     assert len(model.weights_files) > 2
     same_as_safetensors(model.weights_files)
     expected, found = find_model(tiny_dit).pipeline().transformer, model.pipeline().transformer
-    assert read_checkpoint(model.weights_files).keys() == expected.state_dict().keys()
+    assert stored_tensors(model.weights_files).keys() == expected.state_dict().keys()
     for mine, other in zip(expected.parameters(), found.parameters(), strict=True):
         assert torch.equal(mine, other)
     assert model.identity().weights_sha256 != find_model(tiny_dit).identity().weights_sha256
@@ -228,7 +228,7 @@ def test_damaged_shards_are_refused(sharded, damage):
         (folder / INDEX).write_text(json.dumps(index))
         message = "index.json: 'more' is not in"
     with pytest.raises(DipgoError, match=message) as raised:
-        read_checkpoint(find_model(str(sharded)).weights_files)
+        stored_tensors(find_model(str(sharded)).weights_files)
     assert "\n" not in str(raised.value)
 
 
@@ -241,7 +241,7 @@ def test_variants_beside_the_plain_files_are_left_out(tiny_dit, sharded, tmp_pat
     assert (single / f"{NAME}.fp16.safetensors").is_file()
     assert find_model(str(single.parent)).weights_files == plain
     shards = find_model(str(sharded)).weights_files
-    assert {stored.dtype for stored in read_checkpoint(shards).values()} == {"F32"}
+    assert {stored.dtype for stored in stored_tensors(shards).values()} == {"F32"}
     assert len(list((sharded / "transformer").glob("*fp16*.safetensors"))) > 2
     plain[0].unlink()
     assert [path.name for path in find_model(str(single.parent)).weights_files] == [f"{NAME}.fp16.safetensors"]

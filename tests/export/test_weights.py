@@ -14,7 +14,7 @@ import torch
 from onnxscript import optimizer
 from safetensors.torch import load_file, save_file
 
-from dipgo.checkpoint import DTYPES, read_checkpoint
+from dipgo.checkpoint import DTYPES, stored_tensors
 from dipgo.errors import DipgoError
 from dipgo.random_weights import draw
 from export.weights import bind, cast, check_in_place, place
@@ -69,7 +69,7 @@ def locations(path):
 
 def test_graphs_run_on_the_weights_in_the_pipeline_folder(pipeline):
     model = graph()
-    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
     check_in_place(files_of(pipeline), pipeline)
     ir.save(model, pipeline / "g.onnx")
     assert locations(pipeline / "g.onnx") == ["unet/a.safetensors", "unet/b.safetensors"]
@@ -84,7 +84,7 @@ def test_graphs_run_on_copies_of_what_a_hub_cache_links_to(pipeline, tmp_path):
     for file in files_of(pipeline):
         (cache / "unet" / file.name).symlink_to(file)
     model = graph()
-    bind(model, NAMES, read_checkpoint(files_of(cache)), cache)
+    bind(model, NAMES, stored_tensors(files_of(cache)), cache)
     bound = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     np.testing.assert_array_equal(bound["denoiser.w"], draw("w", (3, 4)).numpy())
     optimizer.optimize_ir(model, should_fold=lambda node: False)  # it compares the initializers' bytes
@@ -111,14 +111,14 @@ def test_graphs_run_on_copies_of_what_a_hub_cache_links_to(pipeline, tmp_path):
 )
 def test_weights_of_another_model_are_refused(pipeline, model, names, message):
     with pytest.raises(DipgoError, match=message) as raised:
-        bind(model, names, read_checkpoint(files_of(pipeline)), pipeline)
+        bind(model, names, stored_tensors(files_of(pipeline)), pipeline)
     assert "\n" not in str(raised.value)
 
 
 def test_weights_outside_the_folder_are_refused(pipeline, tmp_path):
     files, root = files_of(pipeline), tmp_path / "elsewhere"
     for refused in (
-        lambda: bind(graph(), NAMES, read_checkpoint(files), root),
+        lambda: bind(graph(), NAMES, stored_tensors(files), root),
         lambda: place(files, root, tmp_path / "b"),
         lambda: check_in_place(files, root),
     ):
@@ -150,7 +150,7 @@ def hard_link(folder):
 )
 def test_what_onnx_refuses_in_place_is_refused_before(pipeline, change, message):
     model = graph()
-    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
     ir.save(model, pipeline / "g.onnx")
     change(pipeline)
     with pytest.raises(DipgoError, match=message):
@@ -161,7 +161,7 @@ def test_what_onnx_refuses_in_place_is_refused_before(pipeline, change, message)
 
 def test_a_link_to_the_folder_itself_is_fine(pipeline, tmp_path):
     model = graph()
-    bind(model, NAMES, read_checkpoint(files_of(pipeline)), pipeline)
+    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
     ir.save(model, pipeline / "g.onnx")
     root = tmp_path / "link"
     root.symlink_to(pipeline)
@@ -200,12 +200,12 @@ def test_casts_round_as_torch_does(tmp_path, dtype):
     }
     save_file(tensors, tmp_path / "w.safetensors")
     names = [name for name in tensors if name != "left"]
-    found = cast(read_checkpoint([tmp_path / "w.safetensors"]), names, dtype, tmp_path / "b", "unet")
+    found = cast(stored_tensors([tmp_path / "w.safetensors"]), names, dtype, tmp_path / "b", "unet")
     file = found["large"].file
     assert file.parent == tmp_path / "b" / "unet"
     assert file.name.startswith(f"{dtype}-")
     read = load_file(file)
-    assert found == read_checkpoint([file])
+    assert found == stored_tensors([file])
     assert read.keys() == set(names)
     for name in names:
         wanted = tensors[name].to(DTYPES[dtype]) if tensors[name].is_floating_point() else tensors[name]
@@ -217,7 +217,7 @@ def test_casts_round_as_torch_does(tmp_path, dtype):
 
 
 def test_graphs_run_on_a_cast(pipeline, tmp_path):
-    found = cast(read_checkpoint(files_of(pipeline)), ["w", "b"], "F16", tmp_path / "b", "unet")
+    found = cast(stored_tensors(files_of(pipeline)), ["w", "b"], "F16", tmp_path / "b", "unet")
     model = graph(ir.DataType.FLOAT16)
     bind(model, NAMES, found, tmp_path / "b")
     ir.save(model, tmp_path / "b" / "g.onnx")
@@ -227,7 +227,7 @@ def test_graphs_run_on_a_cast(pipeline, tmp_path):
 
 def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline, tmp_path):
     def once(dtype="F16", names=("w", "b")):
-        return cast(read_checkpoint(files_of(pipeline)), names, dtype, tmp_path / "b", "unet")["b"].file
+        return cast(stored_tensors(files_of(pipeline)), names, dtype, tmp_path / "b", "unet")["b"].file
 
     first = once()
     made, content = first.stat(), first.read_bytes()
@@ -247,7 +247,7 @@ def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline
 def test_values_that_would_become_infinite_are_refused(tmp_path, dtype, value, cure):
     tensors = {"fine": torch.ones(3), "too.large": torch.tensor([1.0, -value, torch.inf])}
     save_file(tensors, tmp_path / "w.safetensors")
-    checkpoint = read_checkpoint([tmp_path / "w.safetensors"])
+    checkpoint = stored_tensors([tmp_path / "w.safetensors"])
     message = rf"w\.safetensors: 'too\.large' holds values too large for {dtype}; export in {cure}$"
     with pytest.raises(DipgoError, match=message):
         cast(checkpoint, list(tensors), dtype, tmp_path / "b", "unet")
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, way):
     write = {
         "copy": lambda: place([file], tmp_path, tmp_path / "b"),
         "copy, digest known": lambda: place([file], tmp_path, tmp_path / "b", {file: "0" * 64}),
-        "cast": lambda: cast(read_checkpoint([file]), ["w"], "F16", tmp_path / "b", "unet"),
+        "cast": lambda: cast(stored_tensors([file]), ["w"], "F16", tmp_path / "b", "unet"),
     }[way]
     with small_disk(), pytest.raises(DipgoError, match=r"b/unet/.*: the disk is full; .*free some space") as raised:
         write()
