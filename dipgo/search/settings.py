@@ -19,6 +19,8 @@ METHODS = ("dipgo", "paper")
 POSITIVE = ("batch", "chunk", "held_out", "terms", "drops_on", "contenders")
 NATURAL = ("pool", "drops", "gate_iterations", "trial_iterations", "backup_iterations", "backup_warmup")
 
+CADENCE = ("checkpoint_iterations", "checkpoint_seconds")  # the settings that no result depends on
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -56,7 +58,8 @@ class Settings:
         by_channel: one backup weight a channel instead of one a site.
         precision: ``fp32``, ``fp16`` or ``bf16``, of the denoiser.
         recompute: keep no activations between steps: less memory, a third more time.
-        checkpoint_iterations, checkpoint_seconds: how often a run folder gets a checkpoint; 0 is never.
+        checkpoint_iterations, checkpoint_seconds: how often a run folder gets a checkpoint; 0 is never. A
+            resumed run may have others.
     """
 
     batch: int = 8

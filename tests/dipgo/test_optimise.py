@@ -286,7 +286,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL, "killed while it ran"
         assert not (tmp_path / "killed.json").exists()
-    last = command(tiny_dit, tmp_path / "killed.json", folder, "--resume", settings=settings)
+    resumed = settings | {"checkpoint_iterations": 5}
+    last = command(tiny_dit, tmp_path / "killed.json", folder, "--resume", settings=resumed)
     subprocess.run(last, env=ENVIRONMENT, check=True, capture_output=True)
     killed = load_subnet(tmp_path / "killed.json")
     pairs = [f"{name}={value}" for name, value in settings.items()]
