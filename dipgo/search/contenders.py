@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from dipgo.liveness import canonical
 from dipgo.search.drops import drop_cheapest
 from dipgo.search.gates import budgeted_scores
 from dipgo.search.judge import Candidate
+from dipgo.search.moves import move_steps
 from dipgo.search.policies import (
     SERVINGS,
     SLOPES,
     SPACINGS,
     extrapolation,
+    gates_of_steps,
     policies,
     policy_name,
     thinned,
@@ -23,6 +25,9 @@ from dipgo.search.policies import (
 )
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.work import Work
+
+DROPPED = 2  # spacings that lose gates; none behind the best two has won a search yet
+HALFWAY = 0.5  # between reuse and extrapolation: the slope at which moves are compared
 
 
 def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list[Candidate], list[Candidate]]:
@@ -90,7 +95,7 @@ def _fits(work: Work, budget: float, gates: np.ndarray, learned: bool = True) ->
 def _proposed(
     work: Work, budget: float, fixed: Sequence[Candidate], start: np.ndarray, last: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Propose gates that no rule gives: given ones, the last budget's, by measured drops, and moved by gradient."""
+    """Propose gates that no rule gives: given ones, the last budget's, by measured moves and drops, and by gradient."""
     trace, settings = work.task.trace, work.settings
     proposals = {}
     for number, given in enumerate(work.starts, 1):
@@ -102,17 +107,9 @@ def _proposed(
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
     if settings.drops:
-        judged = {policy.name: policy.psnr for policy in fixed}
-        for spacing in SPACINGS:
-            best = {
-                serving: max(judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True))
-                for serving in SERVINGS
-            }
-            serving = max(SERVINGS, key=lambda serving: best[serving])
-            if best[serving] > -np.inf:
-                gates = _dropped(work, budget, spacing, serving)
-                if _fits(work, budget, gates):
-                    proposals[f"{spacing}, {serving}, dropped"] = gates
+        proposals |= {
+            name: gates for name, gates in _dropped_schedules(work, budget, fixed) if _fits(work, budget, gates)
+        }
     if settings.gate_iterations:
         scores = budgeted_scores(
             work.pruner(start),
@@ -128,14 +125,53 @@ def _proposed(
     return proposals
 
 
-def _dropped(work: Work, budget: float, spacing: str, serving: str) -> np.ndarray:
-    """Return gates of one whole step more than the budget allows, less what is missed least."""
+def _dropped_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the best spacings with one step more than fits, as they are and moved, less what is missed least."""
+    trace, calls = work.task.trace, work.task.sampler.calls
+    judged = {policy.name: policy.psnr for policy in fixed}
+    scores = {
+        (spacing, serving): max(
+            judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True)
+        )
+        for spacing in SPACINGS
+        for serving in SERVINGS
+    }
+    ranked = sorted(scores, key=lambda which: -scores[which])
+    for spacing in list(dict.fromkeys(spacing for spacing, _ in ranked))[:DROPPED]:
+        serving = next(serving for name, serving in ranked if name == spacing)
+        _, steps = whole_steps(trace, calls, budget, SPACINGS[spacing], serving, learned=True)
+        yield f"{spacing}, {serving}, dropped", _dropped(work, budget, steps, serving, spacing)
+    if work.settings.moves:
+        serving = ranked[0][1]
+        yield f"moved, {serving}, dropped", _dropped(work, budget, _moved(work, budget, serving), serving, "moved")
+
+
+def _moved(work: Work, budget: float, serving: str) -> Sequence[int]:
+    """Return one computed step more than the budget allows, moved to where they do best."""
+    trace, calls, moves = work.task.trace, work.task.sampler.calls, work.settings.moves
+
+    def report(measured: int, found: float) -> None:
+        work.run.report(f"moves {budget:g}", measured, moves, f"{found:.2f} dB")
+
+    def moved() -> dict[str, np.ndarray]:
+        def score(steps: Sequence[int]) -> float:
+            gates = gates_of_steps(trace, calls, steps, serving, learned=True)
+            return work.ground.psnr(gates, extrapolation(trace, gates, HALFWAY))
+
+        spaced = [whole_steps(trace, calls, budget, SPACINGS[name], serving, learned=True)[1] for name in SPACINGS]
+        return {"steps": np.array(move_steps(max(spaced, key=score), calls, score, moves, work.seed, report))}
+
+    return [int(step) for step in work.run.once(f"moves-{budget:g}", moved)["steps"]]
+
+
+def _dropped(work: Work, budget: float, steps: Sequence[int], serving: str, name: str) -> np.ndarray:
+    """Return gates of computed steps that cost too much, less what is missed least."""
     trace, settings = work.task.trace, work.settings
-    _, above = whole_steps(trace, work.task.sampler.calls, budget, SPACINGS[spacing], serving, learned=True)
+    above = gates_of_steps(trace, work.task.sampler.calls, steps, serving, learned=True)
 
     def report(measured: int, left: float) -> None:
         total = max(measured, settings.drops)
-        work.run.report(f"drops {budget:g}, {spacing}", measured, total, f"{left:.2f} dB")
+        work.run.report(f"drops {budget:g}, {name}", measured, total, f"{left:.2f} dB")
 
     def dropped() -> dict[str, np.ndarray]:
         slope = _slope(work, above)
@@ -145,7 +181,7 @@ def _dropped(work: Work, budget: float, spacing: str, serving: str) -> np.ndarra
 
         return {"gates": drop_cheapest(trace, above, budget, score, settings.drops, work.seed, report).astype(np.uint8)}
 
-    return work.run.once(f"drops-{budget:g}-{spacing}", dropped)["gates"].astype(bool)
+    return work.run.once(f"drops-{budget:g}-{name}", dropped)["gates"].astype(bool)
 
 
 def _sloped(work: Work, budget: float, name: str, gates: np.ndarray) -> Candidate:

@@ -7,7 +7,7 @@ are compared at equal MACs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,46 +104,54 @@ def spaced(
     One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
     costs too much, so do the gates that are returned. Arguments as for :func:`whole_steps`.
     """
-    below, above = whole_steps(trace, calls, budget, spacing, serving, learned, outer)
+    below, above = (
+        gates_of_steps(trace, calls, steps, serving, learned, outer)
+        for steps in whole_steps(trace, calls, budget, spacing, serving, learned, outer)
+    )
     inner = np.flatnonzero(~_served_inside(trace, outer))
     return trim(trace, above, below, budget * trace.full_macs * calls, learned, inner)
 
 
 def whole_steps(
     trace: Trace, calls: int, budget: float, spacing: Spacing, serving: str, learned: bool, outer: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return gates that compute as many whole steps as the budget allows, and gates that compute one step more.
+) -> tuple[list[int], list[int]]:
+    """Return as many computed steps as the budget allows, and one step more; where all fit, both are the same.
 
     Args:
         spacing: where the computed steps lie, such as one of :data:`SPACINGS`.
+        serving, learned, outer: see :func:`gates_of_steps`.
+    """
+    limit = budget * trace.full_macs * calls
+    below = computed_steps(calls, 1, spacing)
+    for count in range(2, calls + 1):
+        above = computed_steps(calls, count, spacing)
+        gates = gates_of_steps(trace, calls, above, serving, learned, outer)
+        if trajectory_macs(trace, gates, learned) > limit:
+            return below, above
+        below = above
+    return below, below
+
+
+def gates_of_steps(
+    trace: Trace, calls: int, steps: Sequence[int], serving: str, learned: bool, outer: int = 0
+) -> np.ndarray:
+    """Return gates that compute ``steps`` whole: bool ``[calls, sites]``.
+
+    Args:
         serving: where a skipped step is served. ``whole``: at the output, so that nothing runs; ``inside``: at the
             inner sites, and what stands behind them runs, on today's latent and timestep; ``mixed``: whole in the
             first step after a computed one, inside in the others.
         learned: whether backups will be weighted (two terms) or last outputs.
         outer: how many of the first and of the last sites, in the order in which they run, are never skipped.
-
-    Where all steps fit, both are the same.
     """
-    limit = budget * trace.full_macs * calls
     rest = _served_inside(trace, outer)
-
-    def gates_of(count: int) -> np.ndarray:
-        steps = computed_steps(calls, count, spacing)
-        gates = np.zeros((calls, len(trace.sites)), bool)
-        for step in range(calls):
-            first = step > 0 and step - 1 in steps
-            if serving == "inside" or (serving == "mixed" and not first):
-                gates[step] = rest
-        gates[steps] = True
-        return canonical(gates, 2 if learned else 1, trace.live_sites)
-
-    below = gates_of(1)
-    for count in range(2, calls + 1):
-        above = gates_of(count)
-        if trajectory_macs(trace, above, learned) > limit:
-            return below, above
-        below = above
-    return below, below
+    gates = np.zeros((calls, len(trace.sites)), bool)
+    for step in range(calls):
+        first = step > 0 and step - 1 in steps
+        if serving == "inside" or (serving == "mixed" and not first):
+            gates[step] = rest
+    gates[list(steps)] = True
+    return canonical(gates, 2 if learned else 1, trace.live_sites)
 
 
 def _served_inside(trace: Trace, outer: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from dipgo.search.pruner import check_dimensions
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
 POSITIVE = ("batch", "chunk", "held_out", "terms", "drops_on", "contenders")
-NATURAL = ("pool", "drops", "gate_iterations", "trial_iterations", "backup_iterations", "backup_warmup")
+NATURAL = ("pool", "moves", "drops", "gate_iterations", "trial_iterations", "backup_iterations", "backup_warmup")
 
 CADENCE = ("checkpoint_iterations", "checkpoint_seconds")  # the settings that no result depends on
 
@@ -32,9 +32,12 @@ class Settings:
             at every iteration.
         chunk: how many full trajectories are computed at once.
         held_out: noises on which candidates are compared; never used for learning.
+        moves: places of computed steps that are measured, to choose when to compute
+            (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``.
         drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
             (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
-        drops_on: noises on which drops are measured, and where between reuse and extrapolation backups should start.
+        drops_on: noises on which moves and drops are measured, and where between reuse and extrapolation backups should
+            start.
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
@@ -66,6 +69,7 @@ class Settings:
     pool: int = 1024
     chunk: int = 32
     held_out: int = 32
+    moves: int = 96
     drops: int = 48
     drops_on: int = 8
     contenders: int = 6
@@ -125,7 +129,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=0, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, moves=0, drops=0, contenders=1, trial_iterations=0, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {
