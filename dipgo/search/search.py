@@ -1,4 +1,4 @@
-"""The search: fixed policies, measured drops, learned backups; noise that nothing was learned from chooses."""
+"""The search: fixed policies, measured moves and drops, learned backups; noise that nothing learned from chooses."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def sweep(
 
     Arguments are checked at once; the search goes on as far as the SubNets are asked for.
 
-    ``method="dipgo"``: fixed policies are judged; the best of them, what measured drops make of schedules that cost too
-    much, and the last budget's gates thinned out are given learned backups for a while, and the best of these learns
-    on. Every candidate is judged on held-out noise and the best is returned, so the result is never worse there than
-    the best policy.
+    ``method="dipgo"``: fixed policies are judged; the best of them, what measured moves and drops make of schedules
+    that cost too much, and the last budget's gates thinned out are given learned backups for a while, and the best of
+    these learns on. Every candidate is judged on held-out noise and the best is returned, so the result is never worse
+    there than the best policy.
     ``method="paper"``: the paper's procedure, from keep-everything, serving last outputs; one optimisation gives the
     scores for all budgets.
 

@@ -14,7 +14,16 @@ from dipgo.liveness import canonical
 from dipgo.models import find_model
 from dipgo.search.drops import drop_cheapest
 from dipgo.search.pareto import write_pareto
-from dipgo.search.policies import SPACINGS, drifted, measure_drift, policies, spaced, thinned, whole_steps
+from dipgo.search.policies import (
+    SPACINGS,
+    drifted,
+    gates_of_steps,
+    measure_drift,
+    policies,
+    spaced,
+    thinned,
+    whole_steps,
+)
 from dipgo.search.postprocess import swept_gates
 from dipgo.search.request import budgets_of
 from dipgo.search.search import sweep
@@ -25,7 +34,16 @@ from tests.models import tiny_sd, tiny_unet
 
 STEPS = 8
 TINY = Settings(
-    batch=2, pool=8, held_out=4, drops=3, drops_on=2, contenders=2, trial_iterations=2, backup_iterations=3, width=16
+    batch=2,
+    pool=8,
+    held_out=4,
+    moves=4,
+    drops=3,
+    drops_on=2,
+    contenders=2,
+    trial_iterations=2,
+    backup_iterations=3,
+    width=16,
 )
 
 
@@ -53,6 +71,12 @@ def share(traced, gates, learned=True):
     return trajectory_macs(traced, gates, learned) / (traced.full_macs * len(gates))
 
 
+def too_much(traced, budget, spacing, serving):
+    """Gates of one computed step more than the budget allows."""
+    _, steps = whole_steps(traced, STEPS, budget, SPACINGS[spacing], serving, learned=True)
+    return gates_of_steps(traced, STEPS, steps, serving, learned=True)
+
+
 def test_sweep_answers_from_the_largest_budget_on_and_meets_every_one(swept):
     assert [subnet.search["budget"] for subnet in swept] == [0.7, 0.4]
     for subnet in swept:
@@ -61,7 +85,7 @@ def test_sweep_answers_from_the_largest_budget_on_and_meets_every_one(swept):
         assert subnet.cost.ratio <= subnet.search["budget"]
     names = " ".join(swept[1].search["held_out_psnr_db"])
     assert "thinned" in names, "the smaller budget starts from the larger"
-    assert "dropped" in names
+    assert "moved, mixed, dropped" in names
     assert "backups learned" in names
 
 
@@ -97,7 +121,7 @@ def test_paper_sweep_scores_once(task):
 def test_drops_are_the_cheapest_per_mac(task):
     """Where every gate is worth what it is worth alone, what was dropped is cheaper than all that is left."""
     trace = task.trace
-    _, above = whole_steps(trace, STEPS, 0.4, SPACINGS["middle"], "mixed", learned=True)
+    above = too_much(trace, 0.4, "middle", "mixed")
     worth = np.random.default_rng(0).random(above.shape)
     found = drop_cheapest(trace, above, 0.4, lambda gates: float(worth[gates].sum()), above.size, seed=0)
     assert share(trace, above) > 0.4 >= share(trace, found)
@@ -110,7 +134,7 @@ def test_drops_are_the_cheapest_per_mac(task):
 @pytest.mark.parametrize("singles", [1, 1000])
 def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
     """On a UNet, where sites go with others that nobody reads any more; computation is worth more the later it is."""
-    _, above = whole_steps(unet, STEPS, 0.5, SPACINGS["early"], "inside", learned=True)
+    above = too_much(unet, 0.5, "early", "inside")
     measured = []
 
     def late(gates):
