@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from dipgo.cost import trajectory_macs
 from dipgo.liveness import canonical
-from dipgo.search.drops import drop_cheapest
 from dipgo.search.gates import budgeted_scores
 from dipgo.search.judge import Candidate
-from dipgo.search.moves import move_steps
-from dipgo.search.policies import (
-    SERVINGS,
-    SLOPES,
-    SPACINGS,
-    extrapolation,
-    gates_of_steps,
-    policies,
-    policy_name,
-    thinned,
-    whole_steps,
-)
+from dipgo.search.measured import best_slope, measured_schedules
+from dipgo.search.policies import extrapolation, policies, thinned
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.work import Work
-
-DROPPED = 2  # spacings that lose gates; none behind the best two has won a search yet
-HALFWAY = 0.5  # between reuse and extrapolation: the slope at which moves are compared
 
 
 def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list[Candidate], list[Candidate]]:
@@ -107,9 +93,8 @@ def _proposed(
     if last is not None:
         proposals["thinned"] = thinned(trace, last, work.drift, budget)
     if settings.drops:
-        proposals |= {
-            name: gates for name, gates in _dropped_schedules(work, budget, fixed) if _fits(work, budget, gates)
-        }
+        found = measured_schedules(work, budget, fixed)
+        proposals |= {name: gates for name, gates in found if _fits(work, budget, gates)}
     if settings.gate_iterations:
         scores = budgeted_scores(
             work.pruner(start),
@@ -125,72 +110,8 @@ def _proposed(
     return proposals
 
 
-def _dropped_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the best spacings with one step more than fits, as they are and moved, less what is missed least."""
-    trace, calls = work.task.trace, work.task.sampler.calls
-    judged = {policy.name: policy.psnr for policy in fixed}
-    scores = {
-        (spacing, serving): max(
-            judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True)
-        )
-        for spacing in SPACINGS
-        for serving in SERVINGS
-    }
-    ranked = sorted(scores, key=lambda which: -scores[which])
-    for spacing in list(dict.fromkeys(spacing for spacing, _ in ranked))[:DROPPED]:
-        serving = next(serving for name, serving in ranked if name == spacing)
-        _, steps = whole_steps(trace, calls, budget, SPACINGS[spacing], serving, learned=True)
-        yield f"{spacing}, {serving}, dropped", _dropped(work, budget, steps, serving, spacing)
-    if work.settings.moves:
-        serving = ranked[0][1]
-        yield f"moved, {serving}, dropped", _dropped(work, budget, _moved(work, budget, serving), serving, "moved")
-
-
-def _moved(work: Work, budget: float, serving: str) -> Sequence[int]:
-    """Return one computed step more than the budget allows, moved to where they do best."""
-    trace, calls, moves = work.task.trace, work.task.sampler.calls, work.settings.moves
-
-    def report(measured: int, found: float) -> None:
-        work.run.report(f"moves {budget:g}", measured, moves, f"{found:.2f} dB")
-
-    def moved() -> dict[str, np.ndarray]:
-        def score(steps: Sequence[int]) -> float:
-            gates = gates_of_steps(trace, calls, steps, serving, learned=True)
-            return work.ground.psnr(gates, extrapolation(trace, gates, HALFWAY))
-
-        spaced = [whole_steps(trace, calls, budget, SPACINGS[name], serving, learned=True)[1] for name in SPACINGS]
-        return {"steps": np.array(move_steps(max(spaced, key=score), calls, score, moves, work.seed, report))}
-
-    return [int(step) for step in work.run.once(f"moves-{budget:g}", moved)["steps"]]
-
-
-def _dropped(work: Work, budget: float, steps: Sequence[int], serving: str, name: str) -> np.ndarray:
-    """Return gates of computed steps that cost too much, less what is missed least."""
-    trace, settings = work.task.trace, work.settings
-    above = gates_of_steps(trace, work.task.sampler.calls, steps, serving, learned=True)
-
-    def report(measured: int, left: float) -> None:
-        total = max(measured, settings.drops)
-        work.run.report(f"drops {budget:g}, {name}", measured, total, f"{left:.2f} dB")
-
-    def dropped() -> dict[str, np.ndarray]:
-        slope = _slope(work, above)
-
-        def score(gates: np.ndarray) -> float:
-            return work.ground.psnr(gates, extrapolation(trace, gates, slope))
-
-        return {"gates": drop_cheapest(trace, above, budget, score, settings.drops, work.seed, report).astype(np.uint8)}
-
-    return work.run.once(f"drops-{budget:g}-{name}", dropped)["gates"].astype(bool)
-
-
 def _sloped(work: Work, budget: float, name: str, gates: np.ndarray) -> Candidate:
     """Judge the gates with backups that follow as much of the straight line as serves them best."""
     phase = f"slope-{budget:g}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
-    slope = work.run.once(phase, lambda: {"slope": np.array(_slope(work, gates))})["slope"].item()
+    slope = work.run.once(phase, lambda: {"slope": np.array(best_slope(work, gates))})["slope"].item()
     return work.judge(f"{name}, slope {slope:g}", gates, extrapolation(work.task.trace, gates, slope))
-
-
-def _slope(work: Work, gates: np.ndarray) -> float:
-    """Return the best of :data:`SLOPES`, as measured."""
-    return max(SLOPES, key=lambda slope: work.ground.psnr(gates, extrapolation(work.task.trace, gates, slope)))

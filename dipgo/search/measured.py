@@ -1,0 +1,77 @@
+"""Schedules that no rule gives: when to compute, and what to leave out then, as running the trajectory says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dipgo.search.drops import drop_cheapest
+from dipgo.search.judge import Candidate
+from dipgo.search.moves import move_steps
+from dipgo.search.policies import SERVINGS, SLOPES, SPACINGS, extrapolation, gates_of_steps, policy_name, whole_steps
+from dipgo.search.work import Work
+
+DROPPED = 2  # spacings that lose gates; none behind the best two has won a search yet
+HALFWAY = 0.5  # between reuse and extrapolation: the slope at which moves are compared
+
+
+def measured_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the best spacings with one step more than fits, as they are and moved, less what is missed least."""
+    trace, calls = work.task.trace, work.task.sampler.calls
+    judged = {policy.name: policy.psnr for policy in fixed}
+
+    def score(spacing: str, serving: str) -> float:
+        return max(judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True))
+
+    served = {spacing: max(SERVINGS, key=lambda serving: score(spacing, serving)) for spacing in SPACINGS}
+    ranked = sorted(SPACINGS, key=lambda spacing: -score(spacing, served[spacing]))
+    for spacing in ranked[:DROPPED]:
+        _, steps = whole_steps(trace, calls, budget, SPACINGS[spacing], served[spacing], learned=True)
+        yield f"{spacing}, {served[spacing]}, dropped", _dropped(work, budget, steps, served[spacing], spacing)
+    if work.settings.moves:
+        serving = served[ranked[0]]
+        yield f"moved, {serving}, dropped", _dropped(work, budget, _moved(work, budget, serving), serving, "moved")
+
+
+def _moved(work: Work, budget: float, serving: str) -> Sequence[int]:
+    """Return one computed step more than the budget allows, moved to where they do best."""
+    trace, calls, moves = work.task.trace, work.task.sampler.calls, work.settings.moves
+
+    def report(measured: int, found: float) -> None:
+        work.run.report(f"moves {budget:g}", measured, moves, f"{found:.2f} dB")
+
+    def moved() -> dict[str, np.ndarray]:
+        def score(steps: Sequence[int]) -> float:
+            gates = gates_of_steps(trace, calls, steps, serving, learned=True)
+            return work.ground.psnr(gates, extrapolation(trace, gates, HALFWAY))
+
+        spaced = [whole_steps(trace, calls, budget, SPACINGS[name], serving, learned=True)[1] for name in SPACINGS]
+        return {"steps": np.array(move_steps(max(spaced, key=score), calls, score, moves, work.seed, report))}
+
+    return [int(step) for step in work.run.once(f"moves-{budget:g}", moved)["steps"]]
+
+
+def _dropped(work: Work, budget: float, steps: Sequence[int], serving: str, name: str) -> np.ndarray:
+    """Return gates of computed steps that cost too much, less what is missed least."""
+    trace, settings = work.task.trace, work.settings
+    above = gates_of_steps(trace, work.task.sampler.calls, steps, serving, learned=True)
+
+    def report(measured: int, left: float) -> None:
+        total = max(measured, settings.drops)
+        work.run.report(f"drops {budget:g}, {name}", measured, total, f"{left:.2f} dB")
+
+    def dropped() -> dict[str, np.ndarray]:
+        slope = best_slope(work, above)
+
+        def score(gates: np.ndarray) -> float:
+            return work.ground.psnr(gates, extrapolation(trace, gates, slope))
+
+        return {"gates": drop_cheapest(trace, above, budget, score, settings.drops, work.seed, report).astype(np.uint8)}
+
+    return work.run.once(f"drops-{budget:g}-{name}", dropped)["gates"].astype(bool)
+
+
+def best_slope(work: Work, gates: np.ndarray) -> float:
+    """Return the best of :data:`SLOPES`, as measured."""
+    return max(SLOPES, key=lambda slope: work.ground.psnr(gates, extrapolation(work.task.trace, gates, slope)))
