@@ -12,12 +12,11 @@ from dipgo.search.moves import move_steps
 from dipgo.search.policies import SERVINGS, SLOPES, SPACINGS, extrapolation, gates_of_steps, policy_name, whole_steps
 from dipgo.search.work import Work
 
-DROPPED = 2  # spacings that lose gates; none behind the best two has won a search yet
 HALFWAY = 0.5  # between reuse and extrapolation: the slope at which moves are compared
 
 
 def measured_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the best spacings with one step more than fits, as they are and moved, less what is missed least."""
+    """Yield all spacings with one step more than fits, as they are and moved, less what is missed least."""
     trace, calls = work.task.trace, work.task.sampler.calls
     judged = {policy.name: policy.psnr for policy in fixed}
 
@@ -25,12 +24,12 @@ def measured_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) ->
         return max(judged.get(policy_name(spacing, learned, serving), -np.inf) for learned in (False, True))
 
     served = {spacing: max(SERVINGS, key=lambda serving: score(spacing, serving)) for spacing in SPACINGS}
-    ranked = sorted(SPACINGS, key=lambda spacing: -score(spacing, served[spacing]))
-    for spacing in ranked[:DROPPED]:
+    fitting = [spacing for spacing in SPACINGS if score(spacing, served[spacing]) > -np.inf]
+    for spacing in fitting:
         _, steps = whole_steps(trace, calls, budget, SPACINGS[spacing], served[spacing], learned=True)
         yield f"{spacing}, {served[spacing]}, dropped", _dropped(work, budget, steps, served[spacing], spacing)
-    if work.settings.moves:
-        serving = served[ranked[0]]
+    if work.settings.moves and fitting:
+        serving = served[max(fitting, key=lambda spacing: score(spacing, served[spacing]))]
         yield f"moved, {serving}, dropped", _dropped(work, budget, _moved(work, budget, serving), serving, "moved")
 
 

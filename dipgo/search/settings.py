@@ -33,7 +33,8 @@ class Settings:
         chunk: how many full trajectories are computed at once.
         held_out: noises on which candidates are compared; never used for learning.
         moves: places of computed steps that are measured, to choose when to compute
-            (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``.
+            (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``. Not
+            shown to win a search yet.
         drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
             (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
         drops_on: noises on which moves and drops are measured, and where between reuse and extrapolation backups should
@@ -69,7 +70,7 @@ class Settings:
     pool: int = 1024
     chunk: int = 32
     held_out: int = 32
-    moves: int = 96
+    moves: int = 0
     drops: int = 48
     drops_on: int = 8
     contenders: int = 6
@@ -129,7 +130,7 @@ class Settings:
 
 PRESETS = {
     "default": Settings(),
-    "quick": Settings(pool=128, held_out=16, moves=0, drops=0, contenders=1, trial_iterations=0, backup_iterations=52),
+    "quick": Settings(pool=128, held_out=16, drops=0, contenders=1, trial_iterations=0, backup_iterations=52),
 }
 
 PAPER: dict[str, Any] = {
