@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-import engines
 from benchmarks.failures import NotMeasuredError
 from benchmarks.inputs import TIMING_SEED, encodes, given_of, latent_shape
 from benchmarks.specs import ProgramSpec, TorchSpec
 from benchmarks.stopwatch import Stopwatch
 from engines import Program
+from engines.backends import runner_for
 from engines.onnxrt.runner import OnnxRuntimeRunner
+from export.bundle import open_bundle
 
 
 class Subject(Protocol):
@@ -60,10 +61,10 @@ class ProgramSubject:
 
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
-        self.program: Program = engines.load(spec.folder, spec.threads, spec.backend)
-        self._stopwatch: Stopwatch | None = None
-        if isinstance(self.program.runner, OnnxRuntimeRunner):
-            self.program.runner = self._stopwatch = Stopwatch(self.program.runner)
+        bundle = open_bundle(Path(spec.folder))
+        runner = runner_for(bundle, spec.backend, spec.threads)
+        self._stopwatch = Stopwatch(runner) if isinstance(runner, OnnxRuntimeRunner) else None
+        self.program = Program(bundle, self._stopwatch or runner)
         self.program.__enter__()
         self.label, self.batch = self.program.runner.label, latent_shape(self.program.record)[0]
         self.device_seconds: float | None = None
