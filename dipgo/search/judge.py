@@ -46,12 +46,16 @@ class Judge:
 
     def psnr(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> float:
         """Return the mean of the images' PSNR in dB; for the main process alone."""
+        return self.psnrs(gates, weights).mean().item()
+
+    def psnrs(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return each image's PSNR in dB; for the main process alone."""
         tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
         with torch.no_grad():
             latents = self.task.trajectory.gated(
                 self.batch.noise, self.batch.conditions, gates, tensors, terms_of(weights)
             )
-        return psnr(self._images(latents), self.reference).mean().item()
+        return psnr(self._images(latents), self.reference).cpu().numpy()
 
     @cached_property
     def reference(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dipgo.search.pruner import check_dimensions
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = ("dipgo", "paper")
-POSITIVE = ("batch", "chunk", "held_out", "terms", "drops_on", "contenders")
+POSITIVE = ("batch", "chunk", "held_out", "terms", "moves_on", "drops_on", "contenders")
 NATURAL = ("pool", "moves", "drops", "gate_iterations", "trial_iterations", "backup_iterations", "backup_warmup")
 
 CADENCE = ("checkpoint_iterations", "checkpoint_seconds")  # the settings that no result depends on
@@ -35,10 +35,10 @@ class Settings:
         moves: places of computed steps that are measured, to choose when to compute
             (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``. Not
             shown to win a search yet.
+        moves_on: noises on which moves are measured, in fours: most moves are given up after the first of them.
         drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
             (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
-        drops_on: noises on which moves and drops are measured, and where between reuse and extrapolation backups should
-            start.
+        drops_on: noises on which drops are measured, and where between reuse and extrapolation backups should start.
         contenders: how many different gates are given learned backups for a while. While there are more than three, the
             better half learns on for twice as long; then the best learns on.
         gate_iterations: of the gate phase; 0 leaves it out.
@@ -71,6 +71,7 @@ class Settings:
     chunk: int = 32
     held_out: int = 32
     moves: int = 0
+    moves_on: int = 16
     drops: int = 48
     drops_on: int = 8
     contenders: int = 6

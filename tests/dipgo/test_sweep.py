@@ -38,6 +38,7 @@ TINY = Settings(
     pool=8,
     held_out=4,
     moves=4,
+    moves_on=5,
     drops=3,
     drops_on=2,
     contenders=2,
