@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dipgo.errors import UsageError
@@ -126,7 +126,7 @@ def carry_out(
         ):
             if group.main:
                 file = file_of(request, budgets, float(subnet.search["budget"]))
-                save_subnet(subnet, file, request.force or (request.resume and len(budgets) > 1))
+                save_subnet(subnet, file, request.force or request.resume)
                 written.append((file, subnet))
     if written and len(budgets) > 1:
         write_pareto([subnet for _, subnet in written], request.output)
@@ -143,12 +143,12 @@ def refuse_output(request: Request, budgets: Sequence[float], settings: Settings
     if output.exists() and output.is_dir() != several:
         is_now, wanted = ("a file", "a folder") if several else ("a folder", "a JSON file")
         raise UsageError(f"{output}: is {is_now}; give {wanted} for {'several budgets' if several else 'one budget'}")
+    resumed = bool(request.resume and request.run_folder and begun_with(request.run_folder, "settings"))
     if not several:
         refuse_existing(output, request.force)
-        refuse_existing(weights_file(output), request.force)
+        refuse_existing(weights_file(output), request.force or resumed)  # without its JSON a kill may have left it
         return
-    resumed = request.resume and request.run_folder and begun_with(request.run_folder, "settings")
-    refuse_to_fill(output, request.force or bool(resumed))
+    refuse_to_fill(output, request.force or resumed)
     for budget in budgets:
         file = file_of(request, budgets, budget)
         if not request.force and file.exists() and not _is_of(file, request, budget, settings):
@@ -159,8 +159,11 @@ def _is_of(file: Path, request: Request, budget: float, settings: Settings) -> b
     """Whether a SubNet is what the requested search writes for a budget."""
     record = read_json(file, "SubNet")
     search = record.get("search") if isinstance(record, dict) else None
-    asked = {"method": request.method, "budget": budget, "seed": request.seed, "settings": asdict(settings)}
-    return isinstance(search, dict) and json.loads(json.dumps(asked)) == {name: search.get(name) for name in asked}
+    if not isinstance(search, dict) or not isinstance(search.get("settings"), dict):
+        return False
+    asked = {"method": request.method, "budget": budget, "seed": request.seed, **settings.deciding()}
+    noted = search["settings"] | search
+    return json.loads(json.dumps(asked)) == {name: noted.get(name) for name in asked}
 
 
 def file_of(request: Request, budgets: Sequence[float], budget: float) -> Path:

@@ -24,7 +24,7 @@ from dipgo.search.policies import Policy
 from dipgo.search.postprocess import POSTPROCESSES
 from dipgo.search.processes import processes
 from dipgo.search.run import Cadence, open_run
-from dipgo.search.settings import CADENCE, METHODS, PRECISIONS, PRESETS, Settings, check
+from dipgo.search.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.search.starts import check_starts, digest_of
 from dipgo.search.task import Pool, Task
 from dipgo.search.trials import learned
@@ -119,7 +119,7 @@ def sweep(
         "method": method,
         "budgets": list(budgets),
         "seed": seed,
-        "settings": {name: value for name, value in asdict(settings).items() if name not in CADENCE},
+        "settings": settings.deciding(),
         "processes": group.count,
         "profile": profile.model_dump(by_alias=True) if profile else None,
     } | ({"starts": [digest_of(start) for start in starts]} if starts else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
 import torch
@@ -105,6 +105,10 @@ class Settings:
     recompute: bool = False
     checkpoint_iterations: int = 0
     checkpoint_seconds: float = 60.0
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that a result depends on, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in CADENCE}
 
     @property
     def gate_descent(self) -> Descent:

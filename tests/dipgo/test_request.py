@@ -19,8 +19,8 @@ class Stopped(Exception):
     pass
 
 
-def ask(model, output, budget="0.6", report=silent, measure=None, **more):
-    request = Request(model, 6, budget, output, settings=QUICK, **more)
+def ask(model, output, budget="0.6", report=silent, measure=None, cadence=60, **more):
+    request = Request(model, 6, budget, output, settings=[*QUICK, f"checkpoint_seconds={cadence}"], **more)
     return carry_out(request, lambda label: nullcontext(), lambda: nullcontext(report), measure)
 
 
@@ -81,8 +81,21 @@ def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit,
     with pytest.raises(UsageError, match=r"0\.7\.json: is of another search"):
         ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
     assert (output / "0.7.json").read_bytes() == mine
-    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True)
+    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, cadence=7)  # on which no result depends
     assert load_subnet(output / "0.4.json").search["budget"] == 0.4
+
+
+def test_a_resumed_search_replaces_weights_that_a_kill_left_without_their_json(tiny_dit, tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "s.json"
+    with pytest.raises(Stopped):
+        ask(tiny_dit, output, report=stopping("backups-0.6"), run_folder=folder)
+    weights_file(output).write_bytes(b"left")
+    with pytest.raises(UsageError, match=r"s\.safetensors exists"):
+        ask(tiny_dit, output, run_folder=tmp_path / "no-run", resume=True)
+    ask(tiny_dit, output, run_folder=folder, resume=True)
+    assert load_subnet(output).weights
+    with pytest.raises(UsageError, match=r"s\.json exists"):
+        ask(tiny_dit, output, run_folder=folder, resume=True)
 
 
 def test_a_damaged_profile_of_a_run_is_one_line(tiny_dit, tmp_path):
