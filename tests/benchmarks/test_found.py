@@ -84,6 +84,8 @@ def serve(gates, weights, axis):
         ("digits-dit", "dpm-paper", "search-digits-dit-dpm", "the paper's method", 2.5),
         ("emoji-sd", "ddim", "search-emoji-sd-ddim", "**dipgo**", 4),
         ("emoji-sd", "ddim-paper", "search-emoji-sd-ddim", "the paper's method", 4),
+        ("emoji-sd", "dpm", "search-emoji-sd-dpm", "**dipgo**", 4),
+        ("emoji-sd", "dpm-paper", "search-emoji-sd-dpm", "the paper's method", 4),
     ],
 )
 def test_on_new_noise_they_keep_what_the_table_says(model, folder, table, row, tolerance):
