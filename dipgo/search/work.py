@@ -22,7 +22,7 @@ from dipgo.subnet import SubNet
 class Work:
     """What every phase of a search needs.
 
-    ``ground`` is the noise for moves, drops and slopes, apart from the judge's; ``starts`` are SubNets to begin with.
+    ``ground`` is the noise for drops and slopes, apart from the judge's; ``starts`` are SubNets to begin with.
     """
 
     task: Task
