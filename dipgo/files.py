@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dipgo.errors import DipgoError, UsageError
 
@@ -155,6 +156,25 @@ def remove_drafts(folder: Path) -> None:
     for path in folder.iterdir():
         if _DRAFT.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
+
+
+def lock_file(path: Path, cure: str) -> IO[str]:
+    """Keep other processes from doing the same as long as what this returns is open; this one may do it again.
+
+    Where a file system knows no locks, nothing is locked.
+
+    Raises:
+        DipgoError: another process holds it, and here is the cure; or the file cannot be written.
+    """
+    with _written(path):
+        lock = path.open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            raise DipgoError(f"{path.parent}: another process works in it; {cure}") from error
+    return lock
 
 
 @contextmanager

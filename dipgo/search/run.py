@@ -1,8 +1,9 @@
 """The run folder: what a search keeps while it runs, so that a killed one goes on where it was.
 
 ``run.json`` holds the settings that the run was begun with (schema ``dipgo.run/1``), ``<phase>.safetensors`` the
-newest checkpoint of each phase, ``journal.jsonl`` the figures, ``clock.json`` the seconds. A phase that is finished
-leaves its last checkpoint, and is not repeated. Without a folder a run keeps nothing.
+newest checkpoint of each phase, ``journal.jsonl`` the figures, ``clock.json`` the seconds, and ``lock`` is locked while
+a process runs. A phase that is finished leaves its last checkpoint, and is not repeated. Without a folder a run keeps
+nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from dipgo.errors import DipgoError, UsageError
-from dipgo.files import new_file, remove_drafts, sha256_of_json
+from dipgo.files import lock_file, new_file, remove_drafts, sha256_of_json
 from dipgo.records import read_json
 from dipgo.search.checkpoint import CheckpointRecord, pack, read_checkpoint, unpack, write_checkpoint
 from dipgo.search.clock import Clock
@@ -57,6 +58,7 @@ class Run:
     cadence: Cadence = BY_THE_MINUTE
     report: Report = silent
     clock: Clock = field(default_factory=Clock)
+    lock: IO[str] | None = None  # keeps other processes out as long as it is open
 
     def phase(self, name: str) -> Phase:
         """Return the phase of this name (letters, digits and hyphens), where it was left."""
@@ -192,12 +194,14 @@ def open_run(
 
     Raises:
         UsageError: a folder that exists, without ``resume``.
-        DipgoError: a folder of another model, of other settings, or that is no run folder.
+        DipgoError: a folder of another model, of other settings, that another process runs in, or that is no run
+            folder.
     """
     settings = json.loads(json.dumps(settings))
     if folder is None:
         return Run(None, sha256_of_json(settings), processes, None, cadence, report)
     path = folder / "run.json"
+    locks: list[IO[str]] = []
 
     def begin() -> None:
         assert folder is not None
@@ -209,18 +213,20 @@ def open_run(
             raise UsageError(f"{folder}: is a file; give a folder to --run-folder")
         if path.exists():
             _compare(folder, read_json(path, "run folder"), settings)
-            remove_drafts(folder)
-            Clock(folder)  # one that cannot be read ends all processes, not this one alone
         elif folder.exists() and any(folder.iterdir()):
             raise DipgoError(f"{folder}: holds files but no run.json; give a folder of its own to --run-folder")
         else:
             with new_file(path) as draft:
                 draft.write_text(json.dumps({"schema": SCHEMA, "settings": settings}, indent=2) + "\n")
+        locks.append(lock_file(folder / "lock", "wait for it, or give another --run-folder"))
+        remove_drafts(folder)
+        Clock(folder)  # one that cannot be read ends all processes, not this one alone
 
     processes.from_main(begin)
     journal = Journal(folder, tensorboard) if processes.main else None
     clock = Clock(folder if processes.main else None)
-    return Run(folder, sha256_of_json(settings), processes, journal, cadence, report, clock)
+    lock = locks[0] if locks else None
+    return Run(folder, sha256_of_json(settings), processes, journal, cadence, report, clock, lock)
 
 
 def begun_with(folder: Path, name: str) -> Any:

@@ -3,6 +3,8 @@
 import builtins
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -178,7 +180,28 @@ def test_drafts_that_a_kill_left_are_cleared(tmp_path):
     begun(tmp_path / "run")
     (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")
     open_run(tmp_path / "run", SETTINGS, resume=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["clock.json", "gates.safetensors", "run.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "clock.json",
+        "gates.safetensors",
+        "lock",
+        "run.json",
+    }
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    """A kill frees it; the process that has it may open it again."""
+    begin = "import sys; from pathlib import Path; from dipgo.search.run import open_run; "
+    begin += f"run = open_run(Path(sys.argv[1]), {SETTINGS}); print('begun', flush=True); input()"
+    command = [sys.executable, "-c", begin, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"begun\n"
+        with pytest.raises(DipgoError, match=r"run: another process works in it; wait for it, or give another"):
+            open_run(tmp_path / "run", SETTINGS, resume=True)
+        other.kill()
+    first = open_run(tmp_path / "run", SETTINGS, resume=True)
+    second = open_run(tmp_path / "run", SETTINGS, resume=True)
+    assert first.lock
+    assert second.lock
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
