@@ -87,7 +87,7 @@ def time_interleaved(
         candidates[name]()
         samples[name].append(time.perf_counter() - begin)
 
-    with _no_collection():
+    with no_collection():
         in_rounds(lambda: list(candidates), sample, repeats, seconds, progress)
     return summarise(samples)
 
@@ -123,7 +123,7 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Keep Python's garbage collector out of the samples, as ``timeit`` does."""
     gc.collect()
     was_enabled = gc.isenabled()

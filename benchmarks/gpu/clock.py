@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.gpu.records import Spread
+from benchmarks.timing import no_collection
 
 Run = Callable[[], Any]
 
@@ -40,19 +38,13 @@ def time_pair(
     pair = ((candidate, Samples(), on_events[0]), (baseline, Samples(), on_events[1]))
     for run, _, _ in pair:
         run()
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         started = time.perf_counter()
         for number in range(repeats):
             for run, samples, events in pair[:: 1 if number % 2 == 0 else -1]:
                 _sample(run, samples, events)
             if number >= 2 and time.perf_counter() - started >= seconds:
                 break
-    finally:
-        if collecting:
-            gc.enable()
     return pair[0][1], pair[1][1]
 
 
@@ -72,14 +64,3 @@ def _sample(run: Run, samples: Samples, events: bool) -> None:
     samples.wall.append(time.perf_counter() - begin)
     if first is not None and last is not None:
         samples.device.append(first.elapsed_time(last) / 1e3)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return median, 5th and 95th percentile."""
-    p5, median, p95 = np.percentile(values, (5, 50, 95))
-    return Spread(median=float(median), p5=float(p5), p95=float(p95))
-
-
-def ratios(baseline: Sequence[float], candidate: Sequence[float]) -> Spread:
-    """Return the spread of ``baseline[k] / candidate[k]`` over the rounds k."""
-    return spread([first / other for first, other in zip(baseline, candidate, strict=True)])

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from benchmarks.timing import Spread
 from dipgo.records import Record, read_record
 
 SCHEMA: Literal["dipgo.gpu/1"] = "dipgo.gpu/1"
@@ -51,14 +52,6 @@ class State(Record):
     sm_clock: float | None
     power: float | None
     temperature: float | None
-
-
-class Spread(Record):
-    """Median and the 5th and 95th percentile; times are in seconds."""
-
-    median: float
-    p5: float
-    p95: float
 
 
 class Parity(Record):

@@ -24,12 +24,13 @@ import torch
 from benchmarks.baselines import one_line
 from benchmarks.gpu.bundles import Bundles
 from benchmarks.gpu.cases import EAGER, FULL, Case, Workload
-from benchmarks.gpu.clock import Samples, ratios, spread, time_pair
+from benchmarks.gpu.clock import Samples, time_pair
 from benchmarks.gpu.ground import prepare_ground
 from benchmarks.gpu.machine import state
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.programs import Built, Programs, Unavailable
 from benchmarks.gpu.records import CaseRecord, Figures, Parity
+from benchmarks.timing import paired, spread
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Bench:
                 return record.model_copy(update={"status": "failed", "error": f"parity of {name}: {parity.line()}"})
         events = (candidate.on_events, baseline.on_events)
         own, other = time_pair(candidate.run, baseline.run, events, self.request.repeats, self.request.seconds)
-        speedup = ratios(other.wall, own.wall)
+        speedup = spread(paired(other.wall, own.wall))
         return record.model_copy(
             update={
                 "status": "measured",
@@ -111,7 +112,7 @@ class Bench:
                 "candidate_figures": _figures(candidate, own),
                 "baseline_figures": _figures(baseline, other),
                 "speedup": speedup,
-                "device_speedup": ratios(other.device, own.device) if all(events) else None,
+                "device_speedup": spread(paired(other.device, own.device)) if all(events) else None,
                 "efficiency": speedup.median * record.macs_ratio if record.macs_ratio else None,
                 "state": state(self.device.type == "cuda"),
             }

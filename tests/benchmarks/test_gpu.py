@@ -23,13 +23,14 @@ import torch
 from benchmarks.gpu import records, worker
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import OURS, WORKLOADS, cases, workloads
-from benchmarks.gpu.clock import ratios, time_pair
+from benchmarks.gpu.clock import time_pair
 from benchmarks.gpu.cut import cut, values_of
 from benchmarks.gpu.loop import Loop, captured, lay_out
 from benchmarks.gpu.page import headlines, markdown
 from benchmarks.gpu.programs import Programs
-from benchmarks.gpu.records import CaseRecord, Figures, GpuReport, Parity, Spread, read_gpu_report
+from benchmarks.gpu.records import CaseRecord, Figures, GpuReport, Parity, read_gpu_report
 from benchmarks.gpu.worker import Request, work
+from benchmarks.timing import Spread, paired, spread
 from dipgo.families import GuidedDenoiser, join
 from dipgo.models import find_model
 from dipgo.search.task import Task
@@ -134,7 +135,7 @@ def test_pairs_are_timed_in_turns():
     assert order == list("ab" + "abbaabba")
     assert len(own.wall) == len(other.wall) == 4
     assert own.device == []
-    assert ratios([2.0, 4.0, 6.0], [1.0, 1.0, 1.0]).median == 4
+    assert spread(paired([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])).median == 4
 
 
 def test_a_process_measures_what_it_can_and_says_what_it_cannot(tmp_path):
