@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.search_memory import _peak_above
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+
+
+@LINUX
+def test_what_is_freed_before_the_end_counts():
+    megabytes = 256
+    assert megabytes <= _peak_above(lambda: torch.ones(megabytes, 2**18).sum()) / 2**20 < megabytes + 64
+
+
+@LINUX
+def test_memory_is_measured_beside_its_estimate(tiny_dit: str, tmp_path: Path):
+    output = tmp_path / "found.json"
+    command = [sys.executable, "-m", "benchmarks.search_memory", tiny_dit, "--latent", "32", "--steps", "3"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    subprocess.run([*command, "-o", output], env=environment, check=True, capture_output=True)
+    record = json.loads(output.read_text())
+    runs = record["measured"]["runs"]
+    assert [(run["what"], run["recompute"]) for run in runs] == [
+        ("SuperNet", True),
+        ("learned backups", True),
+        ("SuperNet", False),
+        ("learned backups", False),
+    ]
+    assert all(run["peak"] > 0 for run in runs)
+    estimates = {(run["what"], run["recompute"]): run["estimate"] for run in runs}
+    for what in ("SuperNet", "learned backups"):
+        assert estimates[what, True] < estimates[what, False]
+    full = record["full_size"]["estimates"]
+    assert full["half precision"]["total"] < full["float32"]["total"]
