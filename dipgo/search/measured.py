@@ -14,7 +14,6 @@ from dipgo.search.policies import SERVINGS, SLOPES, SPACINGS, extrapolation, gat
 from dipgo.search.work import Work
 
 GROUP = 4  # images that are measured together when moves are compared
-HALFWAY = 0.5  # between reuse and extrapolation: the slope at which moves are compared
 
 
 def measured_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
@@ -36,7 +35,10 @@ def measured_schedules(work: Work, budget: float, fixed: Sequence[Candidate]) ->
 
 
 def _moved(work: Work, budget: float, serving: str) -> Sequence[int]:
-    """Return one computed step more than the budget allows, moved to where they do best."""
+    """Return one computed step more than the budget allows, moved to where they do best.
+
+    Moves begin at the best spacing, and are compared at the slope between reuse and extrapolation that is best there.
+    """
     trace, calls, moves = work.task.trace, work.task.sampler.calls, work.settings.moves
 
     def report(measured: int, found: float) -> None:
@@ -47,18 +49,21 @@ def _moved(work: Work, budget: float, serving: str) -> Sequence[int]:
         first = 5_000_000 + groups * work.seed
         judges = [Judge(work.task, GROUP, first + group, work.run) for group in range(groups)]
 
-        @cache
-        def score(steps: Steps, group: int) -> np.ndarray:
-            gates = gates_of_steps(trace, calls, steps, serving, learned=True)
-            return judges[group].psnrs(gates, extrapolation(trace, gates, HALFWAY))
+        def gates_of(steps: Sequence[int]) -> np.ndarray:
+            return gates_of_steps(trace, calls, steps, serving, learned=True)
 
-        def mean(steps: Steps) -> float:
-            return float(np.mean([score(steps, group) for group in range(groups)]))
+        @cache
+        def score(steps: Steps, slope: float, group: int) -> np.ndarray:
+            gates = gates_of(steps)
+            return judges[group].psnrs(gates, extrapolation(trace, gates, slope))
 
         above = (whole_steps(trace, calls, budget, SPACINGS[name], serving, learned=True)[1] for name in SPACINGS)
-        spaced: list[Steps] = [tuple(steps) for steps in above]
-        best = max(spaced, key=mean)
-        return {"steps": np.array(move_steps(best, calls, score, groups, moves, work.seed, report), int)}
+        begun: list[tuple[Steps, float]] = [(tuple(steps), best_slope(work, gates_of(steps))) for steps in above]
+        best, slope = max(begun, key=lambda it: np.mean([score(*it, group) for group in range(groups)]))
+        found = move_steps(
+            best, calls, lambda steps, group: score(steps, slope, group), groups, moves, work.seed, report
+        )
+        return {"steps": np.array(found, int)}
 
     return [int(step) for step in work.run.once(f"moves-{budget:g}", moved)["steps"]]
 
