@@ -33,8 +33,8 @@ class Settings:
         chunk: how many full trajectories are computed at once.
         held_out: noises on which candidates are compared; never used for learning.
         moves: places of computed steps that are measured, to choose when to compute
-            (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``. Shown to
-            win on one model at one budget (docs/searching.md).
+            (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``. They
+            won one search of four (docs/searching.md).
         moves_on: noises on which moves are measured, in fours: most moves are given up after the first of them.
         drops: gates whose loss is measured, for each spacing, to choose what goes from schedules that cost too much
             (:func:`dipgo.search.drops.drop_cheapest`); 0 leaves this out.
