@@ -184,6 +184,7 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
         "backups.safetensors",
         "clock.json",
         "journal.jsonl",
+        "lock",
         "run.json",
     ]
     again = open_run(tmp_path / "run", {"seed": 0}, resume=True)
