@@ -1,8 +1,9 @@
 """Two reports side by side, and whether they differ by more than chance.
 
-Speed: the rounds of each report are resampled and the medians' ratio taken (percentile bootstrap, 95 %). What is
-compared is each program's speedup, a ratio within rounds, since wall times of two runs are of two states of a machine.
-Quality: the images of both are the same seeds, so their PSNR are resampled in pairs.
+Speed: the rounds of each report are resampled and the medians' ratio taken (percentile bootstrap). What is compared is
+each program's speedup, a ratio within rounds, since wall times of two runs are of two states of a machine. Quality: the
+images of both are the same seeds, so their PSNR are resampled in pairs. The intervals hold together at 95 %
+(Bonferroni), so that many programs do not make one of them differ by chance.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from benchmarks.text import aligned
 from dipgo.errors import DipgoError
 from dipgo.files import new_folder
 
-RESAMPLES = 2000
+RESAMPLES = 20_000
+CHANCE = 0.05  # that any interval misses
 NAMES = ("comparison.html", "comparison.md")
 
 
 @dataclass(frozen=True)
 class Change:
-    """From the first report's value to the second's, with the bootstrap 95 % interval of the change.
+    """From the first report's value to the second's, with the bootstrap interval of the change.
 
     ``neutral`` is what no change looks like: 1 for a ratio, 0 for a difference.
     """
@@ -97,7 +99,8 @@ def compare(first: Path, second: Path) -> Comparison:
     a, b = (_read(path) for path in (first, second))
     names = list(dict.fromkeys(row.name for row in [*a.rows, *b.rows]))
     rows = [{row.name: row for row in report.rows} for report in (a, b)]
-    return Comparison(a, b, [_pair(name, rows[0].get(name), rows[1].get(name)) for name in names])
+    chance = CHANCE / (2 * len(names))  # each has a speedup and a PSNR
+    return Comparison(a, b, [_pair(name, rows[0].get(name), rows[1].get(name), chance) for name in names])
 
 
 def write_comparison(found: Comparison, folder: Path, force: bool = False) -> None:
@@ -141,7 +144,7 @@ def _markdown(found: Comparison) -> str:
     lines += [f"| {' | '.join(_cells(pair))} |" for pair in found.pairs]
     for letter, report in (("A", found.first), ("B", found.second)):
         lines += ["", f"{letter}: `{report.command}`, {report.created}; {report.environment.cpu}."]
-    return "\n".join([*lines, "", "\\* beyond chance (bootstrap, 95% for each program by itself)."])
+    return "\n".join([*lines, "", "\\* beyond chance (bootstrap, 95% for all of them together)."])
 
 
 def _read(path: Path) -> ReportRecord:
@@ -150,7 +153,7 @@ def _read(path: Path) -> ReportRecord:
     return read_report(path / RECORD_FILE if path.is_dir() else path)
 
 
-def _pair(name: str, first: Row | None, second: Row | None) -> Pair:
+def _pair(name: str, first: Row | None, second: Row | None, chance: float) -> Pair:
     for row, letter in ((first, "A"), (second, "B")):
         if row is None or row.timing is None:
             why = "not in it" if row is None else row.error
@@ -159,12 +162,12 @@ def _pair(name: str, first: Row | None, second: Row | None) -> Pair:
     return Pair(
         name,
         (first.timing.wall.median, second.timing.wall.median),
-        _speedup(first, second),
-        _psnr(first, second),
+        _speedup(first, second, chance),
+        _psnr(first, second, chance),
     )
 
 
-def _speedup(first: Row, second: Row) -> Change | None:
+def _speedup(first: Row, second: Row, chance: float) -> Change | None:
     """Compare the medians of the rounds' own ratios; None where a report has none."""
     assert first.timing and second.timing  # noqa: PT018 - for mypy
     a, b = (np.array(row.timing.ratios) for row in (first, second) if row.timing)
@@ -174,19 +177,25 @@ def _speedup(first: Row, second: Row) -> Change | None:
     medians = [
         np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1) for values in (a, b)
     ]
-    low, high = np.percentile(medians[1] / medians[0], (2.5, 97.5))
+    low, high = _interval(medians[1] / medians[0], chance)
     before, after = float(np.median(a)), float(np.median(b))
-    return Change(before, after, after / before, float(low), float(high), 1.0)
+    return Change(before, after, after / before, low, high, 1.0)
 
 
-def _psnr(first: Row, second: Row) -> Change | None:
+def _psnr(first: Row, second: Row, chance: float) -> Change | None:
     a, b = ((row.quality.each_psnr_db if row.quality else []) for row in (first, second))
     if not a or len(a) != len(b):
         return None
     difference = np.array(b) - np.array(a)
     picks = np.random.default_rng(0).integers(len(difference), size=(RESAMPLES, len(difference)))
-    low, high = np.percentile(difference[picks].mean(axis=1), (2.5, 97.5))
-    return Change(float(np.mean(a)), float(np.mean(b)), float(difference.mean()), float(low), float(high), 0.0)
+    low, high = _interval(difference[picks].mean(axis=1), chance)
+    return Change(float(np.mean(a)), float(np.mean(b)), float(difference.mean()), low, high, 0.0)
+
+
+def _interval(resampled: np.ndarray, chance: float) -> tuple[float, float]:
+    """Return between which two values all but ``chance`` of the resampled ones lie, as much of it on either side."""
+    low, high = np.quantile(resampled, (chance / 2, 1 - chance / 2))
+    return float(low), float(high)
 
 
 def _mismatches(first: ReportRecord, second: ReportRecord) -> Sequence[str]:
