@@ -3,7 +3,7 @@
 Speed: the rounds of each report are resampled and the medians' ratio taken (percentile bootstrap). What is compared is
 each program's speedup, a ratio within rounds, since wall times of two runs are of two states of a machine. Quality: the
 images of both are the same seeds, so their PSNR are resampled in pairs. The intervals hold together at 95 %
-(Bonferroni), so that many programs do not make one of them differ by chance.
+(Bonferroni), so that many programs do not make one of them differ by chance; fewer than six rounds or images have none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dipgo.files import new_folder
 
 RESAMPLES = 20_000
 CHANCE = 0.05  # that any interval misses
+FEWEST = 6  # rounds or images: resamples of fewer hardly differ from each other, whatever chance did to them
 NAMES = ("comparison.html", "comparison.md")
 
 
@@ -29,7 +30,8 @@ NAMES = ("comparison.html", "comparison.md")
 class Change:
     """From the first report's value to the second's, with the bootstrap interval of the change.
 
-    ``neutral`` is what no change looks like: 1 for a ratio, 0 for a difference.
+    ``neutral`` is what no change looks like: 1 for a ratio, 0 for a difference. The interval is infinite where too
+    little was measured for one.
     """
 
     first: float
@@ -133,7 +135,7 @@ def _cells(pair: Pair) -> tuple[str, ...]:
         f"{change.first:.2f}",
         f"{change.second:.2f}",
         f"{change.change - 1:+.1%}{star}",
-        f"{change.low - 1:+.1%} to {change.high - 1:+.1%}",
+        f"{change.low - 1:+.1%} to {change.high - 1:+.1%}" if np.isfinite(change.low) else "too few rounds",
         psnr,
     )
 
@@ -177,7 +179,7 @@ def _speedup(first: Row, second: Row, chance: float) -> Change | None:
     medians = [
         np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1) for values in (a, b)
     ]
-    low, high = _interval(medians[1] / medians[0], chance)
+    low, high = _interval(medians[1] / medians[0], chance, min(len(a), len(b)))
     before, after = float(np.median(a)), float(np.median(b))
     return Change(before, after, after / before, low, high, 1.0)
 
@@ -188,12 +190,14 @@ def _psnr(first: Row, second: Row, chance: float) -> Change | None:
         return None
     difference = np.array(b) - np.array(a)
     picks = np.random.default_rng(0).integers(len(difference), size=(RESAMPLES, len(difference)))
-    low, high = _interval(difference[picks].mean(axis=1), chance)
+    low, high = _interval(difference[picks].mean(axis=1), chance, len(difference))
     return Change(float(np.mean(a)), float(np.mean(b)), float(difference.mean()), low, high, 0.0)
 
 
-def _interval(resampled: np.ndarray, chance: float) -> tuple[float, float]:
+def _interval(resampled: np.ndarray, chance: float, measured: int) -> tuple[float, float]:
     """Return between which two values all but ``chance`` of the resampled ones lie, as much of it on either side."""
+    if measured < FEWEST:
+        return -np.inf, np.inf
     low, high = np.quantile(resampled, (chance / 2, 1 - chance / 2))
     return float(low), float(high)
 

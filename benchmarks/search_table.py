@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,14 @@ from benchmarks.environment import environment, load_average
 from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
 from benchmarks.readme import README, put_between
 from benchmarks.reference import converged as converged_task
-from benchmarks.search_record import CONVERGED_STEPS, Cell, TableRecord, markdown
+from benchmarks.search_record import BEST, CONVERGED_STEPS, DIPGO, PAPER, Cell, TableRecord, markdown
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import Model, find_model
 from dipgo.sampler import make_scheduler
+from dipgo.search import judge as noise
 from dipgo.search.policies import Policy, policies
+from dipgo.search.run import Run
 from dipgo.search.search import policy_subnet
 from dipgo.search.task import Task, make_task
 from dipgo.search.work import drift_of
@@ -36,6 +38,7 @@ from export.compiler import check_model
 CHUNK = 32
 PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
 CLOSE_DB = 3.0  # policies that far below a search's best one might be the best on other noise
+FIRST = 16  # noises, of their own, on which policies by block are seen first
 
 
 class Judge:
@@ -78,12 +81,14 @@ class Judge:
         close = None
         if self.converged is not None:
             close = psnr(images[: len(self.converged)], self.converged)
+        each = image_psnr(images, self.reference)
         return Cell(
             row=row,
             budget=budget,
             macs_ratio=round(ratio, 4),
             psnr_db=psnr(images, self.reference),
-            image_psnr_db=float(image_psnr(images, self.reference).mean()),
+            image_psnr_db=float(each.mean()),
+            each_psnr_db=each.round(3).tolist(),
             converged_db=close,
             class_accuracy=self.accuracy(images),
             **more,
@@ -113,11 +118,9 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
         yield from fixed_cells(judge, task, subnet, budget)
         for one in paper:
             if float(one.search["budget"]) == budget:
-                yield judge.cell(
-                    "the paper's method", budget, one.cost.ratio, judge.found(one), what=one.search["chosen"]
-                )
+                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search["chosen"])
         yield judge.cell(
-            "**dipgo**",
+            DIPGO,
             budget,
             subnet.cost.ratio,
             judge.found(subnet),
@@ -130,37 +133,57 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     """Yield the rows of fixed policies: the plain ones, the best DeepCache-like one, and the best of all.
 
     All run on the table's own noise, but those that the search saw far behind (:data:`CLOSE_DB`) and no row names. Of
-    the best of all each figure counts for itself, so no choice of one policy is held against it.
+    the best of all each figure counts for itself, so no choice of one policy is held against it. Where no site makes
+    the output, as at ``layer`` sites of a UNet, no step can be skipped whole; so policies on ``block`` sites count too,
+    which the search has not seen.
     """
     scores = searched.search["held_out_psnr_db"]
-    drift = drift_of(task, searched.search.get("seed", 0))
-    fixed = {policy.name: policy for policy in policies(task.trace, task.sampler.calls, budget, drift)}
-    known = {name: scores.get(name, np.inf) for name in fixed}
-    least = max((score for score in known.values() if score < np.inf), default=np.inf) - CLOSE_DB
+    fixed = _policies(task, searched, budget)
     deep = [name for name in fixed if name.startswith("DeepCache")]
+    known = {name: scores.get(name, np.inf) for name in fixed}
+    wanted = [name for name in fixed if name in PLAIN or name in deep or name in _close(known)]
     judged: dict[str, Cell] = {}
-    for name, score in tqdm(known.items(), desc=f"fixed policies, {budget:g}", leave=False):
-        if name in PLAIN or name in deep or score >= least:
-            judged[name] = _judged(judge, task, fixed[name], budget)
+    for name in tqdm(wanted, desc=f"fixed policies, {budget:g}", leave=False):
+        judged[name] = _judged(judge, task, fixed[name], budget)
     for name in PLAIN:
         if name in judged:
             yield judged[name].model_copy(update={"row": name.removesuffix(", inside")})
     if deep:
         yield _best([judged[name] for name in deep], "DeepCache-like, the best")
-    yield _best(list(judged.values()), "best fixed policy of all")
+    if not task.trace.output_sites():
+        blocks = judge.task.with_sites("block")
+        whole = _policies(blocks, searched, budget)
+        first = noise.Judge(blocks, FIRST, 6_000_000, Run(), FIRST)
+        seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in whole.items()}
+        for name in tqdm(_close(seen), desc=f"fixed policies by block, {budget:g}", leave=False):
+            judged[f"{name}, by block"] = _judged(judge, blocks, whole[name], budget, ", by block")
+    yield _best(list(judged.values()), BEST)
 
 
-def _judged(judge: Judge, task: Task, policy: Policy, budget: float) -> Cell:
+def _policies(task: Task, searched: SubNet, budget: float) -> dict[str, Policy]:
+    drift = drift_of(task, searched.search.get("seed", 0))
+    return {policy.name: policy for policy in policies(task.trace, task.sampler.calls, budget, drift)}
+
+
+def _close(scores: Mapping[str, float]) -> list[str]:
+    """Return the names that are not far behind the best, and those of which nothing is known (infinite)."""
+    least = max((score for score in scores.values() if score < np.inf), default=np.inf) - CLOSE_DB
+    return [name for name, score in scores.items() if score >= least]
+
+
+def _judged(judge: Judge, task: Task, policy: Policy, budget: float, where: str = "") -> Cell:
     subnet = policy_subnet(task, policy)
-    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=policy.name)
+    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{policy.name}{where}")
 
 
 def _best(judged: Sequence[Cell], row: str) -> Cell:
     """Return the cell of the highest PSNR, with the highest of the other figures of PSNR in place of its own."""
     best = max(judged, key=lambda cell: cell.psnr_db)
     close = [cell.converged_db for cell in judged if cell.converged_db is not None]
+    mean = max(judged, key=lambda cell: cell.image_psnr_db)
     figures = {
-        "image_psnr_db": max(cell.image_psnr_db for cell in judged),
+        "image_psnr_db": mean.image_psnr_db,
+        "each_psnr_db": mean.each_psnr_db,
         "converged_db": max(close) if close else None,
     }
     return best.model_copy(update={"row": row, **figures})

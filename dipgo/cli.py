@@ -49,6 +49,8 @@ def main() -> None:
         code = _fail(str(error), error.exit_code)
     except TyperException as error:
         code = _fail(f"{error.format_message().rstrip('.')}; see 'dipgo --help'", 2)
+    except OSError as error:  # of the system, such as a name that is too long; what we know has a better line
+        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:

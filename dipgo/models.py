@@ -21,7 +21,7 @@ from dipgo.families import COMPONENTS, Family, family_for, latent_size
 from dipgo.files import sha256_of_json, sha256_once
 from dipgo.prompts import read_prompts
 from dipgo.random_weights import randomise
-from dipgo.records import ModelIdentity, read_json
+from dipgo.records import ModelIdentity, read_json, read_object
 
 BUILT_IN = Path(__file__).parent / "zoo"
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -211,7 +211,7 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     :attr:`Model.weights_files`).
 
     Raises:
-        DipgoError: no such model, or a folder that is incomplete.
+        DipgoError: no such model, or a folder that is incomplete or damaged.
         UsageError: a denoiser that takes more than a latent and conditions, or conditions that cannot be guessed; an
             add-on (ControlNet, IP-Adapter, LoRA that is not fused).
     """
@@ -219,15 +219,22 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise DipgoError(f"{folder}: no model_index.json in it; give a folder saved by a pipeline's save_pretrained")
-    index = read_json(index_file, "model_index.json")
-    component = next((name for name in COMPONENTS if (index.get(name) or [None])[0] == "diffusers"), None)
+    index = read_object(index_file, "model_index.json")
+    component = next((name for name in COMPONENTS if component_class(index, name)[0] == "diffusers"), None)
     if component is None:
         raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
-    config = read_json(folder / component / "config.json", "model configuration")
+    config_file, class_name = folder / component / "config.json", component_class(index, component)[1]
+    config = read_object(config_file, "model configuration")
     _check_add_ons(index_file, index, config)
-    family = family_for(index[component][1], component, config, str(index.get("_class_name")))
-    _check_latent(index_file, config)
-    family.example(config, 1)  # refuses what cannot be conditioned
+    try:
+        family = family_for(class_name, component, config, str(index.get("_class_name")))
+        _check_latent(index_file, config)
+        family.example(config, 1)  # refuses what cannot be conditioned
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DipgoError(
+            f"{config_file}: not a configuration of {class_name} ({type(error).__name__}: {_one_line(error)}); "
+            "download or save the pipeline again"
+        ) from error
     model = Model(name, folder, family, config, random_weights)
     if not model.weights_files and not random_weights and folder.parent != ARCHITECTURES:
         raise DipgoError(f"{folder / family.component}: no safetensors weights in it; download or save it again")
@@ -235,10 +242,18 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     return model
 
 
+def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Return the library and the class of a component as ``model_index.json`` has them; empty where there is none."""
+    entry = index.get(name)
+    if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+        return entry[0], entry[1]
+    return "", ""
+
+
 def _check_add_ons(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuse what changes a denoiser from outside: a trace would leave it out without a word."""
     for entry, what in _ADD_ONS.items():
-        if (index.get(entry) or [None])[0]:
+        if component_class(index, entry)[0]:
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")

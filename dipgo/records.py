@@ -39,7 +39,7 @@ class SamplerIdentity(Record):
     config: dict[str, Any]
     steps: int = Field(ge=2)
     timesteps: list[float]
-    guidance_scale: float
+    guidance_scale: float = Field(allow_inf_nan=False)
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -50,6 +50,14 @@ def read_json(path: Path, what: str) -> Any:
         raise DipgoError(f"{path}: no such {what}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DipgoError(f"{path}: not a readable {what} ({error})") from error
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object, or say in one line why not."""
+    content = read_json(path, what)
+    if not isinstance(content, dict):
+        raise DipgoError(f"{path}: not a readable {what} (no JSON object)")
+    return content
 
 
 def read_record(path: Path, kind: type[R], schema: str, what: str, cure: str) -> R:

@@ -7,6 +7,7 @@ the dependents" (Algorithm 1) without a hand-written topology, and MACs are summ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.errors import DipgoError
+from dipgo.errors import DipgoError, UsageError
 from dipgo.exported import Tapped, export_tapped, free_sides, in_dtype
 from dipgo.families import GuidedDenoiser
 from dipgo.models import Model
@@ -186,9 +187,11 @@ def trace(
     The number of images stays symbolic; no weights are read. In a ``dtype`` of 16 bits the graph computes what
     ``pipe.to(dtype)`` would, but for guidance, which is float32 (see :func:`dipgo.exported.in_dtype`). With ``size``,
     height and width of the latent, these stay symbolic too, in multiples of :func:`dipgo.exported.size_multiple`; MACs
-    are then those at ``size``. Raises UsageError for bad patterns and for a ``size`` where the denoiser takes its own
-    alone, DipgoError where torch.export cannot trace the model.
+    are then those at ``size``. Raises UsageError for bad patterns, for a ``size`` where the denoiser takes its own
+    alone, and for a guidance that is not finite, DipgoError where torch.export cannot trace the model.
     """
+    if not math.isfinite(guidance_scale):
+        raise UsageError(f"--guidance {guidance_scale}: give a finite number")
     denoiser = model.empty_denoiser(dtype)
     names = site_names(denoiser, model.family, sites)
     family = in_dtype(model.family, dtype)

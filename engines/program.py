@@ -84,7 +84,7 @@ class Program:
         labels = self.record.conditioning.labels
         if label in labels:
             return labels[label]
-        if label.isdecimal() and (not labels or int(label) in labels.values()):
+        if label.isdecimal() and len(label) < 11 and (not labels or int(label) in labels.values()):
             return int(label)
         known = ", ".join(list(labels)[:10]) + (", …" if len(labels) > 10 else "")
         raise UsageError(f"class '{label}' is unknown to {self.record.model.name}; it has: {known}")

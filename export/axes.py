@@ -62,7 +62,8 @@ def parse_range(text: str, what: str) -> tuple[int, int | None, int]:
         UsageError: anything else; ``what`` names the option.
     """
     parts = text.split(":")
-    if not all(part.isascii() and part.isdecimal() and 0 < int(part) < 2**31 for part in parts) or len(parts) > 3:
+    short = all(part.isascii() and part.isdecimal() and len(part) < 11 for part in parts)
+    if not short or not all(0 < int(part) < 2**31 for part in parts) or len(parts) > 3:
         raise UsageError(f"{what} {text}: give a number, min:max or min:opt:max, whole numbers above 0")
     numbers = [int(part) for part in parts]
     if numbers != sorted(numbers):

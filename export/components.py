@@ -19,9 +19,9 @@ from torch.export import Dim
 
 from dipgo.checkpoint import Stored, checkpoint_files, stored_tensors
 from dipgo.errors import DipgoError
-from dipgo.models import Model
+from dipgo.models import Model, component_class
 from dipgo.random_weights import write_random
-from dipgo.records import read_json
+from dipgo.records import read_object
 from dipgo.vae import to_vae
 from export.bundle import DecoderRecord, Size
 from export.convert import convert, simplify, tensor_record
@@ -105,8 +105,8 @@ def components_of(model: Model) -> tuple[str, ...]:
 
 def class_of(model: Model, name: str) -> tuple[str, str] | None:
     """Return the library and the class of a component as ``model_index.json`` has them; None where there is none."""
-    entry = read_json(model.folder / "model_index.json", "model_index.json").get(name)
-    return (entry[0], entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+    found = component_class(read_object(model.folder / "model_index.json", "model_index.json"), name)
+    return found if found[1] else None
 
 
 def component_dtype(model: Model, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -122,7 +122,7 @@ def component_config(model: Model, name: str) -> dict[str, Any]:
     Raises:
         DipgoError: no such file, or one that is not JSON.
     """
-    return read_json(model.folder / name / "config.json", f"configuration of the {name}")
+    return read_object(model.folder / name / "config.json", f"configuration of the {name}")
 
 
 def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from export.bundle import RECORD_FILE, FileRecord
 from export.weights import Weights, check_in_place, place
 
 Files = dict[str, FileRecord]
+MODEL_FILE = "model_index.json"
 UNFINISHED = "dipgo.bundle/unfinished"
 
 
@@ -24,8 +25,9 @@ def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Itera
     """Refuse a folder that cannot take a bundle of the pipeline in ``root``; ``names`` are files that it will hold.
 
     Raises:
-        UsageError: a folder that exists, without ``force``. With copies, one that holds the pipeline, or that is no
-            bundle; in place, another one than the pipeline's, or one where a file of the user's has such a name.
+        UsageError: a folder that exists, without ``force``. With copies, one that holds the pipeline, one that is
+            another pipeline's own, or no bundle; in place, another one than the pipeline's, or one where a file of the
+            user's has such a name.
         DipgoError: in place, the record of a bundle that cannot be read.
     """
     if how == "copy":
@@ -33,6 +35,11 @@ def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Itera
             raise UsageError(
                 f"{folder}: holds the model ({root}), which a bundle in its place would delete; give another -o, or "
                 f"--weights in-place with -o {root}"
+            )
+        if (folder / MODEL_FILE).exists():  # with another model's bundle in place
+            raise UsageError(
+                f"{folder}: is a pipeline's own folder ({MODEL_FILE}), which a bundle in its place would delete; give "
+                "another -o"
             )
         refuse_existing(folder, force, RECORD_FILE)
         return

@@ -1,6 +1,7 @@
 """The command line: the whole path in a real process, and one line for everything that is wrong."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,25 @@ def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "transformer_blocks.1.ff" in out
     assert "slots" in out
+
+
+@pytest.mark.parametrize(("given", "written"), [("a_0.5", "a_0.5.png"), ("b.PNG", "b.PNG"), ("c.jpg", "c.jpg.png")])
+def test_pictures_keep_the_name_that_they_are_given(bundle, tmp_path, monkeypatch, capsys, given, written):
+    code, out, err = run(monkeypatch, capsys, "run", bundle, "--class", "dog", "-o", tmp_path / given)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == [written]
+    assert written in out
+
+
+def test_merged_graphs_are_told_by_share(prompted, tmp_path, monkeypatch, capsys):
+    """The bundle has another size than the search had, so MACs in all are not to be compared."""
+    subnet_file = prompted[-1].parent / "subnet.json"
+    command = ["export", subnet_file, "--size", 32, "--max-graphs", 1, "--denoiser", "-o", tmp_path / "one"]
+    code, out, err = run(monkeypatch, capsys, *command)
+    assert code == 0, err
+    told = re.fullmatch(r"graphs: 1, (.*)% of the MACs; the SubNet: (.*)%", out.splitlines()[0])
+    assert told
+    assert float(told[2]) < float(told[1]) <= 100
 
 
 def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path, monkeypatch, capsys):
@@ -150,6 +170,14 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
         (["run", "BUNDLE", "--class", "wolf", "-o", "OUT"], 2, "class 'wolf' is unknown"),
         (["run", "nowhere", "--class", "1", "-o", "OUT"], 1, "no such bundle"),
+        (["run", "BUNDLE", "--class", "1", "--threads", "100000", "-o", "OUT"], 2, "--threads"),
+        (["run", "BUNDLE", "--class", "7" * 5000, "-o", "OUT"], 2, "is unknown to"),
+        (["run", "BUNDLE", "--class", "1", "-o", ".."], 2, "-o ..: names no file; give one, such as out.png"),
+        (["run", "n" * 300, "--class", "1", "-o", "OUT"], 1, "name too long"),
+        (["export", "SUBNET", "--batch", "7" * 5000, "-o", "OUT"], 2, "give a number, min:max or min:opt:max"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--guidance", "nan", "-o", "OUT"], 2, "--guidance nan"),
+        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--set", "tau=inf", "-o", "OUT"], 2, "tau = 'inf': give"),
+        (["deploy", "BUNDLE", "--triton", "OUT", "--wait", "inf"], 2, "--wait"),
         (["run", "BUNDLE", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
         (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
         (["run", "PROMPTED", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),

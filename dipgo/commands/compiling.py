@@ -53,11 +53,9 @@ def export(
     record = export_with(
         found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole, size
     )
-    if max_graphs is not None and record.macs != found.cost.subnet:
-        typer.echo(
-            f"merged into {len(record.graphs)} graphs: {record.macs / found.cost.subnet - 1:+.2%} MACs, "
-            f"{record.macs / found.cost.full:.2%} of the full trajectory's"
-        )
+    if max_graphs is not None:
+        ratio = load_subnet(output / record.subnet_file).cost.ratio
+        typer.echo(f"graphs: {len(record.graphs)}, {ratio:.2%} of the MACs; the SubNet: {found.cost.ratio:.2%}")
     typer.echo(f"bundle: {output}")
 
 

@@ -12,7 +12,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder w
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 BackendOption = Annotated[str, typer.Option(help="What runs the graphs; 'dipgo doctor' lists them.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; all cores by default.")]
 StepsOption = Annotated[int, typer.Option(help="Inference steps of the full trajectory.")]
 BudgetOption = Annotated[float, typer.Option(help="Share of the full trajectory's MACs to keep, in (0, 1].")]
 BudgetsOption = Annotated[

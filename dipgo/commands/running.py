@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def run(
     from dipgo.files import new_file, refuse_existing
     from engines.images import grid
 
-    output = output.with_suffix(".png")
+    output = _picture(output)
     refuse_existing(output, force)
     wanted_size = _pixels(size) if size else None
     with engines.load(bundle, threads, backend) as program:
@@ -50,9 +51,15 @@ def run(
             raise UsageError(f"{bundle}: conditioned by {kind}; --negative is for models of prompts")
         given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
         pixels = program.generate(given, seed, bar("generate"), negative, wanted_size)
-    with new_file(output) as draft:
+    with new_file(output, force) as draft:
         grid(pixels).save(draft)
     typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
+
+
+def _picture(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise UsageError(f"-o {path}: names no file; give one, such as out.png")
+    return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
 
 
 def _pixels(size: str) -> tuple[int, int]:

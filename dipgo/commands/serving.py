@@ -14,12 +14,18 @@ if TYPE_CHECKING:
 
 NameOption = Annotated[str | None, typer.Option(help="The model's name in URLs; the bundle's own by default.")]
 BackendOption = Annotated[str, typer.Option(help="What runs the graphs.")]
-InstancesOption = Annotated[int, typer.Option(min=1, help="Processes, each with a program of its own.")]
-MaxPromptOption = Annotated[int, typer.Option(min=1, help="Characters of a prompt, at most.")]
-MaxImagesOption = Annotated[int, typer.Option(min=1, help="Images of a request, at most.")]
-QueueOption = Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 503.")]
-WaitOption = Annotated[float, typer.Option(min=0.001, help="Seconds that a request may wait, then it is 503.")]
-DelayOption = Annotated[float, typer.Option(min=0.001, help="Milliseconds that a batch waits to be filled.")]
+InstancesOption = Annotated[int, typer.Option(min=1, max=1024, help="Processes, each with a program of its own.")]
+MaxPromptOption = Annotated[int, typer.Option(min=1, max=1_000_000, help="Characters of a prompt, at most.")]
+MaxImagesOption = Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a request, at most.")]
+QueueOption = Annotated[
+    int, typer.Option(min=1, max=1_000_000, help="Requests that may wait; more are refused with 503.")
+]
+WaitOption = Annotated[
+    float, typer.Option(min=0.001, max=86_400, help="Seconds that a request may wait, then it is 503.")
+]
+DelayOption = Annotated[
+    float, typer.Option(min=0.001, max=60_000, help="Milliseconds that a batch waits to be filled.")
+]
 
 
 def deploy(

@@ -12,7 +12,7 @@ import torch
 from dipgo.search.losses import psnr
 from dipgo.search.run import Run
 from dipgo.search.task import Task
-from dipgo.trajectory import Batch
+from dipgo.trajectory import Batch, select
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Judge:
     """Compares gates and backups by the mean of the decoded images' PSNR to those of the full trajectory.
 
     That is what the ``psnr`` loss descends. Over all pixels together, a few images that part ways with the full
-    trajectory's would decide. With several processes the main one judges for all, so that all choose alike.
+    trajectory's would decide. With several processes the main one judges for all, so that all choose alike. ``chunk``
+    images are computed at once.
     """
 
-    def __init__(self, task: Task, count: int, seed: int, run: Run) -> None:
+    def __init__(self, task: Task, count: int, seed: int, run: Run, chunk: int = 32) -> None:
         self.task, self.run = task, run
-        self.batch: Batch = task.sampling.draw(count, seed)
+        drawn = task.sampling.draw(count, seed)
+        self.batches: list[Batch] = [select(drawn, rows) for rows in torch.arange(count).split(chunk)]
 
     def __call__(self, name: str, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> Candidate:
         return Candidate(name, gates, weights, self.run.processes.from_main(lambda: self.psnr(gates, weights)))
@@ -51,15 +53,16 @@ class Judge:
     def psnrs(self, gates: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return each image's PSNR in dB; for the main process alone."""
         tensors = {key: torch.from_numpy(np.asarray(array)) for key, array in weights.items()}
-        with torch.no_grad():
-            latents = self.task.trajectory.gated(
-                self.batch.noise, self.batch.conditions, gates, tensors, terms_of(weights)
-            )
-        return psnr(self._images(latents), self.reference).cpu().numpy()
+        found = []
+        for batch, reference in zip(self.batches, self.references, strict=True):
+            with torch.no_grad():
+                latents = self.task.trajectory.gated(batch.noise, batch.conditions, gates, tensors, terms_of(weights))
+            found.append(psnr(self._images(latents), reference).cpu().numpy())
+        return np.concatenate(found)
 
     @cached_property
-    def reference(self) -> torch.Tensor:
-        return self._images(self.task.trajectory.full(self.batch.noise, self.batch.conditions))
+    def references(self) -> list[torch.Tensor]:
+        return [self._images(self.task.trajectory.full(batch.noise, batch.conditions)) for batch in self.batches]
 
     def _images(self, latents: list[torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():

@@ -101,8 +101,8 @@ def spaced(
 ) -> np.ndarray:
     """Return gates that compute whole steps, as many as the budget allows, and serve backups in between.
 
-    One step more than fits is computed in part where that comes closer to the budget. Where even one computed step
-    costs too much, so do the gates that are returned. Arguments as for :func:`whole_steps`.
+    One step more than fits is computed in part, if skipping sites of it and of others can meet the budget. Where even
+    one computed step costs too much, so do the gates that are returned. Arguments as for :func:`whole_steps`.
     """
     below, above = (
         gates_of_steps(trace, calls, steps, serving, learned, outer)

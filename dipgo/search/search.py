@@ -14,6 +14,7 @@ import torch
 
 from dipgo.cost import check_budget, cost_of
 from dipgo.errors import UsageError
+from dipgo.files import sha256_of_json
 from dipgo.latency import LatencyProfile, timed
 from dipgo.search.contenders import contenders
 from dipgo.search.gates import paper_scores
@@ -131,8 +132,8 @@ def sweep(
         seed,
         run,
         Pool(task, settings.pool, settings.batch, seed + 1, group, settings.chunk),
-        Judge(task, settings.held_out, 2_000_000 + seed, run),
-        Judge(task, settings.drops_on, 4_000_000 + seed, run),
+        Judge(task, settings.held_out, 2_000_000 + seed, run, settings.chunk),
+        Judge(task, settings.drops_on, 4_000_000 + seed, run, settings.chunk),
         make_loss(settings.loss, task.decode, settings.step_weights),
         starts,
     )
@@ -166,6 +167,9 @@ def _found(
                 "budget": budget,
                 "cost": _cost(task.trace, best, profile),
                 "seed": work.seed,
+                "choices": _choices(task.sampling.choices),
+                "starts": [digest_of(start) for start in work.starts],
+                "processes": work.run.processes.count,
                 "settings": asdict(work.settings),
                 "seconds": round(shared + _seconds(work, f"{budget:g}"), 1),
                 "chosen": best.name,
@@ -175,6 +179,11 @@ def _found(
                 | {"python": platform.python_version()},
             },
         )
+
+
+def _choices(choices: Sequence[object]) -> dict[str, Any]:
+    """Return how many prompts or classes noise is paired with, and a digest of them in their order."""
+    return {"count": len(choices), "sha256": sha256_of_json([str(choice) for choice in choices])}
 
 
 def _seconds(work: Work, part: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
@@ -30,7 +31,7 @@ class Settings:
         batch: images an iteration, in each process.
         pool: noises whose full trajectories are kept for the phases that use them more than once; 0 draws fresh noise
             at every iteration.
-        chunk: how many full trajectories are computed at once.
+        chunk: how many images are computed at once where nothing is learned: full trajectories, and what is judged.
         held_out: noises on which candidates are compared; never used for learning.
         moves: places of computed steps that are measured, to choose when to compute
             (:func:`dipgo.search.moves.move_steps`); 0 leaves this out, and so does no ``drops``. They
@@ -192,15 +193,24 @@ def check(settings: Settings) -> None:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 
 
+def finite(text: str) -> float:
+    """Return the number that a text is; raises ValueError where it is none, or not finite."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"'{text}' is not finite")
+    return number
+
+
 def _value(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if kind is str:
             return text
-        if kind in (int, float):
-            return kind(text)
-        return tuple(float(part) for part in text.split(",") if part)
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return finite(text)
+        return tuple(finite(part) for part in text.split(",") if part)
     except (ValueError, KeyError) as error:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers joined by commas")
         raise UsageError(f"{name} = '{text}': give {wanted}") from error

@@ -75,6 +75,8 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
     if not NAME.fullmatch(name):
         raise UsageError(f"model name '{name}' does not fit a URL; use up to 64 letters, digits, '_', '-' and '.'")
     target = root / name
+    if deployment.link and bundle.resolve().is_relative_to(target.resolve()):
+        raise UsageError(f"{bundle}: is the copy that the link would replace; link to the bundle that it was made from")
     if root.is_file():
         raise UsageError(f"{root}: is a file; give a folder for the model repository")
     with new_folder(target, force, f"{VERSION}/{BUNDLE}/{RECORD_FILE}") as draft:
@@ -126,7 +128,10 @@ def _inputs(record: BundleRecord) -> list[_Input]:
 
 def _check_servable(record: BundleRecord, bundle: Path) -> None:
     if record.decoder is None:
-        raise DipgoError(f"{bundle}: holds no VAE decoder, so there are no images to serve; export it with --pipeline")
+        raise DipgoError(
+            f"{bundle}: holds no VAE decoder, so there are no images to serve; export a pipeline that has one, with "
+            "--pipeline"
+        )
     if record.conditioning.kind == "prompt" and record.conditioning.encoder is None:
         raise DipgoError(f"{bundle}: holds no text encoder, so it takes no prompts; export it with --pipeline")
 

@@ -62,6 +62,20 @@ def test_many_programs_make_none_of_them_differ_by_chance(measured: Measured, tm
     assert marked <= 2
 
 
+def test_few_rounds_show_no_difference(measured: Measured, tmp_path: Path):
+    """Resampling one round always gives that round: an interval without width, which excludes everything."""
+    first, rows = timed(measured[0], {}, 1), []
+    for row in first.rows:
+        timing = timing_of([0.51], [1.0]) if row.name == "dipgo" else row.timing
+        rows.append(row.model_copy(update={"timing": timing}))
+    found = compared(first, first.model_copy(update={"rows": rows}), tmp_path)
+    change = next(pair.speedup for pair in found.pairs if pair.name == "dipgo")
+    assert change is not None
+    assert change.change == pytest.approx(0.98, abs=0.02)
+    assert not change.significant
+    assert "too few rounds" in next(line for line in text(found).splitlines() if line.startswith("dipgo"))
+
+
 def test_a_slower_program_is_found(measured: Measured, tmp_path: Path):
     found = compared(timed(measured[0], {}, 1), timed(measured[0], {"dipgo": 0.55}, 2), tmp_path)
     changed = [pair.name for pair in found.pairs if pair.speedup and pair.speedup.significant]

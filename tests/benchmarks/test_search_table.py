@@ -1,6 +1,8 @@
 """The tables of what searches find: rows, budgets, and SubNets of other sites than the table's."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from diffusers import DDIMScheduler
 
 from benchmarks.quality import image_psnr, psnr
 from benchmarks.reference import converged
+from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from benchmarks.search_table import Judge, cells, check_same, load_folder
 from dipgo.errors import DipgoError
 from dipgo.gating import gated
@@ -17,6 +20,7 @@ from dipgo.search.policies import Policy, policies
 from dipgo.search.search import policy_subnet
 from dipgo.search.task import make_task
 from dipgo.search.work import drift_of
+from tests.models import tiny_sd
 
 STEPS, BUDGET = 6, 0.6
 
@@ -82,6 +86,48 @@ def test_the_best_fixed_policy_is_the_best_of_all_that_may_be(tiny_dit, judge):
     assert best.psnr_db == max(psnr(each, judge.reference) for each in images.values())
     assert best.image_psnr_db == max(image_psnr(each, judge.reference).mean() for each in images.values())
     assert best.psnr_db == psnr(images[best.what], judge.reference)
+
+
+def test_whole_steps_count_among_fixed_policies(tmp_path):
+    """At ``layer`` sites of a UNet nothing makes the output, so the policies there compute something in every step."""
+    model = find_model(str(tiny_sd(tmp_path / "sd")))
+    judge = Judge(make_task(model, STEPS, "ddim", "layer", 4.0), images=1, converged=0)
+    assert not judge.task.trace.output_sites()
+    ours = policy_subnet(judge.task, policies(judge.task.trace, STEPS, BUDGET)[0])
+    ours.search.update(budget=BUDGET, chosen="", seconds=1.0, held_out_psnr_db={})
+    best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
+    blocks = judge.task.with_sites("block")
+    whole = [policy for policy in policies(blocks.trace, STEPS, BUDGET) if policy.name.endswith("reuse, whole")]
+    assert len(whole) == 4
+    figures = [psnr(judge.found(policy_subnet(blocks, policy)), judge.reference) for policy in whole]
+    assert best.psnr_db >= max(figures)
+
+
+def test_the_lead_is_of_the_same_images():
+    """A lead of 1 dB on each image is one, however far apart the images are; a row without theirs has none."""
+    generator = np.random.default_rng(0)
+    theirs = generator.normal(30, 10, 64)
+    ours = theirs + generator.normal(1, 0.1, 64)
+    rows = {BEST: theirs.tolist(), PAPER: [], DIPGO: ours.tolist()}
+    table = [cell(row, each) for row, each in rows.items()]
+    record = TableRecord.model_validate_json(next(Path("benchmarks/results").glob("search-digits*.json")).read_text())
+    lines = markdown(record.model_copy(update={"cells": table}), "x.json").splitlines()
+    (lead,) = [line for line in lines if line.startswith("| dipgo over")]
+    assert re.fullmatch(r"\| dipgo over best fixed policy of all, in the mean \| 1\.0 \(1\.0 to 1\.0\) \|", lead)
+
+
+def cell(row, each):
+    mean = float(np.mean(each)) if each else 0.0
+    return Cell(
+        row=row,
+        budget=0.5,
+        macs_ratio=0.5,
+        psnr_db=mean,
+        image_psnr_db=mean,
+        each_psnr_db=each,
+        converged_db=None,
+        class_accuracy=None,
+    )
 
 
 def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):

@@ -129,6 +129,25 @@ def test_what_cannot_be_called_is_refused(tmp_path, pipeline, component, denoise
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model_index.json", "[]", "model_index.json: not a readable model_index.json"),
+        ("model_index.json", '{"unet": 5}', "has no transformer or unet of diffusers"),
+        ("model_index.json", '{"unet": ["diffusers"]}', "has no transformer or unet of diffusers"),
+        ("unet/config.json", "[]", "config.json: not a readable model configuration"),
+        ("unet/config.json", '{"sample_size": "a", "in_channels": "b"}', "not a configuration of UNet2DConditionModel"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(tmp_path, bare, file, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(bare, folder)
+    (folder / file).write_text(content)
+    with pytest.raises(DipgoError, match=message) as refused:
+        find_model(str(folder), random_weights=True)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_pipeline_without_a_denoiser_has_no_family(bare):
     pipe = find_model(bare, random_weights=True).pipeline()
     assert family_of(pipe).denoiser_class == "UNet2DConditionModel"

@@ -14,6 +14,7 @@ from dipgo.liveness import canonical
 from dipgo.models import find_model
 from dipgo.search.backups import Backups, learn_backups
 from dipgo.search.gates import dependent_shares
+from dipgo.search.judge import Judge
 from dipgo.search.losses import final_latent, psnr
 from dipgo.search.optimise import Descent
 from dipgo.search.policies import SPACINGS, computed_steps, extrapolation, policies
@@ -192,6 +193,27 @@ def test_search_returns_the_best_candidate(task, method):
     assert subnet.gates[0].all()
     if method == "paper":
         assert not subnet.weights
+
+
+def test_a_subnet_says_what_it_was_searched_on(task, tiny_dit):
+    settings = replace(TINY, backup_iterations=0, drops=0)
+    one_class = make_task(find_model(tiny_dit), STEPS, classes="1")
+    first, second = (search(part, 0.5, settings=settings) for part in (task, one_class))
+    start = search(task, 0.5, settings=settings, starts=[first])
+    choices = first.search["choices"]
+    assert choices["count"] == len(task.sampling.choices)
+    assert start.search["choices"] == choices != second.search["choices"]
+    assert (len(first.search["starts"]), len(start.search["starts"])) == (0, 1)
+    assert first.search["processes"] == 1
+
+
+def test_what_is_judged_at_once_does_not_matter(task):
+    gates = np.ones((STEPS, len(task.trace.sites)), bool)
+    gates[1::2] = False
+    whole, parts = (Judge(task, 5, 1, Run(), chunk).psnrs(gates, {}) for chunk in (5, 2))
+    assert whole.shape == (5,)
+    assert whole == pytest.approx(parts, abs=1e-3)
+    assert np.ptp(whole) > 0.1, "so that an order that was lost would show"
 
 
 def test_searches_are_reproducible(task):

@@ -1,5 +1,7 @@
 """The model repository that is written for Triton, and what is refused before anything is written."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,14 @@ def test_a_linked_model_is_replaced_and_its_bundle_stays(bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
+def test_a_copy_is_not_linked_to_itself(bundle, tmp_path):
+    model = write_repository(bundle, tmp_path, Deployment(name="a"))
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"1/bundle: is the copy that the link would replace"):
+        write_repository(model / "1" / "bundle", tmp_path, Deployment(name="a", link=True), force=True)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("deployment", "message"),
     [
@@ -140,19 +150,35 @@ def test_without_a_server_one_line_says_what_to_install(tmp_path, monkeypatch):
         find_server(tmp_path)
 
 
-def test_serving_needs_what_its_requirements_list_and_no_more(bundle):
-    """A real process, in which nothing can be imported but these packages and what they depend on."""
-    listed = {Requirement(line).name for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")}
-    allowed, new = {"dipgo"}, listed
+def closure(*requirements):
+    """Return names of packages with all that they depend on, dipgo among them."""
+    allowed, new = {"dipgo"}, {Requirement(line).name for line in requirements}
     while new := {name.lower().replace("_", "-") for name in new} - allowed:
         allowed |= new
         needed = [Requirement(line) for name in new for line in requires(name) or []]
         new = {found.name for found in needed if not found.marker or found.marker.evaluate()}
+    return allowed
+
+
+def blocked_but(allowed):
+    """Return the import names of everything that is installed here and not allowed."""
     owners = packages_distributions()
-    blocked = [name for name, by in owners.items() if not {owner.lower().replace("_", "-") for owner in by} & allowed]
+    return [name for name, by in owners.items() if not {owner.lower().replace("_", "-") for owner in by} & allowed]
+
+
+def listed():
+    return [line for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+
+
+def test_serving_needs_what_its_requirements_list_and_no_more(bundle):
+    """A real process, in which nothing can be imported but these packages and what they depend on.
+
+    What dipgo's own files import there is listed itself, not only among what others depend on.
+    """
+    blocked = blocked_but(closure(*listed()))
     assert {"torch", "diffusers", "transformers", "onnx", "typer", "jinja2"} <= set(blocked)
     script = f"""
-import sys, types
+import ast, sys, types
 sys.modules.update(dict.fromkeys({blocked}))
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 import engines.serving.__main__, engines.serving.model
@@ -160,8 +186,43 @@ from engines.serving.requests import Row, render
 import engines
 with engines.load({str(bundle)!r}) as program:
     print(*render(program, [Row(1, None, 5, 1)])[0].ravel())
+own = [module for name, module in sys.modules.items() if name.split(".")[0] in ("dipgo", "engines", "export")]
+bodies = [node for module in own for node in ast.parse(open(module.__file__).read()).body]
+froms = {{node.module for node in bodies if isinstance(node, ast.ImportFrom)}}
+plain = {{alias.name for node in bodies if isinstance(node, ast.Import) for alias in node.names}}
+print(*{{name.split(".")[0] for name in froms | plain}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    levels, imported = done.stdout.splitlines()
     with engines.load(bundle) as program:
         expected = (program.generate([1], 5) * 255).round()
-    assert [int(level) for level in done.stdout.split()] == expected.ravel().tolist()
+    assert [int(level) for level in levels.split()] == expected.ravel().tolist()
+    owners = packages_distributions()
+    packages = {owner.lower().replace("_", "-") for name in imported.split() for owner in owners.get(name, ())}
+    assert packages - {"dipgo"} <= {Requirement(line).name for line in listed()}
+
+
+def test_the_command_line_needs_the_one_line_more_that_the_docs_give(bundle, tmp_path):
+    """Running and deploying in real processes that can import no more; building without torch is one line."""
+    docs = (Path(__file__).parents[2] / "docs" / "deploying.md").read_text()
+    more = re.search(r"^pip install -r \S*requirements\.txt && .*\npip install (.*)$", docs, re.MULTILINE)
+    blocked = blocked_but(closure(*listed(), *shlex.split(more.group(1))))
+    assert {"torch", "diffusers", "transformers", "onnx"} <= set(blocked)
+    script = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from dipgo.cli import main; main()"
+
+    def dipgo(*arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for arguments in (
+        ("run", bundle, "-o", tmp_path / "image.png", "--class", "1"),
+        ("deploy", bundle, "--triton", tmp_path / "models"),
+        ("inspect", bundle),
+        ("doctor",),
+    ):
+        done = dipgo(*arguments)
+        assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    assert (tmp_path / "image.png").is_file()
+    assert len(list(tmp_path.glob("models/*/config.pbtxt"))) == 1
+    done = dipgo("build", bundle, "--backend", "torch-aot")
+    assert (done.returncode, done.stderr) == (1, "dipgo: torch is not installed; run: pip install torch\n")

@@ -101,6 +101,14 @@ def test_in_place_again_replaces_the_bundle_alone(model):
     open_bundle(model.folder)
 
 
+def test_another_model_s_folder_is_never_replaced(model, refused):
+    """It may hold a bundle of its own, beside its weights."""
+    other = model.folder.parent / "other"
+    shutil.copytree(model.folder, other)
+    (other / "bundle.json").write_text(json.dumps({"schema": "dipgo.bundle/1", "weights": "in-place"}))
+    assert "other: is a pipeline's own folder (model_index.json)" in refused(other)
+
+
 def test_in_place_elsewhere_is_refused(model, tmp_path):
     with pytest.raises(UsageError, match=r"lies beside the checkpoint; give -o .*model"):
         compiled(model, tmp_path / "b", Options(weights="in-place"))
