@@ -31,14 +31,18 @@ class Device:
 
 
 class CudaError(DipgoError):
-    """A call of CUDA's runtime failed."""
+    """A call of CUDA's runtime failed, or there is no GPU for it."""
 
 
 def find_device() -> Device | None:
-    """Return the current CUDA device; None where there is no GPU, no driver, or no ``cuda-bindings``."""
+    """Return the current CUDA device; None where there is no GPU, or no driver that goes with ``cuda-bindings``.
+
+    Raises:
+        DipgoError: ``cuda-bindings`` is not installed, so that nobody can tell.
+    """
     try:
         return open_device()
-    except DipgoError:
+    except CudaError:
         return None
 
 
@@ -46,7 +50,8 @@ def open_device() -> Device:
     """Return the current CUDA device.
 
     Raises:
-        DipgoError: ``cuda-bindings`` is not installed, or no GPU can be used; says which.
+        CudaError: no GPU can be used; says why.
+        DipgoError: ``cuda-bindings`` is not installed.
     """
     try:
         count = _call("cudaGetDeviceCount")
@@ -54,7 +59,7 @@ def open_device() -> Device:
             raise CudaError("no CUDA device")
         properties = _call("cudaGetDeviceProperties", _call("cudaGetDevice"))
     except CudaError as error:
-        raise DipgoError(f"no GPU can be used here ({error}); run it where nvidia-smi lists one") from error
+        raise CudaError(f"no GPU can be used here ({error}); run it where nvidia-smi lists one") from error
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
     return Device(name, 10 * properties.major + properties.minor, properties.totalGlobalMem)
 
@@ -113,11 +118,15 @@ class Stream:
         self.handle = int(stream)
         self._end = weakref.finalize(self, _quietly, "cudaStreamDestroy", stream)
 
-    def close(self) -> None:
-        """Wait for what is on the stream, and end it; again is nothing."""
+    def wait(self) -> None:
+        """Wait for what is on the stream, whatever becomes of it."""
         if self._end.alive:
             _quietly("cudaStreamSynchronize", self.handle)
-            self._end()
+
+    def close(self) -> None:
+        """Wait for what is on the stream, and end it; again is nothing."""
+        self.wait()
+        self._end()
 
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Return new memory, all zeros.

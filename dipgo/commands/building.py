@@ -32,11 +32,10 @@ def build(
     if backend not in BUILT:
         raise UsageError(f"backend '{backend}' builds nothing; use {' or '.join(BUILT)}")
     if backend == "torch-aot":
-        import torch
-
         from engines.torchrt.aot import build as compile_packages
+        from engines.torchrt.runner import default_device
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         for path in compile_packages(open_bundle(bundle), device, force=force, progress=bar("build")):
             typer.echo(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, for {device}")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dipgo.errors import DipgoError
 from dipgo.files import cache_root
 
 PACKAGES = (
@@ -23,6 +23,7 @@ PACKAGES = (
 )
 IMPORT_NAMES = ("dipgo", "export", "engines", "benchmarks")
 OK = "usable"
+NO_DEVICE = "needs a CUDA device, there is none"
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
@@ -35,12 +36,14 @@ def examine() -> dict[str, Any]:
     """Return what is found, as JSON has it; nothing is changed, and nothing that is missing is an error."""
     providers = _providers()
     devices = _devices()
+    server, without = _triton()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
         "packages": {name: _version(name) for name in ("dipgo", *PACKAGES)},
         "onnxruntime_providers": providers,
         "cuda_devices": devices,
-        "triton": os.environ.get("TRITON_SERVER") or shutil.which("tritonserver"),
+        "triton": server,
+        "triton_missing": without,
         "backends": _backends(providers, devices),
         "import_clashes": clashes(),
         "cache": _cache(),
@@ -56,7 +59,7 @@ def text_of(found: dict[str, Any]) -> str:
         "packages": _aligned({name: version or "not installed" for name, version in found["packages"].items()}),
         "ONNX Runtime providers": [", ".join(found["onnxruntime_providers"]) or "none"],
         "CUDA devices": found["cuda_devices"] or ["none"],
-        "Triton server": [found["triton"] or "not on PATH"],
+        "Triton server": [found["triton"] or found["triton_missing"]],
         "backends": _aligned(found["backends"]),
         "import names": clashing or [f"{', '.join(IMPORT_NAMES)}: dipgo's own"],
         "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
@@ -133,14 +136,16 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
         def check() -> str:
             if f"{name}ExecutionProvider" not in providers:
                 return "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
-            return OK if devices else "needs a CUDA device, there is none"
+            return _card(devices)
 
         return check
 
     def tensorrt() -> str:
         if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
             return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
-        return OK if devices else "engines can be built; running them needs a CUDA device, there is none"
+        found = _card(devices)
+        portable = found == NO_DEVICE and util.find_spec("tensorrt_rtx")  # the only one that builds without a device
+        return f"engines can be built; running them {NO_DEVICE}" if portable else found
 
     def compiler() -> str:
         if not util.find_spec("torch"):
@@ -156,6 +161,31 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
         "torch-aot": compiler,
     }
     return {name: checks[name]() if name in checks else _imports(module) for name, (module, _) in BACKENDS.items()}
+
+
+def _card(devices: list[str]) -> str:
+    """Return whether engines find a GPU by ``cuda-bindings``, as those of ONNX Runtime and TensorRT do, or why not."""
+    try:
+        from engines.cuda import find_device, open_device
+
+        if find_device() is None and not devices:
+            return NO_DEVICE
+        open_device()
+    except Exception as error:  # as a rule the bindings are not installed; damaged ones may raise anything
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return OK
+
+
+def _triton() -> tuple[str | None, str | None]:
+    """Return the Triton server that ``serve`` would take, or what to do for one."""
+    try:
+        from engines.serving.install import find_server
+
+        return str(find_server().binary), None
+    except ImportError:  # another package has the name
+        return None, "dipgo's engines cannot be imported; see the import names"
+    except DipgoError as error:
+        return None, str(error)
 
 
 def _imports(module: str) -> str:

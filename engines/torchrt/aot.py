@@ -9,8 +9,9 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,36 +20,37 @@ from dipgo.files import cache_root, new_file, sha256_of_json
 from engines.torchrt.lift import Lifted, lift
 from engines.torchrt.weights import Weights
 from export.axes import shape_at, values_at
-from export.bundle import Bundle, BundleRecord, TensorRecord
+from export.bundle import AxisRecord, Bundle, BundleRecord, TensorRecord
+
+RECIPE = 1  # raised whenever graphs are lifted or compiled in another way, so that older packages are not used
 
 _COMMAND = "dipgo build {} --backend torch-aot"
+_ENDS: tuple[Literal["min", "opt", "max"], ...] = ("min", "opt", "max")
 
 
 def build(
     bundle: Bundle,
     device: torch.device,
-    sizes: Mapping[str, int] | None = None,
     force: bool = False,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Path]:
-    """Compile every graph of a bundle that has no package yet, and return the packages.
+    """Compile every graph of a bundle that has no package yet, at all of :func:`sizes_built`; return the packages.
 
     Args:
         bundle: the bundle.
         device: what the packages are to run on; it must be here.
-        sizes: values of the bundle's axes; ``opt`` where not given.
         force: compile again what is there already.
-        progress: wraps the list of the graphs' file names.
+        progress: wraps the list of what is to be compiled, in the order of what is returned.
 
     Raises:
         DipgoError: a graph that cannot be lifted or compiled; the packages made before it stay.
     """
     weights = Weights(bundle.folder, device)
-    values = values_at(bundle.record.axes, "opt") | dict(sizes or {})
     inputs = inputs_by_file(bundle.record)
+    wanted = [(file, _shapes(inputs[file], sizes)) for sizes in sizes_built(bundle.record.axes) for file in inputs]
+    different = [one for index, one in enumerate(wanted) if one not in wanted[:index]]  # not all have every axis
     packages = []
-    for file in progress(list(inputs)):
-        shapes = {tensor.name: shape_at(tensor.shape, values) for tensor in inputs[file]}
+    for file, shapes in progress(different):
         lifted = lift(bundle.folder / file, weights, shapes)
         path = package_path(bundle, file, lifted)
         if force or not path.exists():
@@ -56,6 +58,21 @@ def build(
                 _compile(bundle.folder / file, lifted, draft)
         packages.append(path)
     return packages
+
+
+def sizes_built(axes: Mapping[str, AxisRecord]) -> list[dict[str, int]]:
+    """Return the values of a bundle's axes that :func:`build` makes packages for: code is for fixed sizes.
+
+    The smallest, the best and the largest sides of images, each with as many numbers of images: one image of the best
+    size is asked for most.
+    """
+    found: list[dict[str, int]] = []
+    for images, sides in product(_ENDS, _ENDS):
+        batch = {name: value for name, value in values_at(axes, images).items() if name == "batch"}
+        values = values_at(axes, sides) | batch
+        if values not in found:
+            found.append(values)
+    return found
 
 
 def load(bundle: Bundle, file: str, lifted: Lifted) -> Callable[..., Sequence[torch.Tensor]]:
@@ -70,7 +87,7 @@ def load(bundle: Bundle, file: str, lifted: Lifted) -> Callable[..., Sequence[to
         shapes = ", ".join(f"{given.name} {list(given.shape)}" for given in lifted.inputs)
         raise DipgoError(
             f"{bundle.folder / file}: no AOTInductor package for {shapes} on {_machine(lifted.device)} with torch "
-            f"{torch.__version__}; run: {command}"
+            f"{torch.__version__}; {_cure(bundle, file, lifted)}"
         )
     buffers = dict(lifted.module.named_buffers())
     try:
@@ -95,8 +112,24 @@ def package_path(bundle: Bundle, file: str, lifted: Lifted) -> Path:
     """Return where the package of a graph lies; its name follows from all that the machine code follows from."""
     shapes = [[given.name, str(given.dtype), list(given.shape)] for given in lifted.inputs]
     graph = bundle.record.files[file].sha256
-    digest = sha256_of_json([graph, shapes, torch.__version__, _machine(lifted.device)])
+    digest = sha256_of_json([RECIPE, graph, shapes, torch.__version__, _machine(lifted.device)])
     return cache_root() / "torch-aot" / f"{Path(file).stem}-{digest[:16]}.pt2"
+
+
+def _shapes(inputs: Iterable[TensorRecord], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: shape_at(tensor.shape, sizes) for tensor in inputs}
+
+
+def _cure(bundle: Bundle, file: str, lifted: Lifted) -> str:
+    """Say what to do for a package that is missing: building helps at the sizes that are built alone."""
+    record = bundle.record
+    inputs, sizes = inputs_by_file(record)[file], sizes_built(record.axes)
+    shapes = {given.name: given.shape for given in lifted.inputs}
+    if any(_shapes(inputs, values) == shapes for values in sizes):
+        return f"run: {_COMMAND.format(bundle.folder)}"
+    pixels = {name: 1 if name == "batch" else record.cell for name in record.axes}
+    built = [", ".join(f"{name} {value * pixels[name]}" for name, value in values.items()) for values in sizes]
+    return f"packages are built for {'; '.join(built)} alone: ask for one of these, or use --backend torch-compile"
 
 
 def _compile(path: Path, lifted: Lifted, target: Path) -> None:

@@ -68,7 +68,8 @@ def build(
         report: called with a phase, how many engines are there, how many there will be, and a name.
 
     Raises:
-        DipgoError: no TensorRT here, one that does not take a graph, a bundle that is damaged or cannot be written.
+        DipgoError: no TensorRT or no ``cuda-bindings`` here, a TensorRT that does not take a graph, a bundle that is
+            damaged or cannot be written.
     """
     options = options or BuildOptions()
     device = find_device()

@@ -50,8 +50,8 @@ class Library:
             return f"sm{RTX_LEAST}plus"
         if device is None:
             raise DipgoError(
-                "TensorRT builds engines on the GPU that they are for, and none can be used here; build there, or "
-                "run: pip install tensorrt-rtx==1.7.1.116"
+                "TensorRT builds engines on the GPU that they are for, and none can be used here ('dipgo doctor' says "
+                "why); build there, or run: pip install tensorrt-rtx==1.7.1.116"
             )
         return f"sm{device.capability}"
 

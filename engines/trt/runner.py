@@ -33,6 +33,8 @@ class TensorRtRunner:
         self._graphs = {graph.file: graph for graph in graphs_of(bundle.record)}
         self._engines: dict[str, _Engine] = {}
         self._arenas: list[DeviceArray] = []
+        self._runtime: Any = None
+        self._stream: Stream | None = None
 
     def __enter__(self) -> TensorRtRunner:
         try:
@@ -54,21 +56,30 @@ class TensorRtRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        self._engines, self._arenas = {}, []
-        self._runtime = None
+        if self._stream:
+            self._stream.wait()  # engines at work may not go
+        self._engines, self._arenas, self._runtime = {}, [], None
+        if self._stream:  # none where entering failed, or never happened
+            self._stream.close()
+        self._stream = None
+
+    @property
+    def stream(self) -> Stream:
+        if self._stream is None:
+            raise DipgoError(f"{self.bundle.folder}: the program is closed; enter it before use")
+        return self._stream
 
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        return self._stream.zeros(shape, dtype)
+        return self.stream.zeros(shape, dtype)
 
     def write(self, target: DeviceArray, values: np.ndarray) -> None:
-        self._stream.write(target, values)
+        self.stream.write(target, values)
 
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
-        self._stream.copy(target, source)
+        self.stream.copy(target, source)
 
     def read(self, source: DeviceArray) -> np.ndarray:
-        return self._stream.read(source)
+        return self.stream.read(source)
 
     def bind(self, file: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Launch:
         """Return a function that runs a graph's engine from and into these arrays.
@@ -80,32 +91,32 @@ class TensorRtRunner:
         """
         engine = self._engine(file)
         arrays = {**inputs, **outputs}
-        with self._stream.lock:
+        with self.stream.lock:
             shapes = engine.shapes_for({name: array.shape for name, array in inputs.items()})
         for name, dtype in engine.tensors.items():
             if name not in arrays and name in engine.outputs:
-                arrays[name] = self._stream.zeros(shapes[name], dtype)
+                arrays[name] = self.stream.zeros(shapes[name], dtype)
             if name not in arrays or arrays[name].dtype != dtype or arrays[name].shape != shapes[name]:
                 given = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "nothing"
                 raise DipgoError(f"{file}: '{name}' is {dtype} {list(shapes[name])} in its engine, got {given}")
 
         def launch() -> None:
-            with self._stream.lock:
-                engine.launch(arrays, self._arenas[-1], self._stream)
+            with self.stream.lock:
+                engine.launch(arrays, self._arenas[-1], self.stream)
 
         return launch
 
     def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run a graph's engine once on values of the host; it is loaded when it is first needed."""
         engine = self._engine(file)
-        given = {name: self._stream.zeros(values.shape, engine.tensors[name]) for name, values in inputs.items()}
-        with self._stream.lock:
+        given = {name: self.stream.zeros(values.shape, engine.tensors[name]) for name, values in inputs.items()}
+        with self.stream.lock:
             shapes = engine.shapes_for({name: array.shape for name, array in given.items()})
-        made = {name: self._stream.zeros(shapes[name], engine.tensors[name]) for name in engine.outputs}
+        made = {name: self.stream.zeros(shapes[name], engine.tensors[name]) for name in engine.outputs}
         for name, values in inputs.items():
-            self._stream.write(given[name], values)
+            self.stream.write(given[name], values)
         self.bind(file, given, made)()
-        return {name: self._stream.read(array) for name, array in made.items()}
+        return {name: self.stream.read(array) for name, array in made.items()}
 
     def joined(self, launches: Sequence[Launch]) -> Launch | None:
         """Capture launches as one CUDA graph; None, with a warning, where something in them cannot be captured.
@@ -118,20 +129,20 @@ class TensorRtRunner:
                 launch()
 
         try:
-            with self._stream.lock:
+            with self.stream.lock:
                 all_of_them()
-                return self._stream.capture(all_of_them)
+                return self.stream.capture(all_of_them)
         except CudaError as error:
             warnings.warn(f"{self.label}: no CUDA graph, steps are launched one by one ({error})", stacklevel=2)
             return None
 
     def _engine(self, file: str) -> _Engine:
-        with self._stream.lock:
+        with self.stream.lock:
             if file not in self._engines:
                 engine = self._load(file)
                 if not self._arenas or self._arenas[-1].bytes < engine.activations:
                     # captured graphs go on with the arena that they know, so none is dropped
-                    self._arenas.append(self._stream.zeros([engine.activations], "uint8"))
+                    self._arenas.append(self.stream.zeros([engine.activations], "uint8"))
                 self._engines[file] = engine
             return self._engines[file]
 

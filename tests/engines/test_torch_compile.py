@@ -14,9 +14,11 @@ from dipgo.errors import DipgoError
 from dipgo.models import find_model
 from dipgo.sampler import tabulate
 from dipgo.trace import trace
-from engines.torchrt.aot import build
-from export.bundle import open_bundle
+from engines.torchrt import aot
+from engines.torchrt.aot import build, sizes_built
+from export.bundle import AxisRecord, open_bundle
 from export.compiler import prepare, write_bundle
+from export.sizes import Sizes
 from tests.models import random_subnet
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -32,7 +34,7 @@ def _compilers_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def made(tmp_path_factory):
     """A UNet of one level: every step computes everything, nothing conditions it, no decoder."""
     folder = tmp_path_factory.mktemp("compile")
     torch.manual_seed(0)
@@ -50,14 +52,20 @@ def bundle(tmp_path_factory):
     traced = trace(model, "down_blocks.*,up_blocks.*", 1.0)
     sampler = tabulate(DDIMScheduler(clip_sample=False), 3)
     subnet = random_subnet(traced, sampler, 0, keep=1.0)
-    write_bundle(prepare(traced, whole=False), subnet, sampler, folder / "b")
-    return folder / "b"
+    for name, batch in (("b", 1), ("ranges", AxisRecord(min=1, opt=3, max=3))):
+        write_bundle(prepare(traced, whole=False, sizes=Sizes(batch, 8, 8)), subnet, sampler, folder / name)
+    return folder
 
 
-def latent(bundle, backend):
+@pytest.fixture(scope="module")
+def bundle(made):
+    return made / "b"
+
+
+def latent(bundle, backend, images=1):
     with engines.load(bundle, backend=backend) as program:
-        first = program.denoise(program.noise(1, 0), {})
-        assert np.array_equal(first, program.denoise(program.noise(1, 0), {}))
+        first = program.denoise(program.noise(images, 0), {})
+        assert np.array_equal(first, program.denoise(program.noise(images, 0), {}))
         return first
 
 
@@ -94,3 +102,31 @@ def test_packages_are_built_once_and_hold_no_weights(bundle, tmp_path, monkeypat
     packages[0].write_bytes(packages[0].read_bytes()[:1000])
     with pytest.raises(DipgoError, match=r"the package cannot be loaded .*; run: dipgo build .* --force$"):
         latent(bundle, "torch-aot")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the packages would be for it")
+def test_packages_are_built_for_the_ends_of_a_range(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = made / "ranges"
+    with pytest.raises(
+        DipgoError, match=r"no AOTInductor package for .*; run: dipgo build .*ranges --backend torch-aot$"
+    ):
+        latent(folder, "torch-aot")
+    opened = open_bundle(folder)
+    packages = build(opened, CPU)
+    assert len(packages) == len(set(packages))
+    for images in (1, 3):
+        assert error(latent(folder, "torch-aot", images), latent(folder, "onnxruntime", images)) <= 1e-4
+    with pytest.raises(DipgoError, match=r"built for batch 1; batch 3 alone: ask for one .* --backend torch-compile$"):
+        latent(folder, "torch-aot", 2)
+    monkeypatch.setattr(aot, "RECIPE", aot.RECIPE + 1)
+    with pytest.raises(DipgoError, match=r"no AOTInductor package for .*; run: dipgo build"):
+        latent(folder, "torch-aot")
+
+
+def test_every_end_of_the_sides_has_every_end_of_the_batch():
+    side = AxisRecord(min=4, opt=8, max=12)
+    assert sizes_built({}) == [{}]
+    assert sizes_built({"height": side, "width": side}) == [{"height": size, "width": size} for size in (4, 8, 12)]
+    both = sizes_built({"batch": AxisRecord(min=1, opt=4, max=4), "height": side})
+    assert both == [{"height": size, "batch": images} for images in (1, 4) for size in (4, 8, 12)]

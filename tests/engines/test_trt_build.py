@@ -33,6 +33,7 @@ from export.compiler import prepare, write_bundle
 from tests.models import random_subnet, tiny_pixart, tiny_sd
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
+pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install -e '.[tensorrt-rtx]'")
 pytestmark = pytest.mark.skipif(find_device() is not None, reason="there is a GPU: engines would be built for it")
 
 ONNX_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,7 @@ import engines
 from dipgo.errors import DipgoError
 from dipgo.models import find_model
 from dipgo.search.task import make_task
-from engines.cuda import Device
+from engines.cuda import Device, _runtime
 from engines.serving.repository import Deployment, write_repository
 from engines.trt import build as building
 from engines.trt.build import build
@@ -28,6 +29,8 @@ from tests.engines.fake_cuda import FakeCuda
 from tests.engines.fake_tensorrt import FakeTensorRt
 from tests.engines.tensorrt_api import API, NotInTheApi, check_call, check_name
 from tests.models import random_subnet
+
+REAL_RUNTIME = _runtime
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,23 @@ def test_all_contexts_use_one_arena_and_everything_is_freed(bundle, trt, cuda):
     trt.contexts.clear()
     gc.collect()
     assert cuda.live == {}
+
+
+def test_engines_go_before_the_stream_and_after_its_work(bundle, trt, cuda, monkeypatch):
+    ends = []
+    for name in ("cudaStreamSynchronize", "cudaStreamDestroy"):
+        real = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda stream, name=name, real=real: (ends.append(name), real(stream))[1])
+    with engines.load(bundle.folder, backend="tensorrt") as program:
+        context = trt.contexts[0]
+        trt.contexts.clear()
+        weakref.finalize(context, ends.append, "context")
+        del context
+        ends.clear()
+    assert ends.index("cudaStreamSynchronize") < ends.index("context") < ends.index("cudaStreamDestroy")
+    with pytest.raises(DipgoError, match=r"the program is closed; enter it before use"):
+        program.runner.zeros([1], "float32")
+    program.close()
 
 
 def test_a_full_gpu_is_said_with_sizes(bundle, cuda):
@@ -212,11 +232,24 @@ def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
     if find_device():
         pytest.skip("there is a GPU")
     folder, _ = made
-    with (
-        pytest.raises(DipgoError, match=r"built here, not run: no GPU can be used here \(.*\).*or use --backend onnxr"),
-        TensorRtRunner(open_bundle(folder)),
-    ):
+    reason = r"built here, not run: no GPU can be used here \(.*\).*or use --backend onnxr"
+    with pytest.raises(DipgoError, match=reason), TensorRtRunner(open_bundle(folder)):
         pass
+    program = engines.load(folder, backend="tensorrt")
+    program.close()  # never opened
+    with pytest.raises(DipgoError, match=reason):
+        program(class_labels=[1])
+    program.close()
+
+
+def test_without_cuda_bindings_nothing_is_built(made, trt, monkeypatch):
+    """Full TensorRT is here, and nobody can tell whether a GPU is: neither "build there" nor engines of RTX."""
+    monkeypatch.setattr("engines.cuda._runtime", REAL_RUNTIME)
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    with pytest.raises(DipgoError, match=r"^cuda-bindings is not installed; run: pip install 'cuda-bindings"):
+        build(open_bundle(made[0]), force=True)
 
 
 def test_which_tensorrt_is_used(trt, monkeypatch):
