@@ -140,10 +140,9 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     scores = searched.search["held_out_psnr_db"]
     fixed = _policies(task, searched, budget)
     deep = [name for name in fixed if name.startswith("DeepCache")]
-    known = {name: scores.get(name, np.inf) for name in fixed}
-    wanted = [name for name in fixed if name in PLAIN or name in deep or name in _close(known)]
+    wanted = {*PLAIN, *deep, *_close({name: scores.get(name, np.inf) for name in fixed})}
     judged: dict[str, Cell] = {}
-    for name in tqdm(wanted, desc=f"fixed policies, {budget:g}", leave=False):
+    for name in tqdm([name for name in fixed if name in wanted], desc=f"fixed policies, {budget:g}", leave=False):
         judged[name] = _judged(judge, task, fixed[name], budget)
     for name in PLAIN:
         if name in judged:

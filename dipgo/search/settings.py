@@ -193,13 +193,6 @@ def check(settings: Settings) -> None:
         raise UsageError(f"unknown precision '{settings.precision}'; use {', '.join(PRECISIONS)}")
 
 
-def finite(text: str) -> float:
-    """Return the number that a text is; raises ValueError where it is none, or not finite."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"'{text}' is not finite")
-    return number
-
-
 def _value(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
@@ -209,8 +202,14 @@ def _value(name: str, text: str, kind: Any) -> Any:
         if kind is int:
             return int(text)
         if kind is float:
-            return finite(text)
-        return tuple(finite(part) for part in text.split(",") if part)
+            return _finite(text)
+        return tuple(_finite(part) for part in text.split(",") if part)
     except (ValueError, KeyError) as error:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers joined by commas")
         raise UsageError(f"{name} = '{text}': give {wanted}") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"'{text}' is not finite")
+    return number
