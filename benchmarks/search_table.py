@@ -37,8 +37,9 @@ from export.compiler import check_model
 
 CHUNK = 32
 PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
-CLOSE_DB = 3.0  # policies that far below a search's best one might be the best on other noise
-FIRST = 16  # noises, of their own, on which policies by block are seen first
+DEEP = "DeepCache"
+FIRST = 16  # noises, of their own, on which policies are seen first
+CLOSE_DB = 3.0  # policies that far below the best one there might be the best on other noise
 
 
 class Judge:
@@ -132,30 +133,23 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
 def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> Iterator[Cell]:
     """Yield the rows of fixed policies: the plain ones, the best DeepCache-like one, and the best of all.
 
-    All run on the table's own noise, but those that the search saw far behind (:data:`CLOSE_DB`) and no row names. Of
-    the best of all each figure counts for itself, so no choice of one policy is held against it. Where no site makes
-    the output, as at ``layer`` sites of a UNet, no step can be skipped whole; so policies on ``block`` sites count too,
-    which the search has not seen.
+    All are seen first on a few noises of their own; those that are not far behind there (:data:`CLOSE_DB`), or that a
+    row names, run on the table's noise. Of the best of all each figure counts for itself, so no choice of one policy is
+    held against it. Where no site makes the output, as at ``layer`` sites of a UNet, no step can be skipped whole; so
+    policies on ``block`` sites count too, which the search has not seen.
     """
-    scores = searched.search["held_out_psnr_db"]
-    fixed = _policies(task, searched, budget)
-    deep = [name for name in fixed if name.startswith("DeepCache")]
-    wanted = {*PLAIN, *deep, *_close({name: scores.get(name, np.inf) for name in fixed})}
     judged: dict[str, Cell] = {}
-    for name in tqdm([name for name in fixed if name in wanted], desc=f"fixed policies, {budget:g}", leave=False):
-        judged[name] = _judged(judge, task, fixed[name], budget)
+    blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]
+    for own, where in [(task, ""), *((block, ", by block") for block in blocks)]:
+        fixed = _policies(own, searched, budget)
+        for name in tqdm(_wanted(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
+            judged[f"{name}{where}"] = _judged(judge, own, fixed[name], budget, where)
     for name in PLAIN:
         if name in judged:
             yield judged[name].model_copy(update={"row": name.removesuffix(", inside")})
+    deep = [cell for name, cell in judged.items() if name.startswith(DEEP)]
     if deep:
-        yield _best([judged[name] for name in deep], "DeepCache-like, the best")
-    if not task.trace.output_sites():
-        blocks = judge.task.with_sites("block")
-        whole = _policies(blocks, searched, budget)
-        first = noise.Judge(blocks, FIRST, 6_000_000, Run(), FIRST)
-        seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in whole.items()}
-        for name in tqdm(_close(seen), desc=f"fixed policies by block, {budget:g}", leave=False):
-            judged[f"{name}, by block"] = _judged(judge, blocks, whole[name], budget, ", by block")
+        yield _best(deep, "DeepCache-like, the best")
     yield _best(list(judged.values()), BEST)
 
 
@@ -164,10 +158,12 @@ def _policies(task: Task, searched: SubNet, budget: float) -> dict[str, Policy]:
     return {policy.name: policy for policy in policies(task.trace, task.sampler.calls, budget, drift)}
 
 
-def _close(scores: Mapping[str, float]) -> list[str]:
-    """Return the names that are not far behind the best, and those of which nothing is known (infinite)."""
-    least = max((score for score in scores.values() if score < np.inf), default=np.inf) - CLOSE_DB
-    return [name for name, score in scores.items() if score >= least]
+def _wanted(task: Task, fixed: Mapping[str, Policy]) -> list[str]:
+    """Return the policies that rows name, and those that might be the best of all."""
+    first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
+    seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in fixed.items()}
+    least = max(seen.values()) - CLOSE_DB
+    return [name for name in fixed if name in PLAIN or name.startswith(DEEP) or seen[name] >= least]
 
 
 def _judged(judge: Judge, task: Task, policy: Policy, budget: float, where: str = "") -> Cell:

@@ -59,30 +59,35 @@ class Policy:
 
 
 def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None = None) -> list[Policy]:
-    """Return every fixed policy that ``budget`` allows.
+    """Return every fixed policy that ``budget`` allows, each different gates or different backups.
 
     Reuse and extrapolation, with every spacing and every way to serve a skipped step; DeepCache-like ones, whose
     outer sites are computed in every step (Ma et al. 2024); and, where ``drift`` is given (:func:`measure_drift`),
-    schedules that compute a site again once it has drifted far enough, as SmoothCache and TeaCache do.
+    schedules that compute a site again once it has drifted far enough, as SmoothCache and TeaCache do. All but those
+    by drift come twice: with a step in part that uses up the budget, and ``plain``, of whole steps alone.
     """
-    found = []
+    found: dict[tuple[bytes, bool], Policy] = {}
 
     def add(name: str, gates: np.ndarray, learned: bool) -> None:
         if trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * calls:
-            found.append(Policy(name, gates, extrapolation(trace, gates) if learned else {}))
+            policy = Policy(name, gates, extrapolation(trace, gates) if learned else {})
+            found.setdefault((gates.tobytes(), learned), policy)
+
+    def add_spaced(name: str, spacing: Spacing, serving: str, learned: bool, outer: int = 0) -> None:
+        add(name, spaced(trace, calls, budget, spacing, serving, learned, outer), learned)
+        steps, _ = whole_steps(trace, calls, budget, spacing, serving, learned, outer)
+        add(f"{name}, plain", gates_of_steps(trace, calls, steps, serving, learned, outer), learned)
 
     for learned in (False, True):
         for name, spacing in SPACINGS.items():
             for serving in SERVINGS if trace.output_sites() else SERVINGS[:1]:
-                gates = spaced(trace, calls, budget, spacing, serving, learned)
-                add(policy_name(name, learned, serving), gates, learned)
+                add_spaced(policy_name(name, learned, serving), spacing, serving, learned)
         if drift is not None:
             add(f"by drift, {WHAT[learned]}", drifted(trace, drift, budget, learned), learned)
     for outer in OUTER:
         if 2 * outer < len(trace.sites):
-            gates = spaced(trace, calls, budget, SPACINGS["uniform"], outer=outer)
-            add(f"DeepCache-like, {outer} outer", gates, False)
-    return found
+            add_spaced(f"DeepCache-like, {outer} outer", SPACINGS["uniform"], "inside", False, outer)
+    return list(found.values())
 
 
 def policy_name(spacing: str, learned: bool, serving: str) -> str:

@@ -72,17 +72,13 @@ def test_every_row_is_there_at_the_budget(tiny_dit, judge):
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
 
 
-def test_the_best_fixed_policy_is_the_best_of_all_that_may_be(tiny_dit, judge):
-    """Each figure is the highest of any policy that the search did not see far behind, or that a row names."""
-    ours = searched(tiny_dit, "layer")
+def test_the_best_fixed_policy_is_the_best_of_all(tiny_dit, judge):
+    """Each figure is the highest of any policy, whatever the search noted about them."""
     fixed = policies(judge.task.trace, STEPS, BUDGET, drift_of(judge.task, 0))
-    scores = {policy.name: 20.0 for policy in fixed}
-    behind = next(policy.name for policy in fixed if policy.name.startswith("late"))
-    scores[behind] = 1.0
-    ours.search["held_out_psnr_db"] = scores
-    found = {cell.row: cell for cell in cells(judge, [ours], [])}
-    images = {policy.name: judge.found(policy_subnet(judge.task, policy)) for policy in fixed if policy.name != behind}
-    best = found["best fixed policy of all"]
+    ours = searched(tiny_dit, "layer")
+    ours.search["held_out_psnr_db"] = {policy.name: 1.0 if "late" in policy.name else 20.0 for policy in fixed}
+    best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
+    images = {policy.name: judge.found(policy_subnet(judge.task, policy)) for policy in fixed}
     assert best.psnr_db == max(psnr(each, judge.reference) for each in images.values())
     assert best.image_psnr_db == max(image_psnr(each, judge.reference).mean() for each in images.values())
     assert best.psnr_db == psnr(images[best.what], judge.reference)
@@ -97,8 +93,8 @@ def test_whole_steps_count_among_fixed_policies(tmp_path):
     ours.search.update(budget=BUDGET, chosen="", seconds=1.0, held_out_psnr_db={})
     best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
     blocks = judge.task.with_sites("block")
-    whole = [policy for policy in policies(blocks.trace, STEPS, BUDGET) if policy.name.endswith("reuse, whole")]
-    assert len(whole) == 4
+    whole = [policy for policy in policies(blocks.trace, STEPS, BUDGET) if "reuse, whole" in policy.name]
+    assert any(policy.name.endswith("plain") for policy in whole)
     figures = [psnr(judge.found(policy_subnet(blocks, policy)), judge.reference) for policy in whole]
     assert best.psnr_db >= max(figures)
 

@@ -74,6 +74,16 @@ def test_policies_meet_the_budget(task, unet, budget):
             assert policy.gates[0].all()
 
 
+def test_policies_hold_each_schedule_once_and_the_plain_ones(task):
+    found = policies(task.trace, STEPS, 0.5)
+    assert len({(policy.gates.tobytes(), policy.terms) for policy in found}) == len(found)
+    plain = [p.gates for p in found if p.name == "uniform reuse, whole, plain"]
+    every_second = np.zeros((STEPS, len(task.trace.sites)), bool)
+    every_second[::2] = True
+    assert len(plain) == 1
+    assert np.array_equal(plain[0], every_second)
+
+
 @pytest.mark.parametrize("name", SPACINGS)
 def test_spacing(name):
     gaps = np.diff([*computed_steps(20, 5, SPACINGS[name]), 20])

@@ -125,7 +125,7 @@ def test_a_bundle_without_decoder_has_no_images_to_serve(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "bundle")
     record = open_bundle(bundle).record.model_copy(update={"decoder": None})
     (tmp_path / "bundle" / "bundle.json").write_text(record.sealed().text())
-    with pytest.raises(DipgoError, match="holds no VAE decoder, so there are no images to serve; export it with"):
+    with pytest.raises(DipgoError, match="holds no VAE decoder, so there are no images to serve; export a pipeline"):
         write_repository(tmp_path / "bundle", tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
