@@ -135,8 +135,8 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
 
     All are seen first on a few noises of their own; those that are not far behind there (:data:`CLOSE_DB`), or that a
     row names, run on the table's noise. Of the best of all each figure counts for itself, so no choice of one policy is
-    held against it. Where no site makes the output, as at ``layer`` sites of a UNet, no step can be skipped whole; so
-    policies on ``block`` sites count too, which the search has not seen.
+    held against it. Where no site makes the output, no step can be skipped whole; so policies on ``block`` sites count
+    too, which the search has not seen.
     """
     judged: dict[str, Cell] = {}
     blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]

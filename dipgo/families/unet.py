@@ -123,6 +123,7 @@ UNET = Family(
                 for place in ("*_blocks.*", "mid_block")
                 for part in ("attn1", "attn2", "ff")
             ),
+            "conv_out",  # what a step is skipped whole by
         ),
     },
     granularity="block",
