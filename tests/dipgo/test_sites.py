@@ -34,11 +34,11 @@ def test_granularities(tiny_dit, unet):
 
 
 # Blocks: down + mid + up. Branches: resnets outside the mid block, one mid block, samplers. Layers: resnets, samplers,
-# and three for each transformer block.
+# three for each transformer block, and the output.
 COUNTS = {
-    "sd-1.5": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9)),
-    "sd-2.1": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9)),
-    "sdxl": (3 + 1 + 3, (6 + 9) + 1 + 4, (6 + 2 + 9) + 4 + 3 * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2)),
+    "sd-1.5": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9) + 1),
+    "sd-2.1": (4 + 1 + 4, (8 + 12) + 1 + 6, (8 + 2 + 12) + 6 + 3 * (6 + 1 + 9) + 1),
+    "sdxl": (3 + 1 + 3, (6 + 9) + 1 + 4, (6 + 2 + 9) + 4 + 3 * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2) + 1),
     "dit-xl-2": (28, 28, 28 * 2 + 1),
     "pixart-alpha": (28, 28, 28 * 3 + 1),
 }
