@@ -162,7 +162,7 @@ def _wanted(task: Task, fixed: Mapping[str, Policy]) -> list[str]:
     """Return the policies that rows name, and those that might be the best of all."""
     first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
     seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in fixed.items()}
-    least = max(seen.values()) - CLOSE_DB
+    least = max(seen.values(), default=0.0) - CLOSE_DB
     return [name for name in fixed if name in PLAIN or name.startswith(DEEP) or seen[name] >= least]
 
 
