@@ -67,16 +67,17 @@ def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None =
     by drift come twice: with a step in part that uses up the budget, and ``plain``, of whole steps alone.
     """
     found: dict[tuple[bytes, bool], Policy] = {}
+    limit = budget * trace.full_macs * calls
 
     def add(name: str, gates: np.ndarray, learned: bool) -> None:
-        if trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * calls:
+        if trajectory_macs(trace, gates, learned) <= limit:
             policy = Policy(name, gates, extrapolation(trace, gates) if learned else {})
             found.setdefault((gates.tobytes(), learned), policy)
 
     def add_spaced(name: str, spacing: Spacing, serving: str, learned: bool, outer: int = 0) -> None:
-        add(name, spaced(trace, calls, budget, spacing, serving, learned, outer), learned)
-        steps, _ = whole_steps(trace, calls, budget, spacing, serving, learned, outer)
-        add(f"{name}, plain", gates_of_steps(trace, calls, steps, serving, learned, outer), learned)
+        below, above = _around(trace, calls, budget, spacing, serving, learned, outer)
+        add(name, trim(trace, above, below, limit, learned, _inner(trace, outer)), learned)
+        add(f"{name}, plain", below, learned)
 
     for learned in (False, True):
         for name, spacing in SPACINGS.items():
@@ -109,12 +110,16 @@ def spaced(
     One step more than fits is computed in part, if skipping sites of it and of others can meet the budget. Where even
     one computed step costs too much, so do the gates that are returned. Arguments as for :func:`whole_steps`.
     """
-    below, above = (
-        gates_of_steps(trace, calls, steps, serving, learned, outer)
-        for steps in whole_steps(trace, calls, budget, spacing, serving, learned, outer)
-    )
-    inner = np.flatnonzero(~_served_inside(trace, outer))
-    return trim(trace, above, below, budget * trace.full_macs * calls, learned, inner)
+    below, above = _around(trace, calls, budget, spacing, serving, learned, outer)
+    return trim(trace, above, below, budget * trace.full_macs * calls, learned, _inner(trace, outer))
+
+
+def _around(
+    trace: Trace, calls: int, budget: float, spacing: Spacing, serving: str, learned: bool, outer: int
+) -> list[np.ndarray]:
+    """Return the gates of the two lists of :func:`whole_steps`."""
+    lists = whole_steps(trace, calls, budget, spacing, serving, learned, outer)
+    return [gates_of_steps(trace, calls, steps, serving, learned, outer) for steps in lists]
 
 
 def whole_steps(
@@ -165,6 +170,11 @@ def _served_inside(trace: Trace, outer: int) -> np.ndarray:
     rest = np.zeros(len(trace.sites), bool)
     rest[[*trace.output_sites(), *order[:outer], *order[len(order) - outer :]]] = True
     return rest
+
+
+def _inner(trace: Trace, outer: int) -> np.ndarray:
+    """Return the numbers of the sites that do not run in a step that is served inside."""
+    return np.flatnonzero(~_served_inside(trace, outer))
 
 
 def measure_drift(trajectory: Trajectory, batch: Batch) -> np.ndarray:
