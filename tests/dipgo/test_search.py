@@ -205,6 +205,15 @@ def test_search_returns_the_best_candidate(task, method):
         assert not subnet.weights
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_learning_begins_no_worse_than_the_fixed_policy_of_the_same_gates(task, seed):
+    one_noise = Settings(held_out=8, drops=0, drops_on=1, contenders=40, trial_iterations=0, backup_iterations=0)
+    judged = search(task, 0.5, settings=one_noise, seed=seed).search["held_out_psnr_db"]
+    begun = {name: db for name, db in judged.items() if ", slope" in name}
+    assert begun
+    assert [name for name, db in begun.items() if db < judged[name.rsplit(", slope", 1)[0]] - 2e-3] == []
+
+
 def test_a_subnet_says_what_it_was_searched_on(task, tiny_dit):
     settings = replace(TINY, backup_iterations=0, drops=0)
     one_class = make_task(find_model(tiny_dit), STEPS, classes="1")
