@@ -119,10 +119,9 @@ def _sloped(work: Work, budget: float, name: str, gates: np.ndarray, fixed: Sequ
     phase = f"slope-{budget:g}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
     slope = work.run.once(phase, lambda: {"slope": np.array(best_slope(work, gates))})["slope"].item()
 
-    def judged(slope: float) -> Candidate:
-        return work.judge(f"{name}, slope {slope:g}", gates, extrapolation(trace, gates, slope))
+    def begun(slope: float) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
+        return f"{name}, slope {slope:g}", gates, extrapolation(trace, gates, slope)
 
-    found = judged(slope)
     same = [policy for policy in fixed if np.array_equal(canonical(policy.gates, 2, trace.live_sites), gates)]
-    best = max([found, *same], key=lambda candidate: candidate.psnr)
-    return judged(1.0 if best.weights else 0.0) if best.fixed else found
+    as_they_are = [Candidate(*begun(1.0 if policy.weights else 0.0), policy.psnr) for policy in same]
+    return max([work.judge(*begun(slope)), *as_they_are], key=lambda candidate: candidate.psnr)
