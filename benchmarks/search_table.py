@@ -3,6 +3,9 @@
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
 python -m benchmarks.search_table build/search --paper build/paper -o benchmarks/results/search-digits-dit-ddim.json
+
+Most of the time goes into fixed policies. For other SubNets on the same sites they need not be judged again:
+``--policies-of`` takes their rows from an earlier table, where one that is judged anew comes out the same.
 """
 
 from __future__ import annotations
@@ -36,9 +39,10 @@ from dipgo.trajectory import Batch
 from export.compiler import check_model
 
 CHUNK = 32
-PLAIN = ("uniform reuse, inside", "uniform extrapolation, inside")
-DEEP = "DeepCache"
+PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
+DEEP, DEEP_ROW = "DeepCache", "DeepCache-like, the best"
 FIRST = 16  # noises, of their own, on which policies are seen first
+SAME_DB = 0.02  # the mean over images of the same policy on the same noise, on two machines, differs by less
 CLOSE_DB = 3.0  # policies that far below the best one there might be the best on other noise
 
 
@@ -104,8 +108,11 @@ class Judge:
         return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Cell]:
-    """Yield all rows of the budgets that ``found`` was searched for, fixed policies on the sites of each."""
+def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
+    """Yield all rows of the budgets that ``found`` was searched for, fixed policies on the sites of each.
+
+    With an earlier table the rows of fixed policies are those that it has.
+    """
     for subnet in found:
         task = judge.on_sites_of(subnet)
         budget = float(subnet.search["budget"])
@@ -116,7 +123,10 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet]) -> Iterator[Ce
         if task.sampler.name != "DPMSolverMultistepScheduler":
             dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
             yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, ratio, judge.full(dpm))
-        yield from fixed_cells(judge, task, subnet, budget)
+        if earlier:
+            yield from earlier_cells(judge, task, subnet, budget, earlier)
+        else:
+            yield from fixed_cells(judge, task, subnet, budget)
         for one in paper:
             if float(one.search["budget"]) == budget:
                 yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search["chosen"])
@@ -144,13 +154,36 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
         fixed = _policies(own, searched, budget)
         for name in tqdm(_wanted(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
             judged[f"{name}{where}"] = _judged(judge, own, fixed[name], budget, where)
-    for name in PLAIN:
+    for name, row in PLAIN_ROWS.items():
         if name in judged:
-            yield judged[name].model_copy(update={"row": name.removesuffix(", inside")})
+            yield judged[name].model_copy(update={"row": row})
     deep = [cell for name, cell in judged.items() if name.startswith(DEEP)]
     if deep:
-        yield _best(deep, "DeepCache-like, the best")
+        yield _best(deep, DEEP_ROW)
     yield _best(list(judged.values()), BEST)
+
+
+def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
+    """Return the rows of fixed policies that an earlier table has.
+
+    Raises:
+        DipgoError: a table without them, or of other noise, prompts or sites: the first policy in it has other images
+            now.
+    """
+    fixed = _policies(task, searched, budget)
+    known = {row: fixed[name] for name, row in PLAIN_ROWS.items() if name in fixed}
+    rows = {*PLAIN_ROWS.values(), DEEP_ROW, BEST}
+    found = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
+    checked = next((cell for cell in found if cell.row in known), None)
+    if checked is None or found[-1].row != BEST:
+        raise DipgoError(f"the earlier table has no fixed policies at {budget:g}; leave out --policies-of")
+    now = _judged(judge, task, known[checked.row], budget).each_psnr_db
+    if len(now) != len(checked.each_psnr_db) or abs(np.mean(now) - np.mean(checked.each_psnr_db)) > SAME_DB:
+        raise DipgoError(
+            f"at {budget:g} '{checked.row}' has {np.mean(now):.2f} dB, in the earlier table "
+            f"{checked.image_psnr_db:.2f} dB; leave out --policies-of"
+        )
+    return found
 
 
 def _policies(task: Task, searched: SubNet, budget: float) -> dict[str, Policy]:
@@ -163,7 +196,7 @@ def _wanted(task: Task, fixed: Mapping[str, Policy]) -> list[str]:
     first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
     seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in fixed.items()}
     least = max(seen.values(), default=0.0) - CLOSE_DB
-    return [name for name in fixed if name in PLAIN or name.startswith(DEEP) or seen[name] >= least]
+    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or seen[name] >= least]
 
 
 def _judged(judge: Judge, task: Task, policy: Policy, budget: float, where: str = "") -> Cell:
@@ -215,6 +248,14 @@ def load_folder(folder: Path) -> list[SubNet]:
     return sorted(subnets, key=lambda subnet: -float(subnet.search["budget"]))
 
 
+def read_table(path: Path) -> TableRecord:
+    """Read a result file."""
+    try:
+        return TableRecord.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DipgoError(f"{path}: not a table of searches ({str(error).splitlines()[0]})") from error
+
+
 def _labels(batch: Batch) -> np.ndarray:
     labels = batch.conditions.get("class_labels")
     if labels is None:
@@ -227,12 +268,14 @@ def main() -> None:
     parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
     parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
     parser.add_argument("--prompts", type=Path, help="what to judge on, one a line, where prompts condition")
+    parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these policies")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
     parser.add_argument("--publish", metavar="MARKER", help="put the table into the README, between these markers")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     load = load_average()
+    earlier = arguments.policies_of and read_table(arguments.policies_of)
     found = load_folder(arguments.searched)
     paper = load_folder(arguments.paper) if arguments.paper else []
     first, model = found[0], find_model(found[0].model.name)
@@ -247,7 +290,7 @@ def main() -> None:
     )
     judge = Judge(task, arguments.images, arguments.converged)
     table = []
-    for cell in cells(judge, found, paper):
+    for cell in cells(judge, found, paper, earlier):
         table.append(cell)
         print(f"{cell.budget:g}  {cell.row}: {cell.psnr_db:.2f} dB  {cell.what}", flush=True)
     record = TableRecord(

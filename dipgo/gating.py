@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from dipgo.families import FAMILIES
 from dipgo.subnet import SubNet
 
 Intercept = Callable[[int, Callable[[], Any]], Any]
@@ -64,15 +65,21 @@ def take_apart(output: Any) -> tuple[list[torch.Tensor], Rebuild]:
 def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis: int) -> torch.Tensor:
     """Return Σ_j weights[j] · history[j], newest first.
 
-    ``weights`` is ``[K]`` or ``[K, channels]``, the channels along ``channel_axis`` of the outputs. A history shorter
-    than K stands for zeros.
+    ``weights`` is ``[K]``, ``[K, channels]`` or ``[K, 2, channels]``: the channels along ``channel_axis`` of the
+    outputs, the two halves of guidance along their batch, the unconditional first. A history shorter than K stands for
+    zeros.
     """
     total: torch.Tensor | None = None
     for output, weight in zip(history, weights, strict=False):
         shape = [1] * output.ndim
         if weight.ndim:
-            shape[channel_axis] = -1
-        term = output * weight.to(output.device, output.dtype).view(shape)
+            shape[channel_axis] = weight.shape[-1]
+        factor = weight.to(output.device, output.dtype)
+        if weight.ndim == 2:
+            halves = output.unflatten(0, (len(weight), -1)) * factor.view(len(weight), *shape)
+            term = halves.flatten(0, 1)
+        else:
+            term = output * factor.view(shape)
         total = term if total is None else total + term
     assert total is not None, "a site was skipped before it was ever computed"
     return total
@@ -82,11 +89,14 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
 def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
     """Run ``denoiser`` under ``subnet``: the k-th call within the context is step k of the trajectory.
 
-    Skipped sites are not executed; they serve their backup. After the last step the count starts again, with empty
+    The halves of guidance lie in the batch as the class's own pipeline has them. Skipped sites are not executed; they
+    serve their backup. After the last step the count starts again, with empty
     histories, so one context may hold several trajectories.
     """
     names = [site.name for site in subnet.sites]
     weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+    if any(family.conditional_first for family in FAMILIES if family.denoiser_class == subnet.model.class_name):
+        weights = {name: array.flip(2) if array.ndim == 4 else array for name, array in weights.items()}
     histories: list[list[list[torch.Tensor]]] = [[] for _ in names]
     step = -1
 

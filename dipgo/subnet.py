@@ -74,8 +74,10 @@ class SubNet:
 
     Attributes:
         gates: bool ``[calls, sites]``, True = compute.
-        weights: backup tensors by name (``dipgo.gating.backup_name``), float32 ``[calls, K]`` or
-            ``[calls, K, channels]``; empty means that a skipped site serves its last output as it is.
+        weights: backup tensors by name (``dipgo.gating.backup_name``), float32 ``[calls, K]``, ``[calls, K, channels]``
+            or, where the two halves of guidance have weights of their own (the unconditional first),
+            ``[calls, K, 2, channels]``, with 1 for channels that all have the same; empty means that a skipped site
+            serves its last output as it is.
         terms: K; 1 where ``weights`` is empty.
     """
 
@@ -110,8 +112,16 @@ def check(subnet: SubNet) -> None:
         site = name.removeprefix("backup.").partition("#")[0]
         if not name.startswith("backup.") or site not in names:
             raise ValueError(f"backup tensor '{name}' belongs to no site")
-        if weights.ndim not in (2, 3) or weights.shape[:2] != (calls, subnet.terms):
-            raise ValueError(f"'{name}' is {list(weights.shape)}, expected [{calls}, {subnet.terms}] or one more axis")
+        if weights.ndim not in (2, 3, 4) or weights.shape[:2] != (calls, subnet.terms):
+            raise ValueError(
+                f"'{name}' is {list(weights.shape)}, expected [{calls}, {subnet.terms}], with channels after it, or 2 "
+                "and channels"
+            )
+        if weights.ndim == 4 and (weights.shape[2] != 2 or subnet.sampler.guidance_scale <= 1):
+            raise ValueError(
+                f"'{name}' has weights for {weights.shape[2]} halves of guidance, but guidance "
+                f"{subnet.sampler.guidance_scale:g} has {2 if subnet.sampler.guidance_scale > 1 else 1}"
+            )
         if not np.isfinite(weights).all():
             raise ValueError(f"'{name}' holds NaN or infinite coefficients")
     if subnet.weights:

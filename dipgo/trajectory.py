@@ -102,8 +102,8 @@ class Trajectory:
 
         Args:
             gates: bool ``[calls, sites]``.
-            weights: backup tensors ``[calls, K]`` or ``[calls, K, channels]`` by name, through which gradient flows;
-                empty serves the last output as it is.
+            weights: backup tensors by name, shaped as in a SubNet, through which gradient flows; empty serves the last
+                output as it is.
             terms: K.
 
         Raises:

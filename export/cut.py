@@ -121,9 +121,11 @@ class _Editor:
     def serve(self, value: ir.Value, weights: np.ndarray, axis: int) -> None:
         """Put Σ_j coefficient_j · cache_j in the place of a site's output."""
         key = (value.name or "").removeprefix("feature.")
-        shape = [1] * len(value.shape or ())
-        if weights.ndim == 3:
-            shape[axis] = weights.shape[2]
+        shape: list[int | ir.SymbolicDim] = [1] * len(value.shape or ())
+        if weights.ndim > 2:
+            shape[axis] = weights.shape[-1]
+        if weights.ndim == 4 and value.shape is not None:
+            shape[0] = value.shape[0]  # a row of the batch has the weights of its half
         terms = []
         for term in range(weights.shape[1]):
             past = ir.Value(name=f"cache.{key}.{term}", type=value.type, shape=value.shape)
@@ -163,7 +165,7 @@ class _Editor:
         self.reads[value.name or ""] = read
 
     def _coefficient(
-        self, name: str, like: ir.Value, tensor: str, term: int | None, shape: Sequence[int] | None = None
+        self, name: str, like: ir.Value, tensor: str, term: int | None, shape: Sequence[int | ir.SymbolicDim] = ()
     ) -> ir.Value:
         shape = shape or [1] * len(like.shape or ())
         factor = ir.Value(name=name, type=like.type, shape=ir.Shape(shape))

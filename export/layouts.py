@@ -137,7 +137,8 @@ def _folded(part: Cut, tables: Mapping[str, np.ndarray], step: int) -> Cut:
         if tensor.name in part.rows:
             value = next(value for value in graph.inputs if value.name == tensor.name)
             assert value.dtype is not None
-            shape = [size if isinstance(size, int) else 1 for size in tensor.shape]  # one row stands for all
+            rows = 2 if part.rows[tensor.name].by_half(tables) else 1  # these stand for all
+            shape = [size if isinstance(size, int) else rows for size in tensor.shape]
             row = part.rows[tensor.name].read(tables, step, shape).astype(value.dtype.numpy())
             graph.inputs.remove(value)
             if shape != tensor.shape:
@@ -149,15 +150,26 @@ def _folded(part: Cut, tables: Mapping[str, np.ndarray], step: int) -> Cut:
 
 
 def _repeated(graph: ir.Graph, value: ir.Value, sizes: Sequence[Size], shape: Sequence[int]) -> ir.Value:
-    """Let what reads ``value``, an input no longer, read a value of ``shape`` that is repeated; returns that value."""
+    """Let what reads ``value``, an input no longer, read a value of ``shape`` that is repeated; returns that value.
+
+    Two rows are those of the halves of guidance: each is repeated for the images of its half.
+    """
+    rows, rest = shape[0], shape[1:]
     row = ir.Value(name=value.name, type=value.type, shape=ir.Shape(shape))
-    value.name = f"{value.name}.repeated"
-    target, nodes = shape_value(graph, sizes, value.name)
-    expand = ir.node("Expand", [row, target])
-    result = expand.outputs[0]
-    result.name, result.type, result.shape = value.name, value.type, value.shape
+    result = ir.Value(name=f"{value.name}.repeated", type=value.type, shape=value.shape)
     value.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.insert_before(next(iter(graph)), [*nodes, expand])
+    target, nodes = shape_value(graph, sizes, f"{result.name}.sizes")
+    if rows == 1:
+        nodes.append(ir.node("Expand", [row, target], outputs=[result]))
+    else:
+        apart, more = shape_value(graph, [rows, 1, *rest], f"{result.name}.apart")
+        images, those = shape_value(graph, [rows, f"({sizes[0]})/{rows}", *rest], f"{result.name}.images")
+        nodes += [*more, *those, (split := ir.node("Reshape", [row, apart]))]
+        nodes += [(spread := ir.node("Expand", [split.outputs[0], images]))]
+        nodes += [ir.node("Reshape", [spread.outputs[0], target], outputs=[result])]
+        for node, what in ((split, "split"), (spread, "spread")):
+            node.outputs[0].name, node.outputs[0].type = f"{result.name}.{what}", value.type
+    graph.insert_before(next(iter(graph)), nodes)
     return row
 
 

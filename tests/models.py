@@ -302,7 +302,7 @@ def tiny_sana(folder: Path) -> str:
 def random_subnet(
     trace: Trace, sampler: Sampler, seed: int, keep: float = 0.5, terms: int = 1, channels: int | None = None
 ) -> SubNet:
-    """Draw gates; with ``terms`` above 1 or ``channels`` also backup weights (per channel, or scalars if 0)."""
+    """Draw gates, and with ``channels`` backup weights: scalars (0), per channel (1), per half of guidance too (2)."""
     generator = np.random.default_rng(seed)
     gates = generator.random((sampler.calls, len(trace.sites))) < keep
     gates[0] = True
@@ -311,7 +311,8 @@ def random_subnet(
         for site, outputs in zip(trace.sites, trace.outputs, strict=True):
             for output, name in enumerate(outputs):
                 width = [trace.shape(name, 1)[site.channel_axis]] if channels else []
-                drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *width))
+                halves = [2] if channels == 2 and trace.guidance_scale > 1 else []
+                drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *halves, *width))
                 weights[backup_name(site.name, output)] = drawn.astype(np.float32)
     identity = sampler.identity(trace.guidance_scale)
     return SubNet(

@@ -33,7 +33,7 @@ def run(monkeypatch, capsys, *args):
 def subnet_file(tiny_dit, tmp_path_factory):
     task = make_task(find_model(tiny_dit), 4)
     path = tmp_path_factory.mktemp("cli") / "subnet.json"
-    save_subnet(random_subnet(task.trace, task.sampler, 0, terms=2, channels=1), path)
+    save_subnet(random_subnet(task.trace, task.sampler, 0, terms=2, channels=2), path)
     return path
 
 
@@ -49,7 +49,7 @@ def prompted(tmp_path_factory):
     """A Stable Diffusion pipeline with a SubNet, and its bundle, which takes prompts."""
     folder = tmp_path_factory.mktemp("cli")
     task = make_task(find_model(tiny_sd(folder / "model")), 4, guidance_scale=4.0)
-    subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=1)
+    subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=2)
     save_subnet(subnet, folder / "subnet.json")
     command = [sys.executable, "-m", "dipgo.cli", "export", folder / "subnet.json", "-o", folder / "bundle"]
     subprocess.run(command, check=True)

@@ -35,7 +35,7 @@ def bundles(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """One random SubNet with learned backups, in every layout."""
     traced = trace(model, "layer", 4.0)
     sampler = tabulate(make_scheduler("ddim", model.pipeline().scheduler), STEPS)
-    prepared, subnet = prepare(traced), random_subnet(traced, sampler, seed=2, terms=2, channels=1)
+    prepared, subnet = prepare(traced), random_subnet(traced, sampler, seed=2, terms=2, channels=2)
     folder = tmp_path_factory.mktemp("emoji")
     for layout in LAYOUTS:
         write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))

@@ -42,6 +42,7 @@ DIT = Family(
     encode=_encode,
     example=lambda config, rows: {"class_labels": torch.zeros(rows, dtype=torch.int64)},
     call=_call,
+    conditional_first=True,
     scales_noise=False,
     null_class=NULL_CLASS,
     labels=_labels,

@@ -61,6 +61,8 @@ class Family:
         example: ``(denoiser config, rows) -> conditions`` of the right shapes and dtypes, for tracing; zeros wherever
             the values come from a text encoder.
         call: ``(denoiser, sample, timestep [B], conditions) -> model output``.
+        conditional_first: whether the pipeline calls its denoiser with the conditional half of guidance first; here the
+            unconditional one always is.
         scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
         null_class: the label of the unconditional half, where classes condition.
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
@@ -77,6 +79,7 @@ class Family:
     encode: Callable[[Any, Sequence[Any]], tuple[Conditions, Conditions]]
     example: Callable[[Mapping[str, Any], int], Conditions]
     call: Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
+    conditional_first: bool = False
     scales_noise: bool = True
     null_class: int | None = None
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})

@@ -1,12 +1,15 @@
 """Learned backups: what a skipped site serves, learned by gradient through the trajectory.
 
 The weights are written as what they start from, such as linear extrapolation, plus a learned correction per step, site,
-term and channel. The correction starts at zero, so learning starts from a policy.
+term, half of guidance and channel. The correction starts at zero, so learning starts from a policy.
 
 Two things halve the iterations that this takes, for an optimiser that scales each parameter alone. Neighbouring outputs
 are nearly parallel, so the gradients of their two weights nearly agree, and one would hardly move against the other:
 what is learned is the gain on the newest output and the slope along its difference to the one before. And what all
 channels of a site have in common is a parameter of its own, since its gradient is the least noisy.
+
+The halves of guidance move apart by a contrast. Guidance multiplies by its scale what they differ by, so that its
+gradient is large and a step of it weighs heavily: it moves a quarter as fast.
 """
 
 from __future__ import annotations
@@ -27,14 +30,20 @@ from dipgo.search.task import Batches
 from dipgo.trace import Trace
 from dipgo.trajectory import Trajectory
 
+CONTRAST = 0.25
+
 
 class Backups(nn.Module):
     """Backup weights for given gates.
 
-    ``terms`` computed outputs are combined; ``by_channel`` learns one weight a channel, else one a site. ``start`` is
-    what to begin with, ``[calls, k]`` or ``[calls, k, channels]`` by backup name; linear extrapolation where it is left
-    out, and the last output where that has more terms than are combined.
+    ``terms`` computed outputs are combined. ``by_channel`` learns one weight a channel, else one a site; ``by_half``
+    one for either half of guidance, where there is guidance, else the same for both. ``start`` is what to begin with by
+    backup name, shaped as in a SubNet; linear extrapolation where it is left out, and the last output where that has
+    more terms than are combined.
     """
+
+    sign: torch.Tensor
+    basis: torch.Tensor
 
     def __init__(
         self,
@@ -42,43 +51,60 @@ class Backups(nn.Module):
         gates: np.ndarray,
         terms: int = 2,
         by_channel: bool = True,
+        by_half: bool = True,
         start: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__()
         self.gates, self.terms = gates, terms
-        widths = channels(trace)
+        widths, rows = channels(trace), halves(trace)
         start = start or extrapolation(trace, gates)
         computed_before = np.cumsum(gates, axis=0) - gates
         self.names: list[str] = []
-        self.corrections = nn.ModuleList()  # for each: what its channels have in common, then each channel's own
+        self.shared = nn.ModuleList()  # for each: what its channels have in common, then each channel's own
+        self.contrasts = nn.ModuleList()  # the same again, of what the halves differ by
         for index, site in enumerate(trace.sites):
             valid = (~gates[:, index, None]) & (computed_before[:, index, None] > np.arange(terms))
             for output in range(len(trace.outputs[index])):
                 name = backup_name(site.name, output)
-                base = _begun(start[name], terms)
                 number = len(self.names)
                 self.names.append(name)
-                self.register_buffer(f"base{number}", torch.from_numpy(base * valid[:, :, None]))
-                self.register_buffer(f"valid{number}", torch.from_numpy(valid[:, :, None].astype(np.float32)))
-                parts = [1, widths[name]] if by_channel else [1]
-                self.corrections.append(nn.ParameterList(torch.zeros(len(gates), terms, width) for width in parts))
+                base = _begun(start[name], terms) * valid[:, :, None, None]
+                self.register_buffer(f"base{number}", torch.from_numpy(base))
+                self.register_buffer(f"valid{number}", torch.from_numpy(valid[:, :, None, None].astype(np.float32)))
+                parts = [(len(gates), terms, 1, width) for width in ([1, widths[name]] if by_channel else [1])]
+                self.shared.append(nn.ParameterList(torch.zeros(part) for part in parts))
+                apart = parts if by_half and rows[name] == 2 else []
+                self.contrasts.append(nn.ParameterList(torch.zeros(part) for part in apart))
         self.register_buffer("basis", _basis(terms))
+        self.register_buffer("sign", torch.tensor([[-CONTRAST], [CONTRAST]]))
 
     def forward(self) -> dict[str, torch.Tensor]:
-        """Return the weights by backup name, ``[calls, K, channels]`` (or ``[calls, K, 1]``)."""
+        """Return the weights by backup name, ``[calls, K, channels]`` or ``[calls, K, 2, channels]``.
+
+        There is one channel where all have the same weight.
+        """
         weights = {}
         for number, name in enumerate(self.names):
-            correction = getattr(self, f"valid{number}") * sum(self.corrections[number].parameters())
-            weights[name] = getattr(self, f"base{number}") + torch.einsum("skc,kj->sjc", correction, self.basis)
+            correction = _sum(self.shared[number])
+            if [*self.contrasts[number].parameters()]:
+                correction = correction + self.sign * _sum(self.contrasts[number])
+            correction = getattr(self, f"valid{number}") * correction
+            both = getattr(self, f"base{number}") + torch.einsum("skhc,kj->sjhc", correction, self.basis)
+            weights[name] = both if both.shape[2] == 2 else both[:, :, 0]
         return weights
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the weights as a SubNet holds them."""
         with torch.no_grad():
             return {
-                name: (weights[:, :, 0] if weights.shape[2] == 1 else weights).contiguous().numpy().copy()
+                name: (weights[:, :, 0] if weights.shape[2:] == (1,) else weights).contiguous().numpy().copy()
                 for name, weights in self().items()
             }
+
+
+def _sum(parts: nn.Module) -> torch.Tensor:
+    first, *rest = parts.parameters()
+    return sum(rest, first)
 
 
 def _basis(terms: int) -> torch.Tensor:
@@ -92,10 +118,10 @@ def _basis(terms: int) -> torch.Tensor:
 
 
 def _begun(start: np.ndarray, terms: int) -> np.ndarray:
-    """Return the weights to begin with for ``terms`` outputs: float32 ``[calls, terms, channels or 1]``."""
+    """Return the weights to begin with for ``terms`` outputs: float32 ``[calls, terms, 1 or 2, channels or 1]``."""
     calls, given = start.shape[:2]
-    weights = start.reshape(calls, given, -1)
-    base = np.zeros((calls, terms, weights.shape[2]), np.float32)
+    weights = start.reshape(calls, given, *[1] * (4 - start.ndim), *start.shape[2:])
+    base = np.zeros((calls, terms, *weights.shape[2:]), np.float32)
     if given <= terms:
         base[:, :given] = weights
     else:
@@ -107,6 +133,15 @@ def channels(trace: Trace) -> dict[str, int]:
     """Return how many channels each output of each site has, by backup name."""
     return {
         backup_name(site.name, output): trace.shape(name, 1)[site.channel_axis]
+        for site, names in zip(trace.sites, trace.outputs, strict=True)
+        for output, name in enumerate(names)
+    }
+
+
+def halves(trace: Trace) -> dict[str, int]:
+    """Return how many halves of guidance each output of each site has along its batch, 2 or 1, by backup name."""
+    return {
+        backup_name(site.name, output): 2 if trace.shapes[name][0] == (2, 2) else 1
         for site, names in zip(trace.sites, trace.outputs, strict=True)
         for output, name in enumerate(names)
     }

@@ -61,6 +61,7 @@ class Settings:
         step_weights: of the latent term, one number a call; empty takes the final latent alone.
         terms: K, how many computed outputs a backup combines.
         by_channel: one backup weight a channel instead of one a site.
+        by_half: one backup weight for either half of guidance instead of the same for both.
         precision: ``fp32``, ``fp16`` or ``bf16``, of the denoiser.
         recompute: keep no activations between steps: less memory, a third more time.
         checkpoint_iterations, checkpoint_seconds: how often a run folder gets a checkpoint; 0 is never. A
@@ -102,6 +103,7 @@ class Settings:
     step_weights: tuple[float, ...] = ()
     terms: int = 2
     by_channel: bool = True
+    by_half: bool = True
     precision: str = "fp32"
     recompute: bool = False
     checkpoint_iterations: int = 0

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from dipgo.errors import UsageError
 from dipgo.files import sha256_of_json
-from dipgo.search.backups import channels
+from dipgo.search.backups import channels, halves
 from dipgo.subnet import SubNet
 from dipgo.trace import Trace
 
@@ -23,7 +23,7 @@ def check_starts(starts: Sequence[SubNet], trace: Trace, calls: int, terms: int)
     Raises:
         UsageError: other sites, another number of calls, more terms, or backups of other outputs.
     """
-    widths = channels(trace)
+    widths, rows = channels(trace), halves(trace)
     for number, start in enumerate(starts, 1):
         given, sites = ([site.name for site in owner.sites] for owner in (start, trace))
         odd = next((one or other for one, other in zip_longest(given, sites) if one != other), None)
@@ -42,10 +42,15 @@ def check_starts(starts: Sequence[SubNet], trace: Trace, calls: int, terms: int)
         if odd:
             raise UsageError(f"start {number}: '{odd}' is an output of one model alone; it is of another architecture")
         for name, weights in start.weights.items():
-            if weights.ndim == 3 and weights.shape[2] not in (1, widths[name]):
+            if weights.ndim > 2 and weights.shape[-1] not in (1, widths[name]):
                 raise UsageError(
-                    f"start {number}: '{name}' has {weights.shape[2]} channels, here it has {widths[name]}; it is of "
+                    f"start {number}: '{name}' has {weights.shape[-1]} channels, here it has {widths[name]}; it is of "
                     "another architecture"
+                )
+            if weights.ndim == 4 and rows[name] == 1:
+                raise UsageError(
+                    f"start {number}: '{name}' has weights for two halves of guidance, here it has one; search with "
+                    "the --guidance that it was made with"
                 )
 
 

@@ -50,7 +50,9 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
 
 def _begin(work: Work, start: Candidate) -> Trial:
     settings = work.settings
-    backups = Backups(work.task.trace, start.gates, settings.terms, settings.by_channel, start.weights)
+    backups = Backups(
+        work.task.trace, start.gates, settings.terms, settings.by_channel, settings.by_half, start.weights
+    )
     return Trial(start, backups, 0, start)
 
 

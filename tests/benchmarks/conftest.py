@@ -36,7 +36,7 @@ def task(tiny_dit: str) -> Task:
 def bundle(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps, half of the gates off, backups of two outputs weighted by channel."""
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=1)
+    subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=2)
     write_bundle(prepare(task.trace), subnet, task.sampler, folder)
     return folder
 

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from benchmarks.quality import image_psnr, psnr
 from benchmarks.reference import converged
 from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
-from benchmarks.search_table import Judge, cells, check_same, load_folder
+from benchmarks.search_table import Judge, cells, check_same, load_folder, read_table
 from dipgo.errors import DipgoError
 from dipgo.gating import gated
 from dipgo.models import find_model
@@ -70,6 +70,31 @@ def test_every_row_is_there_at_the_budget(tiny_dit, judge):
     assert found["**dipgo**"].psnr_db == psnr(judge.found(ours), judge.reference)
     assert found["the paper's method"].macs_ratio == pytest.approx(paper.cost.ratio, abs=1e-4)
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
+
+
+def test_policies_of_an_earlier_table_are_not_judged_again(tiny_dit, judge):
+    ours = searched(tiny_dit, "layer")
+    record = read_table(next(Path("benchmarks/results").glob("search-digits*.json")))
+    first = list(cells(judge, [ours], []))
+    earlier = record.model_copy(update={"cells": first})
+    assert list(cells(judge, [ours], [], earlier)) == first
+    marked = [cell.model_copy(update={"what": "earlier"}) for cell in first]
+    again = list(cells(judge, [ours], [], record.model_copy(update={"cells": marked})))
+    taken = {cell.row for cell in again if cell.what == "earlier"}
+    assert taken == {"uniform reuse", "uniform extrapolation", "DeepCache-like, the best", "best fixed policy of all"}
+    other = [cell.model_copy(update={"each_psnr_db": [db + 0.1 for db in cell.each_psnr_db]}) for cell in first]
+    with pytest.raises(DipgoError, match=r"'uniform reuse' has .* leave out --policies-of"):
+        list(cells(judge, [ours], [], record.model_copy(update={"cells": other})))
+    with pytest.raises(DipgoError, match=r"no fixed policies at 0\.6"):
+        list(cells(judge, [ours], [], record))
+
+
+def test_what_is_no_table_is_refused(tmp_path):
+    with pytest.raises(DipgoError, match="not a table of searches"):
+        read_table(tmp_path / "none.json")
+    (tmp_path / "some.json").write_text("{}")
+    with pytest.raises(DipgoError, match="not a table of searches"):
+        read_table(tmp_path / "some.json")
 
 
 def test_the_best_fixed_policy_is_the_best_of_all(tiny_dit, judge):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dipgo.cost import cost_of
-from dipgo.gating import gated
+from dipgo.gating import combine, gated
 from dipgo.models import find_model
 from dipgo.search.task import make_task
 from tests.models import random_subnet
@@ -69,7 +69,21 @@ def test_skipped_modules_do_not_run(task):
     assert list(calls.values()) == subnet.gates.sum(axis=0).tolist()
 
 
-@pytest.mark.parametrize("channels", [None, 0, 1])
+@pytest.mark.parametrize(("axis", "shape"), [(1, (6, 4, 2, 2)), (2, (6, 3, 4))])
+def test_each_half_of_guidance_is_combined_with_its_own_weights(axis, shape):
+    generator = torch.Generator().manual_seed(0)
+    history = [torch.randn(shape, generator=generator) for _ in range(2)]
+    weights = torch.randn((2, 2, 4), generator=generator)
+    found = combine(history, weights, axis)
+    for half, rows in enumerate((slice(0, 3), slice(3, 6))):
+        parts = zip(history, weights[:, half].numpy(), strict=True)
+        expected = sum(
+            np.moveaxis(np.moveaxis(past[rows].numpy(), axis, -1) * factor, -1, axis) for past, factor in parts
+        )
+        assert np.allclose(found[rows], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [None, 0, 1, 2])
 def test_differentiable_trajectory_equals_the_gated_pipeline(task, channels):
     terms = 1 if channels is None else 2
     subnet = random_subnet(task.trace, task.sampler, seed=3, terms=terms, channels=channels)
@@ -95,13 +109,13 @@ def test_supernet_with_hard_gates_equals_gated_execution(task):
 
 
 def test_gradient_reaches_gates_and_backups(task):
-    subnet = random_subnet(task.trace, task.sampler, seed=5, terms=2, channels=1)
+    subnet = random_subnet(task.trace, task.sampler, seed=5, terms=2, channels=2)
     batch = task.sampling.draw(2, 1)
     weights = {name: torch.from_numpy(array).requires_grad_() for name, array in subnet.weights.items()}
     task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, weights, 2)[-1].square().mean().backward()
     for index, site in enumerate(subnet.sites):
-        gradient = weights[f"backup.{site.name}"].grad.abs().sum(dim=(1, 2))
-        assert ((gradient > 0).numpy() == ~subnet.gates[:, index]).all()
+        gradient = weights[f"backup.{site.name}"].grad.abs().sum(dim=(1, 3))
+        assert ((gradient > 0).numpy() == ~subnet.gates[:, index, None]).all(), "either half of guidance"
     gates = torch.from_numpy(subnet.gates.astype(np.float32)).requires_grad_()
     task.trajectory.supernet(batch.noise, batch.conditions, gates, {}, 1)[-1].square().mean().backward()
     assert (gates.grad[1:] != 0).all()

@@ -336,7 +336,7 @@ def test_a_real_disk_that_fills(tiny_dit, tmp_path):
     """The command stops with one line and, once there is room, goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:

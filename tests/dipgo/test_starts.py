@@ -53,11 +53,12 @@ def test_a_search_goes_on_from_what_another_found(task, found):
     assert any(name.startswith("given 1, backups learned") for name in on.search["held_out_psnr_db"])
 
 
+@pytest.mark.parametrize("by_half", [True, False])
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel):
+def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel, by_half):
     """With as many terms, and with one more that begins at nothing."""
     for terms in (2, 3):
-        backups = Backups(task.trace, found.gates, terms, by_channel, found.weights)
+        backups = Backups(task.trace, found.gates, terms, by_channel, by_half, found.weights)
         for name, weights in backups.arrays().items():
             assert np.allclose(weights[:, :2], found.weights[name], atol=1e-7)
             assert not weights[:, 2:].any()
@@ -103,5 +104,8 @@ def test_starts_that_do_not_fit_are_refused(task, found, tiny_dit):
     wide = dict(found.weights) | {name: np.zeros((STEPS, 2, 3), np.float32)}
     with pytest.raises(UsageError, match="has 3 channels, here it has"):
         search(task, 0.5, settings=JUDGE, starts=[replace(found, weights=wide)])
+    unguided = make_task(find_model(tiny_dit), STEPS, guidance_scale=1.0)
+    with pytest.raises(UsageError, match="two halves of guidance, here it has one; search with the --guidance"):
+        search(unguided, 0.5, settings=JUDGE, starts=[found])
     with pytest.raises(UsageError, match="is an output of one model alone"):
         search(task, 0.5, settings=JUDGE, starts=[replace(found, weights={name: found.weights[name]})])

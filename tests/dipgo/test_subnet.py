@@ -104,6 +104,20 @@ def test_nan_is_never_written_or_read(subnet, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_by_half_are_those_of_the_guidance(subnet, tmp_path):
+    halves = {name: np.stack([array, 2 * array], axis=2) for name, array in subnet.weights.items()}
+    save_subnet(replace(subnet, weights=halves), tmp_path / "s.json")
+    for name, array in load_subnet(tmp_path / "s.json").weights.items():
+        assert np.array_equal(array, halves[name])
+    thirds = {name: np.concatenate([array, array[:, :, :1]], axis=2) for name, array in halves.items()}
+    with pytest.raises(ValueError, match="has weights for 3 halves of guidance, but guidance 4 has 2"):
+        save_subnet(replace(subnet, weights=thirds), tmp_path / "t.json")
+    unguided = replace(subnet, sampler=subnet.sampler.model_copy(update={"guidance_scale": 1.0}), weights=halves)
+    with pytest.raises(ValueError, match="guidance 1 has 1"):
+        save_subnet(unguided, tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()
+
+
 def test_names_with_dots_keep_their_own_weights(subnet, tmp_path):
     """``b0.35`` and ``b0.25`` are two SubNets, and one may be called ``s.safetensors``."""
     names = ("b0.35", "b0.25", "s.safetensors")

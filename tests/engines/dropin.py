@@ -72,7 +72,7 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
         sites=None if conditional else "down_blocks.*,up_blocks.*",
         guidance_scale=GUIDANCE if conditional else None,
     )
-    backups = {} if kind in REUSES else {"terms": 2, "channels": 1}
+    backups = {} if kind in REUSES else {"terms": 2, "channels": 2}
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
         subnet.gates[2] = False

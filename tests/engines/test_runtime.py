@@ -24,7 +24,7 @@ from tests.models import random_subnet, tiny_sd
 @pytest.fixture(scope="module")
 def bundle(tiny_dit, tmp_path_factory):
     task = make_task(find_model(tiny_dit), 5)
-    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
+    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=2)
     folder = tmp_path_factory.mktemp("runtime") / "b"
     write_bundle(prepare(task.trace), subnet, task.sampler, folder)
     return folder

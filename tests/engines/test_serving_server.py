@@ -48,7 +48,7 @@ def bundles(server, tmp_path_factory):
     for name, make, steps, batch in (("dit", tiny_dit, 7, 2), ("sd", tiny_sd, 4, 1)):
         model = find_model(make(folder / f"{name}-model"))
         task = make_task(model, steps)
-        subnet = random_subnet(task.trace, task.sampler, 2, terms=2, channels=1)
+        subnet = random_subnet(task.trace, task.sampler, 2, terms=2, channels=2)
         write_bundle(prepare(task.trace, batch), subnet, task.sampler, folder / name)
     return folder
 

@@ -30,7 +30,7 @@ def bundles(tmp_path_factory):
     model = find_model(tiny_unconditional(folder / "model"))
     traced = trace(model, "down_blocks.*,up_blocks.*", 1.0, size=(8, 8))
     sampler = tabulate(DDIMScheduler(clip_sample=False), 4, False)
-    subnet = random_subnet(traced, sampler, 0, 0.5, 2, 1)
+    subnet = random_subnet(traced, sampler, 0, 0.5, 2, 2)
     for name, batch, size in (("ranges", "1:3", "4:12"), ("alone", 2, "12x6")):
         prepared = prepare(traced, sizes=sizes_for(model, batch, size))
         write_bundle(prepared, subnet, sampler, folder / name)

@@ -39,7 +39,7 @@ def bundle(tiny_dit, tmp_path_factory):
         traced = trace(find_model(tiny_dit), None, 4.0)
         sampler = tabulate(DDIMScheduler(clip_sample=False), 4)
         folder = tmp_path_factory.mktemp("cuda") / "b"
-        write_bundle(prepare(traced), random_subnet(traced, sampler, 2, 0.5, 2, 1), sampler, folder)
+        write_bundle(prepare(traced), random_subnet(traced, sampler, 2, 0.5, 2, 2), sampler, folder)
         yield folder
 
 

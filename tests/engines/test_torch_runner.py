@@ -31,7 +31,7 @@ def bundles(folder, make, dtype=torch.float32, layouts=tuple(LAYOUTS)):
     traced = trace(model, None, 4.0, dtype)
     sampler = tabulate(DDIMScheduler(clip_sample=False), STEPS, model.family.scales_noise)
     prepared = prepare(traced)
-    subnet = random_subnet(traced, sampler, 2, 0.5, 2, 1)
+    subnet = random_subnet(traced, sampler, 2, 0.5, 2, 2)
     for layout in layouts:
         write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))
     return {layout: folder / layout for layout in layouts}

@@ -43,7 +43,7 @@ def written(model, folder, dtype=torch.float32):
     """Export a random SubNet of a model whole."""
     traced = trace(model, None, 4.0, dtype)
     sampler = tabulate(DDIMScheduler(clip_sample=False), 2, model.family.scales_noise)
-    subnet = random_subnet(traced, sampler, 0, 0.5, 2, 1)
+    subnet = random_subnet(traced, sampler, 0, 0.5, 2, 2)
     write_bundle(prepare(traced), subnet, sampler, folder)
     return open_bundle(folder)
 

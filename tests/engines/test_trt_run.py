@@ -37,7 +37,7 @@ REAL_RUNTIME = _runtime
 def made(tiny_dit, tmp_path_factory):
     """A bundle and its images by ONNX Runtime."""
     task = make_task(find_model(tiny_dit), 5)
-    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
+    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=2)
     folder = tmp_path_factory.mktemp("trt") / "b"
     write_bundle(prepare(task.trace), subnet, task.sampler, folder)
     with engines.load(folder, threads=1) as program:

@@ -42,7 +42,7 @@ class Case:
         self.prepared = prepare(self.traced, sizes=self.sizes)
 
     def write(self, folder, layout, seed=0):
-        subnet = random_subnet(self.traced, self.sampler, seed, 0.5, 2, 1)
+        subnet = random_subnet(self.traced, self.sampler, seed, 0.5, 2, 2)
         return subnet, write_bundle(self.prepared, subnet, self.sampler, folder, True, Options(layout))
 
     def expected(self, subnet, given, size, seed):
@@ -111,7 +111,7 @@ def test_macs_are_those_at_opt(case, tmp_path):
     _, record = made.write(tmp_path / "b", "signature")
     fixed = Sizes(*(made.sizes.latent_at(4, "opt")[k] for k in (0, 2, 3)))
     alone = prepare(made.traced, whole=False, sizes=fixed)
-    subnet = random_subnet(made.traced, made.sampler, 0, 0.5, 2, 1)
+    subnet = random_subnet(made.traced, made.sampler, 0, 0.5, 2, 2)
     static = write_bundle(alone, subnet, made.sampler, tmp_path / "s")
     assert not static.axes
     assert [graph.macs for graph in record.graphs.values()] == [graph.macs for graph in static.graphs.values()]

@@ -44,7 +44,7 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, gi
     noise = torch.randn(model.latent_shape(batch), generator=torch.Generator().manual_seed(0))
     half = {name: value.half() if value.is_floating_point() else value for name, value in conditions.items()}
     for seed, layout in enumerate(LAYOUTS):
-        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 1)
+        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 2)
         weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
 
         def run(guided, values, subnet=subnet, weights=weights):

@@ -36,7 +36,7 @@ def test_no_node_is_unsupported(tmp_path, monkeypatch, make, dtype):
     sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
     prepared = prepare(traced)
     for seed, layout in enumerate(LAYOUTS):
-        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 1)
+        subnet = random_subnet(traced, sampler, seed, 0.5, 2, 2)
         write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
         graphs = sorted((tmp_path / "b").glob("*.onnx"))
         assert graphs
