@@ -42,6 +42,8 @@ def generate_gated(model, subnet):
     handles = []
     for index, site in enumerate(subnet.sites):
         weights = [array for name, array in subnet.weights.items() if name.partition("#")[0] == f"backup.{site.name}"]
+        if model == "digits-dit":  # DiTPipeline has the conditional half first
+            weights = [array[:, :, ::-1].copy() if array.ndim == 4 else array for array in weights]
         hook = serve(subnet.gates[:, index], weights, site.channel_axis)
         handles.append(denoiser.get_submodule(site.name).register_forward_hook(hook))
     try:
@@ -68,8 +70,12 @@ def serve(gates, weights, axis):
         for k, tensor in enumerate(past[0]):
             channels = [1] * tensor.ndim
             channels[axis] = -1
-            shares = [torch.from_numpy(weight).view(channels) for weight in weights[order.index(id(tensor))][step]]
-            served.append(sum(old[k] * share for old, share in zip(past, shares, strict=False)))
+            total = 0
+            for old, weight in zip(past, torch.from_numpy(weights[order.index(id(tensor))][step]), strict=False):
+                halves = old[k].chunk(len(weight)) if weight.ndim == 2 else [old[k]]
+                shares = list(weight) if weight.ndim == 2 else [weight]
+                total += torch.cat([half * share.view(channels) for half, share in zip(halves, shares, strict=True)])
+            served.append(total)
         return pytree.tree_unflatten(served, tree)
 
     return hook
