@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.environment import environment, load_average
-from benchmarks.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.quality import psnr
 from benchmarks.readme import README, put_between
-from benchmarks.reference import converged as converged_task
-from benchmarks.search_record import BEST, CONVERGED_STEPS, DIPGO, PAPER, Cell, TableRecord, markdown
+from benchmarks.search_judge import Judge
+from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import Model, find_model
@@ -35,77 +34,13 @@ from dipgo.search.search import policy_subnet
 from dipgo.search.task import Task, make_task
 from dipgo.search.work import drift_of
 from dipgo.subnet import SubNet, load_subnet
-from dipgo.trajectory import Batch
 from export.compiler import check_model
 
-CHUNK = 32
 PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
 DEEP, DEEP_ROW = "DeepCache", "DeepCache-like, the best"
 FIRST = 16  # noises, of their own, on which policies are seen first
 SAME_DB = 0.02  # the mean over images of the same policy on the same noise, on two machines, differs by less
 CLOSE_DB = 3.0  # policies that far below the best one there might be the best on other noise
-
-
-class Judge:
-    """Holds the noise, the full trajectory's images and the converged ones."""
-
-    def __init__(self, task: Task, images: int, converged: int) -> None:
-        self.task = task
-        self._tasks = {task.trace.sites: task}
-        self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
-        self.reference = self.full(task)
-        self.labels = np.concatenate([_labels(batch) for batch in self.batches])
-        long = -(-converged // CHUNK)
-        self.converged = self.full(converged_task(task, CONVERGED_STEPS), long) if converged else None
-
-    def full(self, task: Task, batches: int | None = None) -> np.ndarray:
-        """Return images of the full model under ``task``'s sampler, ``[n, height, width, channels]`` in [0, 1]."""
-        found = []
-        for batch in tqdm(self.batches[:batches], desc=f"full, {task.sampler.steps} steps", leave=False):
-            found.append(self._images(task.trajectory.full(batch.noise, batch.conditions)[-1]))
-        return np.concatenate(found)
-
-    def on_sites_of(self, subnet: SubNet) -> Task:
-        """Return the task on a SubNet's sites, which may be of another granularity than the one given."""
-        if subnet.sites not in self._tasks:
-            self._tasks[subnet.sites] = self.task.with_sites(",".join(site.name for site in subnet.sites))
-        return self._tasks[subnet.sites]
-
-    def found(self, subnet: SubNet) -> np.ndarray:
-        """Return the images of a SubNet."""
-        trajectory = self.on_sites_of(subnet).trajectory
-        tensors = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-        found = []
-        with torch.no_grad():
-            for batch in self.batches:
-                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, tensors, subnet.terms)
-                found.append(self._images(latents[-1]))
-        return np.concatenate(found)
-
-    def cell(self, row: str, budget: float, ratio: float, images: np.ndarray, **more: object) -> Cell:
-        close = None
-        if self.converged is not None:
-            close = psnr(images[: len(self.converged)], self.converged)
-        each = image_psnr(images, self.reference)
-        return Cell(
-            row=row,
-            budget=budget,
-            macs_ratio=round(ratio, 4),
-            psnr_db=psnr(images, self.reference),
-            image_psnr_db=float(each.mean()),
-            each_psnr_db=each.round(3).tolist(),
-            converged_db=close,
-            class_accuracy=self.accuracy(images),
-            **more,
-        )
-
-    def accuracy(self, images: np.ndarray) -> float | None:
-        return class_accuracy(images, self.labels.tolist()) if is_digits(self.task.model.name, images) else None
-
-    def _images(self, latent: torch.Tensor) -> np.ndarray:
-        with torch.no_grad():
-            decoded = self.task.decode(latent)
-        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
@@ -254,13 +189,6 @@ def read_table(path: Path) -> TableRecord:
         return TableRecord.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
         raise DipgoError(f"{path}: not a table of searches ({str(error).splitlines()[0]})") from error
-
-
-def _labels(batch: Batch) -> np.ndarray:
-    labels = batch.conditions.get("class_labels")
-    if labels is None:
-        return np.zeros(len(batch.noise), int)
-    return labels[-len(batch.noise) :].numpy()
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ from diffusers import DDIMScheduler
 
 from benchmarks.quality import image_psnr, psnr
 from benchmarks.reference import converged
+from benchmarks.search_judge import Judge
 from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
-from benchmarks.search_table import Judge, cells, check_same, load_folder, read_table
+from benchmarks.search_table import cells, check_same, load_folder, read_table
 from dipgo.errors import DipgoError
 from dipgo.gating import gated
 from dipgo.models import find_model
