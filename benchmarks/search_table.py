@@ -244,4 +244,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DipgoError as error:
+        print(f"search_table: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -90,8 +90,8 @@ def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
     """Run ``denoiser`` under ``subnet``: the k-th call within the context is step k of the trajectory.
 
     The halves of guidance lie in the batch as the class's own pipeline has them. Skipped sites are not executed; they
-    serve their backup. After the last step the count starts again, with empty
-    histories, so one context may hold several trajectories.
+    serve their backup. After the last step the count starts again, with empty histories, so one context may hold
+    several trajectories.
     """
     names = [site.name for site in subnet.sites]
     weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}

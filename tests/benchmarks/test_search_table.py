@@ -1,6 +1,8 @@
 """The tables of what searches find: rows, budgets, and SubNets of other sites than the table's."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,16 @@ def test_policies_of_an_earlier_table_are_not_judged_again(tiny_dit, judge):
         list(cells(judge, [ours], [], record.model_copy(update={"cells": other})))
     with pytest.raises(DipgoError, match=r"no fixed policies at 0\.6"):
         list(cells(judge, [ours], [], record))
+
+
+def test_bad_input_gives_one_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.search_table", str(tmp_path), "-o", str(tmp_path / "x.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()[-1:]
+    assert line.startswith(f"search_table: {tmp_path}: no SubNet in it")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_what_is_no_table_is_refused(tmp_path):
