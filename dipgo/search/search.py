@@ -113,6 +113,7 @@ def sweep(
     task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)
     group = processes(task.trajectory.device)
     record = {
+        "dipgo": version("dipgo"),  # another may judge other policies, or number its phases otherwise
         "model": task.model.identity().model_dump(by_alias=True),
         "sampler": task.identity.model_dump(by_alias=True),
         "sites": task.trajectory.names,

@@ -1,5 +1,6 @@
 """What a search is asked for: where its SubNets go, and what a resumed one finds there."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit,
     assert (output / "0.7.json").read_bytes() == mine
     ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, cadence=7)  # on which no result depends
     assert load_subnet(output / "0.4.json").search["budget"] == 0.4
+
+
+def test_a_run_of_another_version_is_not_resumed(tiny_dit, tmp_path):
+    """What it judged and counted may be numbered otherwise here."""
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        ask(tiny_dit, tmp_path / "s.json", report=stopping("backups-0.6"), run_folder=folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["dipgo"] = "0.0.9"
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(DipgoError, match=r'was begun with dipgo = "0\.0\.9", now it is .*; .*another --run-folder'):
+        ask(tiny_dit, tmp_path / "s.json", run_folder=folder, resume=True)
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_a_resumed_search_replaces_weights_that_a_kill_left_without_their_json(tiny_dit, tmp_path):
