@@ -102,7 +102,7 @@ def bench(
     subnet = subnet_of(bundle)
     report = ReportRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join(["dipgo", *sys.argv[1:]]),
         seeds={"parity": PARITY_SEED, "timing": TIMING_SEED, "images": IMAGE_SEED},
         model=record.model,
         sampler=record.sampler,
