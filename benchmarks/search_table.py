@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from benchmarks.environment import environment, load_average
@@ -26,6 +26,7 @@ from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, mark
 from dipgo.errors import DipgoError
 from dipgo.files import new_file
 from dipgo.models import Model, find_model
+from dipgo.records import read_json
 from dipgo.sampler import make_scheduler
 from dipgo.search import judge as noise
 from dipgo.search.policies import Policy, policies
@@ -112,11 +113,17 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
     checked = next((cell for cell in found if cell.row in known), None)
     if checked is None or found[-1].row != BEST:
         raise DipgoError(f"the earlier table has no fixed policies at {budget:g}; leave out --policies-of")
-    now = _judged(judge, task, known[checked.row], budget).each_psnr_db
-    if len(now) != len(checked.each_psnr_db) or abs(np.mean(now) - np.mean(checked.each_psnr_db)) > SAME_DB:
+    then = len(checked.each_psnr_db)
+    if then != len(judge.reference):
         raise DipgoError(
-            f"at {budget:g} '{checked.row}' has {np.mean(now):.2f} dB, in the earlier table "
-            f"{checked.image_psnr_db:.2f} dB; leave out --policies-of"
+            f"the earlier table holds the PSNR of {then} images at {budget:g}, this one is of {len(judge.reference)}; "
+            "give the same --images, or leave out --policies-of"
+        )
+    now = _judged(judge, task, known[checked.row], budget).image_psnr_db
+    if abs(now - checked.image_psnr_db) > SAME_DB:
+        raise DipgoError(
+            f"at {budget:g} '{checked.row}' has {now:.2f} dB, in the earlier table {checked.image_psnr_db:.2f} dB; "
+            "leave out --policies-of"
         )
     return found
 
@@ -184,11 +191,18 @@ def load_folder(folder: Path) -> list[SubNet]:
 
 
 def read_table(path: Path) -> TableRecord:
-    """Read a result file."""
+    """Read a result file.
+
+    Raises:
+        DipgoError: no file, or none of these.
+    """
+    content = read_json(path, "table of searches")
     try:
-        return TableRecord.model_validate_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DipgoError(f"{path}: not a table of searches ({str(error).splitlines()[0]})") from error
+        return TableRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise DipgoError(f"{path}: not a table of searches ({where}: {first['msg']})") from error
 
 
 def main() -> None:

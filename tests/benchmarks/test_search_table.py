@@ -85,9 +85,12 @@ def test_policies_of_an_earlier_table_are_not_judged_again(tiny_dit, judge):
     again = list(cells(judge, [ours], [], record.model_copy(update={"cells": marked})))
     taken = {cell.row for cell in again if cell.what == "earlier"}
     assert taken == {"uniform reuse", "uniform extrapolation", "DeepCache-like, the best", "best fixed policy of all"}
-    other = [cell.model_copy(update={"each_psnr_db": [db + 0.1 for db in cell.each_psnr_db]}) for cell in first]
+    other = [cell.model_copy(update={"image_psnr_db": cell.image_psnr_db + 0.1}) for cell in first]
     with pytest.raises(DipgoError, match=r"'uniform reuse' has .* leave out --policies-of"):
         list(cells(judge, [ours], [], record.model_copy(update={"cells": other})))
+    fewer = [cell.model_copy(update={"each_psnr_db": cell.each_psnr_db[1:]}) for cell in first]
+    with pytest.raises(DipgoError, match=r"of \d+ images at 0\.6, this one is of \d+; give the same --images"):
+        list(cells(judge, [ours], [], record.model_copy(update={"cells": fewer})))
     with pytest.raises(DipgoError, match=r"no fixed policies at 0\.6"):
         list(cells(judge, [ours], [], record))
 
@@ -103,10 +106,10 @@ def test_bad_input_gives_one_line(tmp_path):
 
 
 def test_what_is_no_table_is_refused(tmp_path):
-    with pytest.raises(DipgoError, match="not a table of searches"):
+    with pytest.raises(DipgoError, match="no such table of searches"):
         read_table(tmp_path / "none.json")
     (tmp_path / "some.json").write_text("{}")
-    with pytest.raises(DipgoError, match="not a table of searches"):
+    with pytest.raises(DipgoError, match=r"not a table of searches \(command: Field required\)"):
         read_table(tmp_path / "some.json")
 
 
