@@ -1,6 +1,6 @@
 # make demo   the main job on the built-in model, from nothing
 # make test   the test suite
-# make check  ruff and mypy
+# make check  ruff, mypy and the rule of imports
 # make fuzz   thousands of random SubNets: compiled programs against gated torch
 
 PYTHON ?= python3
@@ -33,6 +33,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fuzz: install
 	DIPGO_FUZZ=20 $(BIN)/python -m pytest tests/export/test_parity.py -k any_subnet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 from engines.backend import Runner
 from export.bundle import Bundle
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 from engines.backend import Runner, numpy_type
-from engines.given import draw_noise
-from engines.lanes import Lanes
+from engines.context_pool import Lanes
+from engines.pipeline.formats import draw_noise
+from engines.pipeline.text import TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, cells_of
 from engines.steps import Steps, Walk
-from engines.text import TextEncoder
 from export.axes import shape_at, values_at
 from export.bundle import Bundle, DecoderRecord
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 from export.axes import shape_at, values_at
 from export.bundle import BundleRecord
 

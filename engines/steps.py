@@ -10,8 +10,8 @@ from types import TracebackType
 
 import numpy as np
 
-from engines.lane import Lane
-from engines.lanes import Lanes
+from engines.context import Lane
+from engines.context_pool import Lanes
 from engines.sizes import batches_of
 
 

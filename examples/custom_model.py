@@ -8,11 +8,11 @@ from pathlib import Path
 
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-import engines
-from dipgo.models import find_model
-from dipgo.search.policies import policies
-from dipgo.search.search import policy_subnet
-from dipgo.search.task import make_task
+import dipgo
+from dipgo.model.models import find_model
+from dipgo.schedule.policies import policies
+from dipgo.searching.search import policy_subnet
+from dipgo.searching.task import make_task
 from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/custom_model")
@@ -29,6 +29,6 @@ model = find_model(str(folder / "model"))
 task = make_task(model, steps=10, sites="down_blocks.*,mid_block,up_blocks.*")
 subnet = policy_subnet(task, policies(task.trace, task.sampler.calls, budget=0.5)[0])
 compile_subnet(subnet, model, folder / "bundle", force=True)
-with engines.load(folder / "bundle") as pipe:
+with dipgo.load(folder / "bundle") as pipe:
     pipe(batch_size=1, generator=0).images[0].save(folder / "image.png")
 print(f"{len(subnet.sites)} sites, {subnet.cost.ratio:.1%} of the MACs: {folder / 'image.png'}")

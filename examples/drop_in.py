@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-import engines
-from dipgo.models import find_model
-from dipgo.search.policies import policies
-from dipgo.search.search import policy_subnet
-from dipgo.search.task import make_task
+import dipgo
+from dipgo.model.models import find_model
+from dipgo.schedule.policies import policies
+from dipgo.searching.search import policy_subnet
+from dipgo.searching.task import make_task
 from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/drop_in")
@@ -24,7 +24,7 @@ compile_subnet(subnet, model, folder / "bundle", force=True)
 pipe = task.pipe  # any DiffusionPipeline.from_pretrained(…) of the model
 asked = {"class_labels": [7], "num_inference_steps": 20, "guidance_scale": 4.0}
 full = pipe(**asked, generator=torch.Generator().manual_seed(0), output_type="np").images
-with engines.attach(pipe, folder / "bundle"):
+with dipgo.attach(pipe, folder / "bundle"):
     fast = pipe(**asked, generator=torch.Generator().manual_seed(0), output_type="np").images
 psnr = -10 * torch.tensor((full - fast) ** 2).mean().log10().item()
 print(f"{subnet.cost.ratio:.1%} of the MACs, {psnr:.1f} dB to the full pipeline's image")

@@ -6,11 +6,11 @@ python examples/quickstart.py [FOLDER]
 import sys
 from pathlib import Path
 
-import engines
-from dipgo.models import find_model
-from dipgo.search.search import search
-from dipgo.search.settings import settings_of
-from dipgo.search.task import make_task
+import dipgo
+from dipgo.model.models import find_model
+from dipgo.searching.search import search
+from dipgo.searching.settings import settings_of
+from dipgo.searching.task import make_task
 from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/quickstart")
@@ -19,7 +19,7 @@ short = settings_of("dipgo", "quick", ["pool=16", "held_out=8", "trial_iteration
 subnet = search(make_task(model, steps=20), budget=0.35, settings=short)
 compile_subnet(subnet, model, folder / "bundle", force=True)
 
-with engines.load(folder / "bundle") as pipe:  # called like the diffusers pipeline that it came from
+with dipgo.load(folder / "bundle") as pipe:  # called like the diffusers pipeline that it came from
     images = pipe(class_labels=[3, 1, 4, 1, 5], generator=0).images
 for number, image in enumerate(images):
     image.save(folder / f"{number}.png")

@@ -10,25 +10,25 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from dipgo.cost import is_silent
-from dipgo.gating import backup_name
-from dipgo.liveness import plan
-from dipgo.sampler import Sampler
-from dipgo.subnet import SubNet
-from dipgo.trace import Trace
+from dipgo.graph.liveness import plan
+from dipgo.graph.trace import Trace
+from dipgo.model.sampler import Sampler
+from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.cost import is_silent
+from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
-from export.binding import parts
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
-from export.convert import tensor_record
-from export.cut import SOLVER, Cut, Loop
-from export.launches import EPSILON, LATENT, Launch, Value
-from export.layouts import LAYOUTS, Program, Work
-from export.macs import node_macs, weights_read
-from export.prepared import Prepared, dtype_name, stem_of
-from export.prologue import Prologue
-from export.slots import Allocation, allocate, bytes_of, prune
-from export.solver import Recurrence, recurrence
-from export.tapped import Tapped
+from export.converted import Prepared, dtype_name, stem_of
+from export.onnx.convert import tensor_record
+from export.onnx.denoiser_graph import Tapped
+from export.onnx.macs import node_macs, weights_read
+from export.plan.cut import SOLVER, Cut, Loop
+from export.plan.hoisting import parts
+from export.plan.launches import EPSILON, LATENT, Launch, Value
+from export.plan.layouts import LAYOUTS, Program, Work
+from export.plan.prologue import Prologue
+from export.plan.slots import Allocation, allocate, bytes_of, prune
+from export.plan.solver import Recurrence, recurrence
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from dipgo.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError, UsageError
 from export.bundle import AxisRecord, Size, TensorRecord
 
 _OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {

@@ -14,9 +14,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dipgo.errors import DipgoError
-from dipgo.files import sha256_of, sha256_of_json
-from dipgo.records import ModelIdentity, Record, SamplerIdentity, read_record
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import sha256_of, sha256_of_json
+from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
 from export.graphs import AxisRecord, GraphRecord, PrologueRecord, Size, TensorRecord
 
 SCHEMA = "dipgo.bundle/1"
@@ -60,7 +60,7 @@ class SolverRecord(Record):
 
     ``graph``: the last graph of a step also writes the next x, so the loop is nothing but launches; silent steps are
     part of the launch before them. ``host``: the runtime applies the table between launches, because the sampler
-    needs more history than graphs keep. The table of the sampler (see ``dipgo.sampler``) lies in the tables file:
+    needs more history than graphs keep. The table of the sampler (see ``dipgo.model.sampler``) lies in the tables file:
     ``solver.rows`` and ``solver.input_scale``, float64; x_k = rows[k] · [noise, ε_0, ε_1, …].
 
     ``history`` is how many past x and ε the graphs combine, ``result`` the slot of the final x.

@@ -12,17 +12,16 @@ import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
-from dipgo.cost import cost_of
-from dipgo.errors import DipgoError, UsageError
-from dipgo.families import latent_size
-from dipgo.files import sha256_of
-from dipgo.gating import backup_name
-from dipgo.liveness import canonical
-from dipgo.models import Model
-from dipgo.sampler import Sampler, tabulate
-from dipgo.subnet import SubNet, save_subnet
-from dipgo.trace import Trace, trace
-from export import constants
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import sha256_of
+from dipgo.graph.liveness import canonical
+from dipgo.graph.trace import Trace, trace
+from dipgo.model.families import latent_size
+from dipgo.model.models import Model
+from dipgo.model.sampler import Sampler, tabulate
+from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.cost import cost_of
+from dipgo.schedule.subnet import SubNet, save_subnet
 from export.assembly import assemble
 from export.bundle import (
     RECORD_FILE,
@@ -30,12 +29,13 @@ from export.bundle import (
     FileRecord,
     TensorRecord,
 )
+from export.bundle_writer import check_delivery, check_weights, deliver
 from export.components import components_of, weights_in_place
-from export.delivery import check_delivery, check_weights, deliver
-from export.launches import LATENT
-from export.layouts import LAYOUTS
-from export.merge import merged
-from export.prepared import DTYPES, Prepared, prepare
+from export.converted import DTYPES, Prepared, prepare
+from export.onnx import constants
+from export.plan.launches import LATENT
+from export.plan.layouts import LAYOUTS
+from export.plan.merge import merged
 from export.sizes import pixels_of_cell, sizes_for
 
 TABLES_FILE = "tables.safetensors"
@@ -47,8 +47,8 @@ class Options:
     """How a bundle is made.
 
     Attributes:
-        layout: ``signature``, ``segment`` or ``step``, see :mod:`export.layouts`.
-        max_graphs: merge signatures down to as many, see :mod:`export.merge`; None for as many as there are.
+        layout: ``signature``, ``segment`` or ``step``, see :mod:`export.plan.layouts`.
+        max_graphs: merge signatures down to as many, see :mod:`export.plan.merge`; None for as many as there are.
         weights: ``copy`` makes a self-contained bundle, ``in-place`` writes the graphs into the pipeline's own folder.
     """
 
@@ -243,5 +243,5 @@ def sites_of(subnet: SubNet) -> str:
 def retrace(
     model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
 ) -> Trace:
-    """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.trace.trace` has it."""
+    """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.graph.trace.trace` has it."""
     return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, dtype, size)

@@ -17,16 +17,16 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.export import Dim
 
-from dipgo.checkpoint import Stored, checkpoint_files, stored_tensors
-from dipgo.errors import DipgoError
-from dipgo.models import Model, component_class
-from dipgo.random_weights import write_random
-from dipgo.records import read_object
-from dipgo.vae import to_vae
+from dipgo.base.errors import DipgoError
+from dipgo.base.records import read_object
+from dipgo.model.models import Model, component_class
+from dipgo.model.random_weights import write_random
+from dipgo.model.safetensors_index import Stored, checkpoint_files, stored_tensors
+from dipgo.model.vae import to_vae
 from export.bundle import DecoderRecord, Size
-from export.convert import convert, simplify, tensor_record
-from export.symbols import name_axes
-from export.weights import Weights, bind, cast
+from export.onnx.convert import convert, simplify, tensor_record
+from export.onnx.symbols import name_axes
+from export.onnx.weights import Weights, bind, cast
 
 VAE = "vae"
 DECODER_FILE = "vae_decoder.onnx"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from dipgo.records import Record
+from dipgo.base.records import Record
 
 Size = int | str
 """A size: a whole number, or an expression over :attr:`BundleRecord.axes` (:mod:`export.axes` evaluates it)."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dipgo.errors import UsageError
-from dipgo.exported import size_multiple
-from dipgo.families import latent_size
-from dipgo.models import Model
+from dipgo.base.errors import UsageError
+from dipgo.graph.exported import size_multiple
+from dipgo.model.families import latent_size
+from dipgo.model.models import Model
 from export.axes import parse_range
 from export.bundle import AxisRecord, Size
 from export.components import VAE, class_of, component_config

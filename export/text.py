@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from dipgo.errors import DipgoError
-from dipgo.families import Prompting, latent_size
-from dipgo.models import Model
-from dipgo.records import read_json
+from dipgo.base.errors import DipgoError
+from dipgo.base.records import read_json
+from dipgo.model.families import Prompting, latent_size
+from dipgo.model.models import Model
 from export.bundle import Size, TextRecord, TokenizerRecord
 from export.components import (
     VAE,
@@ -26,9 +26,9 @@ from export.components import (
     finish,
     own_weights,
 )
-from export.convert import convert, tensor_record
+from export.onnx.convert import convert, tensor_record
+from export.onnx.weights import Weights
 from export.sizes import Sizes
-from export.weights import Weights
 
 FILE = "text_encoder.onnx"
 # Enough to tell tokenizers apart that cut, pad or normalise differently.

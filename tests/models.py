@@ -41,13 +41,13 @@ from transformers import (
     T5Tokenizer,
 )
 
-from dipgo.cost import cost_of
-from dipgo.families import FAMILIES
-from dipgo.gating import backup_name
-from dipgo.models import Model
-from dipgo.sampler import Sampler
-from dipgo.subnet import SubNet
-from dipgo.trace import Trace
+from dipgo.graph.trace import Trace
+from dipgo.model.families import FAMILIES
+from dipgo.model.models import Model
+from dipgo.model.sampler import Sampler
+from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.cost import cost_of
+from dipgo.schedule.subnet import SubNet
 
 
 def _stirred(module: nn.Module) -> nn.Module:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dipgo import cli
-from dipgo.gating import gated
-from dipgo.models import find_model
-from dipgo.search.task import make_task
-from dipgo.subnet import load_subnet, save_subnet
+from dipgo.cli import main as cli
+from dipgo.eager.gating import gated
+from dipgo.model.models import find_model
+from dipgo.schedule.subnet import load_subnet, save_subnet
+from dipgo.searching.task import make_task
 from tests.models import random_subnet, tiny_sd
 
 
@@ -40,7 +40,7 @@ def subnet_file(tiny_dit, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(subnet_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "bundle"
-    subprocess.run([sys.executable, "-m", "dipgo.cli", "export", subnet_file, "-o", folder], check=True)
+    subprocess.run([sys.executable, "-m", "dipgo.cli.main", "export", subnet_file, "-o", folder], check=True)
     return folder
 
 
@@ -51,7 +51,7 @@ def prompted(tmp_path_factory):
     task = make_task(find_model(tiny_sd(folder / "model")), 4, guidance_scale=4.0)
     subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=2)
     save_subnet(subnet, folder / "subnet.json")
-    command = [sys.executable, "-m", "dipgo.cli", "export", folder / "subnet.json", "-o", folder / "bundle"]
+    command = [sys.executable, "-m", "dipgo.cli.main", "export", folder / "subnet.json", "-o", folder / "bundle"]
     subprocess.run(command, check=True)
     return task.pipe, subnet, folder / "bundle"
 
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line(
 def test_force_replaces_what_dipgo_made_alone(
     arguments, folder, known_by, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dipgo.commands.whole.search_with", None)  # nothing is searched first
+    monkeypatch.setattr("dipgo.cli.compile.search_with", None)  # nothing is searched first
     mine = tmp_path / folder / "photo"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -233,7 +233,7 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     log = tmp_path / "log"
     output = tmp_path / "out" / "s.json"
     output.parent.mkdir()
-    command = [sys.executable, "-m", "dipgo.cli", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
+    command = [sys.executable, "-m", "dipgo.cli.main", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
     with log.open("w") as stream:
         # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
         process = subprocess.Popen(

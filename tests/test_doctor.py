@@ -12,7 +12,7 @@ import torch
 
 from engines.backends import BACKENDS
 
-SCRIPT = "import typer; from dipgo.commands.doctor import doctor; typer.run(doctor)"
+SCRIPT = "import typer; from dipgo.cli.doctor import doctor; typer.run(doctor)"
 
 
 def run(*arguments, **environment):

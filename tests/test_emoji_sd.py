@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.inputs import given_for
-from benchmarks.parity import TOLERANCE, verify
-from dipgo.models import Model, find_model
-from dipgo.sampler import make_scheduler, tabulate
-from dipgo.trace import trace
-from dipgo.zoo.emoji_model import sample
+from benchmarks.bench.inputs import given_for
+from benchmarks.bench.parity import TOLERANCE, verify
+from dipgo.graph.trace import trace
+from dipgo.model.models import Model, find_model
+from dipgo.model.sampler import make_scheduler, tabulate
 from export.bundle import open_bundle
 from export.compiler import Options, prepare, write_bundle
-from export.layouts import LAYOUTS
+from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet
+from training.emoji_model import sample
 
 STEPS = 4
 
@@ -72,7 +72,7 @@ def test_a_prompt_becomes_a_picture(bundles: dict[str, Path], tmp_path: Path) ->
     for prompt in ("red heart", "green apple"):
         file = tmp_path / f"{prompt}.png"
         command = ["run", bundles["signature"], "--prompt", prompt, "--seed", "3", "-o", file]
-        subprocess.run([sys.executable, "-m", "dipgo.cli", *map(str, command)], check=True)
+        subprocess.run([sys.executable, "-m", "dipgo.cli.main", *map(str, command)], check=True)
         with Image.open(file) as picture:
             made.append(np.asarray(picture))
     assert made[0].shape == (64, 64, 3)

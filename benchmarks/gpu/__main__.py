@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dipgo.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gpu.ground import Ground, Plan
-from dipgo.models import Model, find_model
-from dipgo.trace import Trace
+from dipgo.graph.trace import Trace
+from dipgo.model.models import Model, find_model
 from export.compiler import write_bundle
-from export.prepared import Prepared, prepare
+from export.converted import Prepared, prepare
 
 
 class Bundles:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import no_collection
+from benchmarks.bench.timing import no_collection
 
 Run = Callable[[], Any]
 

@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from dipgo.gating import combine
-from dipgo.trace import Trace
+from dipgo.eager.gating import combine
+from dipgo.graph.trace import Trace
 
 _PREFIX = "guided.denoiser."  # what the trace calls the denoiser
 

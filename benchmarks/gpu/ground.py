@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.cases import FULL, Workload
-from dipgo.cost import cost_of, trajectory_macs
-from dipgo.errors import DipgoError, UsageError
-from dipgo.exported import in_dtype
-from dipgo.families import Conditions, Family, GuidedDenoiser
-from dipgo.gating import backup_name
-from dipgo.imports.deepcache import DeepCache
-from dipgo.imports.importer import apply
-from dipgo.liveness import canonical
-from dipgo.models import ARCHITECTURES, Model, find_model
-from dipgo.sampler import Sampler, make_scheduler, tabulate
-from dipgo.search.policies import SPACINGS, extrapolation, spaced
-from dipgo.subnet import SubNet, load_subnet
-from dipgo.trace import Trace, trace
-from export.prepared import DTYPES
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.exported import in_dtype
+from dipgo.graph.liveness import canonical
+from dipgo.graph.trace import Trace, trace
+from dipgo.importers.deepcache import DeepCache
+from dipgo.importers.importer import apply
+from dipgo.model.families import Conditions, Family, GuidedDenoiser
+from dipgo.model.models import ARCHITECTURES, Model, find_model
+from dipgo.model.sampler import Sampler, make_scheduler, tabulate
+from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.cost import cost_of, trajectory_macs
+from dipgo.schedule.policies import SPACINGS, extrapolation, spaced
+from dipgo.schedule.subnet import SubNet, load_subnet
+from export.converted import DTYPES
 
 MAIN_SHARE, MIXED_SHARE = 0.2, 0.35
 PUBLISHED = Path(__file__).parents[2] / "dipgo" / "published" / "sd15-published-0.8.json"
@@ -164,7 +164,7 @@ def prepare_ground(workload: Workload, device: torch.device, tiny: bool, scratch
 
 
 def drawn(model: Model, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Return the denoiser with weights drawn on the device, by the rule of :func:`dipgo.random_weights.draw`.
+    """Return the denoiser with weights drawn on the device, by the rule of :func:`dipgo.model.random_weights.draw`.
 
     The values are the device's own: other devices give others.
     """

@@ -1,7 +1,7 @@
 """The denoising loop with nothing to decide while it runs: which step launches what is laid down beforehand.
 
 It is plain torch without control flow on values, so it runs as it is, and it can be captured whole as a CUDA graph.
-Silent steps launch nothing: they are part of the solver's update (:mod:`export.solver`).
+Silent steps launch nothing: they are part of the solver's update (:mod:`export.plan.solver`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from dipgo.cost import is_silent
-from dipgo.errors import DipgoError
-from dipgo.families import Conditions
-from dipgo.gating import backup_name
-from dipgo.liveness import StepPlan, plan
-from dipgo.sampler import Sampler
-from dipgo.subnet import SubNet
-from dipgo.trace import Trace
-from export.solver import Recurrence, recurrence
+from dipgo.base.errors import DipgoError
+from dipgo.graph.liveness import StepPlan, plan
+from dipgo.graph.trace import Trace
+from dipgo.model.families import Conditions
+from dipgo.model.sampler import Sampler
+from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.cost import is_silent
+from dipgo.schedule.subnet import SubNet
+from export.plan.solver import Recurrence, recurrence
 
 Step = Callable[..., tuple[torch.Tensor, Sequence[torch.Tensor]]]
 """``(latent, timestep [B], *conditions, *pasts) -> (ε, stored outputs)``, as :func:`benchmarks.gpu.cut.cut` makes."""

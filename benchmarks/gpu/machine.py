@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import cpu_model, load_average
+from benchmarks.bench.environment import cpu_model, load_average
 from benchmarks.gpu.records import Machine, State
 
 PACKAGES = ("torch", "triton", "diffusers", "DeepCache", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")

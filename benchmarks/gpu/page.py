@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from benchmarks.bench.report import milliseconds
 from benchmarks.gpu.records import Call, CaseRecord, Figures, GpuReport
-from benchmarks.report import milliseconds
 
 EXPECTED = 4.6
 """Times the full model in the same backend that the published SubNet is to reach; its MACs ratio is 5.0."""

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu.ground import Ground, Plan
 from benchmarks.gpu.records import Parity
-from dipgo.families import Conditions, GuidedDenoiser
-from dipgo.trajectory import Trajectory
+from dipgo.eager.trajectory import Trajectory
+from dipgo.model.families import Conditions, GuidedDenoiser
 
 FLOAT32 = 1e-4  # relative: other kernels add in another order
 
@@ -54,7 +54,7 @@ class Reference:
 
 
 def gated(plan: Plan, guided: GuidedDenoiser, noise: torch.Tensor, conditions: Conditions) -> np.ndarray:
-    """Run a plan by :class:`dipgo.trajectory.Trajectory`; returns the final latent."""
+    """Run a plan by :class:`dipgo.eager.trajectory.Trajectory`; returns the final latent."""
     trajectory = Trajectory(guided, plan.trace.sites, plan.sampler)
     weights = {name: torch.from_numpy(array) for name, array in plan.subnet.weights.items()}
     with torch.no_grad():

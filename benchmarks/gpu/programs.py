@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-import engines
 from benchmarks.gpu.bundles import Bundles
 from benchmarks.gpu.cases import EAGER, FULL, NEEDS_CUDA
 from benchmarks.gpu.cut import cut, values_of
 from benchmarks.gpu.ground import Ground, Plan
 from benchmarks.gpu.loop import Loop, Signature, Step, captured, lay_out
-from dipgo.errors import DipgoError, UsageError
-from dipgo.exported import in_dtype
-from dipgo.families import GuidedDenoiser
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.exported import in_dtype
+from dipgo.model.families import GuidedDenoiser
 from engines.backends import BACKENDS
+from engines.pipeline.pipeline import load
 from export.bundle import open_bundle
 
 KEPT = 3  # programs held at once: a pair, and the baseline of the pair before or after it
@@ -229,7 +229,7 @@ class Programs:
         try:
             if self.cuda:
                 _make_ready(backend, folder, ground.device)
-            loaded = stack.enter_context(engines.load(folder, backend=backend))
+            loaded = stack.enter_context(load(folder, backend=backend))
         except (DipgoError, ImportError) as error:
             stack.close()
             raise Unavailable(" ".join(str(error).replace(f"{folder}: ", "").split())[:300]) from error

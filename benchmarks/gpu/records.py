@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.timing import Spread
-from dipgo.records import Record, read_record
+from benchmarks.bench.timing import Spread
+from dipgo.base.records import Record, read_record
 
 SCHEMA: Literal["dipgo.gpu/1"] = "dipgo.gpu/1"
 RECORD_FILE = "report.json"

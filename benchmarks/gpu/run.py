@@ -26,8 +26,8 @@ from benchmarks.gpu.machine import commit, machine
 from benchmarks.gpu.page import headlines, markdown
 from benchmarks.gpu.records import RECORD_FILE, Call, CaseRecord, GpuReport, read_gpu_report
 from benchmarks.gpu.worker import Request, blank
-from dipgo.errors import DipgoError, UsageError
-from dipgo.files import new_file
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import new_file
 from engines.backends import BACKENDS, DEFAULT
 
 PAGE_FILE, LOG_FILE = "report.md", "log"

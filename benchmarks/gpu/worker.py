@@ -21,7 +21,8 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.baselines import one_line
+from benchmarks.bench.baselines import one_line
+from benchmarks.bench.timing import paired, spread
 from benchmarks.gpu.bundles import Bundles
 from benchmarks.gpu.cases import EAGER, FULL, Case, Workload
 from benchmarks.gpu.clock import Samples, time_pair
@@ -30,7 +31,6 @@ from benchmarks.gpu.machine import state
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.programs import Built, Programs, Unavailable
 from benchmarks.gpu.records import CaseRecord, Figures, Parity
-from benchmarks.timing import paired, spread
 
 
 @dataclass(frozen=True)

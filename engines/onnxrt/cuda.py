@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dipgo.errors import DipgoError
-from dipgo.files import cache_root
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import cache_root
 from engines.backend import Launch
-from engines.cuda import CudaError, DeviceArray, Stream, open_device
+from engines.cuda.runtime import CudaError, DeviceArray, Stream, open_device
 from export.bundle import Bundle, BundleRecord
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 
 
 def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.serving.install import find_server
 from engines.serving.server import Addresses, serve
 

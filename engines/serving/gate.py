@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 from engines.serving.protocol import HEADER_LENGTH, rewritten
 
 BODY_BYTES = 1_000_000

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 
 VARIABLE = "TRITON_SERVER"
 REQUIREMENTS = Path(__file__).parent / "deploy" / "requirements.txt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 
 
 @dataclass(frozen=True)

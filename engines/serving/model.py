@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as triton  # type: ignore[import-not-found]  # only inside the server
 
-import engines
-from dipgo.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError, UsageError
+from engines.pipeline.pipeline import load
 from engines.serving.limits import Limits
 from engines.serving.requests import Row, png, read_rows, render
 
@@ -30,7 +30,7 @@ class TritonPythonModel:
         self.limits = Limits(prompt=int(given["max_prompt"]), images=int(given["max_images"]))
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         try:
-            program = engines.load(folder, int(given["threads"]) or None, given["backend"])
+            program = load(folder, int(given["threads"]) or None, given["backend"])
             self.program = program.__enter__()
         except DipgoError as error:
             raise triton.TritonModelException(str(error)) from error

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
-from dipgo.errors import UsageError
-from dipgo.records import Record
+from dipgo.base.errors import UsageError
+from dipgo.base.records import Record
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 PICTURES = ("png",)  # outputs that JSON cannot hold

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.files import new_folder
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import new_folder
 from engines.backends import BACKENDS, DEFAULT
 from engines.serving.limits import Limits
 from engines.sizes import batch_of

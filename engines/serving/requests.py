@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dipgo.errors import UsageError
-from engines.images import to_image
+from dipgo.base.errors import UsageError
+from engines.pipeline.images import to_image
 from engines.program import Program
 from engines.serving.limits import Limits
 from engines.sizes import batches_of

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from aiohttp import ClientError, ClientSession, web
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.serving.gate import BODY_BYTES, Gate
 from engines.serving.install import Install, prepare_backends
 

@@ -1,6 +1,6 @@
 """The torch backend: a bundle's graphs as torch.fx modules, eager, compiled, or packaged by AOTInductor."""
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 
 try:
     import torch as _torch  # noqa: F401 - every module here needs it

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from dipgo.errors import DipgoError
-from dipgo.files import cache_root, new_file, sha256_of_json
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import cache_root, new_file, sha256_of_json
 from engines.torchrt.lift import Lifted, lift
 from engines.torchrt.weights import Weights
 from export.axes import shape_at, values_at

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.torchrt.layers import Unsupported
 from engines.torchrt.operators import DTYPES, OPERATORS, Operator
 from engines.torchrt.weights import Weights

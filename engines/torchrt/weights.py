@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.torchrt.operators import DTYPES
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dipgo.errors import DipgoError
-from dipgo.files import full_disk
-from engines.cuda import Device, find_device
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import full_disk
+from engines.cuda.runtime import Device, find_device
 from engines.trt.library import Library, find_library, named
 from engines.trt.loader import BuildOptions, Graph, plan_from_graph
 from engines.trt.processes import each

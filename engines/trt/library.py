@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from dipgo.errors import DipgoError
-from engines.cuda import Device
+from dipgo.base.errors import DipgoError
+from engines.cuda.runtime import Device
 
 RTX_LEAST = 80  # compute capability from which TensorRT-RTX's portable engines run
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.trt.library import Library, dtype_names, listener
 from engines.trt.timing import add_timings, use_timings
 from export.axes import profile_of

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.backend import Launch
-from engines.cuda import CudaError, DeviceArray, Stream, open_device
+from engines.cuda.runtime import CudaError, DeviceArray, Stream, open_device
 from engines.trt.library import Library, find_library, listener
 from engines.trt.loader import BuildOptions, engine_from_plan, refit, tensors_of
 from engines.trt.store import engine_path, find_engine, graphs_of, key_of

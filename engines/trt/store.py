@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dipgo.errors import DipgoError
-from dipgo.files import new_file, sha256_of, sha256_of_json
-from dipgo.records import Record, read_record
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import new_file, sha256_of, sha256_of_json
+from dipgo.base.records import Record, read_record
 from engines.trt.library import Library
 from engines.trt.loader import BuildOptions, Graph
 from engines.trt.timing import keep_aside

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dipgo.files import cache_root, new_file
+from dipgo.base.files import cache_root, new_file
 from engines.trt.library import Library
 
 

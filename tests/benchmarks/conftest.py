@@ -8,13 +8,13 @@ from typing import NoReturn
 
 import pytest
 
-from benchmarks.baselines import BASELINES
-from benchmarks.bench import bench
-from benchmarks.progress import silent
-from benchmarks.report import ReportRecord
-from benchmarks.suite import Suite
-from dipgo.models import find_model
-from dipgo.search.task import Task, make_task
+from benchmarks.bench.baselines import BASELINES
+from benchmarks.bench.bench import bench
+from benchmarks.bench.progress import silent
+from benchmarks.bench.report import ReportRecord
+from benchmarks.bench.suite import Suite
+from dipgo.model.models import find_model
+from dipgo.searching.task import Task, make_task
 from export.compiler import prepare, write_bundle
 from tests.models import random_subnet
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.baselines import BASELINES, compile_baselines, steps_at
-from benchmarks.failures import one_line
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.search.task import Task, make_task
+from benchmarks.bench.baselines import BASELINES, compile_baselines, steps_at
+from benchmarks.bench.failures import one_line
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from dipgo.searching.task import Task, make_task
 from export.bundle import open_bundle
 
 

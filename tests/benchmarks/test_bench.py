@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.baselines import full, uniform_reuse
-from benchmarks.bench import bench
-from benchmarks.inputs import PROMPTS
-from benchmarks.progress import silent
-from benchmarks.report import ReportRecord
-from benchmarks.suite import Suite
-from benchmarks.text import table
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.task import make_task
+from benchmarks.bench.baselines import full, uniform_reuse
+from benchmarks.bench.bench import bench
+from benchmarks.bench.inputs import PROMPTS
+from benchmarks.bench.progress import silent
+from benchmarks.bench.report import ReportRecord
+from benchmarks.bench.suite import Suite
+from benchmarks.bench.text import table
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
 from export.compiler import compile_subnet
 from tests.benchmarks.test_parity import perturb_the_weights
 from tests.models import random_subnet, tiny_dit, tiny_sd

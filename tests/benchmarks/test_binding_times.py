@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 
-from benchmarks import binding_times
+from benchmarks.studies import binding_times
 from export.bundle import open_bundle
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.compare import Comparison, compare, text, write_comparison
-from benchmarks.report import ReportRecord, Row
-from benchmarks.timing import timing_of
-from dipgo.errors import DipgoError, UsageError
+from benchmarks.bench.compare import Comparison, compare, text, write_comparison
+from benchmarks.bench.report import ReportRecord, Row
+from benchmarks.bench.timing import timing_of
+from dipgo.base.errors import DipgoError, UsageError
 
 Measured = tuple[ReportRecord, Path]
 ROUNDS = 40
@@ -134,7 +134,7 @@ def test_the_command_line_compares(measured: Measured, tmp_path: Path):
     """The real command; without a place to write it prints alone."""
     for name, factor in (("a", 0.5), ("b", 0.6)):
         (tmp_path / f"{name}.json").write_text(timed(measured[0], {"dipgo": factor}, 1).text())
-    command = [sys.executable, "-m", "dipgo.cli", "bench", "--compare", str(tmp_path / "a.json")]
+    command = [sys.executable, "-m", "dipgo.cli.main", "bench", "--compare", str(tmp_path / "a.json")]
     done = subprocess.run([*command, str(tmp_path / "b.json")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "'dipgo' is slower, beyond chance" in done.stdout
@@ -144,7 +144,9 @@ def test_the_command_line_compares(measured: Measured, tmp_path: Path):
         (["bench", "x", "--compare", "a", "b"], "leave BUNDLE and --suite out"),
         (["bench", "x", "-o", str(tmp_path / "r"), "--suite", "none"], "no suite 'none'; use "),
     ):
-        done = subprocess.run([sys.executable, "-m", "dipgo.cli", *rest], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "dipgo.cli.main", *rest], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2
         assert why in done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-import engines
-from benchmarks.evaluate import Evaluation, evaluate
-from benchmarks.prompts import prompts_of
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.records import read_record
-from dipgo.search.task import make_task
-from engines.images import to_image
+import dipgo
+from benchmarks.studies.evaluate import Evaluation, evaluate
+from benchmarks.studies.prompts import prompts_of
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.records import read_record
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
+from engines.pipeline.images import to_image
 from export.compiler import prepare, write_bundle
 from tests.models import _clip_tokenizer, random_subnet, tiny_sd
 
@@ -53,7 +53,7 @@ def test_an_image_a_prompt_each_with_its_own_seed(sd: Path, prompts: Path, tmp_p
     assert read_record(tmp_path / "out" / "evaluation.json", Evaluation, "dipgo.evaluation/1", "it", "") == record
     found = pixels(tmp_path / "out")
     assert len(found) == 4
-    with engines.load(sd, 1) as program:
+    with dipgo.load(sd, 1) as program:
         for index in (0, 3):
             alone = program.generate([PROMPTS[index]], 7 + index)[0]
             assert np.array_equal(found[index], np.asarray(to_image(alone)))
@@ -91,7 +91,7 @@ def test_classes_are_refused(bundle: Path, prompts: Path, tmp_path: Path):
 def test_two_processes_share_the_work(sd: Path, prompts: Path, tmp_path: Path):
     """The real launcher; the images are those of one process."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", "-m", "benchmarks.evaluate", str(sd), "--prompts", str(prompts)]
+    command += ["--main_process_port", "0", "-m", "benchmarks.studies.evaluate", str(sd), "--prompts", str(prompts)]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "two"), "--threads", "1"],
         capture_output=True,

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from benchmarks.figures import tables
-from benchmarks.results import RESULTS
+from benchmarks.pages.figures import tables
+from benchmarks.pages.results import RESULTS
 
 RECORD = {
     "model": "tiny",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from benchmarks.quality import image_psnr
-from dipgo.models import find_model
-from dipgo.subnet import load_subnet
+from benchmarks.bench.quality import image_psnr
+from dipgo.model.models import find_model
+from dipgo.schedule.subnet import load_subnet
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 IMAGES, SEED = 16, 987_654  # no search and no table draws from this seed

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.frechet import digit_features, frechet, frechet_interval, real_digit_features
-from dipgo.zoo.digits import load_digits
+from benchmarks.bench.digit_classifier import load_digits
+from benchmarks.bench.frechet import digit_features, frechet, frechet_interval, real_digit_features
 
 
 def test_between_samples_of_known_normal_distributions():

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.bench.timing import Spread, paired, spread
 from benchmarks.gpu import records, worker
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import OURS, WORKLOADS, cases, workloads
@@ -30,11 +31,10 @@ from benchmarks.gpu.page import headlines, markdown
 from benchmarks.gpu.programs import Programs
 from benchmarks.gpu.records import CaseRecord, Figures, GpuReport, Parity, read_gpu_report
 from benchmarks.gpu.worker import Request, work
-from benchmarks.timing import Spread, paired, spread
-from dipgo.families import GuidedDenoiser, join
-from dipgo.models import find_model
-from dipgo.search.task import Task
-from dipgo.trajectory import Trajectory
+from dipgo.eager.trajectory import Trajectory
+from dipgo.model.families import GuidedDenoiser, join
+from dipgo.model.models import find_model
+from dipgo.searching.task import Task
 from export.compiler import normalise
 from tests.models import random_subnet
 

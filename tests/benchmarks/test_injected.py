@@ -14,10 +14,10 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks.baselines import fewer_steps, full, uniform_reuse
-from benchmarks.bench import bench
-from benchmarks.report import ReportRecord
-from benchmarks.suite import Suite
+from benchmarks.bench.baselines import fewer_steps, full, uniform_reuse
+from benchmarks.bench.bench import bench
+from benchmarks.bench.report import ReportRecord
+from benchmarks.bench.suite import Suite
 from tests.benchmarks.test_parity import change_a_table, reseal, scale
 
 SIDE = 512  # a product of two matrices of this size takes longer than a whole step of the tiny model
@@ -69,7 +69,7 @@ def report(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportReco
         if phase == "time the loop" and "crash" not in done:
             done.add("crash")
             workers = [
-                child for child in psutil.Process().children() if "benchmarks.worker" in " ".join(child.cmdline())
+                child for child in psutil.Process().children() if "benchmarks.bench.worker" in " ".join(child.cmdline())
             ]
             last = max(workers, key=lambda child: child.create_time())
             os.kill(last.pid, signal.SIGKILL)

@@ -9,12 +9,12 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import engines
-from benchmarks.parity import TOLERANCE, measure, relative_error, verify
-from benchmarks.progress import silent
-from dipgo.errors import DipgoError
-from dipgo.files import sha256_of
-from dipgo.search.task import Task
+import dipgo
+from benchmarks.bench.parity import TOLERANCE, measure, relative_error, verify
+from benchmarks.bench.progress import silent
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import sha256_of
+from dipgo.searching.task import Task
 from export.bundle import BundleRecord
 
 
@@ -128,7 +128,7 @@ def test_an_altered_bundle_fails(bundle: Path, task: Task, tmp_path: Path, alter
     copy = tmp_path / "altered"
     shutil.copytree(bundle, copy)
     alter(copy)
-    with engines.load(copy, threads=1) as program:
+    with dipgo.load(copy, threads=1) as program:
         parity = measure(program, task.pipe)
     assert not parity.passed
     assert not parity.relative_error_latent <= TOLERANCE
@@ -136,7 +136,7 @@ def test_an_altered_bundle_fails(bundle: Path, task: Task, tmp_path: Path, alter
 
 def test_the_pipeline_is_left_as_it_was(bundle: Path, task: Task):
     scheduler, decode = task.pipe.scheduler, task.pipe.vae.decode
-    with engines.load(bundle, threads=1) as program:
+    with dipgo.load(bundle, threads=1) as program:
         measure(program, task.pipe, images=1)
     assert task.pipe.scheduler is scheduler
     assert task.pipe.vae.decode == decode

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import engines
-from benchmarks.bench import parity_failure
-from benchmarks.inputs import PROMPTS, given_of
-from benchmarks.parity import TOLERANCE, measure, verify
-from benchmarks.progress import silent
-from benchmarks.reference import cast_pipeline, model_of
-from dipgo.errors import DipgoError
-from dipgo.models import Model, find_model
-from dipgo.sampler import tabulate
-from dipgo.subnet import SubNet
-from dipgo.trace import trace
+import dipgo
+from benchmarks.bench.bench import parity_failure
+from benchmarks.bench.inputs import PROMPTS, given_of
+from benchmarks.bench.parity import TOLERANCE, measure, verify
+from benchmarks.bench.progress import silent
+from benchmarks.bench.reference import cast_pipeline, model_of
+from dipgo.base.errors import DipgoError
+from dipgo.graph.trace import trace
+from dipgo.model.models import Model, find_model
+from dipgo.model.sampler import tabulate
+from dipgo.schedule.subnet import SubNet
 from export.compiler import compile_subnet
 from tests.benchmarks.test_parity import scale_a_weight
 from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
@@ -72,7 +72,7 @@ def test_prompts_have_the_parity_of_the_gated_pipeline(compiled: Path):
     assert 0 < parity.relative_error_image < TOLERANCE
     assert (parity.images, parity.seed, parity.dtype, parity.tolerance) == (3, 5, "float32", TOLERANCE)
     assert parity.tolerance_image is None
-    with engines.load(compiled) as program:
+    with dipgo.load(compiled) as program:
         assert given_of(program, 6) == [*PROMPTS, *PROMPTS[:2]]
 
 
@@ -89,7 +89,7 @@ def test_altered_components_are_caught(kind: str, compiled: Path, model: Model, 
     copy = tmp_path / "altered"
     shutil.copytree(compiled, copy)
     scale_a_weight(copy, file, weight, 2.0)
-    with engines.load(copy, threads=1) as program:
+    with dipgo.load(copy, threads=1) as program:
         parity = measure(program, model.pipeline())
     assert not parity.passed
     assert (parity.relative_error_latent > TOLERANCE) == (seen == "latent")
@@ -113,7 +113,7 @@ def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled
         return
     blackens = Blackens()
     pipe.__dict__[name] = blackens
-    with engines.load(compiled, threads=1) as program:
+    with dipgo.load(compiled, threads=1) as program:
         assert measure(program, pipe, images=1).passed
     assert getattr(pipe, name) is blackens
 
@@ -168,7 +168,7 @@ def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
     assert record.random_weights
     assert record.conditioning.encoder is None
     assert verify(bundle, progress=silent).passed
-    with engines.load(bundle) as program:
+    with dipgo.load(bundle) as program:
         assert model_of(program.bundle).random_weights
 
     file = next(path for path in (bundle / "unet").iterdir()).relative_to(bundle)

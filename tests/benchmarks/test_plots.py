@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.plots import Point, frontier, pareto, points_of, step_bars
-from benchmarks.report import ReportRecord
+from benchmarks.bench.plots import Point, frontier, pareto, points_of, step_bars
+from benchmarks.bench.report import ReportRecord
 
 Measured = tuple[ReportRecord, Path]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import publish, results
-from benchmarks.markdown import summary
-from benchmarks.readme import put_between
-from benchmarks.report import ReportRecord
-from dipgo.errors import DipgoError
+from benchmarks.bench.markdown import summary
+from benchmarks.bench.report import ReportRecord
+from benchmarks.pages import publish, results
+from benchmarks.pages.readme import put_between
+from dipgo.base.errors import DipgoError
 
 
 @pytest.fixture

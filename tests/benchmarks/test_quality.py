@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.quality import (
+from benchmarks.bench.digit_classifier import load_digits
+from benchmarks.bench.quality import (
     CEILING_DB,
     Made,
     bootstrap_mean,
@@ -15,7 +16,6 @@ from benchmarks.quality import (
     latent_error,
     psnr,
 )
-from dipgo.zoo.digits import load_digits
 
 
 def test_psnr_of_a_known_error():
@@ -81,7 +81,7 @@ def test_everything_that_can_be_judged_of_digits_is():
     assert found.class_accuracy_low <= found.class_accuracy <= found.class_accuracy_high
     assert found.frechet_low <= found.frechet <= found.frechet_high
     assert len(found.each_psnr_db) == 40
-    assert found.skipped == ["CLIP score and FID: no weights were given (see benchmarks.evaluate)"]
+    assert found.skipped == ["CLIP score and FID: no weights were given (see benchmarks.studies.evaluate)"]
     other = compare(Made(latents, images), reference, labels[:40].tolist(), "another")
     assert other.class_accuracy is other.frechet is other.converged_images is None
     assert any("no classifier" in line for line in other.skipped)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.headlines import headlines
-from benchmarks.heatmap import heatmap
-from benchmarks.page import write_report
-from benchmarks.report import ReportRecord, Row, json_schema, milliseconds, read_report
-from benchmarks.timing import Spread
-from dipgo.errors import DipgoError, UsageError
+from benchmarks.bench.headlines import headlines
+from benchmarks.bench.heatmap import heatmap
+from benchmarks.bench.page import write_report
+from benchmarks.bench.report import ReportRecord, Row, json_schema, milliseconds, read_report
+from benchmarks.bench.timing import Spread
+from dipgo.base.errors import DipgoError, UsageError
 
 Measured = tuple[ReportRecord, Path]
 
@@ -44,7 +44,7 @@ def test_the_json_is_strict_and_named(measured: Measured):
 
 def test_the_published_schema_is_up_to_date():
     published = files("benchmarks").joinpath("schemas/report-1.json").read_text()
-    assert json.loads(published) == json.loads(json_schema()), "run: python -m benchmarks.report > that file"
+    assert json.loads(published) == json.loads(json_schema()), "run: python -m benchmarks.bench.report > that file"
 
 
 def test_another_schema_version_is_refused(measured: Measured, tmp_path: Path):

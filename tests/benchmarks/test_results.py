@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
-from dipgo.errors import DipgoError
+from benchmarks.pages import results
+from dipgo.base.errors import DipgoError
 
 
 def test_the_committed_file_is_what_the_results_say():

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import search_curve
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.search.search import search
-from dipgo.search.settings import PRESETS
-from dipgo.search.task import make_task
+from benchmarks.studies import search_curve
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from dipgo.searching.search import search
+from dipgo.searching.settings import PRESETS
+from dipgo.searching.task import make_task
 
 SMALL = replace(PRESETS["quick"], batch=1, pool=2, chunk=2, held_out=1, backup_iterations=20)
 

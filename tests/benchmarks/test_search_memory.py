@@ -13,7 +13,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 @LINUX
 def test_what_is_freed_before_the_end_counts():
-    program = "import torch; from benchmarks.search_memory import _peak_above as peak; torch.ones(9).sum(); "
+    program = "import torch; from benchmarks.studies.search_memory import _peak_above as peak; torch.ones(9).sum(); "
     program += "print(peak(lambda: torch.ones(256, 2**18).sum()))"
     alone = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert 240 < int(alone.stdout) / 2**20 < 320
@@ -22,7 +22,7 @@ def test_what_is_freed_before_the_end_counts():
 @LINUX
 def test_memory_is_measured_beside_its_estimate(tiny_dit: str, tmp_path: Path):
     output = tmp_path / "found.json"
-    command = [sys.executable, "-m", "benchmarks.search_memory", tiny_dit, "--latent", "32", "--steps", "3"]
+    command = [sys.executable, "-m", "benchmarks.studies.search_memory", tiny_dit, "--latent", "32", "--steps", "3"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     subprocess.run([*command, "-o", output], env=environment, check=True, capture_output=True)
     record = json.loads(output.read_text())

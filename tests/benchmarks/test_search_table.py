@@ -11,18 +11,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from benchmarks.quality import image_psnr, psnr
-from benchmarks.reference import converged
-from benchmarks.search_judge import Judge
-from benchmarks.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
-from benchmarks.search_table import cells, check_same, load_folder, read_table
-from dipgo.errors import DipgoError
-from dipgo.gating import gated
-from dipgo.models import find_model
-from dipgo.search.policies import Policy, policies
-from dipgo.search.search import policy_subnet
-from dipgo.search.task import make_task
-from dipgo.search.work import drift_of
+from benchmarks.bench.quality import image_psnr, psnr
+from benchmarks.bench.reference import converged
+from benchmarks.studies.search_judge import Judge
+from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
+from benchmarks.studies.search_table import cells, check_same, load_folder, read_table
+from dipgo.base.errors import DipgoError
+from dipgo.eager.gating import gated
+from dipgo.model.models import find_model
+from dipgo.schedule.policies import Policy, policies
+from dipgo.searching.context import drift_of
+from dipgo.searching.search import policy_subnet
+from dipgo.searching.task import make_task
 from tests.models import tiny_sd
 
 STEPS, BUDGET = 6, 0.6
@@ -96,7 +96,7 @@ def test_policies_of_an_earlier_table_are_not_judged_again(tiny_dit, judge):
 
 
 def test_bad_input_gives_one_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.search_table", str(tmp_path), "-o", str(tmp_path / "x.json")]
+    command = [sys.executable, "-m", "benchmarks.studies.search_table", str(tmp_path), "-o", str(tmp_path / "x.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()[-1:]

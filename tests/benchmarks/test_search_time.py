@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import search_time
-from dipgo.errors import DipgoError
-from dipgo.search.settings import PRESETS
+from benchmarks.studies import search_time
+from dipgo.base.errors import DipgoError
+from dipgo.searching.settings import PRESETS
 
 
 @pytest.mark.parametrize("budgets", ["0.6", "0.4,0.6"])

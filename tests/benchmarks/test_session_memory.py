@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import session_memory
+from benchmarks.studies import session_memory
 from export.bundle import open_bundle
 
 

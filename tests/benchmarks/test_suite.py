@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.suite import FOLDER, Suite, load_suite, suites
-from dipgo.errors import UsageError
+from benchmarks.bench.suite import FOLDER, Suite, load_suite, suites
+from dipgo.base.errors import UsageError
 
 ABOUT = "about: mine\n"
 

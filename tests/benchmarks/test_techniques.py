@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.failures import NotMeasuredError
-from benchmarks.inputs import IMAGE_SEED, PROMPTS
-from benchmarks.quality import latent_error
-from benchmarks.specs import ProgramSpec, TorchSpec
-from benchmarks.subjects import ProgramSubject
-from benchmarks.techniques import TECHNIQUES, Technique, first_block_cache
-from benchmarks.torch_subject import TorchSubject
-from dipgo.models import find_model
-from dipgo.search.task import make_task
-from dipgo.subnet import SubNet
+from benchmarks.bench.failures import NotMeasuredError
+from benchmarks.bench.inputs import IMAGE_SEED, PROMPTS
+from benchmarks.bench.quality import latent_error
+from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from benchmarks.bench.subjects import ProgramSubject
+from benchmarks.bench.techniques import TECHNIQUES, Technique, first_block_cache
+from benchmarks.bench.torch_subject import TorchSubject
+from dipgo.model.models import find_model
+from dipgo.schedule.subnet import SubNet
+from dipgo.searching.task import make_task
 from export.compiler import prepare, write_bundle
 from tests.models import random_subnet, tiny_dit, tiny_sd
 

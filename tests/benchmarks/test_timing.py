@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks.timing import order, paired, spread, summarise, time_interleaved
+from benchmarks.bench.timing import order, paired, spread, summarise, time_interleaved
 
 
 def test_spread_is_the_median_and_the_5th_and_95th_percentile():

@@ -9,11 +9,11 @@ import numpy as np
 import psutil
 import pytest
 
-import engines
-from benchmarks.failures import NotMeasuredError
-from benchmarks.inputs import IMAGE_SEED, TIMING_SEED, given_of
-from benchmarks.specs import ProgramSpec
-from benchmarks.workers import Worker
+import dipgo
+from benchmarks.bench.child import Worker
+from benchmarks.bench.failures import NotMeasuredError
+from benchmarks.bench.inputs import IMAGE_SEED, TIMING_SEED, given_of
+from benchmarks.bench.specs import ProgramSpec
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_it_does_what_the_program_does(worker: Worker, bundle: Path, tmp_path: P
     assert len(worker.ask("steps")["seconds"]) == 8
     worker.ask("latents", file=str(tmp_path / "latents.npz"))
     worker.ask("made", start=1, count=3, seed=IMAGE_SEED, file=str(tmp_path / "made.npz"))
-    with engines.load(bundle, 1) as program:
+    with dipgo.load(bundle, 1) as program:
         given = given_of(program, 3)
         latent = program.denoise(program.noise(1, TIMING_SEED), program.conditions(given[:1]))
         images = program.generate(given, IMAGE_SEED)

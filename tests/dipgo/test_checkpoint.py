@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dipgo.checkpoint import DTYPES, read_pieces, safetensors_header, stored_tensors
-from dipgo.errors import DipgoError
-from dipgo.files import sha256_of, sha256_once
-from dipgo.models import find_model
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import sha256_of, sha256_once
+from dipgo.model.models import find_model
+from dipgo.model.safetensors_index import DTYPES, read_pieces, safetensors_header, stored_tensors
 
 NAME = "diffusion_pytorch_model"
 INDEX = f"{NAME}.safetensors.index.json"

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.zoo import emoji as data
-from dipgo.zoo import emoji_quality, train_emoji_sd
-from dipgo.zoo.emoji_model import TRIAL, Size, sample
-from dipgo.zoo.emoji_tokenizer import learn_tokenizer, save_tokenizer
-from dipgo.zoo.training import Course, Draw, batch_of, train
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from training import emoji as data
+from training import emoji_quality, train_emoji_sd
+from training.emoji_model import TRIAL, Size, sample
+from training.emoji_tokenizer import learn_tokenizer, save_tokenizer
+from training.loop import Course, Draw, batch_of, train
 
 COLOURS = ["red", "green", "blue", "white", "black", "brown", "pink", "grey", "cyan", "gold"]
 THINGS = ["HEART", "CAR", "HOUSE", "FISH"]
@@ -208,7 +208,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, pathlib
-from dipgo.zoo import emoji, train_emoji_sd
+from training import emoji
+from training import train_emoji_sd
 emoji.SHA256 = sys.argv.pop()
 train_emoji_sd.main()
 """

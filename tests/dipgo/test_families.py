@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from dipgo.errors import UsageError
-from dipgo.families import join
-from dipgo.gating import gated
-from dipgo.models import find_model
-from dipgo.search.task import make_task
-from dipgo.trace import trace
+from dipgo.base.errors import UsageError
+from dipgo.eager.gating import gated
+from dipgo.graph.trace import trace
+from dipgo.model.families import join
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
 from tests import models
 from tests.models import random_subnet
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.files import cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
-from dipgo.records import read_json
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
+from dipgo.base.records import read_json
 
 KNOWN_BY = "made.json"
 

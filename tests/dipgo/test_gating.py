@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.cost import cost_of
-from dipgo.gating import combine, gated
-from dipgo.models import find_model
-from dipgo.search.task import make_task
+from dipgo.eager.gating import combine, gated
+from dipgo.model.models import find_model
+from dipgo.schedule.cost import cost_of
+from dipgo.searching.task import make_task
 from tests.models import random_subnet
 
 STEPS = 6

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.cost import cost_of
-from dipgo.errors import DipgoError, UsageError
-from dipgo.gating import gated
-from dipgo.imports.deepcache import full_steps, read_deepcache
-from dipgo.imports.importer import apply, import_subnet, read_schedule
-from dipgo.models import find_model
-from dipgo.sampler import make_scheduler, tabulate
-from dipgo.subnet import load_subnet
-from dipgo.trace import trace
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.eager.gating import gated
+from dipgo.graph.trace import trace
+from dipgo.importers.deepcache import full_steps, read_deepcache
+from dipgo.importers.importer import apply, import_subnet, read_schedule
+from dipgo.model.models import find_model
+from dipgo.model.sampler import make_scheduler, tabulate
+from dipgo.schedule.cost import cost_of
+from dipgo.schedule.subnet import load_subnet
 from tests.dipgo.test_sampler import BASE
 from tests.models import tiny_unet
 from tests.test_cli import run

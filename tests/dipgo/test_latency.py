@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.latency import measure_latency
-from dipgo.cost import cost_of
-from dipgo.errors import DipgoError
-from dipgo.latency import LatencyProfile, SiteLatency, read_profile, timed
-from dipgo.models import find_model
-from dipgo.search.search import search
-from dipgo.search.settings import Settings
-from dipgo.search.task import make_task
+from benchmarks.studies.latency import measure_latency
+from dipgo.base.errors import DipgoError
+from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile, timed
+from dipgo.model.models import find_model
+from dipgo.schedule.cost import cost_of
+from dipgo.searching.search import search
+from dipgo.searching.settings import Settings
+from dipgo.searching.task import make_task
 
 QUICK = Settings(
     batch=2,

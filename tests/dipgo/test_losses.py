@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.losses import final_latent, make_loss, ssim
-from dipgo.search.task import make_task
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.searching.losses import final_latent, make_loss, ssim
+from dipgo.searching.task import make_task
 
 
 def pictures(seed, shape=(3, 2, 24, 17)):

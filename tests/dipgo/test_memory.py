@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from dipgo.families import GuidedDenoiser
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.search.memory import memory_estimate
-from dipgo.search.task import make_task
-from dipgo.trace import trace
-from dipgo.trajectory import Trajectory
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from dipgo.searching.memory import memory_estimate
+from dipgo.searching.task import make_task
 from tests.models import tiny_unet
 
 BATCH = 3

@@ -11,10 +11,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.families import family_of
-from dipgo.models import architectures, find_model
-from dipgo.search.task import make_task
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.families import family_of
+from dipgo.model.models import architectures, find_model
+from dipgo.searching.task import make_task
 from export.components import own_weights
 from tests.models import tiny_sd
 

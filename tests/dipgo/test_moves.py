@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dipgo.search.moves import GAIN_DB, REACH, behind, move_steps, neighbours
+from dipgo.searching.local_search import GAIN_DB, REACH, behind, move_steps, neighbours
 
 CALLS = 9
 

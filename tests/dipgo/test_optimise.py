@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.backups import Backups, learn_backups
-from dipgo.search.checkpoint import read_checkpoint
-from dipgo.search.gates import budgeted_scores, paper_scores
-from dipgo.search.losses import final_latent, make_loss
-from dipgo.search.optimise import Descent, optimise
-from dipgo.search.policies import SPACINGS, spaced
-from dipgo.search.pruner import Pruner
-from dipgo.search.run import Run, open_run
-from dipgo.search.search import search
-from dipgo.search.settings import settings_of
-from dipgo.search.task import Pool, make_task
-from dipgo.subnet import load_subnet, weights_file
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.schedule.subnet import load_subnet, weights_file
+from dipgo.searching.backup_fit import Backups, learn_backups
+from dipgo.searching.checkpoint import read_checkpoint
+from dipgo.searching.gate_training import budgeted_scores, paper_scores
+from dipgo.searching.losses import final_latent, make_loss
+from dipgo.searching.pruner import Pruner
+from dipgo.searching.run_folder import Run, open_run
+from dipgo.searching.search import search
+from dipgo.searching.settings import settings_of
+from dipgo.searching.task import Pool, make_task
+from dipgo.searching.training_loop import Descent, optimise
 
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
@@ -248,7 +248,7 @@ def test_tau_switches_the_sparsity_term(task):
 def command(model, output, folder, *more, settings=SETTINGS):
     pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     keep = ("--run-folder", str(folder)) if folder else ()
-    return [sys.executable, "-m", "dipgo.cli", "search", model, *SEARCH, "-o", str(output), *pairs, *keep, *more]
+    return [sys.executable, "-m", "dipgo.cli.main", "search", model, *SEARCH, "-o", str(output), *pairs, *keep, *more]
 
 
 @pytest.mark.parametrize("method", ["dipgo", "paper"])
@@ -366,19 +366,19 @@ def test_a_real_disk_that_fills(tiny_dit, tmp_path):
 PARALLEL = """
 import sys
 import numpy as np, torch
-from dipgo.models import find_model
-from dipgo.search.backups import Backups, learn_backups
-from dipgo.search.checkpoint import read_checkpoint
-from dipgo.search.gates import budgeted_scores
-from dipgo.search.losses import make_loss
-from dipgo.search.optimise import Descent
-from dipgo.search.policies import SPACINGS, spaced
-from dipgo.search.processes import processes
-from dipgo.search.pruner import Pruner
-from dipgo.search.run import Run
-from dipgo.search.search import search
-from dipgo.search.settings import settings_of
-from dipgo.search.task import Pool, make_task
+from dipgo.model.models import find_model
+from dipgo.searching.backup_fit import Backups, learn_backups
+from dipgo.searching.checkpoint import read_checkpoint
+from dipgo.searching.gate_training import budgeted_scores
+from dipgo.searching.losses import make_loss
+from dipgo.searching.training_loop import Descent
+from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.searching.distributed import processes
+from dipgo.searching.pruner import Pruner
+from dipgo.searching.run_folder import Run
+from dipgo.searching.search import search
+from dipgo.searching.settings import settings_of
+from dipgo.searching.task import Pool, make_task
 
 def both(model, images):
     torch.set_num_threads(1)

@@ -8,12 +8,12 @@ import sys
 import psutil
 import pytest
 
-from dipgo import process_memory
+from dipgo.base import process_memory
 
 HOLDER = """
 import sys
 from pathlib import Path
-from dipgo import process_memory
+from dipgo.base import process_memory
 process_memory._STATUS = Path(sys.argv[1])
 before = process_memory.resident_peak()
 held = bytearray(b"x") * 200_000_000

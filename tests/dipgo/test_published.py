@@ -10,14 +10,14 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from dipgo.describe import subnet_text
-from dipgo.families import FAMILIES, GuidedDenoiser
-from dipgo.imports.importer import apply, read_schedule, summary
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.subnet import load_subnet
-from dipgo.trace import trace
-from dipgo.trajectory import Trajectory
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.trace import trace
+from dipgo.importers.importer import apply, read_schedule, summary
+from dipgo.model.families import FAMILIES, GuidedDenoiser
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from dipgo.schedule.describe import subnet_text
+from dipgo.schedule.subnet import load_subnet
 
 COMPUTED = [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]  # steps; step 7 all but down_blocks.3
 TIMESTEPS = [981, 841, 721, 601, 581, 561, 461, 341, 201, 21]

@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.random_weights import draw, randomise, write_random
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from dipgo.model.random_weights import draw, randomise, write_random
 
 LARGE = (700, 3, 20, 20)  # more than three blocks
 

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.latency import LatencyProfile, SiteLatency
-from dipgo.search.journal import silent
-from dipgo.search.request import Request, carry_out
-from dipgo.subnet import load_subnet, weights_file
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.latency import LatencyProfile, SiteLatency
+from dipgo.schedule.subnet import load_subnet, weights_file
+from dipgo.searching.journal import silent
+from dipgo.searching.request import Request, carry_out
 
 QUICK = ["batch=1", "pool=2", "held_out=2", "drops=0", "drops_on=1", "contenders=1"]
 QUICK += ["trial_iterations=0", "backup_iterations=1", "backup_warmup=0"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.search.checkpoint import pack, read_checkpoint
-from dipgo.search.run import Cadence, Run, open_run
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.searching.checkpoint import pack, read_checkpoint
+from dipgo.searching.run_folder import Cadence, Run, open_run
 
 SETTINGS = {
     "model": {"name": "m", "weights_sha256": "ab"},
@@ -152,7 +152,7 @@ def test_what_is_due():
 def test_seconds_add_up_over_the_processes_that_worked(tmp_path, monkeypatch):
     """What was done after the last checkpoint is done again, and counts once."""
     now = [100.0]
-    monkeypatch.setattr("dipgo.search.clock.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dipgo.searching.clock.time.monotonic", lambda: now[0])
     run = open_run(tmp_path / "run", SETTINGS)
     run.clock.start("0.5")
     now[0] += 7
@@ -190,7 +190,7 @@ def test_drafts_that_a_kill_left_are_cleared(tmp_path):
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
     """A kill frees it; the process that has it may open it again."""
-    begin = "import sys; from pathlib import Path; from dipgo.search.run import open_run; "
+    begin = "import sys; from pathlib import Path; from dipgo.searching.run_folder import open_run; "
     begin += f"run = open_run(Path(sys.argv[1]), {SETTINGS}); print('begun', flush=True); input()"
     command = [sys.executable, "-c", begin, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

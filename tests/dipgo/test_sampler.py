@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.errors import UsageError
-from dipgo.sampler import ALIASES, make_scheduler, tabulate
+from dipgo.base.errors import UsageError
+from dipgo.model.sampler import ALIASES, make_scheduler, tabulate
 
 BASE = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
 

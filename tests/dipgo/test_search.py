@@ -8,23 +8,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dipgo.cost import trajectory_macs
-from dipgo.families import GuidedDenoiser
-from dipgo.liveness import canonical
-from dipgo.models import find_model
-from dipgo.search.backups import Backups, learn_backups
-from dipgo.search.gates import dependent_shares
-from dipgo.search.judge import Judge
-from dipgo.search.losses import final_latent, psnr
-from dipgo.search.optimise import Descent
-from dipgo.search.policies import SPACINGS, computed_steps, extrapolation, policies
-from dipgo.search.postprocess import gates_at_budget
-from dipgo.search.pruner import Pruner, straight_through
-from dipgo.search.run import Run
-from dipgo.search.search import Settings, search
-from dipgo.search.task import Pool, make_task
-from dipgo.trace import trace
-from dipgo.zoo.digits import load_classifier, load_digits
+from benchmarks.bench.digit_classifier import load_classifier, load_digits
+from dipgo.graph.liveness import canonical
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser
+from dipgo.model.models import find_model
+from dipgo.schedule.cost import trajectory_macs
+from dipgo.schedule.gates_at_budget import gates_at_budget
+from dipgo.schedule.policies import SPACINGS, computed_steps, extrapolation, policies
+from dipgo.searching.backup_fit import Backups, learn_backups
+from dipgo.searching.gate_training import dependent_shares
+from dipgo.searching.judge import Judge
+from dipgo.searching.losses import final_latent, psnr
+from dipgo.searching.pruner import Pruner, straight_through
+from dipgo.searching.run_folder import Run
+from dipgo.searching.search import Settings, search
+from dipgo.searching.task import Pool, make_task
+from dipgo.searching.training_loop import Descent
 from tests.models import tiny_unet
 
 STEPS = 8

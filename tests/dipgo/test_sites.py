@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.sites import site_names
-from dipgo.trace import trace
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.sites import site_names
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
 from tests.models import tiny_unet
 
 

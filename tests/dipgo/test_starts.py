@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dipgo.cost import cost_of
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.backups import Backups
-from dipgo.search.policies import spaced
-from dipgo.search.search import search, sweep
-from dipgo.search.settings import Settings
-from dipgo.search.task import make_task
-from dipgo.subnet import SubNet
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.schedule.cost import cost_of
+from dipgo.schedule.policies import spaced
+from dipgo.schedule.subnet import SubNet
+from dipgo.searching.backup_fit import Backups
+from dipgo.searching.search import search, sweep
+from dipgo.searching.settings import Settings
+from dipgo.searching.task import make_task
 
 STEPS = 8
 LEARN = Settings(

@@ -7,10 +7,10 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.records import ModelIdentity, SamplerIdentity
-from dipgo.sites import Site
-from dipgo.subnet import SCHEMA_FILE, Cost, SubNet, json_schema, load_subnet, save_subnet
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.records import ModelIdentity, SamplerIdentity
+from dipgo.graph.sites import Site
+from dipgo.schedule.subnet import SCHEMA_FILE, Cost, SubNet, json_schema, load_subnet, save_subnet
 
 
 @pytest.fixture

@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dipgo.cost import trajectory_macs
-from dipgo.errors import UsageError
-from dipgo.liveness import canonical
-from dipgo.models import find_model
-from dipgo.search.drops import drop_cheapest
-from dipgo.search.pareto import write_pareto
-from dipgo.search.policies import (
+from dipgo.base.errors import UsageError
+from dipgo.eager.drift import measure_drift
+from dipgo.graph.liveness import canonical
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.schedule.cost import trajectory_macs
+from dipgo.schedule.gates_at_budget import swept_gates
+from dipgo.schedule.policies import (
     SPACINGS,
     drifted,
     gates_of_steps,
-    measure_drift,
     policies,
     spaced,
     thinned,
     whole_steps,
 )
-from dipgo.search.postprocess import swept_gates
-from dipgo.search.request import budgets_of
-from dipgo.search.search import sweep
-from dipgo.search.settings import Settings
-from dipgo.search.task import make_task
-from dipgo.trace import trace
+from dipgo.searching.greedy_prune import drop_cheapest
+from dipgo.searching.pareto import write_pareto
+from dipgo.searching.request import budgets_of
+from dipgo.searching.search import sweep
+from dipgo.searching.settings import Settings
+from dipgo.searching.task import make_task
 from tests.models import tiny_sd, tiny_unet
 
 STEPS = 8

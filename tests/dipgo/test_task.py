@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.families import FAMILIES
-from dipgo.models import find_model
-from dipgo.prompts import read_prompts
-from dipgo.search.processes import Processes
-from dipgo.search.settings import PRESETS, Settings, settings_of
-from dipgo.search.task import Pool, choices_of, make_task
-from dipgo.trajectory import Sampling
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.eager.trajectory import Sampling
+from dipgo.model.families import FAMILIES
+from dipgo.model.models import find_model
+from dipgo.model.prompts import read_prompts
+from dipgo.searching.distributed import Processes
+from dipgo.searching.settings import PRESETS, Settings, settings_of
+from dipgo.searching.task import Pool, choices_of, make_task
 
 STEPS = 3
 

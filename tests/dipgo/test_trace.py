@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.cost import check_budget, trajectory_macs
-from dipgo.errors import DipgoError, UsageError
-from dipgo.gating import intercepting
-from dipgo.liveness import canonical, plan
-from dipgo.models import Model, find_model
-from dipgo.trace import call_macs, trace
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.eager.gating import intercepting
+from dipgo.graph.liveness import canonical, plan
+from dipgo.graph.trace import call_macs, trace
+from dipgo.model.models import Model, find_model
+from dipgo.schedule.cost import check_budget, trajectory_macs
 from tests.models import tiny_unet
 
 

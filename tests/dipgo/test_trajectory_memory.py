@@ -10,19 +10,19 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.utils import _pytree as pytree
 
-from dipgo.errors import DipgoError
-from dipgo.families import GuidedDenoiser
-from dipgo.gating import take_apart
-from dipgo.liveness import canonical, plan
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.search.backups import Backups
-from dipgo.search.losses import final_latent, make_loss
-from dipgo.search.policies import extrapolation
-from dipgo.search.pruner import straight_through
-from dipgo.search.task import make_task
-from dipgo.trace import trace
-from dipgo.trajectory import Trajectory
+from dipgo.base.errors import DipgoError
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.liveness import canonical, plan
+from dipgo.graph.outputs import take_apart
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from dipgo.schedule.policies import extrapolation
+from dipgo.searching.backup_fit import Backups
+from dipgo.searching.losses import final_latent, make_loss
+from dipgo.searching.pruner import straight_through
+from dipgo.searching.task import make_task
 from tests.models import tiny_unet
 
 STEPS = 6

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dipgo.vae import from_vae, to_vae
+from dipgo.model.vae import from_vae, to_vae
 
 MEAN, DEVIATION = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dipgo.gating import gated
-from dipgo.models import find_model
-from dipgo.search.task import make_task
-from dipgo.subnet import SubNet
+from dipgo.eager.gating import gated
+from dipgo.model.models import find_model
+from dipgo.schedule.subnet import SubNet
+from dipgo.searching.task import make_task
 from export.compiler import prepare, write_bundle
 from tests import models
 

@@ -1,4 +1,4 @@
-"""CUDA's runtime on the CPU, as far as ``engines.cuda`` calls it: memory of the host, a stream that runs at once.
+"""CUDA's runtime on the CPU, as far as ``engines.cuda.runtime`` calls it: host memory, a stream that runs at once.
 
 While a stream is captured its work is kept instead of run, as CUDA does; a graph runs it. Whether the names exist in
 the real bindings is tested in ``test_trt_cuda.py``.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-import engines
-from dipgo.errors import UsageError
+import dipgo
+from dipgo.base.errors import UsageError
 from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
 
 KINDS = ["dit", "sdxl", "pixart", "unconditional"]
@@ -35,7 +35,7 @@ def test_images_are_those_of_the_gated_pipeline(made):
     denoiser, config, kind = getattr(made.pipe, made.component), made.pipe.config[made.component], type(made.pipe)
     plain, expected = made.call(made.pipe), made.expected()
     assert error(plain, expected) > 1e-3  # the gates do something
-    with engines.attach(made.pipe, made.folder) as pipe:
+    with dipgo.attach(made.pipe, made.folder) as pipe:
         assert isinstance(pipe, kind)
         assert error(made.call(pipe), expected) <= 1e-4
         assert error(made.call(pipe, seed=4), made.call(pipe)) > 1e-2
@@ -59,7 +59,7 @@ def test_other_requests_are_refused_before_they_run(kind):
         "height": (1024, "height 1024, it takes 16;"),
     }
     calls = 0
-    with engines.attach(made.pipe, made.folder) as pipe:
+    with dipgo.attach(made.pipe, made.folder) as pipe:
         accepted = inspect.signature(pipe.__call__).parameters
         for name, (value, message) in changes.items():
             if name not in accepted or (kind == "pixart" and name == "height"):
@@ -73,7 +73,7 @@ def test_other_requests_are_refused_before_they_run(kind):
 
 
 def test_guidance_that_is_switched_off_is_refused(dit):
-    with engines.attach(dit.pipe, dit.folder) as pipe:
+    with dipgo.attach(dit.pipe, dit.folder) as pipe:
         with pytest.raises(UsageError, match=r"guidance_scale = 1.0, the bundle was compiled for 4.0"):
             dit.call(pipe, guidance_scale=1.0)
         denoiser = pipe.transformer
@@ -102,7 +102,7 @@ def test_callbacks_may_change_latents_but_not_conditions(sdxl):
     stopped = sdxl.expected(callback_on_step_end=stop)
     whole = sdxl.expected()
     assert error(expected, whole) > 1e-3
-    with engines.attach(sdxl.pipe, sdxl.folder) as pipe:
+    with dipgo.attach(sdxl.pipe, sdxl.folder) as pipe:
         assert error(sdxl.call(pipe, callback_on_step_end=shift), expected) <= 1e-4
         asked = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
         with pytest.raises(UsageError, match="'encoder_hidden_states' changed at step 2"):
@@ -114,7 +114,7 @@ def test_callbacks_may_change_latents_but_not_conditions(sdxl):
 
 
 def test_calls_out_of_order_are_told_by_the_timestep(dit):
-    with engines.attach(dit.pipe, dit.folder) as pipe:
+    with dipgo.attach(dit.pipe, dit.folder) as pipe:
         pipe.scheduler.set_timesteps(STEPS)
         moments = pipe.scheduler.timesteps
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
@@ -136,7 +136,7 @@ def test_calls_out_of_order_are_told_by_the_timestep(dit):
 def test_another_pipeline_is_refused(dit, sdxl):
     pipe = dit.pipe
     with pytest.raises(UsageError, match=r"the denoiser is a UNet2DConditionModel, .* from a DiTTransformer2DModel"):
-        engines.attach(sdxl.pipe, dit.folder)
+        dipgo.attach(sdxl.pipe, dit.folder)
 
     own = pipe.scheduler
     for other, message in (
@@ -144,7 +144,7 @@ def test_another_pipeline_is_refused(dit, sdxl):
         (type(own).from_config(own.config, prediction_type="v_prediction"), "prediction_type = 'v_prediction', .*'eps"),
         (type(own).from_config(own.config, timestep_spacing="trailing"), "timestep_spacing = 'trailing', .*'leading'"),
     ):
-        with engines.attach(pipe, dit.folder):
+        with dipgo.attach(pipe, dit.folder):
             pipe.scheduler = other
             with pytest.raises(UsageError, match=message):
                 dit.call(pipe)
@@ -154,22 +154,22 @@ def test_another_pipeline_is_refused(dit, sdxl):
     held = weight.data.clone()
     weight.data[0] *= 1.001
     with pytest.raises(UsageError, match=r"'transformer_blocks.1.attn1.to_v.weight' .* is not that of"):
-        engines.attach(pipe, dit.folder)
+        dipgo.attach(pipe, dit.folder)
     weight.data = held
 
     pipe.transformer.register_to_config(norm_eps=1e-3)
     with pytest.raises(UsageError, match=r"the denoiser's configuration \(.*\) is not that of"):
-        engines.attach(pipe, dit.folder)
+        dipgo.attach(pipe, dit.folder)
     pipe.transformer.register_to_config(norm_eps=1e-5)
 
 
 def test_attaching_and_detaching_twice(dit):
-    attached = engines.attach(dit.pipe, dit.folder)
+    attached = dipgo.attach(dit.pipe, dit.folder)
     with pytest.raises(UsageError, match="has a bundle attached already"):
-        engines.attach(dit.pipe, dit.folder)
+        dipgo.attach(dit.pipe, dit.folder)
     with pytest.raises(AttributeError, match="'enable_gradient_checkpointing' has no effect on a bundle"):
         dit.pipe.transformer.enable_gradient_checkpointing()
-    engines.detach(dit.pipe)
+    dipgo.detach(dit.pipe)
     assert dit.pipe.transformer is attached.original
     with pytest.raises(UsageError, match="has no bundle attached"):
-        engines.detach(dit.pipe)
+        dipgo.detach(dit.pipe)

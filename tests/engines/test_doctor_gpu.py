@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = "import typer; from dipgo.commands.doctor import doctor; typer.run(doctor)"
+SCRIPT = "import typer; from dipgo.cli.doctor import doctor; typer.run(doctor)"
 
 
 def found(tmp_path, blocked="", **environment):

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
-import engines
-from dipgo.cli import app
-from dipgo.errors import UsageError
+import dipgo
+from dipgo.base.errors import UsageError
+from dipgo.cli.main import app
 from engines.serving.limits import Limits
 from engines.serving.requests import read_rows
 from export.bundle import open_bundle
@@ -29,7 +29,7 @@ def sd():
 @pytest.fixture(scope="module")
 def pipe(sd):
     """Never entered: the first call opens the engines."""
-    pipe = engines.load(sd.folder)
+    pipe = dipgo.load(sd.folder)
     pipe.set_progress_bar_config(disable=True)
     yield pipe
     pipe.close()
@@ -212,7 +212,7 @@ def test_scheduler_and_device_are_the_bundles(sd, pipe):
 
 
 def test_progress_is_shown_step_by_step(sd, capsys):
-    with engines.load(sd.folder) as pipe:
+    with dipgo.load(sd.folder) as pipe:
         sd.call(pipe, prompt=["a", "b"])
         calls = 2 * len(pipe.record.steps)
         assert f"{calls}/{calls}" in capsys.readouterr().err
@@ -224,13 +224,13 @@ def test_progress_is_shown_step_by_step(sd, capsys):
 def test_attach_replaces_the_denoiser_of_a_multistep_sampler(sd):
     """PNDM calls the denoiser twice at one timestep, and graphs combine several past x and ε."""
     expected = sd.expected()
-    with engines.attach(sd.pipe, sd.folder) as attached:
+    with dipgo.attach(sd.pipe, sd.folder) as attached:
         assert error(sd.call(attached), expected) <= 1e-4
 
 
 def test_pipelines_without_conditions_and_without_a_vae():
     made = compiled("unconditional")
-    with engines.load(made.folder) as pipe:
+    with dipgo.load(made.folder) as pipe:
         pipe.set_progress_bar_config(disable=True)
         assert error(made.call(pipe), made.expected()) <= 1e-4
         with pytest.raises(UsageError, match="nothing conditions it; give batch_size alone"):
@@ -242,7 +242,7 @@ def test_pipelines_without_conditions_and_without_a_vae():
 def test_a_program_without_conditions_and_without_a_vae_generates_too(tmp_path):
     """As the pipeline does it, and on the command line."""
     made = compiled("unconditional")
-    with engines.load(made.folder) as pipe:
+    with dipgo.load(made.folder) as pipe:
         expected = made.call(pipe, batch_size=2, generator=3)
         assert np.array_equal(pipe.generate([""] * 2, 3), expected)
     arguments = ["run", str(made.folder), "--seed", "3", "-n", "2", "-o", str(tmp_path / "x.png")]
@@ -252,7 +252,7 @@ def test_a_program_without_conditions_and_without_a_vae_generates_too(tmp_path):
 
 
 def test_where_there_is_no_decoder_it_is_said_before_any_work():
-    with engines.load(compiled("dit", whole=False).folder) as program:
+    with dipgo.load(compiled("dit", whole=False).folder) as program:
         with pytest.raises(UsageError, match="holds no VAE decoder, only latents can be had from it"):
             program.generate([0], 3)
         assert program.lanes.launches == 0
@@ -271,7 +271,7 @@ def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
     )
     (folder / "bundle.json").write_text(record.sealed().text())
     message = "a negative prompt is given, and the bundle was compiled for guidance 1, at which none is read"
-    with engines.load(folder) as program:
+    with dipgo.load(folder) as program:
         with pytest.raises(UsageError, match=message):
             program.generate(["a red fox"], 0, negative="blue")
         tensors = {"prompt": b"a red fox", "negative_prompt": b"blue"}
@@ -286,7 +286,7 @@ def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
 
 
 def test_negative_prompts_and_embeddings_are_for_bundles_of_prompts():
-    with engines.load(compiled("dit").folder) as pipe:
+    with dipgo.load(compiled("dit").folder) as pipe:
         for given in ({"negative_prompt": "blue"}, {"prompt_embeds": EMBEDDED}, {"pooled_prompt_embeds": EMBEDDED}):
             with pytest.raises(UsageError, match=f"conditioned by class; leave {next(iter(given))} out"):
                 pipe(class_labels=[0], **given)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import engines
-from dipgo.errors import UsageError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.search.task import make_task
-from dipgo.trace import trace
-from engines.images import grid
-from engines.noise import torch_randn
+import dipgo
+from dipgo.base.errors import UsageError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from dipgo.searching.task import make_task
+from engines.pipeline.images import grid
+from engines.pipeline.noise import torch_randn
 from export.compiler import prepare, write_bundle
 from tests.models import random_subnet, tiny_sd
 
@@ -50,12 +50,12 @@ def test_runs_without_torch_and_diffusers(bundle):
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
     sys.modules[name] = None
-import engines
-with engines.load({str(bundle)!r}) as program:
+import dipgo
+with dipgo.load({str(bundle)!r}) as program:
     print(float(program.generate([0, 1], 3).sum()))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    with engines.load(bundle) as program:
+    with dipgo.load(bundle) as program:
         assert float(result.stdout) == pytest.approx(float(program.generate([0, 1], 3).sum()), rel=1e-5)
 
 
@@ -71,7 +71,7 @@ for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
     sys.modules[name] = None
 from pathlib import Path
 import numpy as np
-from engines.conditions import conditions_of
+from engines.pipeline.conditions import conditions_of
 from engines.program import Program
 from export.bundle import open_bundle
 bundle = open_bundle(Path({str(tmp_path / "b")!r}))
@@ -97,7 +97,7 @@ print(found["encoder_hidden_states"].dtype, found["encoder_hidden_states"].astyp
 
 
 def test_calls_do_not_leak_into_each_other(bundle):
-    with engines.load(bundle) as program:
+    with dipgo.load(bundle) as program:
         first = program.generate([0], 1)
 
         def stop(step, epsilon):
@@ -115,7 +115,7 @@ def test_calls_do_not_leak_into_each_other(bundle):
 
 
 def test_wrong_requests_are_refused(bundle):
-    with engines.load(bundle) as program:
+    with dipgo.load(bundle) as program:
         assert program.class_of("dog") == program.class_of("1") == 1
         with pytest.raises(UsageError, match=r"class 'wolf' is unknown to .*; it has: cat, dog, fox"):
             program.class_of("wolf")

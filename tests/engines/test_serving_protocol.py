@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dipgo.errors import UsageError
+from dipgo.base.errors import UsageError
 from engines.serving.protocol import rewritten
 
 

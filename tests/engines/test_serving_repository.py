@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import engines
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.task import make_task
+import dipgo
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
 from engines.serving.install import REQUIREMENTS, find_server
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
@@ -183,8 +183,8 @@ sys.modules.update(dict.fromkeys({blocked}))
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 import engines.serving.__main__, engines.serving.model
 from engines.serving.requests import Row, render
-import engines
-with engines.load({str(bundle)!r}) as program:
+import dipgo
+with dipgo.load({str(bundle)!r}) as program:
     print(*render(program, [Row(1, None, 5, 1)])[0].ravel())
 own = [module for name, module in sys.modules.items() if name.split(".")[0] in ("dipgo", "engines", "export")]
 bodies = [node for module in own for node in ast.parse(open(module.__file__).read()).body]
@@ -194,7 +194,7 @@ print(*{{name.split(".")[0] for name in froms | plain}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     levels, imported = done.stdout.splitlines()
-    with engines.load(bundle) as program:
+    with dipgo.load(bundle) as program:
         expected = (program.generate([1], 5) * 255).round()
     assert [int(level) for level in levels.split()] == expected.ravel().tolist()
     owners = packages_distributions()
@@ -208,7 +208,7 @@ def test_the_command_line_needs_the_one_line_more_that_the_docs_give(bundle, tmp
     more = re.search(r"^pip install -r \S*requirements\.txt && .*\npip install (.*)$", docs, re.MULTILINE)
     blocked = blocked_but(closure(*listed(), *shlex.split(more.group(1))))
     assert {"torch", "diffusers", "transformers", "onnx"} <= set(blocked)
-    script = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from dipgo.cli import main; main()"
+    script = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from dipgo.cli.main import main; main()"
 
     def dipgo(*arguments):
         command = [sys.executable, "-c", script, *map(str, arguments)]

@@ -19,9 +19,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.search.task import make_task
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
 from engines.serving.install import find_server, prepare_backends
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
@@ -151,8 +151,8 @@ def generated(server, bundles, tmp_path_factory):
     def generate(name, given, seed, negative=None):
         script = f"""
 import sys
-import engines
-with engines.load({str(bundles / name)!r}) as program:
+import dipgo
+with dipgo.load({str(bundles / name)!r}) as program:
     pixels = program.generate({given!r}, {seed}, negative={negative!r})
 sys.stdout.buffer.write((pixels * 255).round().astype("uint8").tobytes())
 """
@@ -323,7 +323,7 @@ def test_serve_finishes_what_is_under_way_and_leaves_nothing(server, bundles, tm
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     before = set(Path("/dev/shm").glob("dipgo-*"))  # of another server that runs
-    command = [sys.executable, "-m", "dipgo.cli", "serve", bundles / "dit", "--name", "dit", "--http-port", "0"]
+    command = [sys.executable, "-m", "dipgo.cli.main", "serve", bundles / "dit", "--name", "dit", "--http-port", "0"]
     running = Server(server.binary, [*command, "--metrics-port", "0"], tmp_path / "log")
     assert running.is_up(), running.text()
     answers = []

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
-import engines
-from dipgo.errors import UsageError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
-from engines.lane import Lane
-from engines.lanes import IDLE
+import dipgo
+from dipgo.base.errors import UsageError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from engines.context import Lane
+from engines.context_pool import IDLE
 from engines.steps import Steps, Walk
 from engines.torchrt import runner
 from export.compiler import prepare, write_bundle
@@ -38,7 +38,7 @@ def bundles(tmp_path_factory):
 
 
 def test_sizes_agree_with_a_bundle_made_for_one(bundles):
-    with engines.load(bundles / "ranges") as ranges, engines.load(bundles / "alone") as alone:
+    with dipgo.load(bundles / "ranges") as ranges, dipgo.load(bundles / "alone") as alone:
         assert (ranges.batch, ranges.size) == (3, (8, 8))
         assert (alone.batch, alone.size) == (2, (12, 6))
         noise = alone.noise(2, 0)
@@ -51,7 +51,7 @@ def test_sizes_agree_with_a_bundle_made_for_one(bundles):
 def test_two_sizes_in_two_threads(bundles):
     """Each lane is of one size; none sees the other's values."""
     sizes = {1: (4, 12), 2: (12, 8), 3: (4, 12)}
-    with engines.load(bundles / "ranges") as program:
+    with dipgo.load(bundles / "ranges") as program:
         noise = {seed: program.noise(seed, seed, size) for seed, size in sizes.items()}
         expected = {seed: program.denoise(noise[seed], {}) for seed in sizes}
         results = {seed: [] for seed in sizes}
@@ -86,8 +86,8 @@ def test_few_lanes_wait_for_their_next_trajectory(bundles, monkeypatch):
             super().__init__(*parts)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("engines.lanes.Lane", Watched)
-    with engines.load(bundles / "ranges") as program:
+    monkeypatch.setattr("engines.context_pool.Lane", Watched)
+    with dipgo.load(bundles / "ranges") as program:
         latents = [program.denoise(program.noise(1, 0, size), {}) for size in SIZES]
         assert (len(made), living(made)) == (len(SIZES), IDLE)
         for size, latent in list(zip(SIZES, latents, strict=True))[-IDLE:]:
@@ -110,7 +110,7 @@ def test_torch_keeps_the_graphs_of_few_sizes(bundles, monkeypatch):
         return lifted
 
     monkeypatch.setattr(runner, "lift", watched)
-    with engines.load(bundles / "ranges", backend="torch-cpu") as program:
+    with dipgo.load(bundles / "ranges", backend="torch-cpu") as program:
         noise = program.noise(2, 0, SIZES[0])
         expected = program.denoise(noise, {})
         with Steps(program.lanes, noise.shape, {}) as steps:
@@ -127,7 +127,7 @@ def test_torch_keeps_the_graphs_of_few_sizes(bundles, monkeypatch):
 
 
 def test_requests_outside_the_ranges_are_refused(bundles):
-    with engines.load(bundles / "ranges") as program:
+    with dipgo.load(bundles / "ranges") as program:
         ranges = r"compiled for \[1 to 3, 3, 4 to 12 by 2, 4 to 12 by 2\]"
         for shape in ((4, 3, 8, 8), (1, 3, 14, 8), (1, 3, 8, 7), (1, 4, 8, 8), (3, 8, 8)):
             with pytest.raises(UsageError, match=ranges) as caught:
@@ -137,5 +137,5 @@ def test_requests_outside_the_ranges_are_refused(bundles):
             program.noise(1, 0, (14, 8))
         with pytest.raises(UsageError, match=r"ranges: width 7, it takes multiples of 2 from 4 to 12"):
             program.latent_shape(1, (8, 7))
-    with engines.load(bundles / "alone") as program, pytest.raises(UsageError, match=r"alone: height 8, it takes 12;"):
+    with dipgo.load(bundles / "alone") as program, pytest.raises(UsageError, match=r"alone: height 8, it takes 12;"):
         program.noise(1, 0, (8, 6))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import engines
-from dipgo.errors import UsageError
+import dipgo
+from dipgo.base.errors import UsageError
 from tests.engines.dropin import compiled, error
 
 FRESH = """
@@ -17,9 +17,9 @@ import sys
 for name in ("torch", "diffusers", "transformers"):
     sys.modules[name] = None
 import numpy
-import engines
-from dipgo.errors import UsageError
-pipe = engines.load(sys.argv[1], threads=1)
+import dipgo
+from dipgo.base.errors import UsageError
+pipe = dipgo.load(sys.argv[1], threads=1)
 pipe.set_progress_bar_config(disable=True)
 images = [pipe(class_labels=[0, 2], generator=seed, output_type="np").images for seed in (11,)]
 numpy.save(sys.argv[2], images[0])
@@ -41,7 +41,7 @@ def fresh(dit, tmp_path_factory):
 
 @pytest.fixture
 def pipe(dit):
-    with engines.load(dit.folder, threads=1) as pipe:
+    with dipgo.load(dit.folder, threads=1) as pipe:
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 
@@ -178,7 +178,7 @@ def test_an_attached_bundle_keeps_nothing_either(dit):
     def fail(*_):
         raise KeyboardInterrupt
 
-    with engines.attach(dit.pipe, dit.folder) as attached:
+    with dipgo.attach(dit.pipe, dit.folder) as attached:
         first = dit.call(attached)
         hook = attached.vae.decoder.register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
@@ -190,19 +190,19 @@ def test_an_attached_bundle_keeps_nothing_either(dit):
             dit.call(attached, seed=5)
         attached.scheduler.step = step
         assert np.array_equal(dit.call(attached), first)
-    with engines.attach(dit.pipe, dit.folder) as attached:
+    with dipgo.attach(dit.pipe, dit.folder) as attached:
         assert np.array_equal(dit.call(attached), first)
 
 
 def test_one_program_serves_pipelines_in_two_threads(dit):
     """Two diffusers pipelines, one set of engines."""
-    program = engines.load(dit.folder, threads=1)
+    program = dipgo.load(dit.folder, threads=1)
     kind = type(dit.pipe)
     pipes = [kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)})]
     pipes.append(kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)}))
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-        engines.attach(pipe, program)
+        dipgo.attach(pipe, program)
     expected = {seed: dit.call(pipes[0], seed=seed) for seed in (1, 2)}
     found = {}
 
@@ -218,5 +218,5 @@ def test_one_program_serves_pipelines_in_two_threads(dit):
     for seed, made in found.items():
         assert all(np.array_equal(each, expected[seed]) for each in made)
     for pipe in pipes:
-        engines.detach(pipe)
+        dipgo.detach(pipe)
     program.close()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from engines.text import TextEncoder
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from engines.pipeline.text import TextEncoder
 from export.components import components_of, weights_of
 from export.text import text_to_onnx
 from tests.models import tiny_pixart, tiny_sd, tiny_sdxl
@@ -171,7 +171,7 @@ for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
 import json
 from pathlib import Path
 import onnxruntime
-from engines.text import TextEncoder
+from engines.pipeline.text import TextEncoder
 from export.bundle import TextRecord
 folder = Path({str(model.folder)!r})
 record = TextRecord.model_validate_json((folder / "record.json").read_text())

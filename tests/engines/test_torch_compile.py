@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.numpy import load_file
 
-import engines
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+import dipgo
+from dipgo.base.errors import DipgoError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from engines.torchrt import aot
 from engines.torchrt.aot import build, sizes_built
 from export.bundle import AxisRecord, open_bundle
@@ -63,7 +63,7 @@ def bundle(made):
 
 
 def latent(bundle, backend, images=1):
-    with engines.load(bundle, backend=backend) as program:
+    with dipgo.load(bundle, backend=backend) as program:
         first = program.denoise(program.noise(images, 0), {})
         assert np.array_equal(first, program.denoise(program.noise(images, 0), {}))
         return first

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import engines
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+import dipgo
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from engines.torchrt.aot import build
 from export.bundle import open_bundle
 from export.compiler import prepare, write_bundle
@@ -63,9 +63,9 @@ def error(actual, expected):
 @needs_cuda
 @pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_agrees_with_the_cpu(bundle, backend):
-    with engines.load(bundle, backend="onnxruntime") as program:
+    with dipgo.load(bundle, backend="onnxruntime") as program:
         expected = program.generate([0, 1], 3)
-    with engines.load(bundle, backend=backend) as program:
+    with dipgo.load(bundle, backend=backend) as program:
         assert error(program.generate([0, 1], 3), expected) <= 1e-4
 
 
@@ -75,7 +75,7 @@ def test_a_cuda_graph_equals_its_launches(bundle, backend):
     """Bit for bit: with somebody looking after each step it runs launch by launch, else as one launch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "no CUDA graph")  # no falling back
-        with engines.load(bundle, backend=backend) as program:
+        with dipgo.load(bundle, backend=backend) as program:
             noise, conditions = program.noise(1, 0), program.conditions([1])
             stepwise = program.denoise(noise, conditions, lambda step, epsilon: None)
             before = program.lanes.launches
@@ -89,7 +89,7 @@ def test_a_cuda_graph_equals_its_launches(bundle, backend):
 @needs_cuda
 @pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_takes_two_threads(bundle, backend):
-    with engines.load(bundle, backend=backend) as program:
+    with dipgo.load(bundle, backend=backend) as program:
         results = {}
 
         def work(seed):

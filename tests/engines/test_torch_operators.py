@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dipgo.errors import DipgoError
+from dipgo.base.errors import DipgoError
 from engines.torchrt.lift import lift
 from engines.torchrt.operators import OPERATORS
 from engines.torchrt.weights import Weights

@@ -8,18 +8,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import engines
-from benchmarks.parity import verify
-from benchmarks.progress import silent
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+import dipgo
+from benchmarks.bench.parity import verify
+from benchmarks.bench.progress import silent
+from dipgo.base.errors import DipgoError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from engines.torchrt.lift import lift
 from engines.torchrt.weights import Weights
 from export.bundle import open_bundle
 from export.compiler import Options, prepare, write_bundle
-from export.layouts import LAYOUTS
+from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
 STEPS = 4
@@ -42,7 +42,7 @@ def given(record):
 
 
 def latent_and_pixels(folder, backend):
-    with engines.load(folder, backend=backend) as program:
+    with dipgo.load(folder, backend=backend) as program:
         latent = program.denoise(program.noise(1, 0), program.conditions(given(program.record)))
         return latent, program.generate(given(program.record), 0)
 
@@ -100,7 +100,7 @@ def test_bfloat16_runs(dit, tmp_path):
 
 def test_it_is_a_program_like_any_other(dit):
     """Steps one by one, several threads, calls one after the other."""
-    with engines.load(dit["signature"], backend="torch-cpu") as program:
+    with dipgo.load(dit["signature"], backend="torch-cpu") as program:
         seen = []
         conditions = program.conditions([1])
         watched = program.denoise(program.noise(1, 0), conditions, lambda *step: seen.append(step[0]))
@@ -132,4 +132,4 @@ def test_without_a_cuda_provider_one_line_says_so(dit, backend):
         pytest.skip("it is here")
     cure = rf"this onnxruntime has no {provider}; run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu.*"
     with pytest.raises(DipgoError, match=cure):
-        engines.load(dit["signature"], backend=backend)
+        dipgo.load(dit["signature"], backend=backend)

@@ -15,13 +15,13 @@ from diffusers import DDIMScheduler
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from dipgo.cli import app
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.search.task import make_task
-from dipgo.trace import trace
-from engines.cuda import find_device
+from dipgo.base.errors import DipgoError
+from dipgo.cli.main import app
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
+from dipgo.searching.task import make_task
+from engines.cuda.runtime import find_device
 from engines.trt import loader
 from engines.trt.build import build
 from engines.trt.library import find_library
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_said(bundle):
 def test_two_processes_at_once_and_one_killed(bundle):
     """The first is killed after its first engine; what it made stays, and two that start then share the rest."""
     shutil.rmtree(bundle.folder / "engines")
-    command = [sys.executable, "-m", "dipgo.cli", "build", str(bundle.folder)]
+    command = [sys.executable, "-m", "dipgo.cli.main", "build", str(bundle.folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list((bundle.folder / "engines").glob("*.engine.json")):
         assert process.poll() is None, process.stderr.read()

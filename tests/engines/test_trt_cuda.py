@@ -6,15 +6,15 @@ import inspect
 import numpy as np
 import pytest
 
-from dipgo.errors import DipgoError
-from engines.cuda import CudaError, Device, Stream, find_device, open_device
+from dipgo.base.errors import DipgoError
+from engines.cuda.runtime import CudaError, Device, Stream, find_device, open_device
 from tests.engines.fake_cuda import FakeCuda
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr("engines.cuda._runtime", lambda: fake)
+    monkeypatch.setattr("engines.cuda.runtime._runtime", lambda: fake)
     return fake
 
 

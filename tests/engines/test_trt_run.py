@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-import engines
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.search.task import make_task
-from engines.cuda import Device, _runtime
+import dipgo
+from dipgo.base.errors import DipgoError
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
+from engines.cuda.runtime import Device, _runtime
 from engines.serving.repository import Deployment, write_repository
 from engines.trt import build as building
 from engines.trt.build import build
@@ -40,14 +40,14 @@ def made(tiny_dit, tmp_path_factory):
     subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=2)
     folder = tmp_path_factory.mktemp("trt") / "b"
     write_bundle(prepare(task.trace), subnet, task.sampler, folder)
-    with engines.load(folder, threads=1) as program:
+    with dipgo.load(folder, threads=1) as program:
         return folder, {seed: program.generate([0, 1], seed) for seed in (1, 2)}
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr("engines.cuda._runtime", lambda: fake)
+    monkeypatch.setattr("engines.cuda.runtime._runtime", lambda: fake)
     return fake
 
 
@@ -70,14 +70,14 @@ def bundle(made, trt):
 
 
 def images(bundle, seed=1):
-    with engines.load(bundle.folder, backend="tensorrt") as program:
+    with dipgo.load(bundle.folder, backend="tensorrt") as program:
         return program.generate([0, 1], seed)
 
 
 def test_images_are_those_of_onnx_runtime(made, bundle, cuda):
     """The whole trajectory is one launch of a CUDA graph, an image; and steps one by one where somebody looks on."""
     _, expected = made
-    with engines.load(bundle.folder, backend="tensorrt") as program:
+    with dipgo.load(bundle.folder, backend="tensorrt") as program:
         assert np.abs(program.generate([0, 1], 1) - expected[1]).max() <= 1e-6
         assert program.lanes.launches == 2
         assert cuda.launched.count("graph") == 2
@@ -101,14 +101,14 @@ def test_steps_are_launched_one_by_one_where_capture_fails(made, bundle, cuda):
 
 def test_threads_share_one_runner(made, bundle):
     _, expected = made
-    with engines.load(bundle.folder, backend="tensorrt") as program, ThreadPoolExecutor() as pool:
+    with dipgo.load(bundle.folder, backend="tensorrt") as program, ThreadPoolExecutor() as pool:
         results = dict(zip((1, 2), pool.map(lambda seed: program.generate([0, 1], seed), (1, 2)), strict=True))
     for seed in (1, 2):
         assert np.abs(results[seed] - expected[seed]).max() <= 1e-6
 
 
 def test_all_contexts_use_one_arena_and_everything_is_freed(bundle, trt, cuda):
-    with engines.load(bundle.folder, backend="tensorrt") as program:
+    with dipgo.load(bundle.folder, backend="tensorrt") as program:
         latent = program.denoise(program.noise(1, 0), program.conditions([0]))
         loop = {context._memory for context in trt.contexts}
         assert len(loop) == 1
@@ -126,7 +126,7 @@ def test_engines_go_before_the_stream_and_after_its_work(bundle, trt, cuda, monk
     for name in ("cudaStreamSynchronize", "cudaStreamDestroy"):
         real = getattr(cuda, name)
         monkeypatch.setattr(cuda, name, lambda stream, name=name, real=real: (ends.append(name), real(stream))[1])
-    with engines.load(bundle.folder, backend="tensorrt") as program:
+    with dipgo.load(bundle.folder, backend="tensorrt") as program:
         context = trt.contexts[0]
         trt.contexts.clear()
         weakref.finalize(context, ends.append, "context")
@@ -144,7 +144,7 @@ def test_a_full_gpu_is_said_with_sizes(bundle, cuda):
         pytest.raises(
             DipgoError, match=r"GPU's memory is full: 0.00 GB wanted, .* of .* GB free; export with --graphs"
         ),
-        engines.load(bundle.folder, backend="tensorrt"),
+        dipgo.load(bundle.folder, backend="tensorrt"),
     ):
         pass
 
@@ -209,9 +209,9 @@ def test_batches_of_several_sizes_share_the_engines(tiny_dit, trt, tmp_path):
     sizes = Sizes(AxisRecord(min=1, opt=2, max=3), 8, 8)
     write_bundle(prepare(task.trace, sizes=sizes), subnet, task.sampler, folder)
     build(open_bundle(folder))
-    with engines.load(folder, threads=1) as program:
+    with dipgo.load(folder, threads=1) as program:
         expected = {count: program.generate(list(range(count)), 5) for count in (1, 3)}
-    with engines.load(folder, backend="tensorrt") as program:
+    with dipgo.load(folder, backend="tensorrt") as program:
         for count in (1, 3, 1, 3):
             pixels = program.generate(list(range(count)), 5)
             assert np.abs(pixels - expected[count]).max() <= 1e-6
@@ -227,7 +227,7 @@ def test_float32_is_no_tf32(bundle):
 
 def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
     pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install -e '.[tensorrt-rtx]'")
-    from engines.cuda import find_device
+    from engines.cuda.runtime import find_device
 
     if find_device():
         pytest.skip("there is a GPU")
@@ -235,7 +235,7 @@ def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
     reason = r"built here, not run: no GPU can be used here \(.*\).*or use --backend onnxr"
     with pytest.raises(DipgoError, match=reason), TensorRtRunner(open_bundle(folder)):
         pass
-    program = engines.load(folder, backend="tensorrt")
+    program = dipgo.load(folder, backend="tensorrt")
     program.close()  # never opened
     with pytest.raises(DipgoError, match=reason):
         program(class_labels=[1])
@@ -244,7 +244,7 @@ def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
 
 def test_without_cuda_bindings_nothing_is_built(made, trt, monkeypatch):
     """Full TensorRT is here, and nobody can tell whether a GPU is: neither "build there" nor engines of RTX."""
-    monkeypatch.setattr("engines.cuda._runtime", REAL_RUNTIME)
+    monkeypatch.setattr("engines.cuda.runtime._runtime", REAL_RUNTIME)
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)

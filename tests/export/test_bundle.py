@@ -7,9 +7,9 @@ import jsonschema
 import onnx
 import pytest
 
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.search.task import make_task
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
+from dipgo.searching.task import make_task
 from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
 from export.compiler import compile_subnet, prepare, write_bundle
 from tests.models import random_subnet

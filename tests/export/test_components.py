@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from dipgo.errors import DipgoError
-from dipgo.models import find_model
-from dipgo.trace import trace
+from dipgo.base.errors import DipgoError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
 from export.components import (
     VAE,
     component_dtype,
@@ -25,7 +25,7 @@ from export.components import (
     parameters_of,
     weights_of,
 )
-from export.prepared import prepare
+from export.converted import prepare
 from export.text import text_to_onnx
 from tests.models import tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
 

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dipgo.exported import in_dtype
-from dipgo.families import GuidedDenoiser
-from dipgo.models import find_model
-from dipgo.trace import trace
-from export.convert import convert, simplify
-from export.repairs import mend
+from dipgo.graph.exported import in_dtype
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser
+from dipgo.model.models import find_model
+from export.onnx.convert import convert, simplify
+from export.onnx.passes import mend
 from tests import models
 
 PREFIX = "guided.denoiser."

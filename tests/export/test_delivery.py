@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import engines
-from dipgo.errors import DipgoError, UsageError
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+import dipgo
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from export.bundle import open_bundle
 from export.compiler import Options, compile_subnet, prepare, write_bundle
 from tests.models import random_subnet
@@ -82,7 +82,7 @@ def test_in_place_copies_nothing_and_equals_the_copy(model, tmp_path):
     assert not any(name.startswith(".") for name in os.listdir(model.folder))
     held = {name for name in record.files if "/" in name}
     assert held == {"transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-    with engines.load(model.folder) as here, engines.load(tmp_path / "copy") as there:
+    with dipgo.load(model.folder) as here, dipgo.load(tmp_path / "copy") as there:
         assert np.array_equal(here.generate([0, 1], 3), there.generate([0, 1], 3))
 
 
@@ -138,7 +138,7 @@ def test_copies_follow_links(model, tmp_path):
     copy = tmp_path / "b" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert not copy.is_symlink()
     assert copy.stat().st_nlink == 1
-    with engines.load(tmp_path / "b") as program:
+    with dipgo.load(tmp_path / "b") as program:
         assert np.isfinite(program.generate([0], 0)).all()
 
 

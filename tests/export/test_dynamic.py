@@ -6,16 +6,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import engines
-from dipgo.errors import DipgoError, UsageError
-from dipgo.gating import gated
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+import dipgo
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.eager.gating import gated
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from export.axes import evaluate, profile_of, shape_at, values_at
 from export.bundle import AxisRecord, TensorRecord
 from export.compiler import Options, compile_subnet, prepare, write_bundle
-from export.layouts import LAYOUTS
+from export.plan.layouts import LAYOUTS
 from export.sizes import Sizes, sizes_for
 from tests.models import random_subnet, tiny_dit, tiny_sdxl, tiny_unconditional
 
@@ -76,7 +76,7 @@ def test_every_size_equals_the_pipeline(case, tmp_path, layout):
     made, requests = case
     subnet, record = made.write(tmp_path / "b", layout)
     by_class = made.model.family.conditioned_by == "class"
-    with engines.load(tmp_path / "b") as program:
+    with dipgo.load(tmp_path / "b") as program:
         for count, size in requests:
             given = [k % 3 for k in range(count)] if by_class else PROMPTS[:count]
             images = program.generate(given, 5, size=size)

@@ -10,15 +10,15 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import engines
-from dipgo.families import GuidedDenoiser, join
-from dipgo.models import find_model
-from dipgo.sampler import make_scheduler, tabulate
-from dipgo.search.task import make_task
-from dipgo.trace import trace
-from dipgo.trajectory import Trajectory
+import dipgo
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser, join
+from dipgo.model.models import find_model
+from dipgo.model.sampler import make_scheduler, tabulate
+from dipgo.searching.task import make_task
 from export.compiler import Options, prepare, write_bundle
-from export.layouts import LAYOUTS
+from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sdxl, tiny_unconditional, tiny_unet
 
 STEPS = 5
@@ -57,14 +57,14 @@ class Case:
         subnet = random_subnet(self.traced, table, seed, keep, terms, channels)
         record = write_bundle(self.prepared, subnet, table, folder, force=True, options=options)
         noise = torch.randn(self.traced.model.latent_shape(self.batch), generator=torch.Generator().manual_seed(seed))
-        with engines.load(folder) as program:
+        with dipgo.load(folder) as program:
             assert program.batch == self.batch
             given = {name: value.numpy() for name, value in self.conditions.items()}
             actual = program.denoise(noise.numpy(), given)
             again = program.denoise(noise.numpy(), given)
         assert np.array_equal(actual, again)
         if options.max_graphs:
-            from dipgo.subnet import load_subnet
+            from dipgo.schedule.subnet import load_subnet
 
             subnet = load_subnet(folder / record.subnet_file)
         weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
@@ -113,7 +113,7 @@ def test_merged_signatures_equal_their_subnet(unet, tmp_path, graphs, backup):
     for seed in range(2):
         options = Options(max_graphs=graphs)
         assert unet.error(tmp_path / "b", seed, 0.6, backup, "ddim", options) <= 1e-4
-        assert len(engines.load(tmp_path / "b").record.graphs) <= graphs
+        assert len(dipgo.load(tmp_path / "b").record.graphs) <= graphs
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++2m", "pndm", "unipc"])
@@ -122,7 +122,7 @@ def test_full_program_equals_the_pipeline(task, prepared, tmp_path, name):
     sampler = tabulate(scheduler, STEPS)
     everything = random_subnet(task.trace, sampler, seed=0, keep=1.0)
     write_bundle(prepared, everything, sampler, tmp_path / "b")
-    with engines.load(tmp_path / "b") as program:
+    with dipgo.load(tmp_path / "b") as program:
         images = program.generate([0, 1, 2], 7)
     pipe, kept = task.pipe, task.pipe.scheduler
     pipe.scheduler = scheduler
@@ -181,7 +181,7 @@ def test_two_images_a_call(task, tmp_path):
     for layout in LAYOUTS:
         for batch, each in ((2, two), (1, prepare(task.trace))):
             write_bundle(each, subnet, task.sampler, tmp_path / str(batch), force=True, options=Options(layout))
-        with engines.load(tmp_path / "2") as pair, engines.load(tmp_path / "1") as single:
+        with dipgo.load(tmp_path / "2") as pair, dipgo.load(tmp_path / "1") as single:
             assert pair.batch == 2
             assert error(pair.generate([0, 1, 2], 5), single.generate([0, 1, 2], 5)) <= 1e-5
 
@@ -194,7 +194,7 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
     subnet = random_subnet(traced, sampler, 0, keep=1.0)
     subnet.gates[[2, 3, 6]] = False
     write_bundle(prepare(traced), subnet, sampler, tmp_path / "b")
-    with engines.load(tmp_path / "b") as program:
+    with dipgo.load(tmp_path / "b") as program:
         embeddings = np.ones((1, 77, 24), np.float32)
         program.denoise(program.noise(1, 0), {"encoder_hidden_states": embeddings})
         assert [not step.launches for step in program.record.steps] == [not row.any() for row in subnet.gates]

@@ -5,15 +5,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import engines
-from dipgo.exported import in_dtype
-from dipgo.families import GuidedDenoiser, join
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
-from dipgo.trajectory import Trajectory
+import dipgo
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.exported import in_dtype
+from dipgo.graph.trace import trace
+from dipgo.model.families import GuidedDenoiser, join
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from export.compiler import Options, prepare, write_bundle
-from export.layouts import LAYOUTS
+from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
 
@@ -56,7 +56,7 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, gi
         rounded = run(GuidedDenoiser(denoiser.half(), in_dtype(family, torch.float16), guidance), half)
         record = write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
         assert record.dtype == "float16"
-        with engines.load(tmp_path / "b") as program:
+        with dipgo.load(tmp_path / "b") as program:
             actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in half.items()})
         assert actual.dtype == np.float32
         assert distance(actual, exact) <= 2 * distance(rounded, exact) + 1e-4

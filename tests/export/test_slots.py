@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.bundle import TensorRecord
-from export.launches import Launch
-from export.slots import allocate, bytes_of, prune
+from export.plan.launches import Launch
+from export.plan.slots import allocate, bytes_of, prune
 
 NAMES = ["a", "b", "c", "d"]
 TENSORS = {name: TensorRecord(name=name, dtype="float32", shape=[2, 3 + k % 2]) for k, name in enumerate(NAMES)}

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dipgo.sampler import Sampler, make_scheduler, tabulate
-from export.solver import by_launch, recurrence
+from dipgo.model.sampler import Sampler, make_scheduler, tabulate
+from export.plan.solver import by_launch, recurrence
 
 BASE = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
 HISTORY = {"ddim": 1, "euler": 1, "dpm++2m": 2, "heun": 2, "unipc": 3, "pndm": 4, "LMSDiscreteScheduler": 4}

@@ -6,12 +6,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from dipgo.models import find_model
-from dipgo.sampler import tabulate
-from dipgo.trace import trace
+from dipgo.graph.trace import trace
+from dipgo.model.models import find_model
+from dipgo.model.sampler import tabulate
 from export.compiler import Options, prepare, write_bundle
-from export.convert import convert, simplify
-from export.layouts import LAYOUTS
+from export.onnx.convert import convert, simplify
+from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")

@@ -14,10 +14,10 @@ import torch
 from onnxscript import optimizer
 from safetensors.torch import load_file, save_file
 
-from dipgo.checkpoint import DTYPES, stored_tensors
-from dipgo.errors import DipgoError
-from dipgo.random_weights import draw
-from export.weights import bind, cast, check_in_place, place
+from dipgo.base.errors import DipgoError
+from dipgo.model.random_weights import draw
+from dipgo.model.safetensors_index import DTYPES, stored_tensors
+from export.onnx.weights import bind, cast, check_in_place, place
 
 NAMES = {"denoiser.w": "w", "denoiser.b": "b", "denoiser.unread": "none"}
 X = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)

@@ -1,0 +1,1 @@
+"""One report: programs, baselines and techniques of others, measured in turns, as a page."""

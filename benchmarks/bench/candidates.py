@@ -1,0 +1,141 @@
+"""What a benchmark measures: the bundle, the full program, the baselines; compiled, verified, ready to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench.baselines import Baseline, Compiled, compile_baselines
+from benchmarks.bench.failures import one_line
+from benchmarks.bench.inputs import PARITY_SEED, encodes, given_of, latent_shape, save
+from benchmarks.bench.parity import Parity, conditions_in, measure
+from benchmarks.bench.progress import Progress
+from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from benchmarks.bench.suite import Suite
+from dipgo.base.errors import DipgoError
+from dipgo.searching.task import Task
+from engines.pipeline.pipeline import load
+from engines.program import Program
+from export.bundle import Bundle, BundleRecord
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A program that is to be measured, or why it cannot be; ``record`` is None for the model in torch."""
+
+    name: str
+    spec: ProgramSpec | TorchSpec | None = None
+    record: BundleRecord | None = None
+    parity: Parity | None = None
+    build_seconds: float | None = None
+    error: str | None = None
+
+
+def parity_failure(parity: Parity) -> str:
+    """Return what is wrong with a parity that did not hold."""
+    return f"parity failed, {parity.line()}"
+
+
+def subject_candidate(
+    bundle: Bundle, name: str, task: Task, suite: Suite, scratch: Path, progress: Progress
+) -> Candidate:
+    """Verify the bundle and return it as a candidate in the first backend.
+
+    Raises:
+        DipgoError: it does not run, or parity does not hold.
+    """
+    spec = ProgramSpec(folder=str(bundle.folder), backend=suite.backends[0], threads=suite.threads)
+    with load(bundle.folder, suite.threads, suite.backends[0]) as program:
+        parity = measure(program, task.pipe, suite.parity_images, PARITY_SEED, progress)
+        if not parity.passed:
+            raise DipgoError(f"{bundle.folder}: {parity_failure(parity)}; nothing was measured, export it again")
+        spec = spec.model_copy(update={"conditions": write_conditions(program, task.pipe, suite.images, scratch)})
+    return Candidate(name, spec, bundle.record, parity)
+
+
+def baseline_candidates(
+    task: Task,
+    ratio: float,
+    baselines: Mapping[str, Baseline],
+    own: ProgramSpec,
+    record: BundleRecord,
+    scratch: Path,
+    progress: Progress,
+) -> list[Candidate]:
+    """Compile and verify the baselines, the full program first; one that fails is listed with its error.
+
+    ``own`` and ``record`` are the bundle's: baselines have its images a call, and a decoder if it has one.
+    """
+    batch, whole = latent_shape(record)[0], record.decoder is not None
+    compiled = compile_baselines(task, ratio, scratch, baselines, progress, batch, whole)
+    found = []
+    for number, baseline in enumerate(compiled):
+        progress("verify baselines", number, len(compiled), baseline.name)
+        found.append(_verified(baseline, task, own))
+    progress("verify baselines", len(compiled), len(compiled), "")
+    return found
+
+
+def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Progress) -> list[Candidate]:
+    """Return the given programs in the suite's further backends, verified there too."""
+    found: list[Candidate] = []
+    for backend in suite.backends[1:]:
+        for candidate in candidates:
+            name = f"{candidate.name}, {backend}"
+            progress("verify backends", len(found), len(candidates) * (len(suite.backends) - 1), name)
+            if candidate.spec is None or candidate.record is None:
+                found.append(Candidate(name, error=candidate.error))
+                continue
+            spec = candidate.spec.model_copy(update={"backend": backend})
+            assert isinstance(spec, ProgramSpec)
+            found.append(_check(replace(candidate, name=name, spec=spec), Path(spec.folder), task))
+    return found
+
+
+def torch_candidates(names: list[str], bundle: Bundle, model: str | None, threads: int | None) -> list[Candidate]:
+    """Return the techniques of these names as candidates."""
+    return [
+        Candidate(name, TorchSpec(bundle=str(bundle.folder), model=model, technique=name, threads=threads))
+        for name in names
+    ]
+
+
+def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> list[str]:
+    """Write the conditions of batches for a program that cannot make its own; returns no file where it can."""
+    if encodes(program):
+        return []
+    conditioning, files = program.record.conditioning, []
+    batch = latent_shape(program.record)[0]
+    batches = max(1, -(-count // batch))
+    given = given_of(program, batches * batch)
+    for number in range(min(batches, len(given))):
+        chosen = given[number * batch : (number + 1) * batch]
+        made = conditions_in(pipe, chosen, conditioning.guided)
+        path = scratch / f"conditions-{number}.npz"
+        save(path, {each.name: made[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs})
+        files.append(str(path))
+    return files
+
+
+def _verified(baseline: Compiled, task: Task, own: ProgramSpec) -> Candidate:
+    if baseline.folder is None:
+        return Candidate(baseline.name, error=baseline.error)
+    spec = own.model_copy(update={"folder": str(baseline.folder)})
+    return _check(Candidate(baseline.name, spec, build_seconds=baseline.seconds), baseline.folder, task)
+
+
+def _check(candidate: Candidate, folder: Path, task: Task) -> Candidate:
+    """Measure a candidate's parity; one that fails it, or anything else, keeps only its error."""
+    spec = candidate.spec
+    assert isinstance(spec, ProgramSpec)
+    try:
+        with load(folder, spec.threads, spec.backend) as program:
+            parity = measure(program, task.pipe, images=1, seed=PARITY_SEED)
+            record = program.record
+    except Exception as error:  # a baseline may fail in any way; the others go on
+        return Candidate(candidate.name, error=one_line(error))
+    if not parity.passed:
+        return Candidate(candidate.name, error=parity_failure(parity))
+    return replace(candidate, parity=parity, record=record)

@@ -1,0 +1,120 @@
+"""Where a measurement was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from dipgo.base.records import Record
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
+FURTHER_PACKAGES = ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # listed where they are installed
+_GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
+
+
+class Environment(Record):
+    """The machine and the software.
+
+    Load averages are over 1, 5 and 15 minutes. Clocks are the cores' mean in MHz, None where the system does not tell.
+    ``gpu`` is what ``nvidia-smi`` says at the end. ``commit`` is that of the checkout, with ``+`` where files were
+    changed since; None for an installed package.
+    """
+
+    python: str
+    os: str
+    cpu: str
+    cores: int
+    physical_cores: int | None
+    memory_bytes: int
+    load_at_start: list[float]
+    load_at_end: list[float]
+    versions: dict[str, str]
+    clock_at_start: float | None = None
+    clock_at_end: float | None = None
+    governor: str | None = None
+    gpu: str | None = None
+    commit: str | None = None
+
+
+def load_average() -> list[float]:
+    """Return the load averages over 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in psutil.getloadavg()]
+
+
+def clock() -> float | None:
+    """Return the mean clock of the cores in MHz."""
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, RuntimeError, NotImplementedError):  # by system and container
+        return None
+    return round(found.current, 1) if found else None
+
+
+def environment(load_at_start: list[float], clock_at_start: float | None = None) -> Environment:
+    """Describe this machine now, at the end of a measurement."""
+    return Environment(
+        python=platform.python_version(),
+        os=platform.platform(),
+        cpu=cpu_model(),
+        cores=os.cpu_count() or 1,
+        physical_cores=psutil.cpu_count(logical=False),
+        memory_bytes=psutil.virtual_memory().total,
+        load_at_start=load_at_start,
+        load_at_end=load_average(),
+        versions={name: version(name) for name in PACKAGES} | _installed(FURTHER_PACKAGES),
+        clock_at_start=clock_at_start,
+        clock_at_end=clock(),
+        governor=_governor(),
+        gpu=_said_by(["nvidia-smi", f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader"]),
+        commit=commit(),
+    )
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, shortened; ``+`` says that tracked files differ from it."""
+    if not (ROOT / ".git").exists():
+        return None
+    found = _said_by(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"])
+    changed = _said_by(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return found and found + ("+" if changed else "")
+
+
+def _installed(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _governor() -> str | None:
+    file = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _said_by(command: list[str]) -> str | None:
+    """Return what a program prints, None where there is no such program, it fails, or it prints nothing."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def cpu_model() -> str:
+    """Return the name of the processor as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

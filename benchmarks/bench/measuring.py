@@ -1,0 +1,195 @@
+"""Measure candidates, each in a process of its own, in turns: times, memory, and what they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench.child import Worker
+from benchmarks.bench.failures import NotMeasuredError
+from benchmarks.bench.inputs import IMAGE_SEED
+from benchmarks.bench.progress import Progress, silent
+from benchmarks.bench.quality import Made, latent_error
+from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from benchmarks.bench.suite import Suite
+from benchmarks.bench.timing import in_rounds
+
+STEADY = 1e-4  # relative; how far two runs of one loop on the same noise may be apart
+
+
+@dataclass
+class Outcome:
+    """What was measured of one candidate.
+
+    Attributes:
+        label: what ran it.
+        samples: seconds by scope, one a round.
+        skipped: scopes that it does not have, and why.
+        device_seconds: of the loop on the device, one a round; empty where there is none.
+        outside: share of the loop's time outside its graphs, one a round; empty where it cannot be told.
+        steps: seconds ``[runs][steps]``.
+        load_seconds, first_seconds: of loading and of the first run, one a process; without a warm-up the
+            first run is the first sample.
+        resident, proportional, device: peaks in bytes.
+        macs: of one trajectory and row, where they were counted.
+        final: latents of the timing seed's noise, ``[B, C, H, W]``.
+        made: latents and images for the judges.
+        error: why it was not measured after all.
+    """
+
+    label: str = ""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    device_seconds: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
+    load_seconds: list[float] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)
+    resident: int = 0
+    proportional: int = 0
+    device: int | None = None
+    macs: int | None = None
+    final: np.ndarray | None = None
+    made: Made | None = None
+    error: str | None = None
+
+
+def measure_all(
+    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Progress = silent
+) -> dict[str, Outcome]:
+    """Measure what ``specs`` say, by name; one that fails has an ``error`` and drops out, the others go on.
+
+    Each of ``suite.processes`` generations starts one process a candidate, loads them one after another, warms them up,
+    and takes its share of the rounds; the first one makes the images too. Only one process works at a time.
+    """
+    outcomes = {name: Outcome() for name in specs}
+    for generation in range(suite.processes):
+        with ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            for number, (name, spec) in enumerate(specs.items()):
+                progress("load", number, len(specs), name)
+                if outcomes[name].error is None:
+                    log = scratch / f"worker-{generation}-{number}.log"
+                    workers[name] = stack.enter_context(Worker(spec, log, suite.patience))
+                    with _listed(outcomes[name]):
+                        _load(workers[name], outcomes[name], suite.warm_up)
+            progress("load", len(specs), len(specs), "")
+            _time(workers, outcomes, suite, progress)
+            for number, (name, worker) in enumerate(workers.items()):
+                if outcomes[name].error is None:
+                    progress("make images", number, len(workers), name)
+                    with _listed(outcomes[name]):
+                        _finish(worker, outcomes[name], suite, scratch, generation == 0)
+            progress("make images", len(workers), len(workers), "")
+    return outcomes
+
+
+@contextmanager
+def _listed(outcome: Outcome) -> Iterator[None]:
+    """Note a failure in the outcome, and go on."""
+    try:
+        yield
+    except NotMeasuredError as error:
+        outcome.error = str(error)
+
+
+def _load(worker: Worker, outcome: Outcome, warm_up: int) -> None:
+    loaded = worker.load()
+    outcome.label = loaded["label"]
+    outcome.load_seconds.append(loaded["seconds"])
+    if warm_up:
+        outcome.first_seconds.append(worker.ask("warm_up", rounds=warm_up)["seconds"])
+
+
+def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Progress) -> None:
+    """Take this generation's share of the rounds, a scope after the other."""
+    repeats = math.ceil(suite.repeats / suite.processes)
+    for scope in dict.fromkeys(["loop", *suite.scopes]):
+        if scope == "step":
+            _time_steps(workers, outcomes, min(repeats, 5))
+            continue
+
+        def running(scope: str = scope) -> list[str]:
+            return [name for name in workers if outcomes[name].error is None and scope not in outcomes[name].skipped]
+
+        def sample(name: str, scope: str = scope) -> None:
+            outcome = outcomes[name]
+            try:
+                found = workers[name].ask("sample", scope=scope, prepared=suite.warm_up > 0)
+            except NotMeasuredError as error:
+                if scope == "loop" or workers[name].ended:
+                    outcome.error = str(error)
+                else:
+                    outcome.skipped[scope] = str(error)
+                    outcome.samples.pop(scope, None)
+                return
+            outcome.samples.setdefault(scope, []).append(found["seconds"])
+            if len(outcome.first_seconds) < len(outcome.load_seconds):
+                outcome.first_seconds.append(found["seconds"])
+            if found.get("device_seconds") is not None:
+                outcome.device_seconds.append(found["device_seconds"])
+            if found.get("graph_seconds") is not None:
+                outcome.outside.append(1 - found["graph_seconds"] / found["seconds"])
+
+        in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
+        if scope == "loop":
+            for name in running():
+                with _listed(outcomes[name]):
+                    _note_memory(workers[name], outcomes[name])
+
+
+def _note_memory(worker: Worker, outcome: Outcome) -> None:
+    """Note the most that was held so far: after the loop, before a decoder's memory counts."""
+    memory = worker.ask("memory")
+    outcome.resident = max(outcome.resident, memory["resident_peak"])
+    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
+    if "device_peak" in memory:
+        outcome.device = max(outcome.device or 0, memory["device_peak"])
+
+
+def _time_steps(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], repeats: int) -> None:
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            if outcomes[name].error is None:
+                with _listed(outcomes[name]):
+                    outcomes[name].steps.append(worker.ask("steps")["seconds"])
+
+
+def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:
+    """Read results; the first generation counts MACs and makes the images."""
+    file = scratch / f"latents-{worker.pid}.npz"
+    worker.ask("latents", file=str(file))
+    with np.load(file, allow_pickle=False) as held:
+        drift = latent_error(held["last"], held["first"])
+        outcome.final = held["first"]
+    if not drift <= STEADY:
+        raise NotMeasuredError(f"its result changed from run to run by {drift:.1e} (relative), on the same noise")
+    if first:
+        outcome.macs = worker.ask("macs")["macs"]
+        if suite.images:
+            outcome.made = _make(worker, suite.images, outcome.final.shape[0], scratch)
+
+
+def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Made:
+    latents, images = [], []
+    for start in range(0, count, batch):
+        file = scratch / f"made-{worker.pid}.npz"
+        worker.ask("made", start=start, count=count, seed=IMAGE_SEED, file=str(file))
+        with np.load(file, allow_pickle=False) as held:
+            latents.append(held["latents"])
+            images.append(held["images"] if "images" in held.files else shown(held["latents"]))
+    made = Made(np.concatenate(latents), np.concatenate(images))
+    if not (np.isfinite(made.latents).all() and np.isfinite(made.images).all()):
+        raise NotMeasuredError("its images are not finite")
+    return made
+
+
+def shown(latents: np.ndarray) -> np.ndarray:
+    """Stand in for images where nothing decodes: latents between -1 and 1 as [0, 1], three channels at most."""
+    pixels: np.ndarray = (latents[:, :3] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
+    return pixels[..., :1] if pixels.shape[-1] == 2 else pixels

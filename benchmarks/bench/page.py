@@ -1,0 +1,123 @@
+"""The report as a web page: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from benchmarks.bench.baselines import FULL
+from benchmarks.bench.heatmap import heatmap
+from benchmarks.bench.markdown import summary
+from benchmarks.bench.plots import pareto, points_of, step_bars
+from benchmarks.bench.report import RECORD_FILE, SUBJECT, ReportRecord, decibels, milliseconds
+from dipgo.base.files import new_folder
+from engines.pipeline.images import to_image
+
+PAGE_FILE, SUMMARY_FILE = "report.html", "report.md"
+SMALL = 128  # images with shorter sides are shown enlarged, pixel by pixel
+LARGE = 256  # those with longer ones as thumbnails
+SHOWN_SMALL, SHOWN = 16, 4  # images a program
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Images of one program, as PNG data URIs."""
+
+    name: str
+    images: list[str]
+
+
+def write_report(
+    report: ReportRecord,
+    pictures: Mapping[str, np.ndarray],
+    captions: Sequence[str],
+    folder: Path,
+    force: bool = False,
+) -> None:
+    """Write ``report.json``, ``report.html`` and ``report.md`` into ``folder``, whole or not at all.
+
+    Args:
+        pictures: images ``[n, height, width, channels]`` in [0, 1] by program, those of them that made any.
+        captions: what each image shows.
+
+    Raises:
+        UsageError: the folder exists, without ``force``, or is no report's.
+    """
+    size: Sequence[int] = next((images.shape[1:3] for images in pictures.values()), (SMALL, SMALL))
+    shown = SHOWN_SMALL if min(size) < SMALL else SHOWN
+    strips = [
+        Strip(row.name, [_data_uri(image) for image in pictures[row.name][:shown]])
+        for row in report.rows
+        if row.name in pictures and not row.error
+    ]
+    with new_folder(folder, force, RECORD_FILE) as draft:
+        (draft / RECORD_FILE).write_text(report.text())
+        (draft / PAGE_FILE).write_text(render(report, strips, captions[:shown], size))
+        (draft / SUMMARY_FILE).write_text(summary(report) + "\n")
+
+
+def render(report: ReportRecord, strips: Sequence[Strip], captions: Sequence[str], size: Sequence[int]) -> str:
+    """Return the page; ``size`` is the height and width of the images."""
+    scale = max(1, round(64 / min(size))) if min(size) < SMALL else min(1.0, LARGE / max(size))
+    full, own = report.row(FULL), report.row(SUBJECT)
+    return template("report.html").render(
+        report=report,
+        full=FULL,
+        subject=SUBJECT,
+        strips=strips,
+        captions=captions,
+        small=min(size) < SMALL,
+        height=round(size[0] * scale),
+        width=round(size[1] * scale),
+        map=Markup(heatmap(report.gates, report.sites, report.sampler.timesteps)),
+        plot=Markup(pareto(report.rows)),
+        points=points_of(report.rows),
+        bars=Markup(step_bars(own.steps_seconds, full.steps_seconds)) if own.steps_seconds else None,
+        pipelines=[row for row in report.rows if row.pipeline],
+        used=[row for row in report.rows if row.usage],
+        devices=any(row.device for row in report.rows),
+    )
+
+
+def template(name: str) -> Template:
+    """Return a page's template, with the filters that print figures."""
+    environment = Environment(
+        loader=PackageLoader("benchmarks"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ms": milliseconds, "db": decibels, "size": file_size, "macs": macs}
+    return environment.get_template(name)
+
+
+def file_size(count: int) -> str:
+    """Return a number of bytes as text."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return f"{count} B"
+
+
+def macs(count: int) -> str:
+    """Return a number of MACs as text."""
+    for unit, divisor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return str(count)
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    image, stream = to_image(pixels), io.BytesIO()
+    if max(image.size) > LARGE:
+        image.thumbnail((LARGE, LARGE))
+    image.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

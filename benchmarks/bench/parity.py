@@ -1,0 +1,262 @@
+"""Parity: whether a compiled program does what torch does under the same gates.
+
+A float32 bundle is held against the real gated diffusers pipeline, called with classes or prompts. A bundle of half
+precision, or one that holds no text encoder or no decoder, is held against the gated denoiser under the sampler's table
+(:class:`dipgo.eager.trajectory.Trajectory`, which tests hold against the pipelines): pipelines in half precision draw
+other noise and round x at every step, which the program does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench.inputs import Given, encodes, given_of, latent_shape
+from benchmarks.bench.progress import Bars, Progress, silent
+from benchmarks.bench.reference import cast_pipeline, model_of, subnet_of
+from dipgo.base.records import Record
+from dipgo.eager.gating import gated
+from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.exported import in_dtype
+from dipgo.model.families import Conditions, GuidedDenoiser, family_of, join
+from dipgo.model.sampler import tabulate
+from dipgo.model.vae import from_vae, to_vae
+from engines.pipeline.pipeline import load
+from engines.program import Program
+from export.compiler import scheduler_of
+
+TOLERANCE = 1e-4  # float32
+_POSTPROCESSORS = ("safety_checker", "watermark")  # what a pipeline does to finished images; programs do not
+
+Made = tuple[np.ndarray, np.ndarray]
+"""Final latents ``[n, C, H, W]`` and images ``[n, height, width, channels]`` in [0, 1], float32."""
+
+
+class Parity(Record):
+    """Relative errors ``||compiled - torch||_2 / ||torch||_2`` over all images; NaN or infinite never passes.
+
+    The tolerance of a half dtype is twice torch's own error in that dtype, plus that of float32: a program that is no
+    less exact than torch is at most so far from it.
+    """
+
+    images: int
+    seed: int
+    dtype: str = "float32"
+    relative_error_latent: float
+    relative_error_image: float
+    rounding_latent: float = 0.0  # of torch in this dtype, to torch in float32
+    rounding_image: float = 0.0
+    tolerance: float
+    tolerance_image: float | None = None  # where it is not the latent's
+    passed: bool
+
+    def line(self) -> str:
+        """Return the errors and what they may be, as text."""
+        allowed = f"{self.tolerance:.0e}"
+        if self.tolerance_image is not None:
+            allowed = f"{self.tolerance:.1e} and {self.tolerance_image:.1e} ({self.dtype})"
+        return (
+            f"relative error {self.relative_error_latent:.1e} (latent), {self.relative_error_image:.1e} (image), "
+            f"tolerance {allowed}"
+        )
+
+
+def verify(
+    folder: Path,
+    model: str | None = None,
+    images: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+    backend: str = "onnxruntime",
+) -> Parity:
+    """Measure the parity of a bundle with its model, which ``model`` finds if it lies elsewhere now.
+
+    ``progress`` None shows bars; ``backend`` runs the program.
+
+    Raises:
+        DipgoError: a damaged bundle, or a model that is not the one it was compiled from.
+    """
+    progress = progress or Bars()
+    program = load(folder, backend=backend)
+    pipe = model_of(program.bundle, model).pipeline()
+    with program:
+        return measure(program, pipe, images, seed, progress)
+
+
+def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progress: Progress = silent) -> Parity:
+    """Run a program and the float32 pipeline that it was compiled from on the same noise and classes or prompts.
+
+    Classes and prompts cycle (:func:`given_of`). The pipeline gets the SubNet's own scheduler, for the time of the
+    call; for a program of half precision it is copied in that dtype.
+    """
+    given, dtype = given_of(program, images), getattr(torch, program.record.dtype)
+    exact = _torch(program, pipe, given, seed, progress)
+    if dtype == torch.float32:
+        expected, rounding = exact, (0.0, 0.0)
+    else:
+        pipe = cast_pipeline(pipe, dtype)
+        expected = _torch(program, pipe, given, seed, progress)
+        rounding = _errors(expected, exact)
+    embeddings = None if encodes(program) else pipe
+    errors = _errors(_program(program, embeddings, given, seed, progress), expected)
+    tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
+    return Parity(
+        images=images,
+        seed=seed,
+        dtype=program.record.dtype,
+        relative_error_latent=errors[0],
+        relative_error_image=errors[1],
+        rounding_latent=rounding[0],
+        rounding_image=rounding[1],
+        tolerance=tolerances[0],
+        tolerance_image=tolerances[1] if dtype != torch.float32 else None,
+        passed=all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True)),
+    )
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return ``||actual - expected||_2 / ||expected||_2``, computed in float64."""
+    difference = actual.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def _errors(actual: Made, expected: Made) -> tuple[float, float]:
+    latent, image = (relative_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
+    return latent, image
+
+
+def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progress) -> Made:
+    """Run the gated model in torch, in the way that the module's docstring names for this program."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        progress("verify: torch", calls, len(program.record.steps), "")
+
+    progress("verify: torch", 0, len(program.record.steps), "")
+    record = program.record
+    pipelined = record.conditioning.kind != "nothing" and record.decoder is not None
+    whole = record.dtype == "float32" and encodes(program) and pipelined
+    hook = getattr(pipe, family_of(pipe).component).register_forward_hook(count)
+    try:
+        return (_pipeline if whole else _trajectory)(program, pipe, given, seed)
+    finally:
+        hook.remove()
+
+
+def _pipeline(program: Program, pipe: Any, given: Given, seed: int) -> Made:
+    """Call the gated pipeline itself."""
+    subnet = subnet_of(program.bundle)
+    changes = {name: None for name in _POSTPROCESSORS if getattr(pipe, name, None) is not None}
+    options = {"clean_caption": False} if "clean_caption" in inspect.signature(pipe.__call__).parameters else {}
+    pipe.set_progress_bar_config(disable=True)
+    with (
+        _changed(pipe, changes | {"scheduler": scheduler_of(subnet)}),
+        gated(getattr(pipe, family_of(pipe).component), subnet),
+        _decoded(pipe.vae) as latents,
+    ):
+        images = pipe(
+            given,
+            guidance_scale=subnet.sampler.guidance_scale,
+            num_inference_steps=subnet.sampler.steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            **options,
+        ).images
+    return torch.cat(latents).numpy(), images
+
+
+def _trajectory(program: Program, pipe: Any, given: Given, seed: int) -> Made:
+    """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
+    subnet, family = subnet_of(program.bundle), family_of(pipe)
+    denoiser = getattr(pipe, family.component)
+    sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
+    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance_scale)
+    shape = (len(given), *latent_shape(program.record)[1:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+    conditions = conditions_in(pipe, given, guided.guided)
+    trajectory = Trajectory(guided, subnet.sites, sampler)
+    with torch.no_grad():
+        latent = trajectory.gated(noise, conditions, subnet.gates, weights, subnet.terms)[-1]
+        if program.record.decoder is None:
+            return latent.numpy(), _pixels(latent)
+        return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
+
+
+def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
+    """Return the denoiser's conditions as the pipeline makes them, or stand-ins, floats in the denoiser's dtype."""
+    family = family_of(pipe)
+    dtype = getattr(pipe, family.component).dtype
+    with torch.no_grad():
+        joined = join(*family.conditions(pipe, given), guided)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
+    decoded = vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float()
+    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def _pixels(decoded: torch.Tensor) -> np.ndarray:
+    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@contextmanager
+def _changed(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes for the time of the context."""
+    held = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the latents that ``vae.decode`` is given, in the scale of the denoiser."""
+    original, latents = vae.decode, []
+
+    def decode(latent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        latents.append(from_vae(latent, vae.config))
+        return original(latent, *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield latents
+    finally:
+        del vae.decode
+
+
+def _program(program: Program, pipe: Any | None, given: Given, seed: int, progress: Progress) -> Made:
+    """Run the compiled program; ``pipe`` makes the conditions of one that takes embeddings."""
+    conditioning = program.record.conditioning
+    noise, count = program.noise(len(given), seed), len(given)
+    latents, images = [], []
+    for start in range(0, count, program.batch):
+        progress("verify: compiled", start, count, "")
+        chosen = np.arange(start, start + program.batch).clip(max=count - 1)
+        batch: Any = [given[k] for k in chosen]
+        if pipe is None:
+            conditions = program.conditions(batch)
+        else:
+            made = conditions_in(pipe, batch, conditioning.guided)
+            conditions = {each.name: made[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
+        latents.append(program.denoise(noise[chosen], conditions))
+        if program.record.decoder is None:  # the latents are the images
+            images.append(_pixels(torch.from_numpy(latents[-1])))
+        else:
+            images.append(program.decode(latents[-1]).transpose(0, 2, 3, 1))
+    progress("verify: compiled", count, count, "")
+    return np.concatenate(latents)[:count], np.concatenate(images)[:count]

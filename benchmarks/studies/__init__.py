@@ -1,0 +1,1 @@
+"""One question each, from measurement to record."""

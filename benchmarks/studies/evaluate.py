@@ -1,0 +1,214 @@
+"""Evaluate a bundle at scale: an image for each prompt of a file, then CLIP score and FID where weights are given.
+
+    python -m benchmarks.studies.evaluate BUNDLE --prompts captions_val2017.json -o DIR --number 5000
+    accelerate launch --cpu --num_processes 4 -m benchmarks.studies.evaluate BUNDLE --prompts PartiPrompts.tsv -o DIR
+
+Each image has a seed of its own, its number added to ``--seed``, so it is the same whoever makes it and in what order:
+a run that was cut off goes on when the command is given again, and processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from benchmarks.bench.environment import Environment, environment, load_average
+from benchmarks.studies.prompts import prompts_of
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import new_file
+from dipgo.base.records import Record, read_record
+from engines.pipeline.images import to_image
+from engines.pipeline.pipeline import load
+from engines.program import Program
+
+SCHEMA: Literal["dipgo.evaluation/1"] = "dipgo.evaluation/1"
+PLAN_FILE, RECORD_FILE, IMAGES = "plan.json", "evaluation.json", "images"
+
+
+class Plan(Record):
+    """What is to be made: images of another plan are not mixed with these."""
+
+    schema_id: Literal["dipgo.evaluation/1"] = Field(alias="schema", default=SCHEMA)
+    bundle_sha256: str
+    prompts_sha256: str
+    number: int
+    seed: int
+
+
+class Evaluation(Record):
+    """``evaluation.json``: scores are None where nothing to score with was given; ``skipped`` says so."""
+
+    schema_id: Literal["dipgo.evaluation/1"] = Field(alias="schema", default=SCHEMA)
+    command: str
+    plan: Plan
+    model: str
+    images: int
+    clip_score: float | None
+    fid: float | None
+    skipped: list[str]
+    environment: Environment
+
+
+def evaluate(
+    bundle: Path,
+    prompts: Path,
+    output: Path,
+    number: int | None = None,
+    seed: int = 0,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    clip: Path | None = None,
+    inception: Path | None = None,
+    real: Path | None = None,
+    rank: int = 0,
+    processes: int = 1,
+    wait: Any = lambda: None,
+) -> Evaluation | None:
+    """Make the images that are not there yet, and score all of them; see the module's docstring.
+
+    Args:
+        prompts: see :func:`benchmarks.studies.prompts.prompts_of`; the first ``number`` of them.
+        output: a folder; one that is there must be of the same bundle, prompts, number and seed.
+        clip: folder of a CLIP model; inception: torch-fidelity's weights, with ``real``, a folder of pictures.
+        rank, processes: this process and how many share the work; ``wait`` returns when all have come to it.
+
+    Returns:
+        The record, in the first process; None in the others.
+
+    Raises:
+        UsageError: a folder of another plan, or a bundle that prompts do not condition.
+        DipgoError: prompts, bundle or weights that cannot be read.
+    """
+    load_before = load_average()
+    if (inception is None) != (real is None):
+        raise UsageError("FID needs both --inception and --real")
+    texts = prompts_of(prompts)[:number]
+    with load(bundle, threads, backend) as program:
+        if program.record.conditioning.kind != "prompt":
+            raise UsageError(f"{bundle}: conditioned by {program.record.conditioning.kind}, not by prompts")
+        plan = Plan(
+            bundle_sha256=program.record.sha256,
+            prompts_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            number=len(texts),
+            seed=seed,
+        )
+        _adopt(output, plan, rank == 0)
+        wait()
+        _make(program, texts, seed, output / IMAGES, rank, processes)
+        model = program.record.model.name
+    wait()
+    if rank:
+        return None
+    pictures = [output / IMAGES / _name(index) for index in range(len(texts))]
+    scores, skipped = _scores(pictures, texts, clip, inception, real)
+    found = Evaluation(
+        command="python -m benchmarks.studies.evaluate " + " ".join(sys.argv[1:]),
+        plan=plan,
+        model=model,
+        images=len(pictures),
+        skipped=skipped,
+        environment=environment(load_before),
+        **scores,
+    )
+    with new_file(output / RECORD_FILE) as draft:
+        draft.write_text(found.text())
+    return found
+
+
+def _adopt(output: Path, plan: Plan, first: bool) -> None:
+    """Begin a folder, or go on in one of the same plan; all processes check, the first one writes."""
+    file = output / PLAN_FILE
+    if file.is_file():
+        held = read_record(file, Plan, SCHEMA, "plan", "give another folder")
+        if held != plan:
+            raise UsageError(f"{output}: holds images of another bundle, prompts, number or seed; give another -o")
+        return
+    if output.exists() and any(output.iterdir()) and first:
+        raise UsageError(f"{output}: exists and is no evaluation; give another -o")
+    if first:
+        (output / IMAGES).mkdir(parents=True, exist_ok=True)
+        with new_file(file) as draft:
+            draft.write_text(plan.text())
+
+
+def _make(program: Program, prompts: Sequence[str], seed: int, folder: Path, rank: int, processes: int) -> None:
+    """Make those of this process's images that are missing, a batch at a time: every ``processes``-th is its own."""
+    mine = [index for index in range(rank, len(prompts), processes) if not (folder / _name(index)).is_file()]
+    for start in tqdm(range(0, len(mine), program.batch), desc=f"images, process {rank}", disable=None):
+        chosen = mine[start : start + program.batch]
+        filled = [*chosen, *[chosen[-1]] * (program.batch - len(chosen))]
+        noise = np.concatenate([program.noise(1, seed + index) for index in filled])
+        latents = program.denoise(noise, program.conditions([prompts[index] for index in filled]))
+        pixels = program.decode(latents).transpose(0, 2, 3, 1)
+        for index, image in zip(chosen, pixels, strict=False):
+            with new_file(folder / _name(index)) as draft:
+                to_image(image).save(draft)
+
+
+def _scores(
+    pictures: Sequence[Path], prompts: Sequence[str], clip: Path | None, inception: Path | None, real: Path | None
+) -> tuple[dict[str, float | None], list[str]]:
+    scores: dict[str, float | None] = {"clip_score": None, "fid": None}
+    skipped = []
+    if clip is None:
+        skipped.append("CLIP score: no weights were given; give --clip FOLDER")
+    else:
+        from benchmarks.studies.scores import clip_score
+
+        scores["clip_score"] = clip_score(pictures, prompts, clip)
+    if inception is None or real is None:
+        skipped.append("FID: no weights were given; give --inception FILE and --real FOLDER")
+    else:
+        from benchmarks.studies.scores import fid
+
+        scores["fid"] = fid(pictures, real, inception)
+    return scores, skipped
+
+
+def _name(index: int) -> str:
+    return f"{index:06}.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True, help="COCO captions .json, PartiPrompts .tsv, or text")
+    parser.add_argument("--number", type=int, help="the first so many prompts; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    parser.add_argument("--inception", type=Path, help="torch-fidelity's Inception weights, for FID")
+    parser.add_argument("--real", type=Path, help="folder of real pictures, for FID")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=True)
+    try:
+        found = evaluate(
+            **vars(given), rank=state.process_index, processes=state.num_processes, wait=state.wait_for_everyone
+        )
+    except DipgoError as error:
+        if state.process_index == 0:
+            print(f"evaluate: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if found:
+        for line in found.skipped:
+            print(f"left out: {line}")
+        for name in ("clip_score", "fid"):
+            if getattr(found, name) is not None:
+                print(f"{name}: {getattr(found, name):.3f}")
+        print(f"{found.images} images: {given.output / IMAGES}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What it takes to export real architectures: seconds, peak memory, sizes; and what leaves the loop.
+
+    python -m benchmarks.studies.export_table -o benchmarks/results/export.json --publish
+
+Each case is a process of its own: it exports the denoiser from a pipeline folder on disk, which is made first and holds
+random weights in the graph's precision. The SubNet is the published one for SD-1.5, else whole steps at even intervals.
+Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.bench.environment import Environment, environment, load_average
+from benchmarks.pages.readme import README, put_between
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import new_file, refuse_existing
+from dipgo.base.process_memory import resident_peak
+from dipgo.base.records import Record
+from dipgo.model.models import ARCHITECTURES, Model, find_model
+from dipgo.schedule.subnet import SubNet, load_subnet
+from export.bundle import BundleRecord, PartRecord
+
+ROOT = Path(__file__).parents[2]
+MARKER = "export"
+SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes
+PUBLISHED = ROOT / "dipgo" / "published" / "sd15-published-0.8.json"
+MODELS = ("sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha")
+STEPS, RATIO = 50, 0.35
+
+
+class Case(Record):
+    """One export. Seconds are of the whole process, and of the first and of each further graph inside it."""
+
+    model: str
+    weights: str
+    dtype: str
+    parameters: int
+    seconds: float
+    seconds_first_graph: float
+    seconds_further_graph: float
+    peak_bytes: int
+    graphs: int
+    largest_graph_bytes: int
+    graphs_bytes: int
+    copied_bytes: int
+    weights_bytes: int
+    slots_bytes: int
+    naive_cache_bytes: int
+    parts: list[PartRecord]
+
+
+class ExportRecord(Record):
+    """The result file."""
+
+    command: str
+    cases: list[Case]
+    environment: Environment
+
+
+def make_checkpoint(name: str, dtype: str, folder: Path) -> Path:
+    """Write a pipeline folder of an architecture's denoiser with random weights; returns it."""
+    from dipgo.model.random_weights import write_random
+    from export.compiler import DTYPES
+    from export.components import parameters_of
+
+    model = find_model(name, random_weights=True)
+    target = folder / name
+    shutil.copytree(ARCHITECTURES / name, target, dirs_exist_ok=True)
+    component = model.family.component
+    path = target / component / "diffusion_pytorch_model.safetensors"
+    write_random(parameters_of(model, component), DTYPES[dtype], path)
+    return target
+
+
+def subnet_of(model: Model) -> SubNet:
+    """Return the SubNet to export: the published one where there is one, else whole steps at even intervals."""
+    from dipgo.graph.trace import trace
+    from dipgo.model.families import default_guidance
+    from dipgo.model.sampler import make_scheduler, tabulate
+    from dipgo.schedule.policies import SPACINGS, spaced
+    from dipgo.schedule.subnet import Cost
+
+    if model.folder.name == "sd-1.5":
+        return replace(load_subnet(PUBLISHED), model=model.identity())
+    import diffusers
+
+    index = json.loads((model.folder / "model_index.json").read_text())
+    scale = default_guidance(getattr(diffusers, index["_class_name"]))
+    traced = trace(model, "block", scale)
+    sampler = tabulate(make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=False)), STEPS)
+    gates = spaced(traced, sampler.calls, RATIO, SPACINGS["uniform"])
+    return SubNet(model.identity(), sampler.identity(scale), traced.sites, gates, Cost(full=1, subnet=1, ratio=1))
+
+
+def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Path) -> dict[str, float]:
+    """Export in this process; returns what only it can know: its times by graph and its peak memory.
+
+    A further graph is timed by putting the program together again, when all that graphs share is at hand.
+    """
+    import onnx_ir as ir
+
+    from export.assembly import assemble
+    from export.compiler import Options, normalise, retrace, sampler_of, write_bundle
+    from export.converted import DTYPES, prepare
+
+    started = time.perf_counter()
+    model, found = find_model(str(folder)), load_subnet(subnet)
+    prepared = prepare(retrace(model, found, DTYPES[dtype]), whole=False)
+    sampler = sampler_of(found, model)
+    write_bundle(prepared, found, sampler, output, True, Options(weights=weights))
+    total = time.perf_counter() - started
+    peak = resident_peak()
+    started = time.perf_counter()
+    made = assemble(prepared, normalise(found, prepared.trace), sampler, "signature")
+    for graph in made.models.values():
+        ir.to_proto(graph).SerializeToString()
+    further = (time.perf_counter() - started) / len(made.models)
+    return {"first": total - further * (len(made.graphs) - 1), "further": further, "peak": peak}
+
+
+def measure(folder: Path, subnet: Path, dtype: str, weights: str) -> Case:
+    """Export in a process of its own and describe the bundle."""
+    output = folder if weights == "in-place" else folder.parent / "bundle"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.studies.export_table",
+        "--one",
+        str(folder),
+        str(subnet),
+        dtype,
+        weights,
+    ]
+    started = time.perf_counter()
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise DipgoError(f"export of {folder.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    inside = json.loads(done.stdout.strip().splitlines()[-1])
+    record = BundleRecord.model_validate_json((output / "bundle.json").read_text())
+    graphs = [record.files[graph.file].bytes for graph in record.graphs.values()]
+    held = sum(file.bytes for name, file in record.files.items() if "/" in name)
+    case = Case(
+        model=folder.name,
+        weights=weights,
+        dtype=dtype,
+        parameters=sum(part.parameters for part in record.parts),
+        seconds=round(seconds, 1),
+        seconds_first_graph=round(inside["first"], 2),
+        seconds_further_graph=round(inside["further"], 3),
+        peak_bytes=int(inside["peak"]),
+        graphs=len(graphs),
+        largest_graph_bytes=max(graphs),
+        graphs_bytes=sum(graphs),
+        copied_bytes=held if weights == "copy" else 0,
+        weights_bytes=held,
+        slots_bytes=sum(slot.bytes for slot in record.slots),
+        naive_cache_bytes=record.naive_cache_bytes,
+        parts=record.parts,
+    )
+    if weights == "copy":
+        shutil.rmtree(output)
+    return case
+
+
+def markdown(record: ExportRecord, source: str) -> str:
+    """Return two tables: what each export took, and where parameters and MACs went."""
+    lines = [
+        "| denoiser, precision | weights | wall time | peak memory | graphs | largest | each further graph | copied |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record.cases:
+        further = f"{case.seconds_further_graph:.2f} s ({case.seconds_further_graph / case.seconds_first_graph:.1%})"
+        lines.append(
+            f"| {case.model}, {case.dtype}, {case.parameters / 1e6:.0f} M | {case.weights} | {case.seconds:.0f} s | "
+            f"{case.peak_bytes / 1e9:.2f} GB | {case.graphs} | {case.largest_graph_bytes / 1e3:.0f} KB | {further} | "
+            f"{case.copied_bytes / 1e9:.2f} GB |"
+        )
+    lines += [
+        "",
+        "| denoiser | parameters in the loop | before it, once | while compiling | cache slots | all sites kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(case.model for case in record.cases):
+        case = next(case for case in record.cases if case.model == model)
+        sizes = {part.part: part.parameters / case.parameters for part in case.parts}
+        lines.append(
+            f"| {model} | {sizes['loop']:.1%} | {sizes['steps'] + sizes['prompt']:.1%} | {sizes['table']:.1%} | "
+            f"{case.slots_bytes / 1e6:.1f} MB | {case.naive_cache_bytes / 1e6:.1f} MB |"
+        )
+    place = record.environment
+    lines += [
+        "",
+        f"`{record.command}`; {place.cpu}, {place.cores} cores, load average {place.load_at_start[0]:.1f} at the "
+        f"start. From [{source}]({source}).",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="joined by commas")
+    parser.add_argument("--dtypes", default="fp16", help="joined by commas")
+    parser.add_argument("--publish", action="store_true", help="put the tables into the README")
+    parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SUBNET", "DTYPE", "WEIGHTS"), help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    if given.one:
+        folder, subnet, dtype, weights = given.one
+        print(json.dumps(export_one(Path(folder), Path(subnet), dtype, weights, given.output)))
+        return
+    refuse_existing(given.output, force=True)
+    load = load_average()
+    cases = []
+    SCRATCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="export-", dir=SCRATCH) as scratch:
+        for name in tqdm(given.models.split(","), desc="export"):
+            for dtype in given.dtypes.split(","):
+                from dipgo.schedule.subnet import save_subnet
+
+                folder = make_checkpoint(name, dtype, Path(scratch))
+                subnet = Path(scratch) / f"{name}.subnet.json"
+                save_subnet(subnet_of(find_model(str(folder))), subnet, force=True)
+                cases += [measure(folder, subnet, dtype, weights) for weights in ("copy", "in-place")]
+                shutil.rmtree(folder)
+    record = ExportRecord(
+        command="python -m benchmarks.studies.export_table " + " ".join(sys.argv[1:]),
+        cases=cases,
+        environment=environment(load),
+    )
+    with new_file(given.output) as draft:
+        draft.write_text(record.text())
+    text = markdown(record, str(given.output))
+    print(text)
+    if given.publish:
+        put_between(README, MARKER, text)
+
+
+if __name__ == "__main__":
+    main()

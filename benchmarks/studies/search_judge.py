@@ -1,0 +1,85 @@
+"""What a table of searches judges on: its noise, the full trajectory's images, and the converged ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.bench.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.bench.reference import converged as converged_task
+from benchmarks.studies.search_record import CONVERGED_STEPS, Cell
+from dipgo.eager.trajectory import Batch
+from dipgo.schedule.subnet import SubNet
+from dipgo.searching.task import Task
+
+CHUNK = 32
+
+
+class Judge:
+    """Holds the noise, the full trajectory's images and the converged ones."""
+
+    def __init__(self, task: Task, images: int, converged: int) -> None:
+        self.task = task
+        self._tasks = {task.trace.sites: task}
+        self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
+        self.reference = self.full(task)
+        self.labels = np.concatenate([_labels(batch) for batch in self.batches])
+        long = -(-converged // CHUNK)
+        self.converged = self.full(converged_task(task, CONVERGED_STEPS), long) if converged else None
+
+    def full(self, task: Task, batches: int | None = None) -> np.ndarray:
+        """Return images of the full model under ``task``'s sampler, ``[n, height, width, channels]`` in [0, 1]."""
+        found = []
+        for batch in tqdm(self.batches[:batches], desc=f"full, {task.sampler.steps} steps", leave=False):
+            found.append(self._images(task.trajectory.full(batch.noise, batch.conditions)[-1]))
+        return np.concatenate(found)
+
+    def on_sites_of(self, subnet: SubNet) -> Task:
+        """Return the task on a SubNet's sites, which may be of another granularity than the one given."""
+        if subnet.sites not in self._tasks:
+            self._tasks[subnet.sites] = self.task.with_sites(",".join(site.name for site in subnet.sites))
+        return self._tasks[subnet.sites]
+
+    def found(self, subnet: SubNet) -> np.ndarray:
+        """Return the images of a SubNet."""
+        trajectory = self.on_sites_of(subnet).trajectory
+        tensors = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+        found = []
+        with torch.no_grad():
+            for batch in self.batches:
+                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, tensors, subnet.terms)
+                found.append(self._images(latents[-1]))
+        return np.concatenate(found)
+
+    def cell(self, row: str, budget: float, ratio: float, images: np.ndarray, **more: object) -> Cell:
+        close = None
+        if self.converged is not None:
+            close = psnr(images[: len(self.converged)], self.converged)
+        each = image_psnr(images, self.reference)
+        return Cell(
+            row=row,
+            budget=budget,
+            macs_ratio=round(ratio, 4),
+            psnr_db=psnr(images, self.reference),
+            image_psnr_db=float(each.mean()),
+            each_psnr_db=each.round(3).tolist(),
+            converged_db=close,
+            class_accuracy=self.accuracy(images),
+            **more,
+        )
+
+    def accuracy(self, images: np.ndarray) -> float | None:
+        return class_accuracy(images, self.labels.tolist()) if is_digits(self.task.model.name, images) else None
+
+    def _images(self, latent: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            decoded = self.task.decode(latent)
+        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def _labels(batch: Batch) -> np.ndarray:
+    labels = batch.conditions.get("class_labels")
+    if labels is None:
+        return np.zeros(len(batch.noise), int)
+    return labels[-len(batch.noise) :].numpy()

@@ -1,0 +1,179 @@
+"""Memory of the search, measured beside its estimate, and the estimate for the full size.
+
+    python -m benchmarks.studies.search_memory sd-1.5 --latent 16 --steps 4 -o search-memory.json
+
+The architecture's own code path runs on the CPU with random weights, at a smaller latent and with fewer steps: the
+SuperNet, then learned backups, with and without recomputation. What is measured is the highest resident size of the
+process above that with the weights loaded and a full trajectory run, so weights and pool are not in it. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench.environment import environment, load_average
+from dipgo.base.files import new_file
+from dipgo.base.process_memory import resident, resident_peak
+from dipgo.graph.trace import trace
+from dipgo.model.models import Model, find_model
+from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.searching.backup_fit import Backups, learn_backups
+from dipgo.searching.gate_training import paper_scores
+from dipgo.searching.losses import final_latent
+from dipgo.searching.memory import MemoryEstimate, memory_estimate
+from dipgo.searching.pruner import Pruner
+from dipgo.searching.run_folder import Run
+from dipgo.searching.task import Pool, Task, make_task
+from dipgo.searching.training_loop import Descent
+
+FULL_STEPS, FULL_POOL = 50, 512
+GIGA = 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("--sites", default="block")
+    parser.add_argument("--latent", type=int, default=16, help="side of the latent that is measured")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are measured")
+    parser.add_argument("--recomputed", action="store_true", help="leave out the runs without recomputation")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args()
+    _give_memory_back()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    full = find_model(given.model, random_weights=True)
+    small = replace(full, config={**full.config, "sample_size": given.latent})
+    load = load_average()
+    runs: list[dict[str, Any]] = []
+    estimated = _full_size(full, given.sites)
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.studies.search_memory", *sys.argv[1:]]),
+        "model": given.model,
+        "sites": given.sites,
+        "weights": "random",
+        "measured": {"latent": given.latent, "steps": given.steps, "batch": 1, "runs": runs},
+        "full_size": estimated,
+    }
+    for row in _measured(small, given.sites, given.steps, (True,) if given.recomputed else (True, False)):
+        print(_line(row), flush=True)
+        runs.append(row)
+    report["environment"] = environment(load).model_dump()
+    with new_file(given.output) as draft:
+        draft.write_text(json.dumps(report, indent=2) + "\n")
+    for name, row in estimated["estimates"].items():
+        print(f"full size, {name}: {row['total'] / GIGA:.1f} GB")
+
+
+def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Iterator[dict[str, Any]]:
+    task = make_task(model, steps, sites=sites)
+    pool = Pool(task, 1, 1, seed=0, chunk=1)
+    _ = pool[0]
+    gates = spaced(task.trace, task.sampler.calls, 0.6, SPACINGS["uniform"], "inside", learned=True)
+    for recompute in ways:
+        changed = task.with_trajectory(recompute=recompute)
+        pruner = Pruner(task.sampler.calls, len(task.trace.sites))
+        backups = Backups(task.trace, gates)
+        for name, estimate, run in (
+            ("SuperNet", _estimate(task, recompute, None, pruner), _supernet(changed, pool, pruner)),
+            ("learned backups", _estimate(task, recompute, gates, backups), _learnt(changed, pool, backups)),
+        ):
+            started = time.perf_counter()
+            peak = _peak_above(run)
+            expected = estimate.total - estimate.weights - estimate.pool
+            yield {
+                "what": name,
+                "recompute": recompute,
+                "peak": peak,
+                "estimate": expected,
+                "parts": asdict(estimate),
+                "ratio": round(expected / peak, 3),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+
+
+def _supernet(task: Task, pool: Pool, pruner: Pruner) -> Callable[[], object]:
+    descent = Descent(2, 0.1, "sgd", clip=1.0)
+    phase = Run().phase("gates")
+    return lambda: paper_scores(pruner, task.trace, task.trajectory, pool, descent, final_latent, phase)
+
+
+def _learnt(task: Task, pool: Pool, backups: Backups) -> Callable[[], object]:
+    phase = Run().phase("backups")
+    return lambda: learn_backups(backups, task.trajectory, pool, Descent(2, 1e-2), final_latent, phase)
+
+
+def _estimate(task: Task, recompute: bool, gates: np.ndarray | None, module: torch.nn.Module) -> MemoryEstimate:
+    return memory_estimate(
+        task.model,
+        task.trace,
+        task.sampler.calls,
+        gates=gates,
+        terms=2,
+        recompute=recompute,
+        learned=sum(parameter.numel() for parameter in module.parameters()),
+        adam=gates is not None,
+    )
+
+
+def _full_size(model: Model, sites: str) -> dict[str, Any]:
+    """Estimate 50 steps at the size of the configuration, in float32 and half precision, with a loss on images."""
+    traced = trace(model, sites, 7.5)
+    pruner = (
+        FULL_STEPS * len(traced.sites) * (512 + 512 * 128 + 128 + 128 * 128 + 128 + 128 * 2 + 2)
+    )  # queries and heads
+    estimates = {}
+    for name, precision in (("float32", None), ("half precision", torch.bfloat16)):
+        estimate = memory_estimate(
+            model, traced, FULL_STEPS, precision=precision, loss="ssim", learned=pruner, pool=FULL_POOL
+        )
+        estimates[name] = {**asdict(estimate), "total": estimate.total}
+    return {
+        "steps": FULL_STEPS,
+        "batch": 1,
+        "guidance": 7.5,
+        "latent": model.config["sample_size"],
+        "pool": FULL_POOL,
+        "loss": "ssim",
+        "estimates": estimates,
+    }
+
+
+def _peak_above(run: Callable[[], object]) -> int:
+    """Return by how many bytes the resident size rose above its start while ``run`` ran."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
+    before = resident()
+    run()
+    return resident_peak() - before
+
+
+def _give_memory_back() -> None:
+    """Start again with an allocator that hands freed tensors back, so that the resident size is what is held."""
+    if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.studies.search_memory", *sys.argv[1:]])
+
+
+def _line(row: dict[str, Any]) -> str:
+    way = "recomputed" if row["recompute"] else "all kept"
+    return (
+        f"{row['what']}, {way}: {row['peak'] / GIGA:.2f} GB measured, {row['estimate'] / GIGA:.2f} GB estimated "
+        f"(x {row['ratio']:.2f}), {row['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""What searches find against every fixed policy, at equal MACs and on held-out noise; run in torch, without engines.
+
+dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
+dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
+python -m benchmarks.studies.search_table build/search --paper build/paper \\
+    -o benchmarks/results/search-digits-dit-ddim.json
+
+Most of the time goes into fixed policies. For other SubNets on the same sites they need not be judged again:
+``--policies-of`` takes their rows from an earlier table, where one that is judged anew comes out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from benchmarks.bench.environment import environment, load_average
+from benchmarks.bench.quality import psnr
+from benchmarks.pages.readme import README, put_between
+from benchmarks.studies.search_judge import Judge
+from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import new_file
+from dipgo.base.records import read_json
+from dipgo.model.models import Model, find_model
+from dipgo.model.sampler import make_scheduler
+from dipgo.schedule.policies import Policy, policies
+from dipgo.schedule.subnet import SubNet, load_subnet
+from dipgo.searching import judge as noise
+from dipgo.searching.context import drift_of
+from dipgo.searching.run_folder import Run
+from dipgo.searching.search import policy_subnet
+from dipgo.searching.task import Task, make_task
+from export.compiler import check_model
+
+PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
+DEEP, DEEP_ROW = "DeepCache", "DeepCache-like, the best"
+FIRST = 16  # noises, of their own, on which policies are seen first
+SAME_DB = 0.02  # the mean over images of the same policy on the same noise, on two machines, differs by less
+CLOSE_DB = 3.0  # policies that far below the best one there might be the best on other noise
+
+
+def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
+    """Yield all rows of the budgets that ``found`` was searched for, fixed policies on the sites of each.
+
+    With an earlier table the rows of fixed policies are those that it has.
+    """
+    for subnet in found:
+        task = judge.on_sites_of(subnet)
+        budget = float(subnet.search["budget"])
+        steps = max(2, round(task.sampler.steps * budget))
+        ratio = steps / task.sampler.calls
+        same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
+        yield judge.cell("fewer steps, same solver", budget, ratio, judge.full(same))
+        if task.sampler.name != "DPMSolverMultistepScheduler":
+            dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
+            yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, ratio, judge.full(dpm))
+        if earlier:
+            yield from earlier_cells(judge, task, subnet, budget, earlier)
+        else:
+            yield from fixed_cells(judge, task, subnet, budget)
+        for one in paper:
+            if float(one.search["budget"]) == budget:
+                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search["chosen"])
+        yield judge.cell(
+            DIPGO,
+            budget,
+            subnet.cost.ratio,
+            judge.found(subnet),
+            what=subnet.search["chosen"],
+            search_seconds=subnet.search["seconds"],
+        )
+
+
+def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> Iterator[Cell]:
+    """Yield the rows of fixed policies: the plain ones, the best DeepCache-like one, and the best of all.
+
+    All are seen first on a few noises of their own; those that are not far behind there (:data:`CLOSE_DB`), or that a
+    row names, run on the table's noise. Of the best of all each figure counts for itself, so no choice of one policy is
+    held against it. Where no site makes the output, no step can be skipped whole; so policies on ``block`` sites count
+    too, which the search has not seen.
+    """
+    judged: dict[str, Cell] = {}
+    blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]
+    for own, where in [(task, ""), *((block, ", by block") for block in blocks)]:
+        fixed = _policies(own, searched, budget)
+        for name in tqdm(_wanted(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
+            judged[f"{name}{where}"] = _judged(judge, own, fixed[name], budget, where)
+    for name, row in PLAIN_ROWS.items():
+        if name in judged:
+            yield judged[name].model_copy(update={"row": row})
+    deep = [cell for name, cell in judged.items() if name.startswith(DEEP)]
+    if deep:
+        yield _best(deep, DEEP_ROW)
+    yield _best(list(judged.values()), BEST)
+
+
+def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
+    """Return the rows of fixed policies that an earlier table has.
+
+    Raises:
+        DipgoError: a table without them, or of other noise, prompts or sites: the first policy in it has other images
+            now.
+    """
+    fixed = _policies(task, searched, budget)
+    known = {row: fixed[name] for name, row in PLAIN_ROWS.items() if name in fixed}
+    rows = {*PLAIN_ROWS.values(), DEEP_ROW, BEST}
+    found = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
+    checked = next((cell for cell in found if cell.row in known), None)
+    if checked is None or found[-1].row != BEST:
+        raise DipgoError(f"the earlier table has no fixed policies at {budget:g}; leave out --policies-of")
+    then = len(checked.each_psnr_db)
+    if then != len(judge.reference):
+        raise DipgoError(
+            f"the earlier table holds the PSNR of {then} images at {budget:g}, this one is of {len(judge.reference)}; "
+            "give the same --images, or leave out --policies-of"
+        )
+    now = _judged(judge, task, known[checked.row], budget).image_psnr_db
+    if abs(now - checked.image_psnr_db) > SAME_DB:
+        raise DipgoError(
+            f"at {budget:g} '{checked.row}' has {now:.2f} dB, in the earlier table {checked.image_psnr_db:.2f} dB; "
+            "leave out --policies-of"
+        )
+    return found
+
+
+def _policies(task: Task, searched: SubNet, budget: float) -> dict[str, Policy]:
+    drift = drift_of(task, searched.search.get("seed", 0))
+    return {policy.name: policy for policy in policies(task.trace, task.sampler.calls, budget, drift)}
+
+
+def _wanted(task: Task, fixed: Mapping[str, Policy]) -> list[str]:
+    """Return the policies that rows name, and those that might be the best of all."""
+    first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
+    seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in fixed.items()}
+    least = max(seen.values(), default=0.0) - CLOSE_DB
+    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or seen[name] >= least]
+
+
+def _judged(judge: Judge, task: Task, policy: Policy, budget: float, where: str = "") -> Cell:
+    subnet = policy_subnet(task, policy)
+    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{policy.name}{where}")
+
+
+def _best(judged: Sequence[Cell], row: str) -> Cell:
+    """Return the cell of the highest PSNR, with the highest of the other figures of PSNR in place of its own."""
+    best = max(judged, key=lambda cell: cell.psnr_db)
+    close = [cell.converged_db for cell in judged if cell.converged_db is not None]
+    mean = max(judged, key=lambda cell: cell.image_psnr_db)
+    figures = {
+        "image_psnr_db": mean.image_psnr_db,
+        "each_psnr_db": mean.each_psnr_db,
+        "converged_db": max(close) if close else None,
+    }
+    return best.model_copy(update={"row": row, **figures})
+
+
+def check_same(subnets: Sequence[SubNet], model: Model) -> None:
+    """Refuse SubNets that one table cannot hold.
+
+    Raises:
+        DipgoError: another model than ``model``, another sampler, steps or guidance than the first one's, or budgets of
+            measured time, while policies are taken at equal MACs.
+    """
+    for subnet in subnets:
+        check_model(subnet, model)
+        if subnet.search.get("cost", {}).get("kind", "macs") != "macs":
+            raise DipgoError("a SubNet whose budget is of latency; a table is at equal MACs, search with --cost macs")
+        if subnet.sampler != subnets[0].sampler:
+            raise DipgoError(
+                f"a SubNet for {_sampler(subnet)} beside one for {_sampler(subnets[0])}; a table is of one sampler, "
+                "give folders of the same"
+            )
+
+
+def _sampler(subnet: SubNet) -> str:
+    sampler = subnet.sampler
+    return f"{sampler.steps} steps of {sampler.class_name} at guidance {sampler.guidance_scale:g}"
+
+
+def load_folder(folder: Path) -> list[SubNet]:
+    """Return the SubNets in a folder, the largest budget first."""
+    subnets = [load_subnet(path) for path in sorted(folder.glob("*.json")) if path.stem[:1].isdigit()]
+    if not subnets:
+        raise DipgoError(f"{folder}: no SubNet in it; write some with dipgo search --budget 0.5,0.25 -o {folder}")
+    return sorted(subnets, key=lambda subnet: -float(subnet.search["budget"]))
+
+
+def read_table(path: Path) -> TableRecord:
+    """Read a result file.
+
+    Raises:
+        DipgoError: no file, or none of these.
+    """
+    content = read_json(path, "table of searches")
+    try:
+        return TableRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise DipgoError(f"{path}: not a table of searches ({where}: {first['msg']})") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
+    parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
+    parser.add_argument("--prompts", type=Path, help="what to judge on, one a line, where prompts condition")
+    parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these policies")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
+    parser.add_argument("--publish", metavar="MARKER", help="put the table into the README, between these markers")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    load = load_average()
+    earlier = arguments.policies_of and read_table(arguments.policies_of)
+    found = load_folder(arguments.searched)
+    paper = load_folder(arguments.paper) if arguments.paper else []
+    first, model = found[0], find_model(found[0].model.name)
+    check_same([*found, *paper], model)
+    task = make_task(
+        model,
+        first.sampler.steps,
+        first.sampler.class_name,
+        ",".join(site.name for site in first.sites),
+        first.sampler.guidance_scale,
+        prompts=arguments.prompts,
+    )
+    judge = Judge(task, arguments.images, arguments.converged)
+    table = []
+    for cell in cells(judge, found, paper, earlier):
+        table.append(cell)
+        print(f"{cell.budget:g}  {cell.row}: {cell.psnr_db:.2f} dB  {cell.what}", flush=True)
+    record = TableRecord(
+        command="python -m benchmarks.studies.search_table " + " ".join(sys.argv[1:]),
+        model=first.model,
+        sampler=first.sampler,
+        images=len(judge.reference),
+        converged_images=0 if judge.converged is None else len(judge.converged),
+        prompts=len(set(task.sampling.choices)) if task.model.family.conditioned_by == "prompt" else 0,
+        full_class_accuracy=judge.accuracy(judge.reference),
+        full_converged_db=None
+        if judge.converged is None
+        else psnr(judge.reference[: len(judge.converged)], judge.converged),
+        cells=table,
+        environment=environment(load),
+    )
+    with new_file(arguments.output) as draft:
+        draft.write_text(record.text())
+    source = str(arguments.output)
+    print(markdown(record, source))
+    if arguments.publish:
+        put_between(README, arguments.publish, markdown(record, source))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DipgoError as error:
+        print(f"search_table: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

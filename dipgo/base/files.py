@@ -1,0 +1,198 @@
+"""Files written whole or not at all, fingerprints of files, and the folder of what is kept between runs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from dipgo.base.errors import DipgoError, UsageError
+
+_DRAFT = re.compile(r"\..+-[a-z0-9_]{8}\.\w+")  # as mkstemp names the drafts of new_file
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a large file, reading it once a process as long as it is not changed."""
+    status = path.stat()
+    return _sha256_of_version(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of_version(path: Path, *_version: int) -> str:
+    return sha256_of(path)
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def cache_root() -> Path:
+    """Return the folder of what dipgo keeps between runs, ``$XDG_CACHE_HOME/dipgo``; all of it can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipgo"
+
+
+def refuse_unwritable(folder: Path, output: Path) -> None:
+    """Refuse an output that is to be in ``folder``, which takes no files, or cannot be made, before any work is done.
+
+    Raises:
+        UsageError: the nearest folder that exists cannot be written to.
+    """
+    folder = folder.absolute()
+    nearest = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UsageError(f"{output}: {nearest} is no folder that can be written to; give another path")
+
+
+def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> None:
+    """Refuse an output that exists already, or that cannot be written, before any work is done for it.
+
+    ``known_by`` is for folders: a file that each of their kind holds. With ``force`` what holds no such file is refused
+    too, since it is somebody's else; but an empty folder is not, nor a link, of which no more than itself is lost.
+    """
+    refuse_unwritable(path.absolute().parent, path)
+    _refuse_there(path, force)
+    if known_by is None or path.is_symlink() or not path.exists():
+        return
+    try:
+        known = (path / known_by).is_file() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give another path") from error
+    if not known:
+        raise UsageError(f"{path}: holds no {known_by}, so --force does not replace it; give another path")
+    if os.path.ismount(path):
+        raise UsageError(f"{path}: is where a file system is mounted, which nothing replaces; give a folder in it")
+
+
+def refuse_to_fill(folder: Path, force: bool) -> None:
+    """The same of a folder that outputs are written into, whatever else is in it."""
+    refuse_unwritable(folder, folder)
+    _refuse_there(folder, force)
+
+
+def _refuse_there(path: Path, force: bool) -> None:
+    if os.path.lexists(path) and not force:  # a link that leads nowhere is there too
+        raise UsageError(f"{path} exists; give another path, or --force to replace it")
+
+
+@contextmanager
+def new_file(path: Path, force: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is renamed, on any failure removed."""
+    refuse_existing(path, force)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    draft = Path(name)
+    try:
+        with full_disk(path):
+            yield draft
+        with _written(path):
+            draft.chmod(0o644)
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, force: bool = False, known_by: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it goes.
+
+    With ``force`` it replaces what :func:`refuse_existing` lets it; of a link, the link itself.
+    """
+    if path.name in ("", ".."):  # "." would be its own parent
+        path = path.resolve()
+    refuse_existing(path, force, known_by)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        with full_disk(path):
+            yield draft
+        refuse_existing(path, force, known_by)  # again: the work may have taken minutes
+        with _written(path):
+            draft.chmod(0o755)
+            _put(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Rename a folder over what is there, which goes last: whatever fails or is killed, one of the two is whole."""
+    if not os.path.lexists(path):
+        draft.rename(path)
+        return
+    aside = draft.with_name(f"{draft.name}-replaced")
+    path.rename(aside)
+    try:
+        draft.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what :func:`new_file` has left half written in a folder where it was killed."""
+    for path in folder.iterdir():
+        if _DRAFT.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+
+
+def lock_file(path: Path, cure: str) -> IO[str]:
+    """Keep other processes from doing the same as long as what this returns is open; this one may do it again.
+
+    Where a file system knows no locks, nothing is locked.
+
+    Raises:
+        DipgoError: another process holds it, and here is the cure; or the file cannot be written.
+    """
+    with _written(path):
+        lock = path.open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            raise DipgoError(f"{path.parent}: another process works in it; {cure}") from error
+    return lock
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn whatever keeps an output from being written into one line."""
+    try:
+        with full_disk(path):
+            yield
+    except OSError as error:
+        raise DipgoError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, a quota or a limit on file sizes into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DipgoError(f"{path}: the disk is full; nothing was written, free some space and run again") from error
+        raise

@@ -1,0 +1,203 @@
+"""What this machine can run, and one line on each thing that it cannot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import cache_root
+
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+    *("polygraphy", "cuda-bindings", "tritonclient"),
+)
+IMPORT_NAMES = ("dipgo", "export", "engines", "benchmarks")
+OK = "usable"
+NO_DEVICE = "needs a CUDA device, there is none"
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show versions, devices, which backends can run here and what to install for the others."""
+    found = examine()
+    typer.echo(json.dumps(found, indent=2) if as_json else text_of(found))
+
+
+def examine() -> dict[str, Any]:
+    """Return what is found, as JSON has it; nothing is changed, and nothing that is missing is an error."""
+    providers = _providers()
+    devices = _devices()
+    server, without = _triton()
+    return {
+        "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
+        "packages": {name: _version(name) for name in ("dipgo", *PACKAGES)},
+        "onnxruntime_providers": providers,
+        "cuda_devices": devices,
+        "triton": server,
+        "triton_missing": without,
+        "backends": _backends(providers, devices),
+        "import_clashes": clashes(),
+        "cache": _cache(),
+    }
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """Return :func:`examine`'s findings as lines of text."""
+    clashing = [f"{name}: {cure}" for name, cure in found["import_clashes"].items()]
+    cache = found["cache"]
+    sections = {
+        "python": [f"{found['python']['version']}, {found['python']['executable']}", found["python"]["system"]],
+        "packages": _aligned({name: version or "not installed" for name, version in found["packages"].items()}),
+        "ONNX Runtime providers": [", ".join(found["onnxruntime_providers"]) or "none"],
+        "CUDA devices": found["cuda_devices"] or ["none"],
+        "Triton server": [found["triton"] or found["triton_missing"]],
+        "backends": _aligned(found["backends"]),
+        "import names": clashing or [f"{', '.join(IMPORT_NAMES)}: dipgo's own"],
+        "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
+    }
+    return "\n".join(f"{title}:\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def clashes() -> dict[str, str]:
+    """Return the import names that another package has taken or shares, with a cure.
+
+    ``export``, ``engines`` and ``benchmarks`` are words that other packages might use too.
+    """
+    own = Path(__file__).parents[2]
+    owners = metadata.packages_distributions()
+    found = {}
+    for name in IMPORT_NAMES:
+        spec = util.find_spec(name)
+        places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+        origin = Path(spec.origin) if spec and spec.origin else None
+        others = sorted({owner for owner in owners.get(name, ()) if owner != "dipgo"})
+        if (own / name) not in [place.absolute() for place in places]:
+            found[name] = f"{origin or 'nothing'} is imported, not dipgo's; give dipgo an environment of its own"
+        elif others:
+            found[name] = f"{', '.join(others)} installs it too; give dipgo an environment of its own"
+    return found
+
+
+def _aligned(pairs: dict[str, str]) -> list[str]:
+    width = max(map(len, pairs))
+    return [f"{name:{width}}  {value}" for name, value in pairs.items()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def _devices() -> list[str]:
+    """Return name, compute capability, memory and driver of each GPU, as nvidia-smi has them, else torch."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        made = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        return [f"{line.strip()}" for line in made.stdout.splitlines() if line.strip()]
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{card.name}, {card.major}.{card.minor}, {card.total_memory // 2**20} MiB" for card in cards]
+
+
+def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
+    """Return for each backend ``usable``, or what to do for it."""
+    try:
+        from engines.backends import BACKENDS
+    except ImportError:  # another package has the name
+        return {"none": "dipgo's engines cannot be imported; see the import names"}
+
+    def provider(name: str) -> Callable[[], str]:
+        def check() -> str:
+            if f"{name}ExecutionProvider" not in providers:
+                return "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+            return _card(devices)
+
+        return check
+
+    def tensorrt() -> str:
+        if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+            return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
+        found = _card(devices)
+        portable = found == NO_DEVICE and util.find_spec("tensorrt_rtx")  # the only one that builds without a device
+        return f"engines can be built; running them {NO_DEVICE}" if portable else found
+
+    def compiler() -> str:
+        if not util.find_spec("torch"):
+            return "run: pip install torch"
+        return OK if devices or shutil.which("g++") or shutil.which("clang++") else "needs a C++ compiler; install g++"
+
+    checks: dict[str, Callable[[], str]] = {
+        "onnxruntime": lambda: OK if providers else "run: pip install onnxruntime",
+        "onnxruntime-cuda": provider("CUDA"),
+        "onnxruntime-tensorrt": provider("Tensorrt"),
+        "tensorrt": tensorrt,
+        "torch-compile": compiler,
+        "torch-aot": compiler,
+    }
+    return {name: checks[name]() if name in checks else _imports(module) for name, (module, _) in BACKENDS.items()}
+
+
+def _card(devices: list[str]) -> str:
+    """Return whether engines find a GPU by ``cuda-bindings``, as those of ONNX Runtime and TensorRT do, or why not."""
+    try:
+        from engines.cuda.runtime import find_device, open_device
+
+        if find_device() is None and not devices:
+            return NO_DEVICE
+        open_device()
+    except Exception as error:  # as a rule the bindings are not installed; damaged ones may raise anything
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return OK
+
+
+def _triton() -> tuple[str | None, str | None]:
+    """Return the Triton server that ``serve`` would take, or what to do for one."""
+    try:
+        from engines.serving.install import find_server
+
+        return str(find_server().binary), None
+    except ImportError:  # another package has the name
+        return None, "dipgo's engines cannot be imported; see the import names"
+    except DipgoError as error:
+        return None, str(error)
+
+
+def _imports(module: str) -> str:
+    """Return whether a backend's module can be imported, or its own line that says what it lacks."""
+    try:
+        import_module(module)
+    except Exception as error:  # a damaged installation may raise anything
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return OK
+
+
+def _cache() -> dict[str, Any]:
+    folder = cache_root()
+    sizes = [path.lstat().st_size for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    return {"folder": str(folder), "bytes": sum(sizes)}

@@ -1,0 +1,1 @@
+"""A schedule run in torch: inside a diffusers pipeline, and differentiable for the search."""

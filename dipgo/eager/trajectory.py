@@ -1,0 +1,308 @@
+"""The sampling trajectory in torch, gated and differentiable: the ground on which the search works.
+
+The sampler is applied as a table (:mod:`dipgo.model.sampler`), so the whole trajectory is one differentiable function
+of the gates, the backup weights and the noise. Parity with the real diffusers pipeline is a test.
+
+Each call of the denoiser is a function of its latent and of the cached outputs that it reads. What no later step
+reads (:mod:`dipgo.graph.liveness`) is let go of at once; with ``recompute`` nothing else outlives the call, and the
+call is run again when gradient comes back to it (Chen et al. 2016, activation checkpointing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dipgo.base.errors import DipgoError
+from dipgo.eager.gating import combine, intercepting
+from dipgo.graph.liveness import LiveSites, plan
+from dipgo.graph.outputs import Rebuild, take_apart
+from dipgo.graph.sites import Site
+from dipgo.model.families import Conditions, GuidedDenoiser, join
+from dipgo.model.sampler import Sampler
+from dipgo.schedule.backup_names import backup_name
+
+Weights = Mapping[str, torch.Tensor]
+Past = list[list[torch.Tensor]]
+"""The cached outputs that a site reads, newest first."""
+Reads = list[dict[int, tuple[int, ...]]]
+"""For every step, the sites that read cached outputs, each with the steps that these come from, newest first."""
+Rule = Callable[[int, int, Past, Callable[[], list[torch.Tensor]]], list[torch.Tensor] | None]
+"""``(step, site, past, compute)`` to what the site hands on, which is what later steps find; None where it is dead."""
+
+
+def every_site(row: np.ndarray, wanted: Iterable[int] = ()) -> set[int]:
+    """Stand in for ``Trace.live_sites`` where there is no trace: take every site as read."""
+    return set(range(len(row)))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A denoiser, its sites and its sampler.
+
+    Attributes:
+        guided: the denoiser with guidance.
+        sites: the sites that gates refer to.
+        sampler: the table.
+        live_sites: ``Trace.live_sites``; without it every site counts as read in every step, which costs memory only.
+        precision: what the denoiser computes in, by autocast; None is float32. Weights, latents and solver stay
+            float32.
+        recompute: keep no activations between steps; run each step again for its gradient.
+    """
+
+    guided: GuidedDenoiser
+    sites: tuple[Site, ...]
+    sampler: Sampler
+    live_sites: LiveSites = every_site
+    precision: torch.dtype | None = None
+    recompute: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [site.name for site in self.sites]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.guided.denoiser.parameters()).device
+
+    def full(self, noise: torch.Tensor, conditions: Conditions) -> list[torch.Tensor]:
+        """Run with every gate 1, without gradient; returns the latents after 0, 1, … calls, each ``[B, C, H, W]``."""
+
+        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self._call(latent, timestep, conditions)
+
+        with torch.no_grad():
+            return self.integrate(noise, denoise)
+
+    def observed(
+        self, noise: torch.Tensor, conditions: Conditions, observe: Callable[[int, int, list[torch.Tensor]], None]
+    ) -> None:
+        """Run with every gate 1, without gradient, and show ``observe`` the outputs of each site at each step."""
+
+        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            def intercept(site: int, compute: Callable[[], Any]) -> Any:
+                output = compute()
+                observe(step, site, take_apart(output)[0])
+                return output
+
+            with intercepting(self.guided.denoiser, self.names, intercept):
+                return self._call(latent, timestep, conditions)
+
+        with torch.no_grad():
+            self.integrate(noise, denoise)
+
+    def gated(
+        self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, weights: Weights, terms: int
+    ) -> list[torch.Tensor]:
+        """Run under hard gates, executing only what they keep; returns the latents after 0, 1, … calls.
+
+        Args:
+            gates: bool ``[calls, sites]``.
+            weights: backup tensors by name, shaped as in a SubNet, through which gradient flows; empty serves the last
+                output as it is.
+            terms: K.
+
+        Raises:
+            DipgoError: a site whose output changes its shape from step to step.
+        """
+        reads = _reads(np.asarray(gates, bool).tobytes(), len(gates), terms if weights else 1, self.live_sites)
+
+        def rule(step: int, site: int, past: Past, compute: Callable[[], list[torch.Tensor]]) -> Any:
+            if gates[step, site]:
+                return compute()
+            return self.backup(site, step, past, weights) if past else None
+
+        return self._intercepted(noise, conditions, reads, rule)
+
+    def supernet(
+        self,
+        noise: torch.Tensor,
+        conditions: Conditions,
+        gates: torch.Tensor,
+        weights: Weights,
+        terms: int,
+    ) -> list[torch.Tensor]:
+        """Run the SuperNet (paper, section 3.1): both branches of every site, mixed by its gate.
+
+        ``gates`` is float ``[calls, sites]`` with hard values 0 and 1 (straight-through: they carry gradient). A site
+        hands on ``gate · output + (1 - gate) · backup``. As in the paper the newest cached output is the mixed one,
+        so that gradient reaches the gates through later steps too; the first step is always computed.
+        """
+        hard = gates.detach().cpu().numpy() > 0.5
+        hard[0] = True
+        if terms == 1:
+            hard[:] = True
+        sites = range(len(self.sites))
+        reads: Reads = [
+            {site: tuple(int(past) for past in np.flatnonzero(hard[:step, site])[::-1][:terms]) for site in sites}
+            for step in range(len(hard))
+        ]
+        gates = gates.to(self.device)
+
+        def rule(step: int, site: int, past: Past, compute: Callable[[], list[torch.Tensor]]) -> Any:
+            computed = compute()
+            if step == 0:
+                return computed
+            gate, served = gates[step, site], self.backup(site, step, past, weights)
+            return [gate * new + (1 - gate) * old for new, old in zip(computed, served, strict=True)]
+
+        return self._intercepted(noise, conditions, reads, rule)
+
+    def backup(
+        self, site: int, step: int, past: Sequence[Sequence[torch.Tensor]], weights: Weights
+    ) -> list[torch.Tensor]:
+        """Return what a skipped site serves: for each of its outputs, its weighted history (newest first)."""
+        if not weights:
+            return list(past[0])
+        record = self.sites[site]
+        return [
+            combine(entries, weights[backup_name(record.name, output)][step].to(self.device), record.channel_axis)
+            for output, entries in enumerate(zip(*past, strict=True))
+        ]
+
+    def _intercepted(self, noise: torch.Tensor, conditions: Conditions, reads: Reads, rule: Rule) -> list[torch.Tensor]:
+        """Integrate with ``rule`` in the place of every site, caching exactly what ``reads`` says."""
+        last = {(source, site): step for step, row in enumerate(reads) for site, past in row.items() for source in past}
+        cache: dict[tuple[int, int], list[torch.Tensor]] = {}
+        rebuilds: dict[int, Rebuild] = {}
+        shapes: dict[int, tuple[int, list[torch.Size]]] = {}
+        kinds: dict[int, list[torch.dtype]] = {}
+
+        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            pasts = {site: [cache[source, site] for source in sources] for site, sources in reads[step].items()}
+
+            def call(latent: torch.Tensor) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
+                fresh = {}
+
+                def intercept(site: int, compute: Callable[[], Any]) -> Any:
+                    def computed() -> list[torch.Tensor]:
+                        tensors, rebuilds[site] = take_apart(compute())
+                        found = [tensor.shape for tensor in tensors]
+                        first, known = shapes.setdefault(site, (step, found))
+                        kinds.setdefault(site, [tensor.dtype for tensor in tensors])
+                        if found != known:
+                            raise DipgoError(_changed(self.names[site], first, known, step, found))
+                        return tensors
+
+                    tensors = rule(step, site, pasts.get(site, []), computed)
+                    if (
+                        tensors is None
+                    ):  # nobody reads it, so nothing of it was kept; only its shape and dtype are needed
+                        tensors = [
+                            latent.new_zeros((), dtype=dtype).expand(shape)
+                            for shape, dtype in zip(shapes[site][1], kinds[site], strict=True)
+                        ]
+                    elif (step, site) in last:
+                        fresh[site] = tensors
+                    return rebuilds[site](tensors)
+
+                with intercepting(self.guided.denoiser, self.names, intercept):
+                    return self._call(latent, timestep, conditions), fresh
+
+            if self.recompute and torch.is_grad_enabled():
+                epsilon, fresh = checkpoint(call, latent, use_reentrant=False, preserve_rng_state=False)
+            else:
+                epsilon, fresh = call(latent)
+            for key in [key for key in cache if last[key] <= step]:
+                del cache[key]
+            cache.update({(step, site): tensors for site, tensors in fresh.items()})
+            return epsilon
+
+        return self.integrate(noise, denoise)
+
+    def _call(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Call the denoiser in ``precision``; returns ε in float32."""
+        if self.precision is None:
+            return self.guided(latent, timestep, conditions)
+        with torch.autocast(self.device.type, dtype=self.precision):
+            return self.guided(latent, timestep, conditions).to(latent.dtype)
+
+    def integrate(
+        self, noise: torch.Tensor, denoise: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        rows = torch.tensor(self.sampler.rows, dtype=noise.dtype, device=noise.device)
+        basis = [noise]
+        latents = [noise * rows[0, 0]]
+        for step, timestep in enumerate(self.sampler.timesteps):
+            scaled = latents[-1] * self.sampler.input_scale[step]
+            basis.append(denoise(step, scaled, torch.full((len(noise),), timestep, device=noise.device)))
+            coefficients = rows[step + 1, : step + 2]
+            latents.append(torch.einsum("k,kbchw->bchw", coefficients, torch.stack(basis)))
+        return latents
+
+
+@lru_cache(maxsize=16)  # learning backups runs the same gates at every iteration
+def _reads(gates: bytes, calls: int, terms: int, live_sites: LiveSites) -> Reads:
+    table = np.frombuffer(gates, bool).reshape(calls, -1)
+    return [entry.served for entry in plan(table, terms, live_sites)]
+
+
+def _changed(name: str, first: int, known: Sequence[Any], step: int, found: Sequence[Any]) -> str:
+    then, now = (" and ".join(str(list(shape)) for shape in shapes) for shapes in (known, found))
+    return (
+        f"site '{name}' hands on {then} at step {first} but {now} at step {step}, so no step can serve another's "
+        "output; leave it out with --sites"
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Initial noise and conditions of some images, the unconditional half of the conditions first."""
+
+    noise: torch.Tensor
+    conditions: Conditions
+
+
+def select(batch: Batch, picks: torch.Tensor) -> Batch:
+    """Return the images ``picks`` of a batch, each with its row of either half of the conditions."""
+    conditions = {
+        name: torch.cat([half[picks] for half in value.split(len(batch.noise))])
+        for name, value in batch.conditions.items()
+    }
+    return Batch(batch.noise[picks], conditions)
+
+
+class Sampling:
+    """Draws noise and conditions; each seed gives one batch, always the same.
+
+    Noise is drawn on the CPU, so that a seed means the same on every device. Each choice is encoded once, when first
+    drawn, and kept on the CPU.
+    """
+
+    def __init__(
+        self, pipe: Any, guided: GuidedDenoiser, family: Any, shape: Sequence[int], choices: Sequence[Any]
+    ) -> None:
+        self.pipe, self.guided, self.family = pipe, guided, family
+        self.shape, self.choices = tuple(shape), list(choices)
+        self._encoded: dict[int, Conditions] = {}
+        self._unconditional: Conditions = {}
+
+    def draw(self, count: int, seed: int) -> Batch:
+        """Return ``count`` pairs of noise and a class or prompt drawn from the choices, on the denoiser's device."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((count, *self.shape[1:]), generator=generator)
+        picks = torch.randint(len(self.choices), (count,), generator=generator).tolist()
+        rows = [self._encode(pick) for pick in picks]
+        conditional = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        unconditional = {
+            name: value.expand(count, *value.shape[1:]).contiguous() for name, value in self._unconditional.items()
+        }
+        device = next(self.guided.denoiser.parameters()).device
+        joined = join(unconditional, conditional, self.guided.guided)
+        return Batch(noise.to(device), {name: value.to(device) for name, value in joined.items()})
+
+    def _encode(self, pick: int) -> Conditions:
+        if pick not in self._encoded:
+            with torch.no_grad():
+                halves = self.family.conditions(self.pipe, [self.choices[pick]])
+            # The unconditional half is the same for every choice.
+            self._unconditional, self._encoded[pick] = (
+                {name: value.cpu() for name, value in half.items()} for half in halves
+            )
+        return self._encoded[pick]

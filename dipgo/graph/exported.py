@@ -1,0 +1,159 @@
+"""The denoiser as one exported program: every site's outputs beside ε, in the precision it will run in."""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.graph.outputs import take_apart
+from dipgo.model.families import Conditions, Family, GuidedDenoiser, latent_size
+from dipgo.model.models import Model
+
+_TALKATIVE = ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+
+
+def in_dtype(family: Family, dtype: torch.dtype) -> Family:
+    """Return the family of a denoiser that runs in ``dtype`` among float32 latents.
+
+    Its ``call`` casts the latent to ``dtype`` and the output back, so that guidance and the solver work in float32;
+    its ``example`` has float conditions in ``dtype``, as ``pipe.to(dtype)`` passes them. The timestep stays float32.
+    """
+    if dtype == torch.float32:
+        return family
+
+    def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
+        return family.call(denoiser, sample.to(dtype), timestep, given).to(torch.float32)
+
+    def example(config: Any, rows: int) -> Conditions:
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in family.example(config, rows).items()
+        }
+
+    return replace(family, call=call, example=example)
+
+
+class Tapped(nn.Module):
+    """The guided denoiser with the outputs of its sites as further outputs."""
+
+    def __init__(self, guided: GuidedDenoiser, names: Sequence[str]) -> None:
+        super().__init__()
+        self.guided = guided
+        self.names = list(names)
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> Any:
+        taps: dict[str, Any] = {}
+
+        def tap(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if name in taps:
+                    raise DipgoError(f"site '{name}' runs more than once in a call of the denoiser; leave it out")
+                taps[name] = output
+
+            return self.guided.denoiser.get_submodule(name).register_forward_hook(hook)
+
+        handles = [tap(name) for name in self.names]
+        epsilon = self.guided(latent, timestep, conditions)
+        for handle in handles:
+            handle.remove()
+        idle = [name for name in self.names if name not in taps]
+        if idle:
+            raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
+        return epsilon, [take_apart(taps[name])[0] for name in self.names]
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """Return of what the sides of a latent must be multiples: of a patch, or of a UNet's coarsest cell."""
+    return int(config.get("patch_size") or 2 ** (len(config.get("block_out_channels") or [0]) - 1))
+
+
+def free_sides(model: Model, denoiser: nn.Module) -> dict[int, Any]:
+    """Return what stays symbolic of a latent's height and width, its axes 2 and 3.
+
+    Raises:
+        UsageError: a denoiser whose positions are a table for one size.
+    """
+    for name, module in denoiser.named_modules():
+        if isinstance(getattr(module, "pos_embed", None), torch.Tensor):
+            height, width = latent_size(model.config)
+            raise UsageError(
+                f"{model.name}: '{name}' holds a table of positions for a latent of {height}x{width}; leave --size away"
+            )
+    multiple = size_multiple(model.config)
+    return {2: multiple * Dim("_height", min=1), 3: multiple * Dim("_width", min=1)}
+
+
+def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ExportedProgram:
+    """Trace ``tapped`` on example inputs; ``dynamic`` says which of their sizes stay symbolic.
+
+    Raises:
+        DipgoError: torch.export cannot trace it; the message names the module and the line of its source.
+    """
+    try:
+        with torch.no_grad(), _quiet(), _OpenSizes():
+            return torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False)
+    except DipgoError:
+        raise
+    except Exception as error:  # whatever the model's code or torch.export may raise
+        raise DipgoError(_untraceable(tapped.guided.denoiser, error)) from error
+
+
+class _OpenSizes(TorchFunctionMode):
+    """Leave out ``output_size`` of ``repeat_interleave``, a mere hint: torch 2.11 takes it for a constant."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+            given = {name: value for name, value in given.items() if name != "output_size"}
+        return function(*args, **given)
+
+
+def _untraceable(denoiser: nn.Module, error: Exception) -> str:
+    """Say in one line which module cannot be traced, where and why: read off the frames that the error passed."""
+    names = {module: name for name, module in denoiser.named_modules()}
+    torch_folder = str(Path(torch.__file__).parent)
+    module, place = None, ""
+    step = error.__traceback__
+    while step is not None:
+        owner, code = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code
+        if isinstance(owner, nn.Module) and owner in names:
+            module = names[owner]
+        if not code.co_filename.startswith(torch_folder) and code is not _OpenSizes.__torch_function__.__code__:
+            line = " ".join(linecache.getline(code.co_filename, step.tb_lineno).split())
+            place = f"{Path(code.co_filename).name}:{step.tb_lineno}" + (f", `{line[:80]}`" if line else "")
+        step = step.tb_next
+    where = f"module '{module}' ({place})" if module else f"its forward ({place})"
+    what = f"torch.export cannot trace {type(denoiser).__name__}: {where}"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"{what} goes by the values of a tensor, but one graph must serve all inputs; not supported"
+    reason = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return f"{what}: {re.sub(r'/[^ :,]*/', '', reason)[:300]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging and printing what the error says anyway."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

@@ -1,0 +1,188 @@
+"""From a published file to a SubNet: recognise the format, choose the model, trace it, set the gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import sha256_of
+from dipgo.base.records import read_json
+from dipgo.importers.deepcache import read_deepcache
+from dipgo.importers.dipgo_gates import read_fact_sheet, read_gates_pickle
+from dipgo.importers.masks import read_step_mask
+from dipgo.importers.schedule import Schedule
+from dipgo.importers.smoothcache import read_smoothcache
+from dipgo.schedule.subnet import SubNet
+
+if TYPE_CHECKING:  # a file is refused before torch is loaded
+    from torch import nn
+
+    from dipgo.graph.trace import Trace
+    from dipgo.model.models import Model
+    from dipgo.model.sampler import Sampler
+
+FORMATS: tuple[Callable[[Any], Schedule | None], ...] = (
+    read_fact_sheet,
+    read_deepcache,
+    read_step_mask,
+    read_smoothcache,
+)
+KNOWN = (
+    "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask (list of 0 and 1), "
+    "SmoothCache's schedule"
+)
+_LARGEST = 64 * 2**20  # bytes; the published gates are 0.2 MB
+
+
+def read_schedule(path: Path) -> Schedule:
+    """Recognise a file by its content and read it. No code in it runs.
+
+    Raises:
+        DipgoError: a file that is missing, not UTF-8, of no known format, or wrong within its format.
+    """
+    try:
+        data = path.read_bytes() if path.stat().st_size <= _LARGEST else None
+    except FileNotFoundError as error:
+        raise DipgoError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DipgoError(f"{path}: cannot be read ({error.strerror})") from error
+    if data is None:
+        raise DipgoError(f"{path}: larger than any schedule; {KNOWN}")
+    try:
+        schedule = read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
+    except ValueError as error:
+        raise DipgoError(f"{path}: {error}; {KNOWN}") from error
+    return schedule
+
+
+def _read_text(data: bytes) -> Schedule:
+    try:
+        document = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError("neither UTF-8 text nor a pickle of gates") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError("neither JSON nor a pickle of gates") from error
+    for read in FORMATS:
+        schedule = read(document)
+        if schedule is not None:
+            return schedule
+    raise ValueError("a format that is not known")
+
+
+def import_subnet(
+    path: Path,
+    model: str | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    sites: str | None = None,
+    guidance_scale: float | None = None,
+) -> SubNet:
+    """Read a published schedule into a SubNet. No weights are needed.
+
+    What is not given is what the file was published for; then what the model's pipeline has for a default.
+
+    Args:
+        path: the file.
+        model: name, folder or hub id; DiP-GO gates are for ``sd-1.5``.
+        steps: the file's own number where it has one.
+        sampler: alias or class; DDIM for DiP-GO gates.
+        sites: granularity or patterns; those that the schedule needs.
+        guidance_scale: recorded, and part of the traced graph.
+
+    Raises:
+        DipgoError, UsageError: a file that is refused, or that does not fit the model, sampler, steps or sites.
+    """
+    schedule = read_schedule(path)
+    name = model or schedule.model
+    if name is None:
+        raise UsageError(f"{path} is {schedule.format}, which does not say for which model; give --model")
+    count = steps or schedule.steps
+    if count is None:
+        raise UsageError(f"{path} is {schedule.format}, which fits any number of steps; give --steps")
+
+    import diffusers
+
+    from dipgo.graph.trace import trace
+    from dipgo.model.families import default_guidance
+    from dipgo.model.models import find_model
+    from dipgo.model.sampler import make_scheduler, tabulate
+
+    found = find_model(name)
+    index = read_json(found.folder / "model_index.json", "model_index.json")
+    scheduler = make_scheduler(sampler or schedule.sampler, _own_scheduler(found, index))
+    table = tabulate(scheduler, count, found.family.scales_noise)
+    if guidance_scale is None:
+        guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))
+    try:
+        denoiser = found.empty_denoiser()
+        spec = sites or schedule.sites(denoiser)
+        subnet = apply(schedule, trace(found, spec, guidance_scale), table, denoiser)
+    except ValueError as error:
+        raise DipgoError(f"{path}: {error}") from error
+    return replace(subnet, search={**subnet.search, "file": path.name, "sha256": sha256_of(path)})
+
+
+def apply(schedule: Schedule, traced: Trace, sampler: Sampler, denoiser: nn.Module | None = None) -> SubNet:
+    """Return the SubNet that a schedule is on a traced model under a sampler.
+
+    Sites of which the schedule says nothing are computed, and what is computed for nobody is switched off.
+    ``denoiser`` is the traced model's, where it was built before: it is large.
+
+    Raises:
+        ValueError: the schedule does not fit, or skips something at step 0.
+        UsageError: it speaks of modules that are no sites.
+    """
+    from dipgo.graph.liveness import canonical
+    from dipgo.schedule.cost import cost_of
+
+    names = [site.name for site in traced.sites]
+    columns = schedule.columns(names, denoiser or traced.model.empty_denoiser(), sampler.timesteps)
+    strange = [name for name in columns if name not in names]
+    if strange:
+        raise UsageError(f"{schedule.format} gates '{strange[0]}', which is no site; leave --sites out, or add it")
+    gates = np.ones((sampler.calls, len(names)), bool)
+    for name, column in columns.items():
+        gates[:, names.index(name)] = column
+    if not gates[0].all():
+        raise ValueError("step 0 is not computed in full, but nothing is cached yet")
+    gates = canonical(gates, 1, traced.live_sites)
+    return SubNet(
+        model=traced.model.identity(),
+        sampler=sampler.identity(traced.guidance_scale),
+        sites=traced.sites,
+        gates=gates,
+        cost=cost_of(traced, gates),
+        search={"method": f"import of {schedule.format}", **schedule.record(traced, gates)},
+    )
+
+
+def summary(subnet: SubNet) -> str:
+    """Return one line on what an import found."""
+    published = subnet.search.get("published_macs")
+    beside = ""
+    if published:
+        beside = f" ({published['ratio']:.2%} of {published['full'] / subnet.calls / 1e9:.2f} G a call as published)"
+    signatures = len(np.unique(subnet.gates, axis=0))
+    empty = int((~subnet.gates.any(axis=1)).sum())
+    return (
+        f"{subnet.search['method']}: {subnet.gates.sum()} of {subnet.gates.size} gates, {signatures} signatures, "
+        f"{empty} empty steps; keeps {subnet.cost.ratio:.2%} of the MACs{beside}"
+    )
+
+
+def _own_scheduler(model: Model, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    class_name = index.get("scheduler", [None, "?"])[1]
+    try:
+        return getattr(diffusers, class_name).from_pretrained(model.folder / "scheduler")
+    except (AttributeError, TypeError, OSError, ValueError) as error:
+        raise DipgoError(
+            f"{model.folder}: cannot load its scheduler {class_name}; download or save it again"
+        ) from error

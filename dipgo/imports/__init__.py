@@ -1,4 +1,0 @@
-"""Schedules that others publish, read into SubNets: one file a format, :mod:`dipgo.imports.importer` for all of them.
-
-Importing is torch-free up to the point where a model is traced, and no file can run code.
-"""

@@ -1,0 +1,1 @@
+"""Pipelines as diffusers has them: find, load and fingerprint them, call their denoiser, tabulate their scheduler."""

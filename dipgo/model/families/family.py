@@ -1,0 +1,117 @@
+"""What a family of denoisers is."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Conditions = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a family's pipelines turn prompts into conditions: the maths of their ``encode_prompt``.
+
+    Attributes:
+        encoders: components that hold the text encoders; a pipeline may lack some of them.
+        tokenizers: components that hold their tokenizers, one an encoder.
+        tokens: what every prompt is cut and padded to.
+        conditions: the conditions that depend on the prompt.
+        encode: ``(encoders, token ids [B, tokens] of each, attention mask [B, tokens] or None of each) -> values`` of
+            :attr:`conditions`.
+        masked: ``text encoder's config -> whether it is given an attention mask``.
+        lower: whether prompts are stripped and lower-cased first.
+        zeros: entry of ``model_index.json`` by which zeros stand for no prompt, not the empty prompt's encoding.
+        fixed: ``(denoiser config, pixels a side of the latent's cell) -> conditions, one row``, which do not depend on
+            the prompt.
+        prefixes: what stands before parameters' names in checkpoints of an older transformers.
+    """
+
+    encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    tokens: int
+    conditions: tuple[str, ...]
+    encode: Callable[
+        [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
+    ]
+    masked: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+    lower: bool = False
+    zeros: str | None = None
+    fixed: Callable[[Mapping[str, Any], int], Conditions] = field(default=lambda config, vae_scale: {})
+    prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One class of denoiser.
+
+    Attributes:
+        denoiser_class: name of the diffusers model class.
+        component: attribute of the pipeline that holds it.
+        conditioned_by: ``"class"``, ``"prompt"`` or ``"nothing"``.
+        sites: module name patterns by granularity (see :func:`dipgo.graph.sites.site_names`); empty for a class
+            without an entry, whose sites are given as patterns.
+        granularity: the default granularity; None where there is none.
+        encode: ``(pipeline, labels or prompts) -> conditions`` of the unconditional half, then the conditional.
+        example: ``(denoiser config, rows) -> conditions`` of the right shapes and dtypes, for tracing; zeros wherever
+            the values come from a text encoder.
+        call: ``(denoiser, sample, timestep [B], conditions) -> model output``.
+        conditional_first: whether the pipeline calls its denoiser with the conditional half of guidance first; here the
+            unconditional one always is.
+        scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
+        null_class: the label of the unconditional half, where classes condition.
+        labels: ``(model_index.json, denoiser config) -> {name: class}``.
+        prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
+        upcasts_vae: ``denoiser config -> whether the pipeline decodes in float32 where the VAE asks for it``
+            (``force_upcast``, which every diffusers VAE has by default, and most pipelines ignore).
+    """
+
+    denoiser_class: str
+    component: str
+    conditioned_by: Literal["class", "prompt", "nothing"]
+    sites: Mapping[str, Sequence[str]]
+    granularity: str | None
+    encode: Callable[[Any, Sequence[Any]], tuple[Conditions, Conditions]]
+    example: Callable[[Mapping[str, Any], int], Conditions]
+    call: Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
+    conditional_first: bool = False
+    scales_noise: bool = True
+    null_class: int | None = None
+    labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
+    prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
+    upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+
+    def conditions(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:
+        """Return the conditions of labels or prompts: the unconditional half, then the conditional, B rows each.
+
+        A pipeline without its text encoder (random weights) gets stand-ins for embeddings: normal noise that depends
+        on the prompt alone.
+        """
+        if self.conditioned_by != "prompt" or getattr(pipe, "text_encoder", None) is not None:
+            return self.encode(pipe, given)
+        config = getattr(pipe, self.component).config
+        return self._stand_ins(config, [""] * len(given)), self._stand_ins(config, given)
+
+    def _stand_ins(self, config: Mapping[str, Any], prompts: Sequence[Any]) -> Conditions:
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(zlib.crc32(str(prompt).encode()))
+            rows.append(
+                {
+                    name: value if value.any() else torch.randn(value.shape, generator=generator)
+                    for name, value in self.example(config, 1).items()
+                }
+            )
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width of a denoiser's latent."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width

@@ -1,0 +1,203 @@
+"""The SubNet: what the search finds and the compiler takes.
+
+``NAME.json`` (schema ``dipgo.subnet/1``, published in ``dipgo/schemas/subnet-1.json``) holds the gates and everything
+needed to refuse a mismatched request; learned backup weights lie in ``NAME.safetensors`` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import new_file, sha256_of
+from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
+from dipgo.graph.sites import Site
+
+SCHEMA = "dipgo.subnet/1"
+SCHEMA_FILE = Path(__file__).parents[1] / "schemas" / "subnet-1.json"
+
+
+class SiteRecord(Record):
+    name: str
+    macs: int = Field(ge=0)
+    params: int = Field(ge=0)
+    channel_axis: int = Field(ge=0)
+
+
+class BackupRecord(Record):
+    """Learned backups: ``terms`` is K, how many computed outputs are combined; the weights lie in ``file``."""
+
+    terms: int = Field(ge=1)
+    file: str
+    sha256: str
+
+
+class Cost(Record):
+    """Multiply-accumulates of one trajectory at batch 1, attention products included: all gates 1, and as gated."""
+
+    kind: Literal["macs"] = "macs"
+    full: int = Field(gt=0)
+    subnet: int = Field(ge=0)
+    ratio: float
+
+
+class SubNetRecord(Record):
+    """The JSON file."""
+
+    schema_id: Literal["dipgo.subnet/1"] = Field(alias="schema", default="dipgo.subnet/1")
+    model: ModelIdentity
+    sampler: SamplerIdentity
+    sites: list[SiteRecord] = Field(min_length=1)
+    gates: list[list[Annotated[int, Field(ge=0, le=1)]]] = Field(description="[steps][sites], 1 = compute")
+    backup: BackupRecord | None
+    cost: Cost
+    search: dict[str, Any]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema that is published as ``dipgo/schemas/subnet-1.json``."""
+    return SubNetRecord.model_json_schema(by_alias=True)
+
+
+@dataclass(frozen=True)
+class SubNet:
+    """Gates, backups and the identity of what they were searched on.
+
+    Attributes:
+        gates: bool ``[calls, sites]``, True = compute.
+        weights: backup tensors by name (:mod:`dipgo.schedule.backup_names`), float32 ``[calls, K]``,
+            ``[calls, K, channels]`` or, where the two halves of guidance have weights of their own (the
+            unconditional first), ``[calls, K, 2, channels]``, with 1 for channels that all have the same; empty means that a skipped site
+            serves its last output as it is.
+        terms: K; 1 where ``weights`` is empty.
+    """
+
+    model: ModelIdentity
+    sampler: SamplerIdentity
+    sites: tuple[Site, ...]
+    gates: np.ndarray
+    cost: Cost
+    terms: int = 1
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the denoiser in one trajectory (more than ``sampler.steps`` for some solvers)."""
+        return len(self.gates)
+
+
+def check(subnet: SubNet) -> None:
+    """Check what the schema cannot: shapes, finite weights, a first step that computes everything.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    calls, count = len(subnet.sampler.timesteps), len(subnet.sites)
+    if subnet.gates.shape != (calls, count):
+        raise ValueError(f"gates are {list(subnet.gates.shape)}, expected [{calls} timesteps, {count} sites]")
+    if not subnet.gates[0].all():
+        raise ValueError("step 0 skips a site, but nothing is cached yet; the first row of gates must be all 1")
+    names = {site.name for site in subnet.sites}
+    for name, weights in subnet.weights.items():
+        site = name.removeprefix("backup.").partition("#")[0]
+        if not name.startswith("backup.") or site not in names:
+            raise ValueError(f"backup tensor '{name}' belongs to no site")
+        if weights.ndim not in (2, 3, 4) or weights.shape[:2] != (calls, subnet.terms):
+            raise ValueError(
+                f"'{name}' is {list(weights.shape)}, expected [{calls}, {subnet.terms}], with channels after it, or 2 "
+                "and channels"
+            )
+        if weights.ndim == 4 and (weights.shape[2] != 2 or subnet.sampler.guidance_scale <= 1):
+            raise ValueError(
+                f"'{name}' has weights for {weights.shape[2]} halves of guidance, but guidance "
+                f"{subnet.sampler.guidance_scale:g} has {2 if subnet.sampler.guidance_scale > 1 else 1}"
+            )
+        if not np.isfinite(weights).all():
+            raise ValueError(f"'{name}' holds NaN or infinite coefficients")
+    if subnet.weights:
+        missing = [site.name for site in subnet.sites if f"backup.{site.name}" not in subnet.weights]
+        if missing:
+            raise ValueError(f"site '{missing[0]}' has no backup tensor")
+
+
+def save_subnet(subnet: SubNet, path: Path, force: bool = False) -> None:
+    """Write ``path`` (JSON) and, where backups are learned, the safetensors file beside it.
+
+    The weights go first: a new JSON is always complete, and one that was to be replaced tells by its checksum.
+    """
+    check(subnet)
+    backup = None
+    if subnet.weights:
+        beside = weights_file(path)
+        with new_file(beside, force) as draft:
+            save_file({name: np.ascontiguousarray(array) for name, array in subnet.weights.items()}, draft)
+        backup = BackupRecord(terms=subnet.terms, file=beside.name, sha256=sha256_of(beside))
+    record = SubNetRecord(
+        model=subnet.model,
+        sampler=subnet.sampler,
+        sites=[SiteRecord(**vars(site)) for site in subnet.sites],
+        gates=subnet.gates.astype(int).tolist(),
+        backup=backup,
+        cost=subnet.cost,
+        search=dict(subnet.search),
+    )
+    with new_file(path, force) as draft:
+        draft.write_text(_one_row_a_line(record.model_dump(mode="json", by_alias=True)) + "\n")
+
+
+def weights_file(path: Path) -> Path:
+    """Return where the learned backups of a SubNet's JSON file lie: beside it."""
+    return path.with_name(path.name.removesuffix(".json") + ".safetensors")
+
+
+def load_subnet(path: Path) -> SubNet:
+    """Read and validate a SubNet.
+
+    Raises:
+        DipgoError: a missing or damaged file, another schema version, wrong shapes, NaN coefficients.
+    """
+    record = read_record(path, SubNetRecord, SCHEMA, "SubNet", "search again")
+    weights: dict[str, np.ndarray] = {}
+    if record.backup:
+        beside = path.parent / record.backup.file
+        if record.backup.file != Path(record.backup.file).name or not beside.is_file():
+            raise DipgoError(f"{path}: its backup weights '{record.backup.file}' are not beside it; copy both files")
+        if sha256_of(beside) != record.backup.sha256:
+            raise DipgoError(f"{beside}: not the weights that {path.name} was saved with; copy both files again")
+        try:
+            weights = load_file(beside)
+        except SafetensorError as error:
+            raise DipgoError(f"{beside}: not a safetensors file ({error}); search again") from error
+    ragged = len({len(row) for row in record.gates}) != 1
+    subnet = SubNet(
+        model=record.model,
+        sampler=record.sampler,
+        sites=tuple(Site(**site.model_dump()) for site in record.sites),
+        gates=np.zeros((len(record.gates), 0), bool) if ragged else np.array(record.gates, bool),
+        cost=record.cost,
+        terms=record.backup.terms if record.backup else 1,
+        weights=weights,
+        search=record.search,
+    )
+    try:
+        check(subnet)
+    except ValueError as error:
+        raise DipgoError(f"{path}: {error}; search again, or mend the file") from error
+    return subnet
+
+
+def _one_row_a_line(document: dict[str, Any]) -> str:
+    """Indent the document, with each row of gates on a line of its own: a map that people can read and diff."""
+    text = json.dumps({**document, "gates": "GATES"}, indent=2)
+    rows = ",\n".join("    " + json.dumps(row) for row in document["gates"])
+    return text.replace('"GATES"', f"[\n{rows}\n  ]")

@@ -1,0 +1,242 @@
+"""What a search works on: a model, its trace, its sampler, and where noise and conditions come from."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dipgo.base.errors import UsageError
+from dipgo.base.records import SamplerIdentity
+from dipgo.eager.trajectory import Batch, Sampling, Trajectory, select
+from dipgo.graph.trace import Trace, trace
+from dipgo.model.families import Family, GuidedDenoiser, default_guidance
+from dipgo.model.models import Model
+from dipgo.model.prompts import read_prompts
+from dipgo.model.sampler import Sampler, make_scheduler, tabulate
+from dipgo.model.vae import to_vae
+from dipgo.searching.distributed import ALONE, Processes
+
+
+class Batches(Protocol):
+    """Batches by number, each with the latents of its full trajectory after 0, 1, … calls."""
+
+    def __getitem__(self, number: int, /) -> tuple[Batch, list[torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with everything that the search needs of it."""
+
+    model: Model
+    pipe: Any
+    trace: Trace
+    trajectory: Trajectory
+    sampling: Sampling
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.trajectory.sampler
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.trajectory.guided.guidance_scale
+
+    @property
+    def identity(self) -> SamplerIdentity:
+        return self.sampler.identity(self.guidance_scale)
+
+    def with_sampler(self, scheduler: Any, steps: int) -> Task:
+        """Return the same task under another sampler."""
+        return self.with_trajectory(sampler=tabulate(scheduler, steps, self.model.family.scales_noise))
+
+    def with_sites(self, sites: str) -> Task:
+        """Return the same task on other sites, given as for :func:`make_task`."""
+        traced = trace(self.model, sites, self.guidance_scale)
+        return replace(self, trace=traced).with_trajectory(sites=traced.sites, live_sites=traced.live_sites)
+
+    def with_trajectory(self, **changes: Any) -> Task:
+        """Return the same task with attributes of its trajectory changed: ``precision``, ``recompute``, …"""
+        return replace(self, trajectory=replace(self.trajectory, **changes))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes.
+
+        Where the pipeline has no VAE the latents are the images.
+        """
+        vae = getattr(self.pipe, "vae", None)
+        return latents if vae is None else vae.decode(to_vae(latents, vae.config), return_dict=False)[0]
+
+
+def make_task(
+    model: Model,
+    steps: int,
+    sampler: str | None = None,
+    sites: str | None = None,
+    guidance_scale: float | None = None,
+    traced: Trace | None = None,
+    device: str = "cpu",
+    prompts: Path | None = None,
+    classes: str | None = None,
+) -> Task:
+    """Load a model and prepare a search on it.
+
+    Args:
+        steps: inference steps.
+        sampler: alias or class of a diffusers scheduler; None keeps the pipeline's own.
+        sites: granularity or patterns; None takes the family's default.
+        guidance_scale: None takes the default of the pipeline's ``__call__``.
+        traced: a trace to use again; it must fit the other arguments.
+        device: where to run, as torch names it.
+        prompts: a file with one prompt a line, to draw from where prompts condition; None draws from those that the
+            model's folder brings, see :meth:`dipgo.model.models.Model.prompts`, else the empty prompt.
+        classes: names or numbers joined by commas, to draw from where classes condition; None or ``all`` draws from
+            all that have names.
+
+    Raises:
+        UsageError, DipgoError: see :func:`~dipgo.model.sampler.tabulate`, :func:`~dipgo.graph.trace.trace` and
+            :func:`choices_of`.
+    """
+    place = _device(device)
+    pipe = model.pipeline()
+    choices = choices_of(model.family, model.labels(), prompts, classes, model.prompts())
+    if place.type != "cpu":
+        pipe.to(place)
+    if guidance_scale is None:
+        guidance_scale = default_guidance(type(pipe))
+    table = tabulate(make_scheduler(sampler, pipe.scheduler), steps, model.family.scales_noise)
+    traced = traced or trace(model, sites, guidance_scale)
+    family = model.family
+    denoiser = getattr(pipe, family.component)
+    guided = GuidedDenoiser(denoiser, family, guidance_scale)
+    sampling = Sampling(pipe, guided, family, model.latent_shape(1), choices)
+    return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)
+
+
+def choices_of(
+    family: Family, labels: Mapping[str, int], prompts: Path | None, classes: str | None, own: Sequence[str] = ()
+) -> list[Any]:
+    """Return the classes or prompts that noise is paired with; ``own`` are the prompts where none are given.
+
+    Raises:
+        UsageError: prompts for a model that classes condition or the reverse, or a class that the model lacks.
+        DipgoError: a prompt file that is missing, empty or not UTF-8.
+    """
+    if family.conditioned_by == "nothing":
+        if prompts is not None or classes is not None:
+            raise UsageError("this model is conditioned by nothing; leave --prompts and --classes out")
+        return [""]
+    if family.conditioned_by == "prompt":
+        if classes is not None:
+            raise UsageError("this model is conditioned by prompts, not classes; give --prompts FILE")
+        return read_prompts(prompts) if prompts else list(own) or [""]
+    if prompts is not None:
+        raise UsageError("this model is conditioned by classes, not prompts; give --classes")
+    if classes is None or classes == "all":
+        return sorted(set(labels.values()))
+    known = {str(number): number for number in labels.values()} | dict(labels)
+    chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise UsageError(f"class '{', '.join(unknown)}' is unknown; give names or numbers such as {_some(labels)}")
+    return sorted({known[name] for name in chosen})
+
+
+def _some(labels: Mapping[str, int]) -> str:
+    return ", ".join(itertools.islice(labels, 3)) + ("" if len(labels) <= 3 else ", …")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        detail = str(error).splitlines()[0]
+        raise UsageError(
+            f"device '{name}' cannot be used here ({detail}); use cpu, or cuda where torch has it"
+        ) from error
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(local)) if local and device.type == "cuda" and device.index is None else device
+
+
+class Pool:
+    """Batches of noise and conditions with their full trajectories; batch k is always the same.
+
+    A pool of ``size`` images is gone through in order, then again and again in new orders; its full trajectories are
+    computed once, ``chunk`` images at a time, when first needed. ``size = 0`` draws afresh at every iteration and
+    keeps one chunk.
+
+    With several processes the pool is one for all: each takes its own columns of it, ``batch`` of them, so that
+    together they see what one process with the joint batch sees.
+    """
+
+    def __init__(
+        self, task: Task, size: int, batch: int, seed: int, processes: Processes = ALONE, chunk: int = 32
+    ) -> None:
+        self.task, self.batch, self.seed, self.processes = task, batch, seed, processes
+        self.columns = batch * processes.count
+        self.depth = max(1, chunk // self.columns)  # batches in a chunk
+        chunks = -(-size // (self.depth * self.columns))
+        self.rows = chunks * self.depth  # batches in the pool, 0 without end
+        self._chunks: dict[int, list[list[_Image]]] = {}
+        self._orders: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __getitem__(self, number: int) -> tuple[Batch, list[torch.Tensor]]:
+        epoch, place = divmod(number, self.rows) if self.rows else (0, number)
+        own = range(self.processes.rank * self.batch, (self.processes.rank + 1) * self.batch)
+        images = []
+        for index, column in enumerate(own):
+            row = self._order(epoch)[place, column] if epoch else place
+            images.append(self._chunk(int(row) // self.depth)[int(row) % self.depth][index])
+        latents = [torch.cat(parts) for parts in zip(*(image.latents for image in images), strict=True)]
+        return _join([image.batch for image in images]), latents
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+        return (self[number] for number in itertools.count())
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the row that each column takes at each place of an epoch, int ``[rows, columns]``."""
+        if self._orders[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            rows = np.tile(np.arange(self.rows)[:, None], self.columns)
+            self._orders = (epoch, generator.permuted(rows, axis=0))
+        return self._orders[1]
+
+    def _chunk(self, number: int) -> list[list[_Image]]:
+        """Return this process's images of a chunk, ``[depth][batch]``."""
+        if number not in self._chunks:
+            if not self.rows:
+                self._chunks.clear()
+            seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            drawn = self.task.sampling.draw(self.depth * self.columns, seed)
+            places = torch.arange(self.depth * self.columns).view(self.depth, self.columns)
+            first = self.processes.rank * self.batch
+            own = select(drawn, places[:, first : first + self.batch].flatten())
+            latents = self.task.trajectory.full(own.noise, own.conditions)
+            images = [
+                _Image(select(own, torch.tensor([index])), [latent[index : index + 1] for latent in latents])
+                for index in range(len(own.noise))
+            ]
+            self._chunks[number] = [images[row : row + self.batch] for row in range(0, len(images), self.batch)]
+        return self._chunks[number]
+
+
+@dataclass(frozen=True)
+class _Image:
+    batch: Batch
+    latents: list[torch.Tensor]
+
+
+def _join(batches: list[Batch]) -> Batch:
+    """Stack batches of one image each; the halves of their conditions stay halves."""
+    conditions = {
+        name: torch.stack([batch.conditions[name] for batch in batches], dim=1).flatten(0, 1)
+        for name in batches[0].conditions
+    }
+    return Batch(torch.cat([batch.noise for batch in batches]), conditions)

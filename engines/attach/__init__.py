@@ -1,0 +1,1 @@
+"""A bundle in the place of the denoiser inside a diffusers pipeline."""

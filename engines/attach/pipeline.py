@@ -1,0 +1,169 @@
+"""A bundle in the place of the denoiser of a diffusers pipeline, whose own scheduler, callbacks and VAE run on.
+
+:func:`attach` checks that the pipeline is the one that the bundle was compiled from; every call is checked before it
+starts, and every call of the denoiser as it comes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dipgo.base.errors import UsageError
+from engines.backends import DEFAULT
+from engines.pipeline.arguments import check_asked, check_scheduler
+from engines.pipeline.pipeline import Pipeline, load
+
+# What reaches the denoiser as conditions, which it takes as they come, or not at all.
+_THE_PIPELINES_OWN = (
+    "max_sequence_length",
+    "clip_skip",
+    "clean_caption",
+    "use_resolution_binning",
+    "complex_human_instruction",
+    "negative_prompt",
+    "negative_prompt_embeds",
+    "original_size",
+    "target_size",
+    "crops_coords_top_left",
+    "negative_original_size",
+    "negative_target_size",
+    "negative_crops_coords_top_left",
+)
+_ATTRIBUTE = "_dipgo_attached"
+
+
+@dataclass
+class Attached:
+    """A pipeline with a bundle attached; a context manager that yields the pipeline and detaches the bundle.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        program: the bundle's program.
+        component: attribute of the pipeline that the denoiser is.
+        original: the denoiser that was there.
+    """
+
+    pipe: Any
+    program: Pipeline
+    component: str
+    original: Any
+    owns: bool
+    calling: threading.Lock
+
+    def __enter__(self) -> Any:
+        return self.pipe
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.pipe.__dict__.get(_ATTRIBUTE) is self:
+            detach(self.pipe)
+
+
+def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, threads: int | None = None) -> Attached:
+    """Put a bundle in the place of a diffusers pipeline's denoiser.
+
+    The pipeline is then called as ever: with the bundle's step count, guidance and size. Guidance is inside the
+    graphs, so the denoiser returns guided ε for both halves, which the pipeline's own guidance leaves as it is. Any
+    number of images goes in one call, a lane for every batch of the bundle. The denoiser that was there stays in
+    memory for :func:`detach`.
+
+    Args:
+        pipe: a diffusers pipeline, on any device; one call at a time.
+        bundle: folder of the bundle, or a loaded one, which may serve several pipelines at once.
+        backend, threads: as in :func:`engines.pipeline.pipeline.load`, for a folder.
+
+    Raises:
+        UsageError: another denoiser, configuration, weights or scheduler than the bundle's, naming both; or a pipeline
+            that has a bundle attached.
+        DipgoError: a damaged bundle.
+    """
+    from dipgo.model.families import family_of
+    from engines.attach.check import check_denoiser
+    from engines.attach.denoiser import AttachedDenoiser
+
+    if _ATTRIBUTE in pipe.__dict__:
+        raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
+    program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend)
+    record = program.record
+    component = family_of(pipe).component
+    original = getattr(pipe, component)
+    check_denoiser(program.bundle, original)
+    check_scheduler(record, pipe.scheduler)
+    if record.steps[0].timestep == record.steps[1].timestep:
+        raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
+    attached = Attached(pipe, program, component, original, program is not bundle, threading.Lock())
+    program.__enter__()
+    setattr(pipe, component, AttachedDenoiser(program, original, pipe))
+    kind: Any = type(pipe)
+    pipe.__class__ = _checked(kind)
+    pipe.__dict__[_ATTRIBUTE] = attached
+    return attached
+
+
+def detach(pipe: Any) -> None:
+    """Give a pipeline its own denoiser back, and drop the engines that :func:`attach` loaded.
+
+    Raises:
+        UsageError: no bundle is attached.
+    """
+    attached = pipe.__dict__.pop(_ATTRIBUTE, None)
+    if attached is None:
+        raise UsageError(f"{type(pipe).__name__} has no bundle attached")
+    pipe.__class__ = type(pipe).__mro__[1]
+    getattr(pipe, attached.component).end()
+    setattr(pipe, attached.component, attached.original)
+    if attached.owns:
+        attached.program.close()
+
+
+@functools.cache
+def _checked(kind: Any) -> Any:
+    """Return a class of pipeline whose calls are checked against the bundle that is attached.
+
+    Guidance and step count are the pipeline's own business and never reach its denoiser: only here are they seen.
+    """
+    call = kind.__call__
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = signature.bind(self, *args, **kwargs)
+        asked.apply_defaults()
+        attached = self.__dict__[_ATTRIBUTE]
+        with _one_call(attached):
+            _check_call(attached, asked.arguments)
+            denoiser = getattr(self, attached.component)
+            denoiser.end()
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                denoiser.end()
+
+    return type(kind.__name__, (kind,), {"__call__": checked, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+@contextmanager
+def _one_call(attached: Attached) -> Iterator[None]:
+    if not attached.calling.acquire(blocking=False):
+        raise UsageError(
+            "the pipeline is in a call already; attach a pipeline of its own to the bundle for each thread"
+        )
+    try:
+        yield
+    finally:
+        attached.calling.release()
+
+
+def _check_call(attached: Attached, arguments: Mapping[str, Any]) -> None:
+    record = attached.program.record
+    check_scheduler(record, attached.pipe.scheduler)
+    check_asked(record, {name: value for name, value in arguments.items() if name not in _THE_PIPELINES_OWN})

@@ -1,0 +1,1 @@
+"""A bundle called like a diffusers pipeline."""

@@ -1,0 +1,141 @@
+"""What a call of a diffusers pipeline may ask of a bundle, and one line that names both values where it cannot have it.
+
+A bundle is compiled for one sampler, step count, guidance and size. Another choice is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dipgo.base.errors import UsageError
+from export.bundle import BundleRecord
+
+Check = Callable[[BundleRecord, str, Any], None]
+
+
+def check_asked(record: BundleRecord, asked: Mapping[str, Any]) -> None:
+    """Refuse what differs from a bundle's own; None asks for nothing.
+
+    Args:
+        asked: arguments of a diffusers pipeline by name. Those without an entry in :data:`CHECKS` are not looked at.
+
+    Raises:
+        UsageError: naming the argument, its value and the bundle's.
+    """
+    for name, value in asked.items():
+        if name in CHECKS and value is not None:
+            CHECKS[name](record, name, value)
+
+
+def check_scheduler(record: BundleRecord, scheduler: Any) -> None:
+    """Refuse a diffusers scheduler of another class, or configured otherwise, than the bundle's.
+
+    Entries that only one of both has are not compared: versions of diffusers differ in them.
+
+    Raises:
+        UsageError: naming both.
+    """
+    mine = record.sampler
+    cure = f"give the pipeline diffusers.{mine.class_name}.from_config(…) of the bundle's sampler"
+    if type(scheduler).__name__ != mine.class_name:
+        raise UsageError(
+            f"the pipeline's scheduler is {type(scheduler).__name__}, the bundle was compiled for {mine.class_name}; "
+            f"{cure}, or search and export for this one"
+        )
+    for name, value in mine.config.items():
+        theirs = scheduler.config.get(name, value)
+        if _plain(theirs) != _plain(value):
+            raise UsageError(
+                f"the pipeline's scheduler has {name} = {theirs!r}, the bundle was compiled for {value!r}; {cure}"
+            )
+
+
+def refuse(what: str, found: Any, mine: Any, cure: str = "ask for that, or export another bundle") -> UsageError:
+    """Return the error for one value that is not the bundle's."""
+    return UsageError(f"{what} = {found}, the bundle was compiled for {mine}; {cure}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _steps(record: BundleRecord, name: str, value: Any) -> None:
+    if value != record.sampler.steps:
+        raise refuse(name, value, record.sampler.steps)
+
+
+def _guidance(record: BundleRecord, name: str, value: Any) -> None:
+    mine = record.sampler.guidance_scale
+    if abs(value - mine) > 1e-6 and not (value <= 1 and mine <= 1):
+        raise refuse(name, value, mine)
+
+
+def _negative(record: BundleRecord, name: str, value: Any) -> None:
+    if value and not record.conditioning.guided:
+        scale = record.sampler.guidance_scale
+        raise UsageError(f"{name} is given, the bundle was compiled for guidance_scale = {scale}, without one")
+
+
+def _timesteps(record: BundleRecord, name: str, value: Any) -> None:
+    given = [float(step) for step in value]
+    if given != record.sampler.timesteps:
+        raise refuse(name, _few(given), _few(record.sampler.timesteps))
+
+
+def _tokens(record: BundleRecord, name: str, value: Any) -> None:
+    encoder = record.conditioning.encoder
+    if encoder and value != encoder.tokenizers[0].length:
+        raise refuse(name, value, encoder.tokenizers[0].length)
+
+
+def _only(*neutral: Any) -> Check:
+    """Accept what diffusers does nothing with."""
+
+    def check(record: BundleRecord, name: str, value: Any) -> None:
+        given = _plain(value)
+        if not any(given == each for each in neutral):
+            raise refuse(name, _few(given), neutral[0] if neutral else None, "leave it out")
+
+    return check
+
+
+def _any(record: BundleRecord, name: str, value: Any) -> None:
+    """Accept everything: it makes no difference to a bundle."""
+
+
+def _few(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(str, value[:4]))}{', …' if len(value) > 4 else ''}]"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+CHECKS: dict[str, Check] = {
+    "num_inference_steps": _steps,
+    "guidance_scale": _guidance,
+    "negative_prompt": _negative,
+    "negative_prompt_embeds": lambda record, name, value: _negative(record, name, True),
+    "timesteps": _timesteps,
+    "sigmas": _only(),
+    "eta": _only(0.0),
+    "guidance_rescale": _only(0.0),
+    "denoising_end": _only(),
+    "clip_skip": _only(),
+    "cross_attention_kwargs": _only({}),
+    "attention_kwargs": _only({}),
+    "ip_adapter_image": _only(),
+    "ip_adapter_image_embeds": _only(),
+    "use_clipped_model_output": _only(False),
+    "crops_coords_top_left": _only([0, 0]),
+    "negative_crops_coords_top_left": _only([0, 0]),
+    "negative_original_size": _only(),
+    "negative_target_size": _only(),
+    "clean_caption": _only(False),
+    "complex_human_instruction": _only(),
+    "max_sequence_length": _tokens,
+    "use_resolution_binning": _any,
+}
+"""How each argument of diffusers' text- and class-to-image pipelines is checked against a bundle."""

@@ -1,0 +1,98 @@
+"""Prompts to the denoiser's conditions, without torch or transformers: tokenizers, then the text graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dipgo.base.errors import DipgoError, UsageError
+from export.bundle import TextRecord, TokenizerRecord
+
+Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+class TextEncoder:
+    """The text encoders of a bundle.
+
+    ``run(graph file, inputs) -> outputs by name`` runs a graph of the bundle in ``folder``.
+
+    Raises:
+        DipgoError: a tokenizer file that is missing or damaged.
+    """
+
+    def __init__(self, record: TextRecord, folder: Path, run: Run) -> None:
+        self.record = record
+        self._run = run
+        self._rows = int(record.inputs[0].shape[0])
+        self._tokenizers = [_load(folder / tokenizer.file, tokenizer) for tokenizer in record.tokenizers]
+
+    def __call__(self, prompts: Sequence[str], negative: str | None, guided: bool) -> dict[str, np.ndarray]:
+        """Return the conditions of one or more prompts, a row each, with the dtypes of the graph's outputs.
+
+        When ``guided`` the unconditional half comes first, 2 B rows in all. It is the encoding of ``negative``; None
+        means the pipeline's own way: the empty prompt's encoding, or zeros. ``negative`` is not read otherwise.
+        """
+        zeros = negative is None and self.record.unconditional == "zeros"
+        texts = [] if zeros or not guided else [negative or ""] * len(prompts)
+        conditions = self._encode([*texts, *prompts])
+        if guided and zeros:
+            conditions = {name: np.concatenate([np.zeros_like(value), value]) for name, value in conditions.items()}
+        rows = (2 if guided else 1) * len(prompts)
+        dtype = next(iter(conditions.values())).dtype
+        for name, row in self.record.fixed.items():
+            conditions[name] = np.tile(np.asarray(row, dtype), (rows, 1))
+        return conditions
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the graph's inputs ``[len(texts), length]`` int64: ids and, where the encoder takes one, the mask.
+
+        Raises:
+            UsageError: half a character of UTF-16, which bytes on the command line become that are no UTF-8.
+        """
+        for text in texts:
+            _check_text(text)
+        if self.record.lower:
+            texts = [text.lower().strip() for text in texts]
+        inputs = {}
+        for record, tokenizer in zip(self.record.tokenizers, self._tokenizers, strict=True):
+            encodings = tokenizer.encode_batch(list(texts))
+            inputs[record.ids] = np.array([encoding.ids for encoding in encodings], np.int64)
+            if record.mask is not None:
+                inputs[record.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+        return inputs
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Encode each different text once, as many at a time as the graph has rows; the last call is filled up."""
+        different = list(dict.fromkeys(texts))
+        calls = []
+        for start in range(0, len(different), self._rows):
+            some = different[start : start + self._rows]
+            inputs = self.tokens([*some, *[some[-1]] * (self._rows - len(some))])
+            outputs = self._run(self.record.file, inputs)
+            calls.append({record.name: outputs[record.name][: len(some)] for record in self.record.outputs})
+        rows = [different.index(text) for text in texts]
+        return {
+            record.name: np.concatenate([call[record.name] for call in calls])[rows] for record in self.record.outputs
+        }
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"{text[error.start]!a} at character {error.start}"
+        raise UsageError(f"the prompt is not valid Unicode ({what}); give it in UTF-8") from error
+
+
+def _load(path: Path, record: TokenizerRecord) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exceptions
+        detail = " ".join(str(error).split())[:160]
+        raise DipgoError(f"{path}: not a readable tokenizer ({detail}); export the bundle again") from error
+    tokenizer.enable_truncation(record.length)
+    tokenizer.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
+    return tokenizer

@@ -1,0 +1,134 @@
+"""A model made ready for the compiler: everything that does not depend on a SubNet, converted once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from dipgo.base.files import cache_root, sha256_of_json
+from dipgo.graph.trace import Trace
+from dipgo.model.models import Model
+from export.bundle import ConditioningRecord, DecoderRecord
+from export.components import VAE, components_of, decoder_to_onnx, weights_of
+from export.onnx.convert import tensor_record
+from export.onnx.denoiser_graph import Tapped, to_onnx
+from export.onnx.weights import Weights
+from export.plan.hoisting import Hoisted, hoisted_values
+from export.plan.prologue import Prologue, cut_prologue, evaluate_tables
+from export.sizes import Sizes
+from export.text import text_to_onnx
+
+SHOWN = 32  # prompts of the model's folder that a bundle keeps
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a model that does not depend on the SubNet: converted once, written into many bundles.
+
+    Attributes:
+        extra: graphs beside the denoiser's, by file name.
+        tokenizers: contents of tokenizer files by name.
+        weights: where the weights of all of them lie.
+    """
+
+    tapped: Tapped
+    hoisted: Hoisted
+    conditioning: ConditioningRecord
+    decoder: DecoderRecord | None
+    extra: Mapping[str, ir.Model]
+    tokenizers: Mapping[str, bytes]
+    weights: Sequence[Weights]
+    _tables: dict[tuple[float, ...], dict[str, np.ndarray]] = field(default_factory=dict)
+    _prologues: dict[tuple[str, ...], Prologue | None] = field(default_factory=dict)
+
+    @property
+    def trace(self) -> Trace:
+        return self.tapped.trace
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.tapped.sizes
+
+    def tables(self, timesteps: Sequence[float]) -> dict[str, np.ndarray]:
+        """Return the values that depend on the timestep alone, ``[calls, …]`` each; evaluated once a sampler."""
+        key = tuple(timesteps)
+        if key not in self._tables:
+            names = [name for name, binding in self.hoisted.binding.items() if binding == "table"]
+            self._tables[key] = evaluate_tables(self.tapped, names, timesteps)
+        return self._tables[key]
+
+    def prologue(self, kind: Literal["steps", "prompt"], names: Sequence[str], calls: int) -> Prologue | None:
+        """Return the prologue that computes ``names``; cut once."""
+        key = (kind, str(calls), *names)
+        if key not in self._prologues:
+            self._prologues[key] = cut_prologue(self.tapped, kind, names, self.hoisted, calls)
+        return self._prologues[key]
+
+
+def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | None = None) -> Prepared:
+    """Convert a traced denoiser, and with ``whole`` the rest of its pipeline, to ONNX; nothing is loaded.
+
+    ``batch`` is how many images a call has, at the size of the trace; ``sizes`` says it with ranges, of all sizes.
+
+    Raises:
+        DipgoError: a part that has no ONNX form, a folder that is incomplete, weights of another model.
+    """
+    model, dtype = traced.model, traced.dtype
+    sizes = sizes or Sizes(batch, *traced.size)
+    cache = cache_folder(model)
+    denoiser = weights_of(model, model.family.component, dtype, cache)
+    tapped = to_onnx(traced, denoiser, sizes)
+    weights, extra = [denoiser], dict[str, ir.Model]()
+    decoder, encoder, tokenizers = None, None, dict[str, bytes]()
+    if whole:
+        lying = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
+        weights.extend(lying.values())
+        decoded = decoder_to_onnx(model, sizes.latent(model.config["in_channels"]), dtype, lying.get(VAE))
+        if decoded is not None:
+            graph, decoder = decoded
+            extra[decoder.file] = graph
+        encoded = text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, lying, sizes)
+        if encoded is not None:
+            graph, encoder, tokenizers = encoded
+            extra[encoder.file] = graph
+    inputs = [tensor_record(value) for value in tapped.model.graph.inputs if value.name in tapped.condition_names]
+    conditioning = ConditioningRecord(
+        kind=model.family.conditioned_by,
+        guided=traced.guidance_scale > 1,
+        inputs=inputs,
+        null_class=model.family.null_class,
+        labels=model.labels(),
+        prompts=_some(model.prompts()),
+        encoder=encoder,
+    )
+    names = (value.name or "" for node in tapped.symbolic.graph for value in node.outputs)
+    hoisted = hoisted_values(tapped.model.graph, names, tapped.rows)
+    return Prepared(tapped, hoisted, conditioning, decoder, extra, tokenizers, weights)
+
+
+def cache_folder(model: Model) -> Path:
+    """Return where weights are kept that were cast or drawn for a model: below ``$XDG_CACHE_HOME/dipgo``."""
+    return cache_root() / f"{stem_of(model.name)}-{sha256_of_json(model.config)[:8]}"
+
+
+def stem_of(name: str) -> str:
+    """Return a model's name as the start of its graphs' names."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-") or "denoiser"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return how the command line and graphs' names call a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _some(prompts: Sequence[str]) -> list[str]:
+    """Return at most ``SHOWN`` of the prompts, spread evenly."""
+    return list(prompts[:: -(-len(prompts) // SHOWN) or 1])

@@ -1,0 +1,1 @@
+"""ONNX graphs: converted once, mended, bound to the checkpoint's weights."""

@@ -1,0 +1,54 @@
+"""Constants of graphs that are no weights (position embeddings, folded rows of tables), held once in one file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import save_file
+
+from dipgo.model.safetensors_index import read_file
+from export.onnx.macs import CONSTANTS as FILE
+
+_SMALL = 1024  # bytes; less stays in the graph
+
+
+@contextmanager
+def outside(models: Iterable[ir.Model], folder: Path) -> Iterator[None]:
+    """Within the context, the large constants of graphs lie in ``folder``'s file, equal ones once.
+
+    Tensors are named by their digest. There is no file where there are no such constants. Afterwards the graphs hold
+    their constants again, so that they can be written into another folder.
+    """
+    places: dict[str, list[ir.Value]] = {}
+    contents: dict[str, np.ndarray] = {}
+    inside: dict[ir.Value, Any] = {}
+    for model in models:
+        for value in model.graph.initializers.values():
+            held = value.const_value
+            if held is None or isinstance(held, ir.ExternalTensor) or held.nbytes < _SMALL:
+                continue
+            data = np.frombuffer(held.tobytes(), np.uint8)
+            key = hashlib.sha256(f"{held.dtype.name}{list(held.shape)}".encode() + data.tobytes()).hexdigest()[:32]
+            contents[key] = data
+            places.setdefault(key, []).append(value)
+            inside[value] = held
+    if contents:
+        save_file(dict(sorted(contents.items())), folder / FILE)
+        stored = read_file(folder / FILE)
+        for key, values in places.items():
+            for value in values:
+                held, at, name = inside[value], stored[key], value.name or key
+                value.const_value = ir.ExternalTensor(
+                    FILE, at.offset, at.length, held.dtype, shape=held.shape, name=name, base_dir=folder
+                )
+    try:
+        yield
+    finally:
+        for value, held in inside.items():
+            value.const_value = held

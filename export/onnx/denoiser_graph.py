@@ -1,0 +1,134 @@
+"""The traced denoiser as ONNX: one graph with every site's outputs named, its weights pointing into their files.
+
+Converted once per model; :mod:`export.plan.cut` makes each graph of a program out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from dipgo.graph.trace import Trace
+from export.axes import values_at
+from export.bundle import Size
+from export.onnx.convert import convert, simplify
+from export.onnx.symbols import name_axes
+from export.onnx.weights import Weights, bind
+from export.plan.launches import EPSILON, LATENT
+from export.sizes import Sizes
+
+_PREFIX = "guided.denoiser."
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """The whole denoiser in ONNX.
+
+    Attributes:
+        trace: what it was made from.
+        sizes: of ``model``: images a call, and the latent's sides.
+        symbolic: the graph as converted, for any number of images.
+        model: the graph at ``sizes``, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
+        condition_names: the graph inputs that carry the conditions.
+        features: the names of each site's outputs, see :func:`feature_name`.
+    """
+
+    trace: Trace
+    sizes: Sizes
+    symbolic: ir.Model
+    model: ir.Model
+    condition_names: tuple[str, ...]
+    features: tuple[tuple[str, ...], ...]
+
+    @cached_property
+    def site_of(self) -> Mapping[str, int]:
+        """The site of each feature."""
+        return {name: site for site, names in enumerate(self.features) for name in names}
+
+    @cached_property
+    def channel_axes(self) -> Mapping[str, int]:
+        """The axis of each feature along which its channels lie."""
+        return {name: self.trace.sites[site].channel_axis for name, site in self.site_of.items()}
+
+    @cached_property
+    def producers(self) -> Mapping[str, ir.Node]:
+        """The node that computes each output of the graph."""
+        made = {value.name: value.producer() for value in self.model.graph.outputs}
+        return {name: node for name, node in made.items() if name and node is not None}
+
+    @cached_property
+    def loop_nodes(self) -> frozenset[ir.Node]:
+        """The nodes that depend on the latent's values."""
+        latent = next(value for value in self.model.graph.inputs if value.name == LATENT)
+        reached = {latent}
+        nodes = set()
+        for node in self.model.graph:
+            if node.op_type != "Shape" and reached.intersection(node.inputs):
+                nodes.add(node)
+                reached.update(node.outputs)
+        return frozenset(nodes)
+
+    @property
+    def rows(self) -> set[Size]:
+        """The lengths of a batch: of images, and of the denoiser's rows."""
+        batch = self.sizes.batch
+        if isinstance(batch, int):
+            return {batch, batch * self.trace.rows}
+        return {"batch", f"{self.trace.rows}*batch" if self.trace.rows > 1 else "batch"}
+
+    @property
+    def best(self) -> Mapping[str, int]:
+        """The values of the axes where MACs are counted."""
+        return values_at(self.sizes.axes, "opt")
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the denoiser's batch where MACs are counted."""
+        batch = self.sizes.batch
+        return self.trace.rows * (batch if isinstance(batch, int) else batch.opt)
+
+
+def feature_name(site: str, output: int) -> str:
+    """Return the name of a site's output in the graph: ``feature.<site>``, then ``#1``, ``#2`` for further ones."""
+    return f"feature.{site}" + (f"#{output}" if output else "")
+
+
+def to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> Tapped:
+    """Convert a trace to ONNX (opset 23), weights left where they are.
+
+    Raises:
+        DipgoError: a node that has no ONNX form, or a checkpoint that does not hold the traced parameters.
+    """
+    conditions = tuple(trace.model.family.example(trace.model.config, 1))
+    features = tuple(
+        tuple(feature_name(site.name, output) for output in range(len(values)))
+        for site, values in zip(trace.sites, trace.outputs, strict=True)
+    )
+    model = convert(
+        trace.model.family.denoiser_class,
+        trace.program,
+        None,
+        [LATENT, "timestep", *conditions],
+        [EPSILON, *(name for names in features for name in names)],
+        optimize=False,
+    )
+    parameters = {name: name.removeprefix(_PREFIX) for name in trace.program.graph_signature.parameters}
+    bind(model, parameters, weights.tensors, weights.root)
+    ClearMetadataAndDocStringPass()(model)
+    special = model.clone()
+    specialise(special, sizes)
+    return Tapped(trace, sizes, model, special, conditions, features)
+
+
+def specialise(model: ir.Model, sizes: Sizes) -> None:
+    """Fix or name the sizes that are symbolic, and simplify."""
+    latent = next(value for value in model.graph.inputs if value.name == LATENT)
+    assert latent.shape is not None
+    channels = latent.shape[1]
+    assert isinstance(channels, int)
+    name_axes(model, LATENT, sizes.latent(channels))
+    simplify(model)

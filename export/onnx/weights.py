@@ -1,0 +1,223 @@
+"""Weights where they lie: graphs point into safetensors files, whose values are never loaded here.
+
+A bundle has its weights files at the paths that they have in the diffusers pipeline folder (``unet/…safetensors``), so
+the pipeline folder can be the bundle folder itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+
+from dipgo.base.errors import DipgoError
+from dipgo.base.files import new_file, sha256_of_json, sha256_once
+from dipgo.model.safetensors_index import DTYPES, Stored, is_whole, read_pieces, safetensors_header, stored_tensors
+
+_ONNX = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F8_E5M2": ir.DataType.FLOAT8E5M2,
+    "I64": ir.DataType.INT64,
+    "U64": ir.DataType.UINT64,
+    "I32": ir.DataType.INT32,
+    "U32": ir.DataType.UINT32,
+    "I16": ir.DataType.INT16,
+    "U16": ir.DataType.UINT16,
+    "I8": ir.DataType.INT8,
+    "U8": ir.DataType.UINT8,
+    "BOOL": ir.DataType.BOOL,
+}
+_FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one of them is written to
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a component's tensors lie.
+
+    Attributes:
+        tensors: by their names in the checkpoint.
+        root: the folder that holds the files, to which the graphs' paths are relative.
+    """
+
+    tensors: Mapping[str, Stored]
+    root: Path
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them, in order of name."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
+
+def bind(model: ir.Model, names: Mapping[str, str], checkpoint: Mapping[str, Stored], root: Path) -> None:
+    """Point the initializers of a graph at their bytes, by paths relative to ``root``.
+
+    ``names`` maps initializers to tensors of the checkpoint; those that the graph does not hold are passed over.
+
+    Raises:
+        DipgoError: a tensor that is missing, that has another shape or dtype than the graph wants, or that lies
+            outside ``root``.
+    """
+    for initializer, name in names.items():
+        value = model.graph.initializers.get(initializer)
+        if value is None:
+            continue
+        stored = _find(checkpoint, name)
+        wanted = value.const_value if value.const_value is not None else value
+        assert wanted.shape is not None
+        assert wanted.dtype is not None
+        if tuple(wanted.shape) != stored.shape or wanted.dtype != _ONNX[stored.dtype]:
+            raise DipgoError(
+                f"{stored.file}: '{name}' is {stored.dtype} {list(stored.shape)}, the graph wants {wanted.dtype.name} "
+                f"{list(wanted.shape)}; use the checkpoint of this model, in the precision of the graph"
+            )
+        value.const_value = _Bytes(stored, initializer, _relative(stored.file, root))
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+
+
+class _Bytes(ir.ExternalTensor):
+    """External data that may be read through a symbolic link, as a hub cache has them.
+
+    onnx_ir refuses links that lead out of the base folder, which protects those who open a model of others. Here the
+    file is the user's own.
+    """
+
+    __slots__ = ("_file",)
+
+    def __init__(self, stored: Stored, name: str, location: str) -> None:
+        self._file = stored.file
+        dtype, shape = _ONNX[stored.dtype], ir.Shape(stored.shape)
+        super().__init__(location, stored.offset, stored.length, dtype, shape=shape, name=name, base_dir="")
+
+    @property
+    def path(self) -> str:
+        return str(self._file)
+
+
+def cast(
+    checkpoint: Mapping[str, Stored],
+    names: Sequence[str],
+    dtype: Literal["F32", "F16", "BF16"],
+    folder: Path,
+    component: str,
+) -> dict[str, Stored]:
+    """Write the named tensors into one safetensors file, floating-point ones as ``dtype``, and return where they lie.
+
+    The file is ``folder/component/<dtype>-<digest>.safetensors``; the digest is of the sources, the names and the
+    dtype, so a file that is there and whole is used again. Values are rounded as :meth:`torch.Tensor.to` does.
+
+    Raises:
+        DipgoError: a missing tensor, a value that float16 cannot hold, or a full disk.
+    """
+    stored = {name: _find(checkpoint, name) for name in names}
+    sources = sorted({tensor.file for tensor in stored.values()})
+    digest = sha256_of_json([dtype, sorted(stored), sorted(sha256_once(source) for source in sources)])
+    target = folder / component / f"{dtype}-{digest[:12]}.safetensors"
+    kinds = {name: dtype if DTYPES[tensor.dtype].is_floating_point else tensor.dtype for name, tensor in stored.items()}
+    # The widest elements first, so that every tensor is aligned to its elements.
+    order = sorted(stored, key=lambda name: (-DTYPES[kinds[name]].itemsize, name))
+    if not is_whole(target, {name: (kinds[name], stored[name].shape) for name in order}):
+        with new_file(target) as draft, draft.open("wb") as stream:
+            stream.write(safetensors_header({name: (kinds[name], stored[name].shape) for name in order}))
+            for name in order:
+                for piece in read_pieces(stored[name]):
+                    stream.write(_converted(piece, kinds[name], stored[name].file, name).view(torch.uint8).numpy().data)
+    return stored_tensors([target])
+
+
+def place(files: Iterable[Path], root: Path, folder: Path, digests: Mapping[Path, str] | None = None) -> dict[str, str]:
+    """Copy weights files to the paths under ``folder`` that they have under ``root``; return SHA-256 by such path.
+
+    Links are followed, the copies are plain files. They share their blocks with the originals where the file system
+    can. ``digests`` are those known already.
+
+    Raises:
+        DipgoError: a file outside ``root``, or a full disk.
+    """
+    placed = {}
+    for file in files:
+        location = _relative(file, root)
+        with new_file(folder / location) as draft:
+            placed[location] = _copy(file, draft, (digests or {}).get(file))
+    return placed
+
+
+def check_in_place(files: Iterable[Path], root: Path) -> None:
+    """Check that ONNX tools will follow graphs in ``root`` to the weights files: no links, nothing outside.
+
+    Raises:
+        DipgoError: the first file that they would refuse.
+    """
+    for file in files:
+        path = Path(os.path.abspath(root))
+        for part in Path(_relative(file, root, "export with --weights copy")).parts:
+            path /= part
+            if path.is_symlink():
+                raise DipgoError(
+                    f"{path}: ONNX tools refuse weights behind a symbolic link; export with --weights copy"
+                )
+        if path.stat().st_nlink > 1:
+            raise DipgoError(f"{path}: ONNX tools refuse a file with several hard links; export with --weights copy")
+
+
+def _find(checkpoint: Mapping[str, Stored], name: str) -> Stored:
+    if name not in checkpoint:
+        files = sorted({stored.file for stored in checkpoint.values()})
+        where = files[0] if len(files) == 1 else files[0].parent if files else "the checkpoint"
+        raise DipgoError(f"{where}: holds no tensor '{name}'; it belongs to another model")
+    return checkpoint[name]
+
+
+def _relative(file: Path, root: Path, cure: str = "keep the whole pipeline in one folder") -> str:
+    """Return the path below ``root`` as ONNX writes it; links are not resolved."""
+    try:
+        return Path(os.path.abspath(file)).relative_to(os.path.abspath(root)).as_posix()
+    except ValueError as error:
+        raise DipgoError(f"{file}: lies outside {root}; {cure}") from error
+
+
+def _converted(values: torch.Tensor, dtype: str, file: Path, name: str) -> torch.Tensor:
+    """Return values in another type; refuse finite ones that become infinite."""
+    if values.dtype == DTYPES[dtype]:
+        return values
+    converted = values.to(DTYPES[dtype])
+    infinite = converted.isinf()
+    if infinite.any() and values.double()[infinite].isfinite().any():
+        cure = "bf16 or fp32" if dtype == "F16" else "fp32"
+        raise DipgoError(f"{file}: '{name}' holds values too large for {dtype}; export in {cure}")
+    return converted
+
+
+def _copy(source: Path, target: Path, digest: str | None) -> str:
+    """Copy a file, by sharing its blocks where possible, and return its SHA-256, ``digest`` if that is known."""
+    if _cloned(source, target):
+        return digest or sha256_once(source)
+    if digest is not None:
+        shutil.copyfile(source, target)  # inside the kernel
+        return digest
+    hasher = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while piece := reader.read(2**20):
+            writer.write(piece)
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _cloned(source: Path, target: Path) -> bool:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
+        except OSError:  # another file system, or one that cannot
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""From a schedule to launches: what is computed when, graphs cut by step, memory slots."""

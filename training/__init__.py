@@ -1,0 +1,1 @@
+"""Scripts that made the models in dipgo/zoo. They are not installed."""
