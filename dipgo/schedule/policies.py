@@ -62,7 +62,8 @@ def policies(trace: Trace, calls: int, budget: float, drift: np.ndarray | None =
     Reuse and extrapolation, with every spacing and every way to serve a skipped step; DeepCache-like ones, whose
     outer sites are computed in every step (Ma et al. 2024); and, where ``drift`` is given (see
     :func:`~dipgo.eager.drift.measure_drift`), schedules that compute a site again once it has drifted far enough, as
-    SmoothCache and TeaCache do. All but those by drift come twice: with a step in part that uses up the budget, and ``plain``, of whole steps alone.
+    SmoothCache and TeaCache do. All but those by drift come twice: with a step in part that uses up the budget, and
+    ``plain``, of whole steps alone.
     """
     found: dict[tuple[bytes, bool], Policy] = {}
     limit = budget * trace.full_macs * calls

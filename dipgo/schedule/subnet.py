@@ -76,8 +76,8 @@ class SubNet:
         gates: bool ``[calls, sites]``, True = compute.
         weights: backup tensors by name (:mod:`dipgo.schedule.backup_names`), float32 ``[calls, K]``,
             ``[calls, K, channels]`` or, where the two halves of guidance have weights of their own (the
-            unconditional first), ``[calls, K, 2, channels]``, with 1 for channels that all have the same; empty means that a skipped site
-            serves its last output as it is.
+            unconditional first), ``[calls, K, 2, channels]``, with 1 for channels that all have the same; empty
+            means that a skipped site serves its last output as it is.
         terms: K; 1 where ``weights`` is empty.
     """
 
