@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.cases import FULL, Workload
+from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.exported import in_dtype
 from dipgo.graph.liveness import canonical
@@ -28,7 +29,6 @@ from dipgo.schedule.backup_names import backup_name
 from dipgo.schedule.cost import cost_of, trajectory_macs
 from dipgo.schedule.policies import SPACINGS, extrapolation, spaced
 from dipgo.schedule.subnet import SubNet, load_subnet
-from export.converted import DTYPES
 
 MAIN_SHARE, MIXED_SHARE = 0.2, 0.35
 PUBLISHED = Path(__file__).parents[2] / "dipgo" / "published" / "sd15-published-0.8.json"
@@ -89,7 +89,7 @@ class Ground:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.workload.dtype]
+        return PRECISIONS[self.workload.dtype].torch
 
     @property
     def guided(self) -> GuidedDenoiser:
@@ -153,7 +153,7 @@ class Ground:
 def prepare_ground(workload: Workload, device: torch.device, tiny: bool, scratch: Path) -> Ground:
     """Draw a workload's model on the device; ``scratch`` is a folder for tiny configurations."""
     model = find_model(str(_tiny_folder(workload.model, scratch)) if tiny else workload.model, random_weights=True)
-    dtype = DTYPES[workload.dtype]
+    dtype = PRECISIONS[workload.dtype].torch
     denoiser = drawn(model, dtype, device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(model.latent_shape(workload.batch), generator=generator).to(device)
