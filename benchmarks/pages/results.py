@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.bench.markdown import summary
 from benchmarks.bench.report import SCHEMA, ReportRecord
 from benchmarks.bench.suite import DEFAULT, FOLDER
+from benchmarks.pages import gpu
 from benchmarks.pages.figures import tables
 from benchmarks.studies import export_table, search_record
 from dipgo.base.errors import DipgoError
@@ -24,7 +25,6 @@ from dipgo.base.records import read_json
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 OUTPUT = ROOT / "benchmarks" / "RESULTS.md"
-GPU_COMMAND = "python -m benchmarks.gpu -o build/gpu"
 
 Raw = dict[str, Any]
 
@@ -37,13 +37,13 @@ class Section:
         title: its heading.
         wanted: whether a result belongs to it.
         render: a result and its path to markdown.
-        command: what would measure it.
+        command: what would measure it; None where nothing does any more, and the section is of what was.
     """
 
     title: str
     wanted: Callable[[Raw], bool]
     render: Callable[[Raw, str], str]
-    command: str
+    command: str | None = None
 
 
 def sections() -> list[Section]:
@@ -58,7 +58,7 @@ def sections() -> list[Section]:
     ]
     for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: (path.stem != DEFAULT, path.stem)):
         made.append(_suite(path))
-    made.append(Section("GPU", lambda raw: raw.get("schema") == "dipgo.gpu/1" and not raw["tiny"], _gpu, GPU_COMMAND))
+    made.append(Section("GPU", lambda raw: raw.get("schema") == gpu.SCHEMA and not raw["tiny"], gpu.table))
     made.append(
         Section(
             "Exports at true size",
@@ -79,8 +79,10 @@ def text() -> str:
     left = {path: read_json(path, "result") for path in sorted(RESULTS.glob("*.json"))}
     parts = ["# Results", "", "Written by `python -m benchmarks.results` from the files in `results/`."]
     for section in sections():
-        parts += ["", f"## {section.title}"]
         mine = {path: raw for path, raw in left.items() if section.wanted(raw)}
+        if not mine and section.command is None:
+            continue
+        parts += ["", f"## {section.title}"]
         for path, raw in mine.items():
             del left[path]
             parts += ["", *_placed(path, raw, section.render)]
@@ -122,37 +124,6 @@ def _suite(path: Path) -> Section:
         return summary(ReportRecord.model_validate(raw), source)
 
     return Section(f"Suite {name}: {about}", wanted, render, commands[0])
-
-
-def _gpu(raw: Raw, source: str) -> str:
-    """Return the pairs of a GPU report, a line each."""
-    calls = [call for call in raw["calls"] if call]
-    lines = [f"- {line}" for line in raw["headline"]]
-    lines += [
-        "",
-        "| case | baseline | MACs | wall time | baseline's | speedup | device speedup | efficiency |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in raw["cases"]:
-        if case["status"] != "measured":
-            lines.append(f"| {case['name']} | {case['baseline']} | {_not_measured(case)} | | | | | |")
-            continue
-        own, theirs = (case[name]["wall"]["median"] for name in ("candidate_figures", "baseline_figures"))
-        device = case.get("device_speedup")
-        lines.append(
-            f"| {case['name']} | {case['baseline']} | {case['macs_ratio']:.1%} | {own * 1e3:.1f} ms | "
-            f"{theirs * 1e3:.1f} ms | {case['speedup']['median']:.2f} | "
-            f"{'' if device is None else format(device['median'], '.2f')} | {case['efficiency']:.2f} |"
-        )
-    devices = ", ".join(dict.fromkeys(str(call["machine"]["device"]) for call in calls))
-    commands = "; ".join(dict.fromkeys(f"`{call['command']}`" for call in calls))
-    return "\n".join([*lines, "", f"{commands} on {devices}. From [{source}]({source})."])
-
-
-def _not_measured(case: Raw) -> str:
-    if case["status"] == "not reached":
-        return "not measured yet"
-    return f"{case['status']}: {case.get('error') or 'no reason given'}"
 
 
 def _figures(raw: Raw, source: str) -> str:
