@@ -76,8 +76,8 @@ def serve(
     from dipgo.cli.progress import spinner
     from engines.serving.install import find_server
     from engines.serving.repository import write_repository
-    from engines.serving.server import Addresses
     from engines.serving.server import serve as run
+    from engines.serving.triton import Addresses
 
     install = find_server(server)
     limits = (max_prompt, max_images, queue, wait, delay)

@@ -65,13 +65,13 @@ def find_library(device: Device | None) -> Library:
     order = ["tensorrt", "tensorrt-rtx"] if device is not None else ["tensorrt-rtx", "tensorrt"]
     for name in order:
         try:
-            return named(name)
+            return library_named(name)
         except ImportError:
             continue
     raise DipgoError("TensorRT is not installed; run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116")
 
 
-def named(name: str) -> Library:
+def library_named(name: str) -> Library:
     """Return the library of this name.
 
     Raises:

@@ -49,7 +49,7 @@ class EngineRecord(Record):
 
 def graphs_of(record: BundleRecord) -> list[Graph]:
     """Return all graphs of a bundle, those of the loop first."""
-    return [Graph(file, inputs, outputs) for file, (inputs, outputs) in record.tensors.items()]
+    return [Graph(file=file, inputs=inputs, outputs=outputs) for file, (inputs, outputs) in record.tensors.items()]
 
 
 def engine_path(bundle: Bundle, graph: Graph, library: Library, target: str) -> Path:
@@ -79,7 +79,7 @@ def key_of(bundle: Bundle, graph: Graph, library: Library, target: str, options:
             "dtype": record.dtype,
             "inputs": [tensor.model_dump() for tensor in graph.inputs],
             "axes": {name: axis.model_dump() for name, axis in record.axes.items()},
-            "options": options.record(),
+            "options": options.model_dump(),
         }
     )
 

@@ -84,7 +84,7 @@ def test_every_size_equals_the_pipeline(case, tmp_path, layout):
             assert error(images, made.expected(subnet, given, size, 5)) <= 1e-4
         launches = sum(len(step.launches) for step in record.steps)
         calls = [-(-count // program.batch) for count, _ in requests]
-        assert program.lanes.launches == launches * sum(calls)
+        assert program.contexts.launches == launches * sum(calls)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

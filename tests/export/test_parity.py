@@ -198,7 +198,7 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
         embeddings = np.ones((1, 77, 24), np.float32)
         program.denoise(program.noise(1, 0), {"encoder_hidden_states": embeddings})
         assert [not step.launches for step in program.record.steps] == [not row.any() for row in subnet.gates]
-        assert program.lanes.launches == 5
+        assert program.contexts.launches == 5
         assert len(program.record.graphs) == 1
     assert program.record.macs == 5 * traced.full_macs
 
