@@ -65,12 +65,3 @@ class Runner(Protocol):
 
     def capture(self, launches: Sequence[Launch]) -> Launch | None:
         """Return one launch that replays all of these in order (a CUDA graph), or None where there is no such thing."""
-
-
-def numpy_type(dtype: str) -> np.dtype:
-    """Return numpy's type of a name; it knows ``bfloat16`` only from ``ml_dtypes`` on."""
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)

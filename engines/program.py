@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
-from engines.backend import Runner, numpy_type
+from engines.backend import Runner
 from engines.classes import class_of, class_rows
 from engines.context_pool import ContextPool
 from engines.pipeline.formats import draw_noise
@@ -113,7 +114,7 @@ class Program:
             sizes = self.axes_of(self.latent_shape(len(subjects), size))
             for name, row in conditioning.encoder.sized.items():
                 rows[name][:] = shape_at(row, sizes)
-        return {tensor.name: rows[tensor.name].astype(numpy_type(tensor.dtype)) for tensor in conditioning.inputs}
+        return {tensor.name: rows[tensor.name].astype(Dtype(tensor.dtype).numpy) for tensor in conditioning.inputs}
 
     def check_negative(self, negative: str | None) -> None:
         """Refuse a negative prompt that nothing would come of; the empty one is everybody's."""

@@ -9,8 +9,8 @@ from math import prod
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
-from engines.backend import numpy_type
 from engines.cuda.runtime import CudaError, bindings, call, call_quietly
 
 
@@ -28,7 +28,7 @@ class DeviceArray:
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * item_bytes(self.dtype)
+        return prod(self.shape) * Dtype(self.dtype).itemsize
 
     def __getitem__(self, index: int, /) -> DeviceArray:
         """Return a view of one row; negative indices count from the end."""
@@ -36,7 +36,7 @@ class DeviceArray:
         if not -count <= index < count:
             raise IndexError(f"row {index} of {count}")
         row = self.shape[1:]
-        offset = index % count * prod(row) * item_bytes(self.dtype)
+        offset = index % count * prod(row) * Dtype(self.dtype).itemsize
         return DeviceArray(self._memory, self.pointer + offset, row, self.dtype)
 
     def reshape(self, *shape: int) -> DeviceArray:
@@ -91,7 +91,7 @@ class Stream:
 
     def write(self, target: DeviceArray, values: np.ndarray) -> None:
         """Copy values of the host, in the target's shape and cast to its dtype; they may change once this returns."""
-        host = np.ascontiguousarray(np.broadcast_to(values, target.shape), numpy_type(target.dtype))
+        host = np.ascontiguousarray(np.broadcast_to(values, target.shape), Dtype(target.dtype).numpy)
         kind = bindings().cudaMemcpyKind.cudaMemcpyHostToDevice
         with self.lock:
             call("cudaMemcpyAsync", target.pointer, host.ctypes.data, host.nbytes, kind, self.handle)
@@ -111,7 +111,7 @@ class Stream:
 
     def read(self, source: DeviceArray) -> np.ndarray:
         """Wait for the stream and return an array's values on the host; bfloat16 becomes float32, which holds it."""
-        host = np.empty(source.shape, numpy_type(source.dtype))
+        host = np.empty(source.shape, Dtype(source.dtype).numpy)
         kind = bindings().cudaMemcpyKind.cudaMemcpyDeviceToHost
         with self.lock:
             call("cudaMemcpyAsync", host.ctypes.data, source.pointer, host.nbytes, kind, self.handle)
@@ -149,7 +149,7 @@ class Stream:
         return launch
 
     def _allocate(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        size = prod(shape) * item_bytes(dtype)
+        size = prod(shape) * Dtype(dtype).itemsize
         memory = _Memory()
         try:
             pointer = int(call("cudaMalloc", max(size, 1)))
@@ -165,8 +165,3 @@ class Stream:
 
 class _Memory:
     """Stands for an allocation: it is freed when the last array on it is gone."""
-
-
-def item_bytes(dtype: str) -> int:
-    """Return the bytes of one value; ``dtype`` is numpy's name, or ``bfloat16``."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import cache_root
 from engines.backend import Launch
@@ -21,7 +22,6 @@ from engines.cuda.stream import DeviceArray, Stream
 from export.bundle import Bundle, BundleRecord
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_BFLOAT16 = 16  # ONNX's number: numpy has no such type
 _INSTALL = "run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
@@ -203,4 +203,5 @@ def _without_waiting() -> Any:
 
 
 def _element(dtype: str) -> Any:
-    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    """Return a type as ONNX Runtime's bindings take it: numpy's, but of bfloat16 ONNX's number."""
+    return Dtype.BFLOAT16.onnx if dtype == Dtype.BFLOAT16.value else np.dtype(dtype)

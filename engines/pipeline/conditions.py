@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
-from engines.backend import numpy_type
 from engines.pipeline.formats import is_torch, to_array
 from engines.program import Program
 from engines.steps import rows_of
@@ -125,7 +125,7 @@ def _from_embeddings(
             shape = [len(passes[0]) // repeats, *tensor.shape[1:]]
             if list(rows.shape) != shape:
                 raise UsageError(f"{name} is {list(rows.shape)}, the bundle was compiled for {shape}")
-        conditions[tensor.name] = np.concatenate(passes).astype(numpy_type(tensor.dtype))
+        conditions[tensor.name] = np.concatenate(passes).astype(Dtype(tensor.dtype).numpy)
     other = next((name for name in _embeddings(arguments) if name not in names), None)
     if other:
         raise UsageError(f"{other} is given, the bundle takes {', '.join(names)}; leave it out")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import UsageError
 from dipgo.base.records import SamplerIdentity
 from engines.backends import DEFAULT, runner_for
@@ -23,6 +24,7 @@ from engines.sizes import batches_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import open_bundle
 
+_PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
 _SIZES = ("original_size", "target_size")
 _ARGUMENTS = {*CHECKS, *_SIZES, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
@@ -145,7 +147,7 @@ class Pipeline(Program):
         device = "cpu" if "cpu" in self.runner.label.lower() else "cuda"
         for place in (*where, *more.values()):
             name = str(place).removeprefix("torch.")
-            if name in ("float32", "float16", "bfloat16") and name != self.record.dtype:
+            if name in _PRECISIONS and name != self.record.dtype:
                 raise UsageError(f"dtype {name}, the bundle is {self.record.dtype}; export one with --dtype")
             if name.split(":")[0] in ("cpu", "cuda", "mps", "xpu") and name.split(":")[0] != device:
                 raise UsageError(f"device {name}, the bundle runs on {self.runner.label}; load it with another backend")

@@ -17,10 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from dipgo.base.dtypes import BY_ONNX
 from dipgo.base.errors import DipgoError
 from engines.torchrt.layers import Unsupported
 from engines.torchrt.operators import OPERATORS, Operator
-from engines.torchrt.tensors import DTYPES
 from engines.torchrt.weights import Weights
 
 
@@ -78,7 +78,9 @@ def _input(path: Path, value: ir.Value, shape: Sequence[int] | None) -> Input:
     sizes = shape if shape is not None else value.shape.dims if value.shape is not None else [None]
     if not all(isinstance(size, int) for size in sizes):
         raise DipgoError(f"{path}: the shape of input '{name}' is open; give it")
-    return Input(name, DTYPES[int(value.dtype or 0)], tuple(int(size) for size in sizes if isinstance(size, int)))
+    return Input(
+        name, BY_ONNX[int(value.dtype or 0)].torch, tuple(int(size) for size in sizes if isinstance(size, int))
+    )
 
 
 class _ModuleBuilder:
@@ -189,7 +191,7 @@ class _ModuleBuilder:
 
 def _tensor(tensor: Any) -> torch.Tensor:
     """Return a tensor that lies in the graph itself."""
-    dtype = DTYPES[int(tensor.dtype)]
+    dtype = BY_ONNX[int(tensor.dtype)].torch
     shape = tuple(tensor.shape.numpy())
     values = bytearray(tensor.tobytes())
     return torch.frombuffer(values, dtype=dtype).reshape(shape) if values else torch.empty(shape, dtype=dtype)

@@ -9,21 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dipgo.base.dtypes import BY_ONNX
 from engines.torchrt.layers import Unsupported
-
-DTYPES = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    16: torch.bfloat16,
-}
-"""torch's types by ONNX's numbers."""
 
 
 def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
@@ -111,9 +98,9 @@ def concat(*parts: Tensor, axis: int) -> Tensor:
 
 
 def cast(x: Tensor, *, to: int, saturate: int = 1) -> Tensor:
-    if to not in DTYPES:
+    if to not in BY_ONNX:
         raise Unsupported(f"to ONNX's type {to}")
-    return x.to(DTYPES[to])
+    return x.to(BY_ONNX[to].torch)
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from dipgo.base.dtypes import BY_ONNX
 from dipgo.base.errors import DipgoError
-from engines.torchrt.tensors import DTYPES
 
 
 class Weights:
@@ -27,11 +27,11 @@ class Weights:
             DipgoError: a file outside the bundle, or a tensor that does not fit into its file.
         """
         location, offset, shape = str(external.location), external.offset or 0, tuple(external.shape.numpy())
-        dtype = DTYPES.get(int(external.dtype))
-        if dtype is None:
+        if int(external.dtype) not in BY_ONNX:
             raise DipgoError(
                 f"{self.folder / location}: torch takes no weights of type {external.dtype}; export it again"
             )
+        dtype = BY_ONNX[int(external.dtype)].torch
         key = (location, offset, dtype, shape)
         if key not in self._tensors:
             size = prod(shape) * dtype.itemsize

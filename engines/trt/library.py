@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from engines.cuda.runtime import Device
 
 RTX_LEAST = 80  # compute capability from which TensorRT-RTX's portable engines run
+
+DTYPES = (Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.INT64, Dtype.INT32, Dtype.BOOL)
+"""What goes in and out of engines."""
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -100,13 +104,5 @@ def listener(library: Library) -> tuple[Any, list[str]]:
 
 
 def dtype_names(library: Library) -> dict[Any, str]:
-    """Return numpy's names of the library's types (``bfloat16`` beside them)."""
-    kinds = library.module.DataType
-    return {
-        kinds.FLOAT: "float32",
-        kinds.HALF: "float16",
-        kinds.BF16: "bfloat16",
-        kinds.INT64: "int64",
-        kinds.INT32: "int32",
-        kinds.BOOL: "bool",
-    }
+    """Return the names of types (see :class:`Dtype`) by the library's own."""
+    return {getattr(library.module.DataType, dtype.tensorrt): dtype.value for dtype in DTYPES}
