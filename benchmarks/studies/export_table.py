@@ -112,14 +112,15 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     import onnx_ir as ir
 
     from export.assembly import assemble
-    from export.compiler import Options, normalise, retrace, sampler_of, write_bundle
+    from export.compiler import normalise, retrace, sampler_of, write_bundle
+    from export.config import ExportConfig
     from export.converted import prepare
 
     started = time.perf_counter()
     model, found = find_model(str(folder)), load_subnet(subnet)
     prepared = prepare(retrace(model, found, PRECISIONS[dtype].torch), whole=False)
     sampler = sampler_of(found, model)
-    write_bundle(prepared, found, sampler, output, True, Options(weights=weights))
+    write_bundle(prepared, found, sampler, output, True, ExportConfig(weights=weights))
     total = time.perf_counter() - started
     peak = resident_peak()
     started = time.perf_counter()

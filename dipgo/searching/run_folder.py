@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import lock_file, new_file, remove_drafts, sha256_of_json
+from dipgo.base.progress import Report, silent
 from dipgo.base.records import read_json
 from dipgo.searching.checkpoint import CheckpointRecord, pack, read_checkpoint, unpack, write_checkpoint
-from dipgo.searching.clock import Clock
 from dipgo.searching.distributed import ALONE, Processes
-from dipgo.searching.journal import Journal, Report, event_writer, silent
+from dipgo.searching.journal import Clock, Journal, event_writer
 
 SCHEMA = "dipgo.run/1"
 
@@ -58,7 +59,7 @@ class Run:
     cadence: Cadence = BY_THE_MINUTE
     report: Report = silent
     clock: Clock = field(default_factory=Clock)
-    lock: IO[str] | None = None  # keeps other processes out as long as it is open
+    lock: BaseFileLock | None = None  # keeps other processes out as long as it is there
 
     def phase(self, name: str) -> Phase:
         """Return the phase of this name (letters, digits and hyphens), where it was left."""
@@ -201,7 +202,7 @@ def open_run(
     if folder is None:
         return Run(None, sha256_of_json(settings), processes, None, cadence, report)
     path = folder / "run.json"
-    locks: list[IO[str]] = []
+    locks: list[BaseFileLock] = []
 
     def begin() -> None:
         assert folder is not None
