@@ -75,7 +75,7 @@ def export(
         refuse_existing(Path(output), force, RECORD_FILE)
     if isinstance(subnet, str | Path):
         subnet = load_subnet(Path(subnet))
-    source = _found(model or subnet.model.name)
+    source = _model_of(model or subnet.model.name)
     with Progress(progress).spinner("export"):
         from export.compiler import compile_subnet
 
@@ -189,7 +189,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
 
     profile = None if config.cost in ("macs", "latency") else read_profile(Path(config.cost))
     starts = [load_subnet(file) for file in config.start]
-    source = _found(model)
+    source = _model_of(model)
     with show.spinner("load and trace"):
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -222,7 +222,7 @@ def _options(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     return checked(kind, options) if config is None else config.changed(**options) if options else config
 
 
-def _found(model: str | Model) -> Model:
+def _model_of(model: str | Model) -> Model:
     from dipgo.model.models import find_model
 
     return find_model(model) if isinstance(model, str) else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from benchmarks.bench.suite import DEFAULT, Suite, load_suite
-from dipgo.base.config import Config
+from dipgo.base.config import Config, Threads
 
 
 class BenchConfig(Config):
@@ -16,7 +16,7 @@ class BenchConfig(Config):
     )
     images: int | None = Field(None, ge=8, description="Images that quality is judged on; the suite's by default.")
     repeats: int | None = Field(None, ge=3, description="Least repeats of each timing; the suite's by default.")
-    threads: int | None = Field(None, ge=1, le=1024, description="Threads; all cores by default.")
+    threads: Threads = None
 
     @property
     def name(self) -> str | None:

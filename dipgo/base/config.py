@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dipgo.base.errors import UsageError
 
@@ -111,6 +111,10 @@ def _split(value: Any) -> Any:
 def _join(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
+
+Threads = Annotated[int | None, Field(ge=1, le=1024, description="Threads; all cores by default.")]
+Seed = Annotated[int, Field(ge=0, description="Seed of everything random.")]
+Backend = Annotated[str, Field(description="What runs the graphs; 'dipgo doctor' lists them.")]
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
 """Numbers, or one string of them joined by commas."""

@@ -15,13 +15,13 @@ PACKAGES = ("dipgo", "export", "engines", "benchmarks")
 
 def strangers() -> dict[str, str]:
     """Return the names that lead to something else than our packages, and to what."""
-    found = {}
+    others = {}
     for name in PACKAGES:
         spec = sys.modules[name].__spec__ if name in sys.modules else find_spec(name)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if ROOT / name not in [Path(place).absolute() for place in places]:
-            found[name] = str((spec.origin if spec else None) or (places[0] if places else "nothing"))
-    return found
+            others[name] = str((spec.origin if spec else None) or (places[0] if places else "nothing"))
+    return others
 
 
 def check_packages() -> None:

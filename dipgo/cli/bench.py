@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 from benchmarks.bench.config import BenchConfig
-from dipgo.base.config import Config
+from dipgo.base.config import Backend, Config
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.cli.options import BundleArgument, ForceOption, SourceOption
 
@@ -20,7 +20,7 @@ class VerifyConfig(Config):
     images: int = Field(
         2, ge=1, description="How many images to compare.", json_schema_extra={"flags": ["--number", "-n"]}
     )
-    backend: str = Field("onnxruntime", description="What runs the graphs; 'dipgo doctor' lists them.")
+    backend: Backend = "onnxruntime"
 
     def line(self, bundle: Path, model: str | None) -> str:
         """Measure, and return one line on it; DipgoError where parity does not hold."""

@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
 
 
 def examine() -> dict[str, Any]:
-    """Return what is found, as JSON has it; nothing is changed, and nothing that is missing is an error."""
+    """Return all that there is, as JSON has it; nothing is changed, and nothing that is missing is an error."""
     providers = _providers()
     devices = _devices()
     server, without = _triton()
@@ -70,12 +70,12 @@ def text_of(findings: dict[str, Any]) -> str:
 def clashes() -> dict[str, str]:
     """Return the import names that another package has taken or shares, with a cure."""
     owners = metadata.packages_distributions()
-    found = {}
+    shared = {}
     for name in PACKAGES:
         others = sorted({owner for owner in owners.get(name, ()) if owner != "dipgo"})
         if others:
-            found[name] = f"{', '.join(others)} installs it too; {CURE}"
-    return found | {name: f"{place} is imported, not dipgo's; {CURE}" for name, place in strangers().items()}
+            shared[name] = f"{', '.join(others)} installs it too; {CURE}"
+    return shared | {name: f"{place} is imported, not dipgo's; {CURE}" for name, place in strangers().items()}
 
 
 def _aligned(pairs: dict[str, str]) -> list[str]:

@@ -44,8 +44,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             for option in _options(configs[name]):
                 parameters.setdefault(option.name, option)
         else:
-            kept = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            parameters[name] = kept
+            parameters[name] = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
 
     @wraps(command)
     def run(**values: Any) -> None:
@@ -68,14 +67,14 @@ def settings_text(kind: type[Config]) -> str:
 
 
 def _config(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    given = {name: values[name] for name in kind.model_fields if values.get(name) is not None}
+    chosen = {name: values[name] for name in kind.model_fields if values.get(name) is not None}
     names = _through_set(kind)
-    given |= _pairs(values.get(SET) or (), names) if names else {}
+    chosen |= _pairs(values.get(SET) or (), names) if names else {}
 
     def name_it(name: str, value: Any) -> str:
         return f"--set {name}={value}" if name in names else f"{_flags(name, kind.model_fields[name])[0]} {value}"
 
-    return checked(kind, given, name_it)
+    return checked(kind, chosen, name_it)
 
 
 def _pairs(texts: Sequence[str], names: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import Field
 
-from dipgo.base.config import Config
+from dipgo.base.config import Backend, Config, Seed, Threads
 from dipgo.base.errors import UsageError
 from dipgo.base.progress import bar
 from dipgo.cli.options import BundleArgument, ForceOption, OutputOption
@@ -27,11 +27,11 @@ class RunConfig(Config):
     )
     prompt: str | None = Field(None, description="What to generate, for a model of prompts.")
     negative: str | None = Field(None, description="A prompt to stay away from.")
-    seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
+    seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
-    backend: str = Field("onnxruntime", description="What runs the graphs; 'dipgo doctor' lists them.")
-    threads: int | None = Field(None, ge=1, le=1024, description="Threads; all cores by default.")
+    backend: Backend = "onnxruntime"
+    threads: Threads = None
 
     def save(self, bundle: Path, output: Path, force: bool) -> str:
         """Make the images and save them as one PNG; returns a line on it."""

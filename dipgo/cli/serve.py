@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
-from dipgo.base.config import Config
+from dipgo.base.config import Backend, Config, Threads
 from dipgo.cli.options import BundleArgument, ForceOption
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ class ServeConfig(Config):
     """How a bundle is served, and what requests may ask for."""
 
     name: str | None = Field(None, description="The model's name in URLs; the bundle's own by default.")
-    backend: str = Field("onnxruntime", description="What runs the graphs.")
+    backend: Backend = "onnxruntime"
     instances: int = Field(1, ge=1, le=1024, description="Processes, each with a program of its own.")
-    threads: int | None = Field(None, ge=1, le=1024, description="Threads; all cores by default.")
+    threads: Threads = None
     max_prompt: int = Field(2000, ge=1, le=1_000_000, description="Characters of a prompt, at most.")
     max_images: int = Field(16, ge=1, le=1_000_000, description="Images of a request, at most.")
     queue: int = Field(64, ge=1, le=1_000_000, description="Requests that may wait; more are refused with 503.")

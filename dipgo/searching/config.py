@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dipgo.base.config import Config, Names, Numbers
+from dipgo.base.config import Config, Names, Numbers, Seed, Threads
 
 LOSS_TERMS = ("latent", "psnr", "ssim", "l1", "l2")
 
@@ -220,8 +220,8 @@ class SearchConfig(TaskConfig, Settings):
         (), description="SubNet to begin with, besides the fixed schedules: an imported or a found one; repeatable."
     )
     device: str = Field("cpu", description="Where to search: cpu, or cuda where torch has it.")
-    seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
-    threads: int | None = Field(None, ge=1, le=1024, description="Threads; all cores by default.")
+    seed: Seed = 0
+    threads: Threads = None
     run_folder: Path | None = Field(
         None, description="Keep checkpoints and figures of the search in this folder; see --resume."
     )
