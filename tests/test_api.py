@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import dipgo
+from benchmarks.bench.child import Worker
+from benchmarks.bench.failures import NotMeasuredError
+from benchmarks.bench.specs import ProgramSpec
 from dipgo.base.errors import UsageError
 from dipgo.graph.facts import counted, families, read_facts
 from dipgo.model.models import architectures, built_in, find_model
@@ -87,6 +90,15 @@ def test_the_command_line_imports_nothing_from_the_working_directory(tmp_path):
         shadow(tmp_path, name)
     done = python(None, tmp_path, "-m", "dipgo", "recipe", "validate", "digits-dit")
     assert done.returncode == 0, done.stderr
+
+
+def test_programs_are_measured_by_processes_that_import_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    for name in ("export", "engines", "benchmarks", "numpy"):
+        shadow(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    worker = Worker(ProgramSpec(folder="nowhere", backend="onnxruntime"), tmp_path / "log", 60)
+    with worker, pytest.raises(NotMeasuredError, match="nowhere: no such bundle"):
+        worker.load()
 
 
 def test_stored_counts_are_those_of_the_models():
