@@ -21,6 +21,7 @@ from benchmarks.bench.candidates import (
     subject_candidate,
     torch_candidates,
 )
+from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.environment import clock, environment, load_average
 from benchmarks.bench.headlines import headlines
 from benchmarks.bench.inputs import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
@@ -32,9 +33,9 @@ from benchmarks.bench.reference import converged, model_of, subnet_of, task_of
 from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord
 from benchmarks.bench.rows import rows_of
 from benchmarks.bench.specs import ProgramSpec
-from benchmarks.bench.suite import DEFAULT, Suite, load_suite
+from benchmarks.bench.suite import Suite
 from benchmarks.bench.techniques import TECHNIQUES
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
 from dipgo.model.families import join
 from dipgo.searching.search import describe
@@ -49,12 +50,8 @@ __all__ = ["bench", "parity_failure"]
 def bench(
     folder: Path,
     output: Path,
+    config: BenchConfig = BenchConfig(),
     model: str | None = None,
-    suite: str | Suite = DEFAULT,
-    images: int | None = None,
-    repeats: int | None = None,
-    seconds: float | None = None,
-    threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
     baselines: Mapping[str, Baseline] | None = None,
@@ -64,22 +61,17 @@ def bench(
     Args:
         folder: the bundle.
         output: folder of the report; refused where it exists, without ``force``.
+        config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        suite: what is measured: a suite's name or file, see :mod:`benchmarks.bench.suite`.
-        images, repeats, seconds, threads: in the place of the suite's, where given.
         progress: see :data:`benchmarks.bench.progress.Progress`; None shows bars.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
         DipgoError: a bundle that fails parity, or does not run, or a full program that does not; then nothing is
             written.
-        UsageError: an output that exists, a suite that is wrong, or too few images.
+        UsageError: an output that exists, or a suite that is wrong.
     """
-    if images is not None and images < 8:
-        raise UsageError(f"images = {images}: too few to judge by; give at least 8")
-    named = suite if isinstance(suite, str) else None
-    settings = load_suite(suite) if isinstance(suite, str) else suite
-    settings = settings.changed(images=images, repeats=repeats, seconds=seconds, threads=threads)
+    settings = config.settings()
     refuse_existing(output, force, RECORD_FILE)
     load_at_start, clock_at_start = load_average(), clock()
     progress = progress or Bars()
@@ -123,7 +115,7 @@ def bench(
             files={name: file.bytes for name, file in record.files.items()},
         ),
         environment=place,
-        suite=named,
+        suite=config.name,
         settings=settings,
     )
     names = {number: name for name, number in record.conditioning.labels.items()}

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.bench.failures import NotMeasuredError
 from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from dipgo.base.child_process import python_environment
 
 GRACE = 5.0  # seconds for a worker to end by itself once its pipe is closed
 
@@ -41,7 +42,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 start_new_session=True,  # Ctrl-C is the parent's to deal with
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=python_environment(),
             )
         self.pid = self._process.pid
         self._held = b""

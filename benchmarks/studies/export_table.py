@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.bench.environment import Environment, environment, load_average
 from benchmarks.pages.readme import README, put_between
+from dipgo.base.child_process import python_environment
 from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, refuse_existing
@@ -112,14 +113,15 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     import onnx_ir as ir
 
     from export.assembly import assemble
-    from export.compiler import Options, normalise, retrace, sampler_of, write_bundle
+    from export.compiler import normalise, retrace, sampler_of, write_bundle
+    from export.config import ExportConfig
     from export.converted import prepare
 
     started = time.perf_counter()
     model, found = find_model(str(folder)), load_subnet(subnet)
     prepared = prepare(retrace(model, found, PRECISIONS[dtype].torch), whole=False)
     sampler = sampler_of(found, model)
-    write_bundle(prepared, found, sampler, output, True, Options(weights=weights))
+    write_bundle(prepared, found, sampler, output, True, ExportConfig(weights=weights))
     total = time.perf_counter() - started
     peak = resident_peak()
     started = time.perf_counter()
@@ -144,7 +146,8 @@ def measure(folder: Path, subnet: Path, dtype: str, weights: str) -> Case:
         weights,
     ]
     started = time.perf_counter()
-    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
+    command += ["-o", str(output)]
+    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise DipgoError(f"export of {folder.name} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bench.environment import Environment, environment, load_average
+from dipgo.base.child_process import python_environment
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, refuse_existing
 from dipgo.base.records import Record
@@ -59,7 +60,11 @@ def search(words: Sequence[str], budgets: Sequence[float], folder: Path) -> list
     found = folder / ("found" if len(budgets) > 1 else "found.json")
     command = [*words, "--budget", ",".join(map(str, budgets)), "--run-folder", str(folder / "run"), "-o", str(found)]
     done = subprocess.run(
-        [sys.executable, "-m", "dipgo.cli.main", "search", *command], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dipgo.cli.main", "search", *command],
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise DipgoError(f"the search failed: {done.stderr.strip().splitlines()[-1]}")

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from benchmarks.bench.environment import environment, load_average
+from dipgo.base.child_process import python_environment
 from dipgo.base.files import new_file
 from engines.onnxrt.loader import session_from_graph
 from export.axes import shape_at, values_at
@@ -82,7 +83,9 @@ def main() -> None:
         for count in sorted({1, total if shared else 1}):
             command = [sys.executable, "-m", "benchmarks.studies.session_memory", given.bundle, "--runs", given.runs]
             command += ["--one", way, count]
-            done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [str(part) for part in command], env=python_environment(), check=True, capture_output=True, text=True
+            )
             rows.append({"way": way} | json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]))
     record = {

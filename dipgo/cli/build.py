@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dipgo.base.errors import UsageError
+from dipgo.base.progress import Progress, bar
 from dipgo.cli.options import BundleArgument
-from dipgo.cli.progress import bar, phases
 
 if TYPE_CHECKING:
     from engines.trt.build import Build
@@ -43,7 +43,7 @@ def build(
     from engines.trt.loader import BuildOptions
 
     opened = open_bundle(bundle, check_files=False)  # checked before anything is built
-    with phases() as report:
+    with Progress().phases() as report:
         built = build_engines(opened, workers, force, BuildOptions(strip=strip), report)
     for line in lines_of(built):
         typer.echo(line)

@@ -18,7 +18,8 @@ from dipgo.model.sampler import tabulate
 from engines.torchrt.loader import module_from_graph
 from engines.torchrt.weights import Weights
 from export.bundle import open_bundle
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
@@ -33,7 +34,7 @@ def bundles(folder, make, dtype=torch.float32, layouts=tuple(LAYOUTS)):
     prepared = prepare(traced)
     subnet = random_subnet(traced, sampler, 2, 0.5, 2, 2)
     for layout in layouts:
-        write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))
+        write_bundle(prepared, subnet, sampler, folder / layout, config=ExportConfig(graphs=layout))
     return {layout: folder / layout for layout in layouts}
 
 
