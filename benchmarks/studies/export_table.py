@@ -1,6 +1,7 @@
 """What it takes to export real architectures: seconds, peak memory, sizes; and what leaves the loop.
 
-    python -m benchmarks.studies.export_table -o benchmarks/results/export.json --publish
+    python -m benchmarks.studies.export_table -o benchmarks/results/export.json
+    python -m benchmarks.results    the tables into their page of docs/results/
 
 Each case is a process of its own: it exports the denoiser from a pipeline folder on disk, which is made first and holds
 random weights in the graph's precision. The SubNet is the published one for SD-1.5, else whole steps at even intervals.
@@ -23,7 +24,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.bench.environment import Environment, environment, load_average
-from benchmarks.pages.readme import README, put_between
 from dipgo.base.child_process import python_environment
 from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
@@ -35,7 +35,6 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from export.bundle import BundleRecord, PartRecord
 
 ROOT = Path(__file__).parents[2]
-MARKER = "export"
 SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes
 PUBLISHED = ROOT / "dipgo" / "published" / "sd15-published-0.8.json"
 MODELS = ("sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha")
@@ -216,7 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="joined by commas")
     parser.add_argument("--dtypes", default="fp16", help="joined by commas")
-    parser.add_argument("--publish", action="store_true", help="put the tables into the README")
     parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SUBNET", "DTYPE", "WEIGHTS"), help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args(arguments)
@@ -245,10 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with new_file(given.output) as draft:
         draft.write_text(record.text())
-    text = markdown(record, str(given.output))
-    print(text)
-    if given.publish:
-        put_between(README, MARKER, text)
+    print(markdown(record, str(given.output)))
 
 
 if __name__ == "__main__":

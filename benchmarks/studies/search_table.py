@@ -4,6 +4,7 @@ dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
 python -m benchmarks.studies.search_table build/search --paper build/paper \\
     -o benchmarks/results/search-digits-dit-ddim.json
+python -m benchmarks.results    the table into its page of docs/results/
 
 Most of the time goes into fixed policies. For other SubNets on the same sites they need not be judged again:
 ``--policies-of`` takes their rows from an earlier table, where one that is judged anew comes out the same.
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from benchmarks.bench.environment import environment, load_average
 from benchmarks.bench.quality import psnr
-from benchmarks.pages.readme import README, put_between
 from benchmarks.studies.search_judge import Judge
 from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from dipgo.base.errors import DipgoError
@@ -214,7 +214,6 @@ def main() -> None:
     parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these policies")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
-    parser.add_argument("--publish", metavar="MARKER", help="put the table into the README, between these markers")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     load = load_average()
@@ -252,10 +251,7 @@ def main() -> None:
     )
     with new_file(arguments.output) as draft:
         draft.write_text(record.text())
-    source = str(arguments.output)
-    print(markdown(record, source))
-    if arguments.publish:
-        put_between(README, arguments.publish, markdown(record, source))
+    print(markdown(record, str(arguments.output)))
 
 
 if __name__ == "__main__":
