@@ -95,7 +95,7 @@ def test_steps_are_launched_one_by_one_where_capture_fails(made, bundle, cuda):
     cuda.can_capture = False
     with pytest.warns(
         UserWarning,
-        match=r"no CUDA graph of the trajectory, it runs step by step: cudaStreamEndCapture: operation not permitted",
+        match=r"no CUDA graph of the trajectory, it runs step by step: .*: the launch failed",
     ):
         pixels = images(bundle)
     assert "graph" not in cuda.launched
