@@ -255,9 +255,10 @@ def command(model, output, folder, *more, settings=SETTINGS):
 def test_a_search_with_everything_switched_on(task, method, tmp_path):
     """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
     settings = {name: value for name, value in SETTINGS.items() if "iterations" not in name}
-    settings |= {"gate_iterations": 3, "backup_iterations": 3, "precision": "fp16", "recompute": True, "pool": 0}
+    settings |= {"gate_iterations": 3, "trial_iterations": 2, "backup_iterations": 3, "precision": "fp16"}
     settings |= {"loss": "0.5*ssim+l1+latent", "accumulate": 2, "warmup": 1, "attention": "both", "width": 16}
-    settings |= {"heads": 2, "layers": 2, "hidden": 8, "run_folder": tmp_path / "run", "tensorboard": True}
+    settings |= {"recompute": True, "pool": 0, "heads": 2, "layers": 2, "hidden": 8}
+    settings |= {"run_folder": tmp_path / "run", "tensorboard": True}
     subnet = search(task, SearchConfig(**{"steps": STEPS, "budget": 0.6, "method": method, **settings}))
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
