@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from dipgo.base.dtypes import Dtype
 from dipgo.graph.liveness import plan
 from dipgo.graph.trace import Trace
 from dipgo.model.sampler import Sampler
@@ -18,7 +19,7 @@ from dipgo.schedule.cost import is_silent
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
-from export.converted import Prepared, dtype_name, stem_of
+from export.converted import Prepared, stem_of
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import Tapped
 from export.onnx.macs import node_macs, weights_read
@@ -120,7 +121,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         solver.history if solver else 0,
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
-    stem, short = stem_of(subnet.model.name), dtype_name(traced.dtype)
+    stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
     size = prepared.sizes.text(traced.model.config["in_channels"])
     program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
     prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-{short}-{subnet.calls}")

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
+from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import sha256_of
 from dipgo.graph.liveness import canonical
@@ -31,7 +32,7 @@ from export.bundle import (
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
 from export.components import components_of, weights_in_place
-from export.converted import DTYPES, Prepared, prepare
+from export.converted import Prepared, prepare
 from export.onnx import constants
 from export.plan.launches import LATENT
 from export.plan.layouts import LAYOUTS
@@ -128,7 +129,7 @@ def write_bundle(
             model=subnet.model,
             random_weights=traced.model.random_weights,
             sampler=subnet.sampler,
-            dtype=cast(Any, str(traced.dtype).removeprefix("torch.")),
+            dtype=cast(Any, Dtype.of_torch(traced.dtype).value),
             layout=cast(Any, options.layout),
             latent=TensorRecord(
                 name=LATENT, dtype="float32", shape=prepared.sizes.latent(traced.model.config["in_channels"])
@@ -187,18 +188,18 @@ def compile_subnet(
             that cannot take the bundle.
         DipgoError: see :func:`write_bundle`; what cannot be traced or converted.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(PRECISIONS)}")
     model.require_weights()
     check_delivery(Path(folder), model.folder, options.weights, force, (TABLES_FILE, SUBNET_FILE))
     if options.weights == "in-place":
         for name in (model.family.component, *(components_of(model) if whole else ())):
-            check_weights(weights_in_place(model, name, DTYPES[dtype]), model.folder)
+            check_weights(weights_in_place(model, name, PRECISIONS[dtype].torch), model.folder)
     check_model(subnet, model)
     sizes = sizes_for(model, batch, size)
     height, width = sizes.latent_at(0, "opt")[2:]
     own = (sizes.height, sizes.width) == latent_size(model.config)
-    traced = retrace(model, subnet, DTYPES[dtype], None if own else (height, width))
+    traced = retrace(model, subnet, PRECISIONS[dtype].torch, None if own else (height, width))
     return write_bundle(
         prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, options
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,6 +17,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.export import Dim
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_object
 from dipgo.model.models import Model, component_class
@@ -31,11 +32,6 @@ from export.onnx.weights import Weights, bind, cast
 VAE = "vae"
 DECODER_FILE = "vae_decoder.onnx"
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of the weights files, by library
-_STORED_DTYPES: dict[torch.dtype, Literal["F32", "F16", "BF16"]] = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 _EXAMPLE_SIZE = 6  # of an axis; torch.export takes 0 and 1 for constants
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE's attention
 
@@ -202,7 +198,7 @@ def weights_in_place(model: Model, name: str, dtype: torch.dtype) -> Weights | N
     """Return a component's own weights; None where headers tell that its graph wants others, cast or drawn ones."""
     if _is_drawn(model, name):
         return None
-    own, kind = own_weights(model, name), _STORED_DTYPES[component_dtype(model, name, dtype)]
+    own, kind = own_weights(model, name), Dtype.of_torch(component_dtype(model, name, dtype))
     return own if any(stored.dtype == kind for stored in own.tensors.values()) else None
 
 
@@ -216,21 +212,21 @@ def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Wei
         DipgoError: no weights, damaged ones, weights of another model, or a class of another library.
     """
     if _is_drawn(model, name):
-        drawn = component_dtype(model, name, dtype)
-        path = folder / name / f"random-{_STORED_DTYPES[drawn]}.safetensors"
+        drawn = Dtype.of_torch(component_dtype(model, name, dtype))
+        path = folder / name / f"random-{drawn.safetensors}.safetensors"
         write_random(parameters_of(model, name), drawn, path)
         return Weights(stored_tensors([path]), folder)
     own = own_weights(model, name)
     module = empty_component(model, name, dtype)
     wanted = {
-        stored: _STORED_DTYPES[module.get_parameter(parameter).dtype]
+        stored: Dtype.of_torch(module.get_parameter(parameter).dtype)
         for parameter, stored in checkpoint_names(model, module, own.tensors).items()
         if stored in own.tensors
     }
     if all(own.tensors[stored].dtype == kind for stored, kind in wanted.items()):
         return own
     tensors: dict[str, Stored] = {}
-    for kind in sorted(set(wanted.values())):
+    for kind in sorted(set(wanted.values()), key=lambda kind: kind.safetensors):
         names = [stored for stored, other in wanted.items() if other == kind]
         tensors |= cast(own.tensors, names, kind, folder, name)
     return Weights(tensors, folder)

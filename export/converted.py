@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
@@ -26,7 +25,6 @@ from export.sizes import Sizes
 from export.text import text_to_onnx
 
 SHOWN = 32  # prompts of the model's folder that a bundle keeps
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,6 @@ def cache_folder(model: Model) -> Path:
 def stem_of(name: str) -> str:
     """Return a model's name as the start of its graphs' names."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-") or "denoiser"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return how the command line and graphs' names call a dtype."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _some(prompts: Sequence[str]) -> list[str]:

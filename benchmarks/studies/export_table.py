@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.bench.environment import Environment, environment, load_average
 from benchmarks.pages.readme import README, put_between
+from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, refuse_existing
 from dipgo.base.process_memory import resident_peak
@@ -72,7 +73,6 @@ class ExportRecord(Record):
 def make_checkpoint(name: str, dtype: str, folder: Path) -> Path:
     """Write a pipeline folder of an architecture's denoiser with random weights; returns it."""
     from dipgo.model.random_weights import write_random
-    from export.compiler import DTYPES
     from export.components import parameters_of
 
     model = find_model(name, random_weights=True)
@@ -80,7 +80,7 @@ def make_checkpoint(name: str, dtype: str, folder: Path) -> Path:
     shutil.copytree(ARCHITECTURES / name, target, dirs_exist_ok=True)
     component = model.family.component
     path = target / component / "diffusion_pytorch_model.safetensors"
-    write_random(parameters_of(model, component), DTYPES[dtype], path)
+    write_random(parameters_of(model, component), PRECISIONS[dtype], path)
     return target
 
 
@@ -113,11 +113,11 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
 
     from export.assembly import assemble
     from export.compiler import Options, normalise, retrace, sampler_of, write_bundle
-    from export.converted import DTYPES, prepare
+    from export.converted import prepare
 
     started = time.perf_counter()
     model, found = find_model(str(folder)), load_subnet(subnet)
-    prepared = prepare(retrace(model, found, DTYPES[dtype]), whole=False)
+    prepared = prepare(retrace(model, found, PRECISIONS[dtype].torch), whole=False)
     sampler = sampler_of(found, model)
     write_bundle(prepared, found, sampler, output, True, Options(weights=weights))
     total = time.perf_counter() - started

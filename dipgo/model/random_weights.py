@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.files import new_file
-from dipgo.model.safetensors_index import DTYPES, is_whole, safetensors_header
+from dipgo.model.safetensors_index import is_whole, safetensors_header
 
 _BLOCK = 2**18  # values drawn at a time: in the cache, a normal draw takes a quarter of the time that it takes outside
 
@@ -50,22 +51,21 @@ def randomise(module: nn.Module) -> None:
             setattr(owner, name, drawn[parameter])
 
 
-def write_random(parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, path: Path) -> None:
+def write_random(parameters: Mapping[str, tuple[int, ...]], dtype: Dtype, path: Path) -> None:
     """Write a safetensors file of parameters, shapes by name, whole or not at all; one that is there is kept.
 
-    The values are ``draw(name, shape).to(dtype)``. Takes the memory of one block of values, not of a parameter.
+    The values are ``draw(name, shape)`` in ``dtype``. Takes the memory of one block of values, not of a parameter.
 
     Raises:
         DipgoError: the disk is full.
     """
-    kind = next(name for name, known in DTYPES.items() if known == dtype)
-    if is_whole(path, {name: (kind, tuple(shape)) for name, shape in parameters.items()}):
+    if is_whole(path, {name: (dtype, tuple(shape)) for name, shape in parameters.items()}):
         return
     with new_file(path) as draft, draft.open("wb") as stream:
-        stream.write(safetensors_header({name: (kind, shape) for name, shape in parameters.items()}))
+        stream.write(safetensors_header({name: (dtype, shape) for name, shape in parameters.items()}))
         for name, shape in parameters.items():
             for block in _blocks(name, shape):
-                stream.write(block.to(dtype).view(torch.uint8).numpy().data)
+                stream.write(block.to(dtype.torch).view(torch.uint8).numpy().data)
 
 
 def _blocks(name: str, shape: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -13,27 +13,10 @@ from typing import Any, TypeGuard
 
 import torch
 
+from dipgo.base.dtypes import BY_SAFETENSORS, Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 
-# safetensors' names of the types that fill whole bytes.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 ALIGNMENT = 64  # of the data in files that dipgo writes, for vector loads from mapped memory
 _SHARD = re.compile(r"-\d+-of-\d+")
 _HEADER_LIMIT = 100_000_000  # as safetensors itself has it
@@ -48,14 +31,13 @@ class Stored:
         file: the safetensors file as found, maybe a symbolic link of a hub cache.
         offset: where the bytes start, from the start of the file.
         length: how many there are.
-        dtype: safetensors' name: ``F32``, ``F16``, ``BF16``, ``I64``, …
         shape: its sizes.
     """
 
     file: Path
     offset: int
     length: int
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
 
 
@@ -104,7 +86,7 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     return checkpoint
 
 
-def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+def safetensors_header(tensors: Mapping[str, tuple[Dtype, Sequence[int]]]) -> bytes:
     """Return how a safetensors file starts, given ``{name: (dtype, shape)}`` in the order in which the data follow.
 
     It is padded so that the data start at a multiple of :data:`ALIGNMENT`.
@@ -112,8 +94,8 @@ def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> byte
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     start = 0
     for name, (dtype, shape) in tensors.items():
-        end = start + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -153,7 +135,7 @@ def read_file(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def is_whole(file: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+def is_whole(file: Path, expected: Mapping[str, tuple[Dtype, tuple[int, ...]]]) -> bool:
     """Whether a file is there, undamaged, and holds these tensors, ``{name: (dtype, shape)}``, and no others."""
     try:
         return {name: (stored.dtype, stored.shape) for name, stored in read_file(file).items()} == expected
@@ -169,22 +151,23 @@ def read_pieces(stored: Stored) -> Iterator[torch.Tensor]:
             buffer = bytearray(min(_PIECE, stored.length - start))
             if stream.readinto(buffer) != len(buffer):
                 raise _damaged(stored.file, "it became shorter while it was read")
-            yield torch.frombuffer(buffer, dtype=DTYPES[stored.dtype])
+            yield torch.frombuffer(buffer, dtype=stored.dtype.torch)
 
 
 def _entry(file: Path, start: int, name: str, entry: Any) -> Stored:
     """Return one entry of a header, having checked it alone."""
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    kind, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(file, f"{name!r} has no dtype, shape and offsets")
-    if dtype not in DTYPES:
+    dtype = BY_SAFETENSORS.get(kind)
+    if dtype is None:
         raise DipgoError(
-            f"{file}: {name!r} is of the type {dtype[:20]!r}, which ONNX graphs cannot point to; save it in float32"
+            f"{file}: {name!r} is of the type {kind[:20]!r}, which ONNX graphs cannot point to; save it in float32"
         )
     first, last = offsets
-    if len(shape) > 64 or math.prod(shape) * DTYPES[dtype].itemsize != last - first:
-        raise _damaged(file, f"{name!r} has offsets that do not match {dtype} {shape[:8]}")
+    if len(shape) > 64 or math.prod(shape) * dtype.itemsize != last - first:
+        raise _damaged(file, f"{name!r} has offsets that do not match {dtype.safetensors} {shape[:8]}")
     return Stored(file, start + first, last - first, dtype, tuple(shape))
 
 

@@ -13,32 +13,15 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 import torch
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of_json, sha256_once
-from dipgo.model.safetensors_index import DTYPES, Stored, is_whole, read_pieces, safetensors_header, stored_tensors
+from dipgo.model.safetensors_index import Stored, is_whole, read_pieces, safetensors_header, stored_tensors
 
-_ONNX = {
-    "F64": ir.DataType.DOUBLE,
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-    "F8_E5M2": ir.DataType.FLOAT8E5M2,
-    "I64": ir.DataType.INT64,
-    "U64": ir.DataType.UINT64,
-    "I32": ir.DataType.INT32,
-    "U32": ir.DataType.UINT32,
-    "I16": ir.DataType.INT16,
-    "U16": ir.DataType.UINT16,
-    "I8": ir.DataType.INT8,
-    "U8": ir.DataType.UINT8,
-    "BOOL": ir.DataType.BOOL,
-}
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one of them is written to
 
 
@@ -77,10 +60,11 @@ def bind(model: ir.Model, names: Mapping[str, str], checkpoint: Mapping[str, Sto
         wanted = value.const_value if value.const_value is not None else value
         assert wanted.shape is not None
         assert wanted.dtype is not None
-        if tuple(wanted.shape) != stored.shape or wanted.dtype != _ONNX[stored.dtype]:
+        if tuple(wanted.shape) != stored.shape or wanted.dtype != ir.DataType(stored.dtype.onnx):
             raise DipgoError(
-                f"{stored.file}: '{name}' is {stored.dtype} {list(stored.shape)}, the graph wants {wanted.dtype.name} "
-                f"{list(wanted.shape)}; use the checkpoint of this model, in the precision of the graph"
+                f"{stored.file}: '{name}' is {stored.dtype.safetensors} {list(stored.shape)}, the graph wants "
+                f"{wanted.dtype.name} {list(wanted.shape)}; use the checkpoint of this model, in the precision of "
+                "the graph"
             )
         value.const_value = _Bytes(stored, initializer, _relative(stored.file, root))
         value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
@@ -97,7 +81,7 @@ class _Bytes(ir.ExternalTensor):
 
     def __init__(self, stored: Stored, name: str, location: str) -> None:
         self._file = stored.file
-        dtype, shape = _ONNX[stored.dtype], ir.Shape(stored.shape)
+        dtype, shape = ir.DataType(stored.dtype.onnx), ir.Shape(stored.shape)
         super().__init__(location, stored.offset, stored.length, dtype, shape=shape, name=name, base_dir="")
 
     @property
@@ -108,7 +92,7 @@ class _Bytes(ir.ExternalTensor):
 def cast(
     checkpoint: Mapping[str, Stored],
     names: Sequence[str],
-    dtype: Literal["F32", "F16", "BF16"],
+    dtype: Dtype,
     folder: Path,
     component: str,
 ) -> dict[str, Stored]:
@@ -122,11 +106,11 @@ def cast(
     """
     stored = {name: _find(checkpoint, name) for name in names}
     sources = sorted({tensor.file for tensor in stored.values()})
-    digest = sha256_of_json([dtype, sorted(stored), sorted(sha256_once(source) for source in sources)])
-    target = folder / component / f"{dtype}-{digest[:12]}.safetensors"
-    kinds = {name: dtype if DTYPES[tensor.dtype].is_floating_point else tensor.dtype for name, tensor in stored.items()}
+    digest = sha256_of_json([dtype.safetensors, sorted(stored), sorted(sha256_once(source) for source in sources)])
+    target = folder / component / f"{dtype.safetensors}-{digest[:12]}.safetensors"
+    kinds = {name: dtype if tensor.dtype.is_floating else tensor.dtype for name, tensor in stored.items()}
     # The widest elements first, so that every tensor is aligned to its elements.
-    order = sorted(stored, key=lambda name: (-DTYPES[kinds[name]].itemsize, name))
+    order = sorted(stored, key=lambda name: (-kinds[name].itemsize, name))
     if not is_whole(target, {name: (kinds[name], stored[name].shape) for name in order}):
         with new_file(target) as draft, draft.open("wb") as stream:
             stream.write(safetensors_header({name: (kinds[name], stored[name].shape) for name in order}))
@@ -187,15 +171,15 @@ def _relative(file: Path, root: Path, cure: str = "keep the whole pipeline in on
         raise DipgoError(f"{file}: lies outside {root}; {cure}") from error
 
 
-def _converted(values: torch.Tensor, dtype: str, file: Path, name: str) -> torch.Tensor:
+def _converted(values: torch.Tensor, dtype: Dtype, file: Path, name: str) -> torch.Tensor:
     """Return values in another type; refuse finite ones that become infinite."""
-    if values.dtype == DTYPES[dtype]:
+    if values.dtype == dtype.torch:
         return values
-    converted = values.to(DTYPES[dtype])
+    converted = values.to(dtype.torch)
     infinite = converted.isinf()
     if infinite.any() and values.double()[infinite].isfinite().any():
-        cure = "bf16 or fp32" if dtype == "F16" else "fp32"
-        raise DipgoError(f"{file}: '{name}' holds values too large for {dtype}; export in {cure}")
+        cure = "bf16 or fp32" if dtype is Dtype.FLOAT16 else "fp32"
+        raise DipgoError(f"{file}: '{name}' holds values too large for {dtype.safetensors}; export in {cure}")
     return converted
 
 

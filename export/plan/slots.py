@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import numpy as np
-
+from dipgo.base.dtypes import Dtype
 from export.axes import shape_at
 from export.bundle import SlotRecord, TensorRecord
 from export.plan.launches import Launch, Value
@@ -80,5 +79,4 @@ def allocate(
 
 def bytes_of(tensor: TensorRecord, values: Mapping[str, int] | None = None) -> int:
     """Return what a tensor takes in memory, for values of the axes."""
-    item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
-    return prod(shape_at(tensor.shape, values or {})) * item
+    return prod(shape_at(tensor.shape, values or {})) * Dtype(tensor.dtype).itemsize

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of, sha256_once
 from dipgo.model.models import find_model
-from dipgo.model.safetensors_index import DTYPES, read_pieces, safetensors_header, stored_tensors
+from dipgo.model.safetensors_index import read_pieces, safetensors_header, stored_tensors
 
 NAME = "diffusion_pytorch_model"
 INDEX = f"{NAME}.safetensors.index.json"
@@ -47,14 +48,14 @@ def same_as_safetensors(files):
             stream.seek(stored.offset)
             found = stream.read(stored.length)
         assert stored.shape == tuple(expected[name].shape)
-        assert DTYPES[stored.dtype] == expected[name].dtype
+        assert stored.dtype.torch == expected[name].dtype
         assert found == expected[name].flatten().view(torch.uint8).numpy().tobytes()
 
 
 def test_every_dtype_lies_where_safetensors_finds_it(tmp_path):
     tensors = {
         kind: torch.arange(6).reshape(2, 3).to(dtype if dtype.is_floating_point else torch.int64).to(dtype)
-        for kind, dtype in DTYPES.items()
+        for kind, dtype in ((kind.safetensors, kind.torch) for kind in Dtype)
     }
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "a name: \u00e9\n": torch.ones(1)}
     save_file(tensors, tmp_path / "w.safetensors", {"format": "pt", "note": "kept"})
@@ -63,7 +64,7 @@ def test_every_dtype_lies_where_safetensors_finds_it(tmp_path):
 
 def test_a_header_of_ours_is_read_by_safetensors(tmp_path):
     values = {"x": torch.arange(3, dtype=torch.int64), "y": torch.randn(2, 2), "z": torch.ones(5, dtype=torch.bfloat16)}
-    kinds = {"x": "I64", "y": "F32", "z": "BF16"}
+    kinds = {"x": Dtype.INT64, "y": Dtype.FLOAT32, "z": Dtype.BFLOAT16}
     header = safetensors_header({name: (kinds[name], value.shape) for name, value in values.items()})
     data = b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in values.values())
     (tmp_path / "w.safetensors").write_bytes(header + data)
@@ -241,7 +242,7 @@ def test_variants_beside_the_plain_files_are_left_out(tiny_dit, sharded, tmp_pat
     assert (single / f"{NAME}.fp16.safetensors").is_file()
     assert find_model(str(single.parent)).weights_files == plain
     shards = find_model(str(sharded)).weights_files
-    assert {stored.dtype for stored in stored_tensors(shards).values()} == {"F32"}
+    assert {stored.dtype for stored in stored_tensors(shards).values()} == {Dtype.FLOAT32}
     assert len(list((sharded / "transformer").glob("*fp16*.safetensors"))) > 2
     plain[0].unlink()
     assert [path.name for path in find_model(str(single.parent)).weights_files] == [f"{NAME}.fp16.safetensors"]

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import find_model
 from dipgo.model.random_weights import draw, randomise, write_random
@@ -44,15 +45,15 @@ def test_values_depend_on_the_name_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", PRECISIONS.values())
 def test_a_written_file_holds_what_is_drawn(tmp_path, dtype):
     parameters = {"b.weight": LARGE, "a.bias": (7,), "a.weight": (7,), "scale": (), "empty": (0, 2)}
     write_random(parameters, dtype, tmp_path / "deep" / "w.safetensors")
     written = load_file(tmp_path / "deep" / "w.safetensors")
     assert written.keys() == parameters.keys()
     for name, shape in parameters.items():
-        assert written[name].dtype == dtype
-        assert torch.equal(written[name], draw(name, shape).to(dtype))
+        assert written[name].dtype == dtype.torch
+        assert torch.equal(written[name], draw(name, shape).to(dtype.torch))
     with (tmp_path / "deep" / "w.safetensors").open("rb") as stream:
         assert (8 + int.from_bytes(stream.read(8), "little")) % 64 == 0
 
@@ -61,7 +62,7 @@ def test_the_pipeline_and_a_written_file_agree(tiny_dit, tmp_path):
     model = find_model(tiny_dit, random_weights=True)
     drawn = model.pipeline().transformer
     shapes = {name: tuple(parameter.shape) for name, parameter in model.empty_denoiser().named_parameters()}
-    write_random(shapes, torch.float32, tmp_path / "diffusion_pytorch_model.safetensors")
+    write_random(shapes, Dtype.FLOAT32, tmp_path / "diffusion_pytorch_model.safetensors")
     drawn.save_config(tmp_path)
     loaded = type(drawn).from_pretrained(tmp_path)
     mine, other = drawn.state_dict(), loaded.state_dict()
@@ -102,7 +103,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
         with pytest.raises(DipgoError, match=r"w\.safetensors: the disk is full") as raised:
-            write_random({"w": LARGE}, torch.float32, tmp_path / "w.safetensors")
+            write_random({"w": LARGE}, Dtype.FLOAT32, tmp_path / "w.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(raised.value)

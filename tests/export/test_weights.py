@@ -14,9 +14,10 @@ import torch
 from onnxscript import optimizer
 from safetensors.torch import load_file, save_file
 
+from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.model.random_weights import draw
-from dipgo.model.safetensors_index import DTYPES, stored_tensors
+from dipgo.model.safetensors_index import stored_tensors
 from export.onnx.weights import bind, cast, check_in_place, place
 
 NAMES = {"denoiser.w": "w", "denoiser.b": "b", "denoiser.unread": "none"}
@@ -184,7 +185,7 @@ def test_copies_are_plain_files_and_known_digests_are_kept(pipeline, tmp_path):
         assert copy.stat().st_ino != file.stat().st_ino
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", PRECISIONS.values())
 def test_casts_round_as_torch_does(tmp_path, dtype):
     tensors = {
         "large": draw("large", (5, 2**20)),  # 20 MiB, more than is read at a time
@@ -203,12 +204,12 @@ def test_casts_round_as_torch_does(tmp_path, dtype):
     found = cast(stored_tensors([tmp_path / "w.safetensors"]), names, dtype, tmp_path / "b", "unet")
     file = found["large"].file
     assert file.parent == tmp_path / "b" / "unet"
-    assert file.name.startswith(f"{dtype}-")
+    assert file.name.startswith(f"{dtype.safetensors}-")
     read = load_file(file)
     assert found == stored_tensors([file])
     assert read.keys() == set(names)
     for name in names:
-        wanted = tensors[name].to(DTYPES[dtype]) if tensors[name].is_floating_point() else tensors[name]
+        wanted = tensors[name].to(dtype.torch) if tensors[name].is_floating_point() else tensors[name]
         assert read[name].dtype == wanted.dtype
         assert read[name].shape == wanted.shape
         torch.testing.assert_close(read[name], wanted, rtol=0, atol=0, equal_nan=True)
@@ -217,7 +218,7 @@ def test_casts_round_as_torch_does(tmp_path, dtype):
 
 
 def test_graphs_run_on_a_cast(pipeline, tmp_path):
-    found = cast(stored_tensors(files_of(pipeline)), ["w", "b"], "F16", tmp_path / "b", "unet")
+    found = cast(stored_tensors(files_of(pipeline)), ["w", "b"], Dtype.FLOAT16, tmp_path / "b", "unet")
     model = graph(ir.DataType.FLOAT16)
     bind(model, NAMES, found, tmp_path / "b")
     ir.save(model, tmp_path / "b" / "g.onnx")
@@ -226,14 +227,14 @@ def test_graphs_run_on_a_cast(pipeline, tmp_path):
 
 
 def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline, tmp_path):
-    def once(dtype="F16", names=("w", "b")):
+    def once(dtype=Dtype.FLOAT16, names=("w", "b")):
         return cast(stored_tensors(files_of(pipeline)), names, dtype, tmp_path / "b", "unet")["b"].file
 
     first = once()
     made, content = first.stat(), first.read_bytes()
     assert once(names=("b", "w")) == first
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-    assert len({first, once("BF16"), once(names=("b",))}) == 3
+    assert len({first, once(Dtype.BFLOAT16), once(names=("b",))}) == 3
     first.write_bytes(content[:-1])
     assert once() == first
     assert first.read_bytes() == content
@@ -243,12 +244,14 @@ def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline
     assert torch.equal(load_file(second)["b"], (draw("b", (4,)) * 2).half())
 
 
-@pytest.mark.parametrize(("dtype", "value", "cure"), [("F16", 65520.0, "bf16 or fp32"), ("BF16", 3.4e38, "fp32")])
+@pytest.mark.parametrize(
+    ("dtype", "value", "cure"), [(Dtype.FLOAT16, 65520.0, "bf16 or fp32"), (Dtype.BFLOAT16, 3.4e38, "fp32")]
+)
 def test_values_that_would_become_infinite_are_refused(tmp_path, dtype, value, cure):
     tensors = {"fine": torch.ones(3), "too.large": torch.tensor([1.0, -value, torch.inf])}
     save_file(tensors, tmp_path / "w.safetensors")
     checkpoint = stored_tensors([tmp_path / "w.safetensors"])
-    message = rf"w\.safetensors: 'too\.large' holds values too large for {dtype}; export in {cure}$"
+    message = rf"w\.safetensors: 'too\.large' holds values too large for {dtype.safetensors}; export in {cure}$"
     with pytest.raises(DipgoError, match=message):
         cast(checkpoint, list(tensors), dtype, tmp_path / "b", "unet")
     assert list((tmp_path / "b" / "unet").iterdir()) == []
@@ -275,7 +278,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, way):
     write = {
         "copy": lambda: place([file], tmp_path, tmp_path / "b"),
         "copy, digest known": lambda: place([file], tmp_path, tmp_path / "b", {file: "0" * 64}),
-        "cast": lambda: cast(stored_tensors([file]), ["w"], "F16", tmp_path / "b", "unet"),
+        "cast": lambda: cast(stored_tensors([file]), ["w"], Dtype.FLOAT16, tmp_path / "b", "unet"),
     }[way]
     with small_disk(), pytest.raises(DipgoError, match=r"b/unet/.*: the disk is full; .*free some space") as raised:
         write()
