@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.bench.inputs import given_of
-from benchmarks.bench.markdown import summary
-from benchmarks.bench.quality import SEED
+from benchmarks.bench.page import summary
 from benchmarks.bench.reference import model_of, task_of
 from benchmarks.bench.report import ReportRecord, read_report
+from benchmarks.bench.subjects import IMAGE_SEED, given_of
 from benchmarks.bench.suite import DEFAULT
 from benchmarks.pages.readme import README, put_between
 from benchmarks.pages.results import main as write_results
@@ -34,13 +33,13 @@ def picture(bundle: Path, path: Path) -> None:
     with load(bundle) as program:
         task = task_of(program.bundle, model_of(program.bundle, None))
         given = given_of(program, 10)
-        own = program.generate(given, SEED)
+        own = program.generate(given, IMAGE_SEED)
         task.pipe.set_progress_bar_config(disable=True)
         full = task.pipe(
             given,
             guidance_scale=task.guidance_scale,
             num_inference_steps=task.sampler.steps,
-            generator=torch.Generator().manual_seed(SEED),
+            generator=torch.Generator().manual_seed(IMAGE_SEED),
             output_type="np",
         ).images
     both = grid(np.concatenate([full, own]), columns=len(given))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.markdown import summary
+from benchmarks.bench.page import summary
 from benchmarks.bench.report import SCHEMA, ReportRecord
 from benchmarks.bench.suite import DEFAULT, FOLDER
 from benchmarks.pages import gpu

@@ -77,7 +77,7 @@ def bench_with(
 ) -> None:
     from benchmarks.bench.bench import bench as measure
     from benchmarks.bench.suite import DEFAULT
-    from benchmarks.bench.text import table
+    from benchmarks.pages.gpu import table
 
     report = measure(
         bundle, output, model, suite or DEFAULT, images=images, repeats=repeats, threads=threads, force=force

@@ -110,7 +110,7 @@ def search_with(options: dict[str, Any]) -> list[SubNet]:
         from dipgo.searching.search import describe
 
     def measure(task: Task, threads: int | None) -> LatencyProfile:
-        from benchmarks.studies.latency import measure_latency
+        from benchmarks.latency import measure_latency
 
         return measure_latency(task, threads=threads)
 

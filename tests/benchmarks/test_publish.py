@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.bench.markdown import summary
+from benchmarks.bench.page import summary
 from benchmarks.bench.report import ReportRecord
 from benchmarks.pages import publish, results
 from benchmarks.pages.readme import put_between
