@@ -1,6 +1,234 @@
-"""What ``import dipgo`` gives. Beside the command line, the only place that knows all packages."""
+"""What ``import dipgo`` gives beside bundles at work; with the command line, which calls it, the roof of all packages.
 
-from engines.attach.pipeline import attach, detach
-from engines.pipeline.pipeline import load
+Options are those of the command line, as keywords (``steps=20``) or as a config. Progress is shown in a terminal;
+``progress`` shows it anywhere (True) or nowhere (False).
+"""
 
-__all__ = ["attach", "detach", "load"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from benchmarks.bench.config import BenchConfig
+from dipgo.base.config import Config, checked
+from dipgo.base.errors import UsageError
+from dipgo.base.files import refuse_existing, refuse_to_fill
+from dipgo.base.progress import Progress, Report, is_main, silent
+from dipgo.searching.config import SearchConfig
+from export.config import ExportConfig
+
+if TYPE_CHECKING:
+    from benchmarks.bench.parity import Parity
+    from benchmarks.bench.report import ReportRecord
+    from dipgo.graph.latency import LatencyProfile
+    from dipgo.model.models import Model
+    from dipgo.schedule.subnet import SubNet
+    from export.bundle import BundleRecord
+
+C = TypeVar("C", bound=Config)
+
+
+def search(
+    model: str | Model, config: SearchConfig | None = None, *, progress: bool | None = None, **options: Any
+) -> SubNet:
+    """Search a SubNet of a model.
+
+    Args:
+        model: a built-in name, a diffusers folder or a hub id, or what ``dipgo.find_model`` returned.
+        config: the options, or as keywords: see :class:`dipgo.searching.config.SearchConfig`; ``steps`` and ``budget``
+            are needed.
+
+    Raises:
+        UsageError, DipgoError: in one line, what is wrong and what to do.
+    """
+    chosen = _options(SearchConfig, config, options)
+    if chosen.several:
+        raise UsageError("give one budget; 'dipgo search' takes several")
+    return next(subnets(model, chosen, Progress(progress)))
+
+
+def export(
+    subnet: SubNet | str | Path,
+    output: str | Path,
+    config: ExportConfig | None = None,
+    *,
+    model: str | Model | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> BundleRecord:
+    """Compile a SubNet, or the file of one, into a bundle: the folder ``output``.
+
+    Args:
+        config: the options, or as keywords: see :class:`export.config.ExportConfig`.
+        model: where the model lies now, if not where it was searched.
+
+    Raises:
+        UsageError, DipgoError: in one line, what is wrong and what to do.
+    """
+    from dipgo.schedule.subnet import load_subnet
+    from export.bundle import RECORD_FILE
+
+    chosen = _options(ExportConfig, config, options)
+    if chosen.weights == "copy":
+        refuse_existing(Path(output), force, RECORD_FILE)
+    if isinstance(subnet, str | Path):
+        subnet = load_subnet(Path(subnet))
+    source = _model_of(model or subnet.model.name)
+    with Progress(progress).spinner("export"):
+        from export.compiler import compile_subnet
+
+        return compile_subnet(subnet, source, output, chosen, force)
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    model: str | None = None,
+    images: int = 2,
+    backend: str = "onnxruntime",
+    progress: bool | None = None,
+) -> Parity:
+    """Measure the parity of a bundle with the gated diffusers pipeline; ``passed`` of what it returns says whether."""
+    from benchmarks.bench.parity import verify as measure
+
+    return measure(Path(bundle), model, images, progress=_bars(progress), backend=backend)
+
+
+def bench(
+    bundle: str | Path,
+    output: str | Path,
+    config: BenchConfig | None = None,
+    *,
+    model: str | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> ReportRecord:
+    """Verify a bundle, measure it against baselines, and write a report: the folder ``output``.
+
+    Args:
+        config: the options, or as keywords: see :class:`benchmarks.bench.config.BenchConfig`.
+        model: where the model lies now, if not where the bundle was compiled from.
+    """
+    from benchmarks.bench.bench import bench as measure
+
+    chosen = _options(BenchConfig, config, options)
+    return measure(Path(bundle), Path(output), chosen, model, force, _bars(progress))
+
+
+def compile(
+    model: str | Model,
+    output: str | Path,
+    config: SearchConfig | None = None,
+    *,
+    export_config: ExportConfig | None = None,
+    bench_config: BenchConfig | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> Path:
+    """Search and export: ``output/subnet.json``, ``output/bundle``, and with ``bench_config`` ``output/report``.
+
+    Args:
+        config: the options of the search, or as keywords: see :class:`dipgo.searching.config.SearchConfig`.
+
+    Returns:
+        The bundle's folder.
+    """
+    from benchmarks.bench.report import RECORD_FILE as REPORT_FILE
+    from export.bundle import RECORD_FILE as BUNDLE_FILE
+
+    chosen, output = _options(SearchConfig, config, options), Path(output)
+    if chosen.several:
+        raise UsageError("give one budget to compile; 'dipgo search' takes several")
+    bundle, report = output / "bundle", output / "report"
+    refuse_to_fill(output, force or chosen.resume)
+    refuse_existing(bundle, force, BUNDLE_FILE)
+    if bench_config:
+        refuse_existing(report, force, REPORT_FILE)
+    ((_, subnet),) = search_into(output / "subnet.json", model, chosen, force, Progress(progress))
+    export(subnet, bundle, export_config, model=model, force=force, progress=progress)
+    if bench_config:
+        place = model if isinstance(model, str) else str(model.folder)
+        bench(bundle, report, bench_config, model=place, force=force, progress=progress)
+    return bundle
+
+
+def search_into(
+    path: Path, model: str | Model, config: SearchConfig, force: bool, show: Progress
+) -> list[tuple[Path, SubNet]]:
+    """Search and write each SubNet as it is found; see :mod:`dipgo.searching.outputs`.
+
+    Returns:
+        The SubNets and their files, one a budget; nothing in other processes than the main one.
+    """
+    from dipgo.searching.outputs import Outputs
+    from dipgo.searching.pareto import write_pareto
+
+    outputs = Outputs(path, config, force)
+    outputs.check()
+    written = [(outputs.save(subnet), subnet) for subnet in subnets(model, config, show) if is_main()]
+    if written and config.several:
+        write_pareto([subnet for _, subnet in written], path)
+    return written
+
+
+def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterator[SubNet]:
+    """Yield the SubNet of each budget, the largest first, as they are found."""
+    import torch
+
+    from benchmarks.latency import measure_latency
+    from dipgo.graph.latency import check_profile, read_profile
+    from dipgo.schedule.subnet import load_subnet
+    from dipgo.searching.distributed import processes
+    from dipgo.searching.run_folder import begun_with
+    from dipgo.searching.search import sweep
+    from dipgo.searching.task import make_task
+
+    profile = None if config.cost in ("macs", "latency") else read_profile(Path(config.cost))
+    starts = [load_subnet(file) for file in config.start]
+    source = _model_of(model)
+    with show.spinner("load and trace"):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        task = make_task(
+            source,
+            config.steps,
+            config.sampler,
+            config.sites,
+            config.guidance,
+            device=config.device,
+            prompts=config.prompts,
+            classes=config.classes,
+        )
+
+    def measured() -> LatencyProfile:
+        folder = config.run_folder
+        begun = begun_with(folder, "profile") if config.resume and folder else None
+        if begun and folder:  # measured again it would not be the same
+            return check_profile(begun, folder / "run.json")
+        return measure_latency(task, threads=config.threads)
+
+    if config.cost == "latency":
+        with show.spinner("measure latency"):
+            profile = processes(task.trajectory.device).from_main(measured)
+    with show.phases() as report:
+        yield from sweep(task, config, report, profile, starts)
+
+
+def _options(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
+    return checked(kind, options) if config is None else config.changed(**options) if options else config
+
+
+def _model_of(model: str | Model) -> Model:
+    from dipgo.model.models import find_model
+
+    return find_model(model) if isinstance(model, str) else model
+
+
+def _bars(progress: bool | None) -> Report:
+    from benchmarks.progress import Bars
+
+    return Bars() if Progress(progress).visible else silent

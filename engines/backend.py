@@ -6,7 +6,6 @@ To add a backend: a package with a runner that does what :class:`Runner` says, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -33,7 +32,7 @@ class Buffer(Protocol):
 class Runner(Protocol):
     """A bundle's graphs on one device; engines are loaded on entering the context and dropped on leaving it.
 
-    Launches of one lane run in the order in which they are called; :meth:`read` waits for them. Several threads may
+    Launches of one context run in the order in which they are called; :meth:`read` waits for them. Several threads may
     use one runner, each with buffers of its own.
 
     Attributes:
@@ -44,9 +43,7 @@ class Runner(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Return new memory, all zeros; ``dtype`` is numpy's name, or ``bfloat16``."""
@@ -66,14 +63,5 @@ class Runner(Protocol):
     def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run a graph once on values of the host; its engine is loaded when it is first needed."""
 
-    def joined(self, launches: Sequence[Launch]) -> Launch | None:
+    def capture(self, launches: Sequence[Launch]) -> Launch | None:
         """Return one launch that replays all of these in order (a CUDA graph), or None where there is no such thing."""
-
-
-def numpy_type(dtype: str) -> np.dtype:
-    """Return numpy's type of a name; it knows ``bfloat16`` only from ``ml_dtypes`` on."""
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)

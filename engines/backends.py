@@ -11,14 +11,14 @@ from export.bundle import Bundle
 DEFAULT = "onnxruntime"
 
 BACKENDS = {
-    "onnxruntime": ("engines.onnxrt.runner", "on_cpu"),
-    "tensorrt": ("engines.trt.runner", "on_gpu"),
-    "onnxruntime-cuda": ("engines.onnxrt.cuda", "on_cuda"),
-    "onnxruntime-tensorrt": ("engines.onnxrt.cuda", "on_tensorrt"),
-    "torch": ("engines.torchrt.runner", "eager"),
-    "torch-cpu": ("engines.torchrt.runner", "eager_on_cpu"),
-    "torch-compile": ("engines.torchrt.runner", "compiled"),
-    "torch-aot": ("engines.torchrt.runner", "packaged"),
+    "onnxruntime": ("engines.onnxrt.runner", "cpu_runner"),
+    "tensorrt": ("engines.trt.runner", "tensorrt_runner"),
+    "onnxruntime-cuda": ("engines.onnxrt.cuda", "cuda_runner"),
+    "onnxruntime-tensorrt": ("engines.onnxrt.cuda", "tensorrt_runner"),
+    "torch": ("engines.torchrt.runner", "eager_runner"),
+    "torch-cpu": ("engines.torchrt.runner", "eager_cpu_runner"),
+    "torch-compile": ("engines.torchrt.runner", "compiling_runner"),
+    "torch-aot": ("engines.torchrt.runner", "package_runner"),
 }
 """The module of each backend, and the function in it that makes a runner from a bundle and a number of threads."""
 

@@ -1,8 +1,8 @@
-"""A lane: the memory of one trajectory under way, with every launch bound to it.
+"""An execution context: the memory of one trajectory under way, with every launch bound to it.
 
-It is made for one choice of sizes, where a bundle leaves some to the run. Slots and the values of the prologues have
-fixed addresses for as long as the lane lives, so a step is launches and no copies. A program hands each call a lane of
-its own.
+It is for one choice of sizes, where a bundle leaves some to the run. Slots and the values of the prologues have fixed
+addresses for as long as the context lives, so a step is launches and no copies. A program hands each call a context
+of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
 
 @dataclass(frozen=True)
 class _Values:
-    """What a prologue makes, by step: ``[steps, …]``, or one row that is the same for all steps."""
+    """What a prologue computes, by step: ``[steps, …]``, or one row that is the same for all steps."""
 
     rows: Buffer
 
@@ -28,7 +28,7 @@ class _Values:
         return self.rows[step if self.rows.shape[0] > 1 else 0]
 
 
-class Lane:
+class ExecutionContext:
     """Buffers and bound launches for one trajectory at a time.
 
     ``sizes`` are the values of the bundle's axes.
@@ -37,7 +37,7 @@ class Lane:
         slots: what launches hand to each other.
         conditions: the graph inputs of the prompt or class.
         steps: the launches of every step.
-        whole: all of them as one launch, where the backend can and the solver is in the graphs.
+        replay: all of them as one launch, where the backend can and the solver is in the graphs; else None.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner, sizes: Mapping[str, int]) -> None:
@@ -46,13 +46,13 @@ class Lane:
         self.record, self.tables, self.runner = record, bundle.tables, runner
         self.slots = [runner.zeros(shape_at(slot.shape, sizes), slot.dtype) for slot in record.slots]
         self.conditions = {tensor.name: self._empty(tensor) for tensor in record.conditioning.inputs}
-        self._hoisted: dict[str, _Values] = {}
+        self._prologue_values: dict[str, _Values] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
         self.steps: list[list[Launch]] = [
             [self._bind(index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
         ]
         launches = [launch for step in self.steps for launch in step]
-        self.whole = runner.joined(launches) if record.solver.kind == "graph" else None
+        self.replay = runner.capture(launches) if record.solver.kind == "graph" else None
 
     def begin(self, conditions: Mapping[str, np.ndarray]) -> None:
         """Take the conditions of a new trajectory and run the prologues."""
@@ -78,13 +78,13 @@ class Lane:
             elif name in self.conditions:
                 copies += [self._copy(by_step[step], self.conditions[name]) for step in range(steps)]
             else:
-                copies += [self._copy(by_step[step], self._hoisted[name].at(step)) for step in range(steps)]
+                copies += [self._copy(by_step[step], self._prologue_values[name].at(step)) for step in range(steps)]
         for name, buffer in outputs.items():
-            self._hoisted[name] = _Values(buffer.reshape(steps, -1, *buffer.shape[1:]))
+            self._prologue_values[name] = _Values(buffer.reshape(steps, -1, *buffer.shape[1:]))
         return self.runner.bind(prologue.file, inputs, outputs), copies
 
     def _fill(self, by_step: Buffer, rows: np.ndarray) -> None:
-        """Write one row a step, ``[steps, …]``, over all images of the step."""
+        """Write one row per step, ``[steps, …]``, over all images of the step."""
         self.runner.write(by_step, np.broadcast_to(rows[:, None], tuple(by_step.shape)))
 
     def _copy(self, target: Buffer, source: Buffer) -> Launch:
@@ -104,7 +104,7 @@ class Lane:
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
             else:
-                inputs[name] = self._hoisted[name].at(index)
+                inputs[name] = self._prologue_values[name].at(index)
         return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
 
     def _constant(self, tensor: TensorRecord, values: np.ndarray) -> Buffer:

@@ -1,6 +1,6 @@
-"""The lanes of a bundle: every trajectory under way has one for itself, and idle ones wait for the next.
+"""The execution contexts of a bundle: every trajectory under way has its own, and idle ones wait for the next.
 
-Calls cannot leak into each other, in one thread or several: a lane holds all that a trajectory changes, and each
+Calls cannot leak into each other, in one thread or several: a context holds all that a trajectory changes, and each
 trajectory overwrites it from its first step on.
 """
 
@@ -10,15 +10,15 @@ import threading
 from collections.abc import Sequence
 
 from engines.backend import Runner
-from engines.context import Lane
+from engines.context import ExecutionContext
 from engines.sizes import axes_of
 from export.bundle import Bundle
 
 IDLE = 8  # that wait for their next trajectory, of all sizes together; each holds memory of its own
 
 
-class Lanes:
-    """Where a trajectory takes its lane from.
+class ContextPool:
+    """Where a trajectory takes its context from.
 
     Attributes:
         launches: graphs of the loop that were launched on any of them.
@@ -26,30 +26,30 @@ class Lanes:
 
     def __init__(self, bundle: Bundle, runner: Runner) -> None:
         self.bundle, self._runner = bundle, runner
-        self._idle: list[Lane] = []  # the one that ran last at the end
-        self._taking = threading.Lock()
+        self._idle: list[ExecutionContext] = []  # the one that ran last at the end
+        self._lock = threading.Lock()
         self.launches = 0
 
-    def take(self, shape: Sequence[int]) -> Lane:
-        """Return an idle lane for a batch of latents of this shape, or a new one.
+    def take(self, shape: Sequence[int]) -> ExecutionContext:
+        """Return an idle context for a batch of latents of this shape, or a new one.
 
         Raises:
             UsageError: a shape that the bundle was not compiled for.
         """
         sizes = axes_of(self.bundle.record, shape)
-        with self._taking:
+        with self._lock:
             for index in reversed(range(len(self._idle))):
                 if self._idle[index].sizes == sizes:
                     return self._idle.pop(index)
-        return Lane(self.bundle, self._runner, sizes)
+        return ExecutionContext(self.bundle, self._runner, sizes)
 
-    def give(self, lane: Lane) -> None:
-        """Give back a lane that nothing uses any more; beyond :data:`IDLE` the one that waited longest goes."""
-        with self._taking:
-            self._idle.append(lane)
+    def give(self, context: ExecutionContext) -> None:
+        """Give back a context that nothing uses any more; beyond :data:`IDLE` the one that waited longest goes."""
+        with self._lock:
+            self._idle.append(context)
             del self._idle[:-IDLE]
 
     def clear(self) -> None:
         """Let go of those that wait."""
-        with self._taking:
+        with self._lock:
             self._idle.clear()

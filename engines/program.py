@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
-from engines.backend import Runner, numpy_type
-from engines.context_pool import Lanes
+from engines.backend import Runner
+from engines.classes import class_of, class_rows
+from engines.context_pool import ContextPool
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, cells_of
@@ -25,7 +26,7 @@ class Program:
     """A bundle ready to run; a context manager that holds its engines.
 
     Attributes:
-        lanes: what trajectories run on, each on one of its own.
+        contexts: what trajectories run in, each in one of its own.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner) -> None:
@@ -33,17 +34,15 @@ class Program:
         self.record = bundle.record
         encoder = self.record.conditioning.encoder
         self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
-        self.lanes = Lanes(bundle, runner)
+        self.contexts = ContextPool(bundle, runner)
 
     def __enter__(self) -> Program:
         self.runner.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.lanes.clear()
-        self.runner.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self.contexts.clear()
+        self.runner.__exit__()
 
     @property
     def batch(self) -> int:
@@ -81,21 +80,15 @@ class Program:
         Raises:
             UsageError: the model has no such class.
         """
-        labels = self.record.conditioning.labels
-        if label in labels:
-            return labels[label]
-        if label.isdecimal() and len(label) < 11 and (not labels or int(label) in labels.values()):
-            return int(label)
-        known = ", ".join(list(labels)[:10]) + (", …" if len(labels) > 10 else "")
-        raise UsageError(f"class '{label}' is unknown to {self.record.model.name}; it has: {known}")
+        return class_of(self.record, label)
 
     def conditions(
         self,
-        given: Sequence[int] | Sequence[str],
+        subjects: Sequence[int] | Sequence[str],
         negative: str | None = None,
         size: tuple[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Return the graph inputs for one batch of classes or prompts.
+        """Return the graph inputs for one batch of subjects: classes or prompts.
 
         ``negative`` is a prompt to stay away from; None is the pipeline's own way without one. ``size`` is height and
         width of the images in pixels; None is :attr:`size`.
@@ -104,22 +97,24 @@ class Program:
             UsageError: classes for a model of prompts or the reverse, a class that the model lacks, a size that the
                 bundle does not take, or a negative prompt without guidance.
         """
-        conditioning = self.record.conditioning
+        conditioning, folder = self.record.conditioning, self.bundle.folder
         self.check_negative(negative)
         if conditioning.kind == "nothing":
             return {}
         if conditioning.kind == "class":
-            return self._class_conditions(given)
+            if not all(isinstance(label, int | np.integer) for label in subjects):
+                raise UsageError(f"{folder}: conditioned by classes, not by prompts; give --class")
+            return {conditioning.inputs[0].name: class_rows(self.record, subjects)}
         if self._text is None:
-            raise UsageError(f"{self.bundle.folder}: holds no text encoder; pass embeddings to denoise()")
-        if not all(isinstance(prompt, str) for prompt in given):
-            raise UsageError(f"{self.bundle.folder}: conditioned by prompts, not by classes; give --prompt")
-        found = self._text([str(prompt) for prompt in given], negative, conditioning.guided)
+            raise UsageError(f"{folder}: holds no text encoder; pass embeddings to denoise()")
+        if not all(isinstance(prompt, str) for prompt in subjects):
+            raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
+        rows = self._text([str(prompt) for prompt in subjects], negative, conditioning.guided)
         if conditioning.encoder and conditioning.encoder.sized:
-            sizes = self.axes_of(self.latent_shape(len(given), size))
+            sizes = self.axes_of(self.latent_shape(len(subjects), size))
             for name, row in conditioning.encoder.sized.items():
-                found[name][:] = shape_at(row, sizes)
-        return {tensor.name: found[tensor.name].astype(numpy_type(tensor.dtype)) for tensor in conditioning.inputs}
+                rows[name][:] = shape_at(row, sizes)
+        return {tensor.name: rows[tensor.name].astype(Dtype(tensor.dtype).numpy) for tensor in conditioning.inputs}
 
     def check_negative(self, negative: str | None) -> None:
         """Refuse a negative prompt that nothing would come of; the empty one is everybody's."""
@@ -129,19 +124,6 @@ class Program:
                 f"a negative prompt is given, and the bundle was compiled for guidance {scale:g}, at which none is "
                 "read; leave it out"
             )
-
-    def _class_conditions(self, classes: Sequence[Any]) -> dict[str, np.ndarray]:
-        conditioning = self.record.conditioning
-        if not all(isinstance(label, int | np.integer) for label in classes):
-            raise UsageError(f"{self.bundle.folder}: conditioned by classes, not by prompts; give --class")
-        known = sorted(set(conditioning.labels.values()))
-        unknown = [label for label in classes if known and label not in known]
-        if unknown:
-            raise UsageError(
-                f"class {unknown[0]} is unknown to {self.record.model.name}; it has {known[0]} to {known[-1]}"
-            )
-        rows = [conditioning.null_class] * len(classes) * conditioning.guided + list(classes)
-        return {conditioning.inputs[0].name: np.array(rows, np.int64)}
 
     def denoise(
         self,
@@ -160,14 +142,14 @@ class Program:
             The final latent, float32 ``[B, C, H, W]``.
         """
         self._check_rows(conditions, self.axes_of(noise.shape))
-        with Steps(self.lanes, noise.shape, conditions) as steps:
+        with Steps(self.contexts, noise.shape, conditions) as steps:
             walk = Walk(steps, noise, watched=False)
-            if steps.whole and not after_step:
+            if steps.can_replay and not after_step:
                 walk.finish()
-            while walk.done < len(self.record.steps):
+            while walk.step < len(self.record.steps):
                 walk.advance()
                 if after_step:
-                    after_step(walk.done - 1, steps.epsilon(walk.done - 1))
+                    after_step(walk.step - 1, steps.epsilon(walk.step - 1))
             return walk.latent
 
     @property
@@ -188,13 +170,13 @@ class Program:
 
     def generate(
         self,
-        given: Sequence[int] | Sequence[str],
+        subjects: Sequence[int] | Sequence[str],
         seed: int,
         progress: Callable[[Sequence[int]], Any] = iter,
         negative: str | None = None,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """Generate one image a class or prompt: pixels ``[n, height, width, channels]`` in [0, 1], float32.
+        """Generate one image per class or prompt: pixels ``[n, height, width, channels]`` in [0, 1], float32.
 
         The images are those of the diffusers pipeline called with the same classes or prompts and
         ``generator=torch.Generator().manual_seed(seed)``, and ``size``, height and width in pixels (None is
@@ -205,13 +187,13 @@ class Program:
         """
         if not self.makes_pixels:
             self._decoder()
-        noise = self.noise(len(given), seed, size)
-        pixels, batches = [], batches_of(self.record, len(given))
+        noise = self.noise(len(subjects), seed, size)
+        pixels, batches = [], batches_of(self.record, len(subjects))
         for number in progress(range(len(batches))):
-            chosen = batches[number]
-            conditions = self.conditions([given[k] for k in chosen], negative, size)
-            pixels.append(self.decode(self.denoise(noise[chosen], conditions)))
-        return np.concatenate(pixels)[: len(given)].transpose(0, 2, 3, 1)
+            images = batches[number]
+            conditions = self.conditions([subjects[image] for image in images], negative, size)
+            pixels.append(self.decode(self.denoise(noise[images], conditions)))
+        return np.concatenate(pixels)[: len(subjects)].transpose(0, 2, 3, 1)
 
     def axes_of(self, shape: Sequence[int]) -> dict[str, int]:
         """Return the values of the axes that a latent's shape has.
@@ -230,8 +212,6 @@ class Program:
     def _check_rows(self, conditions: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
         """Refuse conditions of another number of images than the noise."""
         for tensor in self.record.conditioning.inputs:
-            wanted = shape_at(tensor.shape, sizes)
-            if np.shape(conditions[tensor.name]) != wanted:
-                raise UsageError(
-                    f"'{tensor.name}' is {list(np.shape(conditions[tensor.name]))}, this noise goes with {list(wanted)}"
-                )
+            shape, value = shape_at(tensor.shape, sizes), conditions[tensor.name]
+            if np.shape(value) != shape:
+                raise UsageError(f"'{tensor.name}' is {list(np.shape(value))}, this noise goes with {list(shape)}")

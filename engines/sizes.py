@@ -34,11 +34,11 @@ def batch_of(record: BundleRecord) -> int:
 
 def batches_of(record: BundleRecord, count: int) -> list[np.ndarray]:
     """Return which of ``count`` images go together; the last batch is filled up with the last image."""
-    largest, axis, found = batch_of(record), record.axes.get("batch"), []
+    largest, axis, batches = batch_of(record), record.axes.get("batch"), []
     for start in range(0, count, largest):
         length = largest if axis is None else max(min(largest, count - start), axis.min)
-        found.append(np.arange(start, start + length).clip(max=count - 1))
-    return found
+        batches.append(np.arange(start, start + length).clip(max=count - 1))
+    return batches
 
 
 def cells_of(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, int]:

@@ -9,11 +9,9 @@ from pathlib import Path
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import dipgo
-from dipgo.model.models import find_model
 from dipgo.schedule.policies import policies
 from dipgo.searching.search import policy_subnet
 from dipgo.searching.task import make_task
-from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/custom_model")
 unet = UNet2DModel(
@@ -25,10 +23,10 @@ unet = UNet2DModel(
 )
 DDIMPipeline(unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "model")
 
-model = find_model(str(folder / "model"))
+model = dipgo.find_model(str(folder / "model"))
 task = make_task(model, steps=10, sites="down_blocks.*,mid_block,up_blocks.*")
 subnet = policy_subnet(task, policies(task.trace, task.sampler.calls, budget=0.5)[0])
-compile_subnet(subnet, model, folder / "bundle", force=True)
+dipgo.export(subnet, folder / "bundle", force=True)
 with dipgo.load(folder / "bundle") as pipe:
     pipe(batch_size=1, generator=0).images[0].save(folder / "image.png")
 print(f"{len(subnet.sites)} sites, {subnet.cost.ratio:.1%} of the MACs: {folder / 'image.png'}")

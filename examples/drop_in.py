@@ -9,17 +9,15 @@ from pathlib import Path
 import torch
 
 import dipgo
-from dipgo.model.models import find_model
 from dipgo.schedule.policies import policies
 from dipgo.searching.search import policy_subnet
 from dipgo.searching.task import make_task
-from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/drop_in")
-model = find_model("digits-dit")
+model = dipgo.find_model("digits-dit")
 task = make_task(model, steps=20)
 subnet = policy_subnet(task, policies(task.trace, task.sampler.calls, budget=0.5)[0])  # by rule, for want of a search
-compile_subnet(subnet, model, folder / "bundle", force=True)
+dipgo.export(subnet, folder / "bundle", force=True)
 
 pipe = task.pipe  # any DiffusionPipeline.from_pretrained(…) of the model
 asked = {"class_labels": [7], "num_inference_steps": 20, "guidance_scale": 4.0}

@@ -7,17 +7,11 @@ import sys
 from pathlib import Path
 
 import dipgo
-from dipgo.model.models import find_model
-from dipgo.searching.search import search
-from dipgo.searching.settings import settings_of
-from dipgo.searching.task import make_task
-from export.compiler import compile_subnet
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/quickstart")
-model = find_model("digits-dit")
-short = settings_of("dipgo", "quick", ["pool=16", "held_out=8", "trial_iterations=1", "backup_iterations=2"])
-subnet = search(make_task(model, steps=20), budget=0.35, settings=short)
-compile_subnet(subnet, model, folder / "bundle", force=True)
+short = {"preset": "quick", "pool": 16, "held_out": 8, "trial_iterations": 1, "backup_iterations": 2}
+subnet = dipgo.search("digits-dit", steps=20, budget=0.35, **short)
+dipgo.export(subnet, folder / "bundle", force=True)
 
 with dipgo.load(folder / "bundle") as pipe:  # called like the diffusers pipeline that it came from
     images = pipe(class_labels=[3, 1, 4, 1, 5], generator=0).images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from dipgo.base.dtypes import PRECISIONS, Dtype
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of
 from dipgo.graph.liveness import canonical
 from dipgo.graph.trace import Trace, trace
@@ -32,36 +32,15 @@ from export.bundle import (
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
 from export.components import components_of, weights_in_place
+from export.config import ExportConfig
 from export.converted import Prepared, prepare
 from export.onnx import constants
 from export.plan.launches import LATENT
-from export.plan.layouts import LAYOUTS
 from export.plan.merge import merged
 from export.sizes import pixels_of_cell, sizes_for
 
 TABLES_FILE = "tables.safetensors"
 SUBNET_FILE = "subnet.json"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a bundle is made.
-
-    Attributes:
-        layout: ``signature``, ``segment`` or ``step``, see :mod:`export.plan.layouts`.
-        max_graphs: merge signatures down to as many, see :mod:`export.plan.merge`; None for as many as there are.
-        weights: ``copy`` makes a self-contained bundle, ``in-place`` writes the graphs into the pipeline's own folder.
-    """
-
-    layout: str = "signature"
-    max_graphs: int | None = None
-    weights: str = "copy"
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"unknown layout '{self.layout}'; use {', '.join(LAYOUTS)}")
-        if self.weights not in ("copy", "in-place"):
-            raise UsageError(f"unknown choice of weights '{self.weights}'; use copy or in-place")
 
 
 def check_model(subnet: SubNet, model: Model) -> None:
@@ -89,7 +68,7 @@ def write_bundle(
     sampler: Sampler,
     folder: Path,
     force: bool = False,
-    options: Options = Options(),
+    config: ExportConfig = ExportConfig(),
 ) -> BundleRecord:
     """Compile ``subnet`` into ``folder``: lay out the launches, cut the graphs, allocate slots, write the program.
 
@@ -109,10 +88,10 @@ def write_bundle(
             f"{sampler.name}, which has {sampler.calls}; search again"
         )
     subnet = normalise(subnet, traced)
-    if options.max_graphs is not None:
-        subnet = merged(subnet, traced, options.max_graphs)
-    made = assemble(prepared, subnet, sampler, options.layout)
-    with deliver(folder, prepared.weights, traced.model.folder, options.weights, force) as (draft, files):
+    if config.max_graphs is not None:
+        subnet = merged(subnet, traced, config.max_graphs)
+    made = assemble(prepared, subnet, sampler, config.graphs)
+    with deliver(folder, prepared.weights, traced.model.folder, config.weights, force) as (draft, files):
         models = made.models | dict(prepared.extra)
         with constants.outside(models.values(), draft):
             for file, model in models.items():
@@ -130,7 +109,7 @@ def write_bundle(
             random_weights=traced.model.random_weights,
             sampler=subnet.sampler,
             dtype=cast(Any, Dtype.of_torch(traced.dtype).value),
-            layout=cast(Any, options.layout),
+            layout=config.graphs,
             latent=TensorRecord(
                 name=LATENT, dtype="float32", shape=prepared.sizes.latent(traced.model.config["in_channels"])
             ),
@@ -148,7 +127,7 @@ def write_bundle(
             subnet_file=SUBNET_FILE,
             macs=subnet.cost.subnet,
             naive_cache_bytes=made.naive_cache_bytes,
-            weights=cast(Any, options.weights),
+            weights=config.weights,
             files=files,
             versions={name: version(name) for name in ("dipgo", "torch", "diffusers", "onnx", "onnxscript", "onnx-ir")},
         ).sealed()
@@ -171,37 +150,29 @@ def compile_subnet(
     subnet: SubNet,
     model: Model,
     folder: str | Path,
+    config: ExportConfig = ExportConfig(),
     force: bool = False,
-    batch: int | str = 1,
-    dtype: str = "fp32",
-    options: Options = Options(),
-    whole: bool = True,
-    size: str | None = None,
 ) -> BundleRecord:
     """Compile a SubNet for ``model`` from nothing: trace, convert, write the bundle (see :func:`write_bundle`).
 
-    ``dtype`` is ``fp32``, ``fp16`` or ``bf16``, ``whole`` the pipeline with its denoiser. ``batch``, the
-    images a call, and ``size``, of images in pixels, may be ranges: see :func:`export.sizes.sizes_for`.
-
     Raises:
-        UsageError: an unknown dtype, a size that the model does not take, an architecture without weights, a folder
-            that cannot take the bundle.
+        UsageError: a size that the model does not take, an architecture without weights, a folder that cannot take the
+            bundle.
         DipgoError: see :func:`write_bundle`; what cannot be traced or converted.
     """
-    if dtype not in PRECISIONS:
-        raise UsageError(f"unknown dtype '{dtype}'; use {', '.join(PRECISIONS)}")
     model.require_weights()
-    check_delivery(Path(folder), model.folder, options.weights, force, (TABLES_FILE, SUBNET_FILE))
-    if options.weights == "in-place":
+    dtype, whole = PRECISIONS[config.dtype].torch, config.pipeline
+    check_delivery(Path(folder), model.folder, config.weights, force, (TABLES_FILE, SUBNET_FILE))
+    if config.weights == "in-place":
         for name in (model.family.component, *(components_of(model) if whole else ())):
-            check_weights(weights_in_place(model, name, PRECISIONS[dtype].torch), model.folder)
+            check_weights(weights_in_place(model, name, dtype), model.folder)
     check_model(subnet, model)
-    sizes = sizes_for(model, batch, size)
+    sizes = sizes_for(model, config.batch, config.size)
     height, width = sizes.latent_at(0, "opt")[2:]
     own = (sizes.height, sizes.width) == latent_size(model.config)
-    traced = retrace(model, subnet, PRECISIONS[dtype].torch, None if own else (height, width))
+    traced = retrace(model, subnet, dtype, None if own else (height, width))
     return write_bundle(
-        prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, options
+        prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, config
     )
 
 

@@ -10,19 +10,28 @@ import time
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from pydantic import Field
 
 from dipgo.cli import main as cli
+from dipgo.cli.options import with_options
+from dipgo.cli.recipe_file import Recipe, read_recipe
 from dipgo.eager.gating import gated
 from dipgo.model.models import find_model
 from dipgo.schedule.subnet import load_subnet, save_subnet
+from dipgo.searching.config import SearchConfig
+from dipgo.searching.search import search
 from dipgo.searching.task import make_task
 from tests.models import random_subnet, tiny_sd
+
+SEARCH = ("search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "OUT")
 
 
 def run(monkeypatch, capsys, *args):
     """Run the command line in this process; returns exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["dipgo", *map(str, args)])
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # the command sets it
     with pytest.raises(SystemExit) as exited:
         cli.main()
     captured = capsys.readouterr()
@@ -30,8 +39,12 @@ def run(monkeypatch, capsys, *args):
 
 
 @pytest.fixture(scope="module")
-def subnet_file(tiny_dit, tmp_path_factory):
-    task = make_task(find_model(tiny_dit), 4)
+def task(tiny_dit):
+    return make_task(find_model(tiny_dit), 4)
+
+
+@pytest.fixture(scope="module")
+def subnet_file(task, tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "subnet.json"
     save_subnet(random_subnet(task.trace, task.sampler, 0, terms=2, channels=2), path)
     return path
@@ -136,10 +149,41 @@ def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
     assert scores[subnet.search["chosen"]] == max(scores.values())
 
 
+def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monkeypatch, capsys):
+    """Written once: in help, in a recipe, in the record of a search, and checked in each."""
+
+    class Wider(SearchConfig):
+        sharpness: float = Field(0.5, ge=0, description="How sharp.")
+
+    class WiderRecipe(Recipe):
+        search: Wider | None = None
+
+    def command(config: Wider) -> None:
+        print(config.sharpness)
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(with_options(command))
+    monkeypatch.setattr(cli, "application", lambda: app)
+    code, out, _ = run(monkeypatch, capsys, "--help")
+    assert code == 0
+    assert re.search(r"--sharpness FLOAT +How sharp. \[0<=x\] \[default: 0.5\]", out)
+    options = ("--steps", 4, "--budget", 0.5, "--sharpness")
+    assert run(monkeypatch, capsys, *options, 2)[:2] == (0, "2.0\n")
+    code, _, err = run(monkeypatch, capsys, *options, -1)
+    assert (code, err) == (2, "dipgo: --sharpness -1: should be greater than or equal to 0\n")
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("schema: dipgo.recipe/1\nabout: mine\nmodel: m\noutput: o\nsearch: {steps: 4, budget: 0.5}\n")
+    config = read_recipe(file, ["search.sharpness=3"], WiderRecipe).search
+    assert config.sharpness == 3
+    small = {"held_out": 2, "drops": 0, "drops_on": 1, "contenders": 1, "trial_iterations": 0, "backup_iterations": 0}
+    assert search(task, config.changed(**small)).search["settings"]["sharpness"] == 3
+
+
 def test_help_names_every_command(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
-    for command in ("models", "search", "import", "export", "verify", "run", "bench", "inspect", "compile"):
+    for command in ("models", "search", "import", "export", "verify", "run", "bench", "inspect", "compile", "recipe"):
         assert f"\n  {command} " in out
 
 
@@ -149,22 +193,38 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["search", "MODEL", "--steps", 5, "--budget", 0, "-o", "OUT"], 2, "budget 0 is outside (0, 1]"),
         (["search", "MODEL", "--steps", 5, "--budget", 1.5, "-o", "OUT"], 2, "budget 1.5 is outside (0, 1]"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.1, "-o", "OUT"], 2, "what step 0 and the ungated parts"),
-        (["search", "MODEL", "--steps", 1, "--budget", 0.5, "-o", "OUT"], 2, "at least 2"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--sites", "x.*", "-o", "OUT"], 2, "matches no module"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--sampler", "y", "-o", "OUT"], 2, "unknown sampler 'y'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--preset", "z", "-o", "OUT"], 2, "unknown preset 'z'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--method", "q", "-o", "OUT"], 2, "unknown method 'q'"),
+        (["search", "MODEL", "--steps", 1, "--budget", 0.5, "-o", "OUT"], 2, "--steps 1: should be greater"),
+        ([*SEARCH, "--sites", "x.*"], 2, "matches no module"),
+        ([*SEARCH, "--sampler", "y"], 2, "unknown sampler 'y'"),
+        (
+            [*SEARCH, "--preset", "z"],
+            2,
+            "--preset z: should be 'default' or",
+        ),
+        (
+            [*SEARCH, "--method", "q"],
+            2,
+            "--method q: should be 'dipgo' or",
+        ),
         (["search", "nowhere", "--steps", 5, "--budget", 0.5, "-o", "OUT"], 1, "no model 'nowhere'"),
         (["search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "SUBNET"], 2, "--force"),
-        (["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"], 2, "Invalid value for '--steps'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--resume", "-o", "OUT"], 2, "need --run-folder"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--set", "alfa=1", "-o", "OUT"], 2, "setting 'alfa=1'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--classes", "wolf", "-o", "OUT"], 2, "class 'wolf'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--prompts", "p.txt", "-o", "OUT"], 2, "by classes"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--device", "cuda:9", "-o", "OUT"], 2, "device 'cuda:9'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--set", "loss=mse", "-o", "OUT"], 2, "loss term 'mse'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--start", "x.json", "-o", "OUT"], 1, "no such SubNet"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--start", "SUBNET", "-o", "OUT"], 2, "give its --steps"),
+        (
+            ["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"],
+            2,
+            "--steps five: should be a valid integer",
+        ),
+        ([*SEARCH, "--resume"], 2, "need --run-folder"),
+        (
+            [*SEARCH, "--set", "alfa=1"],
+            2,
+            "did you mean 'alpha'?",
+        ),
+        ([*SEARCH, "--classes", "wolf"], 2, "class 'wolf'"),
+        ([*SEARCH, "--prompts", "p.txt"], 2, "by classes"),
+        ([*SEARCH, "--device", "cuda:9"], 2, "device 'cuda:9'"),
+        ([*SEARCH, "--set", "loss=mse"], 2, "loss term 'mse'"),
+        ([*SEARCH, "--start", "x.json"], 1, "no such SubNet"),
+        ([*SEARCH, "--start", "SUBNET"], 2, "give its --steps"),
         (["search", "MODEL"], 2, "Missing option"),
         (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
         (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
@@ -175,8 +235,12 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["run", "BUNDLE", "--class", "1", "-o", ".."], 2, "-o ..: names no file; give one, such as out.png"),
         (["run", "n" * 300, "--class", "1", "-o", "OUT"], 1, "name too long"),
         (["export", "SUBNET", "--batch", "7" * 5000, "-o", "OUT"], 2, "give a number, min:max or min:opt:max"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--guidance", "nan", "-o", "OUT"], 2, "--guidance nan"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "--set", "tau=inf", "-o", "OUT"], 2, "tau = 'inf': give"),
+        ([*SEARCH, "--guidance", "nan"], 2, "--guidance nan"),
+        (
+            [*SEARCH, "--set", "tau=inf"],
+            2,
+            "--set tau=inf: should be a finite",
+        ),
         (["deploy", "BUNDLE", "--triton", "OUT", "--wait", "inf"], 2, "--wait"),
         (["run", "BUNDLE", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
         (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
@@ -217,7 +281,7 @@ def test_bad_input_is_one_line(
 def test_force_replaces_what_dipgo_made_alone(
     arguments, folder, known_by, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dipgo.cli.compile.search_with", None)  # nothing is searched first
+    monkeypatch.setattr("dipgo.api.search_into", None)  # nothing is searched first
     mine = tmp_path / folder / "photo"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")

@@ -17,7 +17,8 @@ from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler, tabulate
 from export.bundle import open_bundle
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet
 from training.emoji_model import sample
@@ -38,7 +39,7 @@ def bundles(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     prepared, subnet = prepare(traced), random_subnet(traced, sampler, seed=2, terms=2, channels=2)
     folder = tmp_path_factory.mktemp("emoji")
     for layout in LAYOUTS:
-        write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))
+        write_bundle(prepared, subnet, sampler, folder / layout, config=ExportConfig(graphs=layout))
     return {layout: folder / layout for layout in LAYOUTS}
 
 

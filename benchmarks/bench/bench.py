@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.bench.baselines import FULL, Baseline
 from benchmarks.bench.candidates import Candidate, candidates_of
+from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.measuring import Outcome, measure_all
 from benchmarks.bench.page import write_report
 from benchmarks.bench.parity import TOLERANCE
@@ -21,12 +22,11 @@ from benchmarks.bench.quality import Made, compare, latent_error
 from benchmarks.bench.reference import subnet_of
 from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
 from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
-from benchmarks.bench.suite import DEFAULT, Suite, load_suite
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.bench.timing import Timing, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
 from benchmarks.progress import Bars, Progress
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
 from dipgo.searching.search import describe
 from export.bundle import BundleRecord, open_bundle
@@ -38,12 +38,8 @@ AGREEMENT_HALF = 0.1
 def bench(
     folder: Path,
     output: Path,
+    config: BenchConfig = BenchConfig(),
     model: str | None = None,
-    suite: str | Suite = DEFAULT,
-    images: int | None = None,
-    repeats: int | None = None,
-    seconds: float | None = None,
-    threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
     baselines: Mapping[str, Baseline] | None = None,
@@ -53,22 +49,17 @@ def bench(
     Args:
         folder: the bundle.
         output: folder of the report; refused where it exists, without ``force``.
+        config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        suite: what is measured: a suite's name or file, see :mod:`benchmarks.bench.suite`.
-        images, repeats, seconds, threads: in the place of the suite's, where given.
-        progress: see :data:`benchmarks.bench.progress.Progress`; None shows bars.
+        progress: see :data:`benchmarks.progress.Progress`; None shows bars.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
         DipgoError: a bundle that fails parity, or does not run, or a full program that does not; then nothing is
             written.
-        UsageError: an output that exists, a suite that is wrong, or too few images.
+        UsageError: an output that exists, or a suite that is wrong.
     """
-    if images is not None and images < 8:
-        raise UsageError(f"images = {images}: too few to judge by; give at least 8")
-    named = suite if isinstance(suite, str) else None
-    settings = load_suite(suite) if isinstance(suite, str) else suite
-    settings = settings.changed(images=images, repeats=repeats, seconds=seconds, threads=threads)
+    settings = config.settings()
     refuse_existing(output, force, RECORD_FILE)
     load_at_start, clock_at_start = load_average(), clock()
     progress = progress or Bars()
@@ -112,7 +103,7 @@ def bench(
             files={name: file.bytes for name, file in record.files.items()},
         ),
         environment=place,
-        suite=named,
+        suite=config.name,
         settings=settings,
     )
     names = {number: name for name, number in record.conditioning.labels.items()}

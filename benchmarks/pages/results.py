@@ -1,150 +1,110 @@
-"""All measured tables in one file: RESULTS.md, made from the committed ``results/*.json``. Nothing in it is typed.
+"""All pages that hold measured tables, made from the committed ``results/*.json``. No figure in them is typed.
 
-python -m benchmarks.results            write RESULTS.md
-python -m benchmarks.results --check    fail where it is not what would be written
+python -m benchmarks.results            write them
+python -m benchmarks.results --check    fail where one is not what would be written
+
+A table goes where a page of ``docs/results/`` has the markers of its file's name, ``<!-- NAME:begin -->`` and
+``<!-- NAME:end -->``. ``RESULTS.md`` is the index, and holds what no page has a place for.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.bench.page import summary
-from benchmarks.bench.report import SCHEMA, ReportRecord
+from benchmarks.bench.report import SCHEMA
 from benchmarks.bench.suite import DEFAULT, FOLDER
-from benchmarks.pages import gpu
-from benchmarks.pages.figures import tables
-from benchmarks.studies import export_table, search_record
+from benchmarks.pages import places
+from benchmarks.pages.digest import digest
+from benchmarks.pages.render import markdown, origin
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file
 from dipgo.base.records import read_json
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-OUTPUT = ROOT / "benchmarks" / "RESULTS.md"
-
-Raw = dict[str, Any]
+DIGEST = "digest"  # README's place for its table
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the file.
-
-    Attributes:
-        title: its heading.
-        wanted: whether a result belongs to it.
-        render: a result and its path to markdown.
-        command: what would measure it; None where nothing does any more, and the section is of what was.
-    """
-
-    title: str
-    wanted: Callable[[Raw], bool]
-    render: Callable[[Raw, str], str]
-    command: str | None = None
-
-
-def sections() -> list[Section]:
-    """Return the sections in order; the last takes every result that no other one takes."""
-    made = [
-        Section(
-            "Searches against every fixed policy",
-            lambda raw: "cells" in raw,
-            lambda raw, source: search_record.markdown(search_record.TableRecord.model_validate(raw), source),
-            "python -m benchmarks.studies.search_table build/search -o benchmarks/results/search-digits-dit-ddim.json",
-        )
-    ]
-    for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: (path.stem != DEFAULT, path.stem)):
-        made.append(_suite(path))
-    made.append(Section("GPU", lambda raw: raw.get("schema") == gpu.SCHEMA and not raw["tiny"], gpu.table))
-    made.append(
-        Section(
-            "Exports at true size",
-            lambda raw: "cases" in raw and "schema" not in raw,
-            lambda raw, source: export_table.markdown(export_table.ExportRecord.model_validate(raw), source),
-            "python -m benchmarks.studies.export_table -o benchmarks/results/export.json",
-        )
-    )
-    return made
-
-
-def text() -> str:
-    """Return RESULTS.md.
+def written(root: Path = ROOT) -> dict[Path, str]:
+    """Return the text of every page that holds results: README, ``docs/results/*.md`` and ``benchmarks/RESULTS.md``.
 
     Raises:
-        DipgoError: a result that cannot be read.
+        DipgoError: a result that cannot be read, or a page's place that no result has the name of.
     """
-    left = {path: read_json(path, "result") for path in sorted(RESULTS.glob("*.json"))}
-    parts = ["# Results", "", "Written by `python -m benchmarks.results` from the files in `results/`."]
-    for section in sections():
-        mine = {path: raw for path, raw in left.items() if section.wanted(raw)}
-        if not mine and section.command is None:
-            continue
-        parts += ["", f"## {section.title}"]
-        for path, raw in mine.items():
-            del left[path]
-            parts += ["", *_placed(path, raw, section.render)]
-        if not mine:
-            parts += ["", f"| command | |\n|---|---|\n| `{section.command}` | not measured yet |"]
-    if left:
-        parts += ["", "## Further"]
-        for path, raw in left.items():
-            parts += ["", *_placed(path, raw, _figures)]
-    return "\n".join(parts) + "\n"
+    results = {path.stem: path for path in sorted((root / "benchmarks" / "results").glob("*.json"))}
+    pages = [path for path in (root / "README.md", *sorted((root / "docs" / "results").glob("*.md"))) if path.is_file()]
+    made, homes = {}, {}
+    for page in pages:
+        text = page.read_text()
+        homes.update(dict.fromkeys(places.names(text), page))
+        made[page] = places.fill(text, partial(_table, page=page, results=results))
+    index = root / "benchmarks" / "RESULTS.md"
+    return {**made, index: _index(index, results, homes)}
 
 
-def _placed(path: Path, raw: Raw, render: Callable[[Raw, str], str]) -> list[str]:
-    """Return a result's heading, table and origin."""
-    source = f"results/{path.name}"
-    try:
-        table = render(raw, source)
-    except (KeyError, TypeError, ValueError) as error:  # pydantic's is a ValueError
-        raise DipgoError(f"{path}: not a result that can be shown ({' '.join(str(error).split())[:120]})") from error
-    place = raw.get("environment", {})
-    commits = [place.get("commit"), *(call.get("commit") for call in raw.get("calls", []) if isinstance(call, dict))]
-    commit = next((each for each in commits if each), None)
-    machine = f"{place['cpu']}, {place['cores']} cores" if place else ""
-    origin = [f"commit {commit}" if commit else "commit not recorded", *[machine] * bool(machine)]
-    return [f"### {path.stem}", "", table, "", f"{'; '.join(origin)}."]
+def _table(name: str, page: Path, results: dict[str, Path]) -> str:
+    """Return what stands in a page's place of that name."""
+    if name == DIGEST:
+        return digest(page.parent / "benchmarks" / "results", "benchmarks/results")
+    if name not in results:
+        raise DipgoError(f"{page}: no result is called '{name}'; name the place after a file of benchmarks/results")
+    return markdown(results[name], _link(results[name], page))
 
 
-def _suite(path: Path) -> Section:
-    """Return the section of a suite's reports: those of no suite are from before there were any."""
-    lines = path.read_text().splitlines()
-    commands = [line.removeprefix("# ") for line in lines if line.startswith("# dipgo bench")]
-    about = next(line.partition(": ")[2] for line in lines if line.startswith("about: "))
-    name = path.stem
-
-    def wanted(raw: Raw) -> bool:
-        return raw.get("schema") == SCHEMA and (raw.get("suite") or DEFAULT) == name
-
-    def render(raw: Raw, source: str) -> str:
-        return summary(ReportRecord.model_validate(raw), source)
-
-    return Section(f"Suite {name}: {about}", wanted, render, commands[0])
-
-
-def _figures(raw: Raw, source: str) -> str:
-    """Return any other result as tables of its figures."""
-    shown = {name: value for name, value in raw.items() if name not in ("command", "environment")}
-    command = f"`{raw['command']}`. " if "command" in raw else ""
-    return "\n".join([*tables(shown), "", f"{command}From [{source}]({source})."])
+def _index(index: Path, results: dict[str, Path], homes: dict[str, Path]) -> str:
+    """Return RESULTS.md: where each result is shown, what has not been measured, and results that no page shows."""
+    lines = ["# Results", "", "Written by `python -m benchmarks.results` from the files in `results/`.", ""]
+    lines += ["| result | shown in | measured at |", "|---|---|---|"]
+    for name, path in results.items():
+        page = homes.get(name)
+        shown = f"[{_title(page)}]({_link(page, index)})" if page else f"[below](#{name})"
+        lines.append(f"| [{name}]({_link(path, index)}) | {shown} | {origin(read_json(path, 'result'))} |")
+    missing = _not_measured(results)
+    if missing:
+        lines += ["", "## Not measured yet", "", "| suite | command |", "|---|---|", *missing]
+    for name in sorted(results.keys() - homes.keys()):
+        lines += ["", f"## {name}", "", markdown(results[name], _link(results[name], index))]
+    return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _not_measured(results: dict[str, Path]) -> list[str]:
+    """Return a row for every suite without a report; reports of no suite count as the default one's."""
+    raws = [read_json(path, "result") for path in results.values()]
+    measured = {raw.get("suite") or DEFAULT for raw in raws if raw.get("schema") == SCHEMA}
+    rows = []
+    for path in sorted(FOLDER.glob("*.yaml")):
+        lines = path.read_text().splitlines()
+        about = next(line.removeprefix("about: ") for line in lines if line.startswith("about: "))
+        command = next(line.removeprefix("# ") for line in lines if line.startswith("# dipgo bench"))
+        if path.stem not in measured:
+            rows.append(f"| {path.stem}: {about} | `{command}` |")
+    return rows
+
+
+def _title(page: Path) -> str:
+    return page.read_text().partition("\n")[0].removeprefix("# ")
+
+
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    given = parser.parse_args(arguments)
-    made = text()
-    if given.check:
-        if not OUTPUT.is_file() or OUTPUT.read_text() != made:
-            raise SystemExit(f"{OUTPUT.name} is not what the results say; run: python -m benchmarks.results")
-        return
-    with new_file(OUTPUT) as draft:
-        draft.write_text(made)
-    print(OUTPUT.relative_to(ROOT))
+    check = parser.parse_args(arguments).check
+    for page, text in written(root).items():
+        if page.is_file() and page.read_text() == text:
+            continue
+        name = page.relative_to(root)
+        if check:
+            raise SystemExit(f"{name} is not what the results say; run: python -m benchmarks.results")
+        with new_file(page) as draft:
+            draft.write_text(text)
+        print(name)
 
 
 if __name__ == "__main__":

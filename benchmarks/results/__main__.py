@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the records beside this file: ``python -m benchmarks.results [--check]``."""
+"""Write the pages of results from the records beside this file: ``python -m benchmarks.results [--check]``."""
 
 from benchmarks.pages.results import main
 

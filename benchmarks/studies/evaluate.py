@@ -10,17 +10,19 @@ a run that was cut off goes on when the command is given again, and processes sh
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
+from benchmarks.environment import load_average
 from benchmarks.studies.prompts import prompts_of
-from benchmarks.studies.study import Study, StudyRecord, Words, run
+from benchmarks.studies.study import Study, StudyRecord, Words, origin, run
 from dipgo.base.errors import UsageError
 from dipgo.base.files import new_file
 from dipgo.base.records import Record, read_record
@@ -82,7 +84,7 @@ class Share:
     wait: Callable[[], object] = lambda: None
 
 
-def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, share: Share) -> dict[str, Any] | None:
+def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, share: Share) -> Evaluation | None:
     """Make the images that are not there yet, and score all of them; see the module's docstring.
 
     Args:
@@ -90,12 +92,13 @@ def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, shar
         output: a folder; one that is there must be of the same bundle, prompts, number and seed.
 
     Returns:
-        The record's figures, in the first process; None in the others.
+        The record, in the first process; None in the others.
 
     Raises:
         UsageError: a folder of another plan, or a bundle that prompts do not condition.
         DipgoError: prompts, bundle or weights that cannot be read.
     """
+    load_at_start = load_average()
     if (settings.inception is None) != (settings.real is None):
         raise UsageError("FID needs both --inception and --real")
     texts = prompts_of(prompts)[: settings.number]
@@ -117,7 +120,17 @@ def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, shar
         return None
     pictures = [output / IMAGES / _name(index) for index in range(len(texts))]
     scores, skipped = _scores(pictures, texts, settings)
-    return {"plan": plan, "model": model, "images": len(pictures), "skipped": skipped, **scores}
+    record = Evaluation(
+        plan=plan,
+        model=model,
+        images=len(pictures),
+        skipped=skipped,
+        **scores,
+        **origin("benchmarks.studies.evaluate", sys.argv[1:], load_at_start),
+    )
+    with new_file(output / RECORD_FILE) as draft:
+        draft.write_text(record.text())
+    return record
 
 
 def _adopt(output: Path, plan: Plan, first: bool) -> None:
@@ -196,11 +209,9 @@ def main(words: Words | None = None) -> None:
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     state = PartialState(cpu=True)
     share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
-    figures = evaluate(options.bundle, options.prompts, folder, settings, share)
-    if figures is None:
+    record = evaluate(options.bundle, options.prompts, folder, settings, share)
+    if record is None:
         return
-    record = Evaluation(**figures, **study.origin())
-    study.write(record, folder / RECORD_FILE)
     for line in record.skipped:
         print(f"left out: {line}")
     for name in ("clip_score", "fid"):

@@ -1,6 +1,7 @@
 """What it takes to export real architectures: seconds, peak memory, sizes; and what leaves the loop.
 
-    python -m benchmarks.studies.export_table -o benchmarks/results/export.json --publish
+    python -m benchmarks.studies.export_table -o benchmarks/results/export.json
+    python -m benchmarks.results    the tables into their page of docs/results/
 
 Each case is a process of its own: it exports the denoiser from a pipeline folder on disk, which is made first and holds
 random weights in the graph's precision. The SubNet is the published one for SD-1.5, else whole steps at even intervals.
@@ -30,7 +31,6 @@ from dipgo.schedule.subnet import SubNet, load_subnet, save_subnet
 from export.bundle import BundleRecord, PartRecord
 
 ROOT = Path(__file__).parents[2]
-MARKER = "export"
 SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes
 PUBLISHED = ROOT / "dipgo" / "published" / "sd15-published-0.8.json"
 MODELS = ("sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha")
@@ -106,14 +106,15 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     import onnx_ir as ir
 
     from export.assembly import assemble
-    from export.compiler import Options, normalise, retrace, sampler_of, write_bundle
+    from export.compiler import normalise, retrace, sampler_of, write_bundle
+    from export.config import ExportConfig
     from export.converted import prepare
 
     started = time.perf_counter()
     model, loaded = find_model(str(folder)), load_subnet(subnet)
     prepared = prepare(retrace(model, loaded, PRECISIONS[dtype].torch), whole=False)
     sampler = sampler_of(loaded, model)
-    write_bundle(prepared, loaded, sampler, output, True, Options(weights=weights))
+    write_bundle(prepared, loaded, sampler, output, True, ExportConfig(weights=weights))
     total = time.perf_counter() - started
     peak = resident_peak()
     started = time.perf_counter()
@@ -199,7 +200,6 @@ def main(words: Words | None = None) -> None:
     study = Study("export_table", __doc__, words)
     study.parser.add_argument("--models", default=",".join(MODELS), help="joined by commas")
     study.parser.add_argument("--dtypes", default="fp16", help="joined by commas")
-    study.parser.add_argument("--publish", action="store_const", const=MARKER, help="put the tables into the README")
     study.parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SUBNET", "DTYPE", "WEIGHTS"), help=SUPPRESS)
     options = study.options()
     if options.one:
@@ -217,7 +217,7 @@ def main(words: Words | None = None) -> None:
             shutil.rmtree(checkpoint)
     record = ExportRecord(cases=cases, **study.origin())
     study.write(record)
-    study.publish(markdown(record, str(options.output)), options.publish)
+    print(markdown(record, str(options.output)))
 
 
 if __name__ == "__main__":

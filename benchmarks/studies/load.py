@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from benchmarks.studies.study import Study, StudyRecord, Words, run
+from dipgo.base.child_process import python_environment
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import Record
 from engines.serving.limits import Limits
@@ -146,7 +147,7 @@ def served(repository: Path, server: Path | None) -> Iterator[tuple[int, psutil.
     command = [sys.executable, "-m", "engines.serving", str(repository), "--host", "127.0.0.1", "--http-port", "0"]
     command += ["--metrics-port", "0"] + (["--server", str(server)] if server else [])
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, env=python_environment(), stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
         try:
             line = process.stdout.readline()

@@ -4,6 +4,7 @@ dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
 python -m benchmarks.studies.search_table build/search --paper build/paper \\
     -o benchmarks/results/search-digits-dit-ddim.json
+python -m benchmarks.results    the table into its page of docs/results/
 
 Most of the time goes into fixed policies. For other SubNets on the same sites they need not be judged again:
 ``--policies-of`` takes their rows from an earlier table, where one that is judged anew comes out the same.
@@ -239,7 +240,7 @@ def main(words: Words | None = None) -> None:
         **study.origin(),
     )
     study.write(record)
-    study.publish(markdown(record, str(options.output)), options.publish)
+    print(markdown(record, str(options.output)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all studies are made of: a command line, where it was measured, a record in JSON, and a table that is published.
+"""What all studies are made of: a command line, where it was measured, a record in JSON.
 
 A study is a module with a question in its docstring, records and a measurement; its ``main`` is told the words of its
 command line, and begins with a :class:`Study`.
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import Environment, environment, load_average
-from benchmarks.pages.readme import README, put_between
 from dipgo.base.child_process import python_environment
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, refuse_existing
@@ -65,25 +64,23 @@ class Study:
 
     def origin(self) -> dict[str, Any]:
         """Return what a :class:`StudyRecord` says of its making, now that all is measured."""
-        command = shlex.join(["python", "-m", self.module, *self._words])
-        return {"command": command, "environment": environment(self._load)}
+        return origin(self.module, self._words, self._load)
 
     def alone(self, *words: object) -> dict[str, Any]:
         """Run this module with these words in a process of its own; returns what its last line of JSON holds."""
         return json.loads(run_alone(self.module, words).splitlines()[-1])  # type: ignore[no-any-return]
 
-    def write(self, record: Record, file: Path | None = None) -> None:
-        """Write the record to where ``-o`` says, or to ``file``."""
-        output = file or self._output
-        if output:
-            with new_file(output) as draft:
+    def write(self, record: Record) -> None:
+        """Write the record."""
+        if self._output:
+            with new_file(self._output) as draft:
                 draft.write_text(record.text())
 
-    def publish(self, table: str, marker: str | None) -> None:
-        """Print a table, and put it into the README between the markers of that name, if any."""
-        print(table)
-        if marker:
-            put_between(README, marker, table)
+
+def origin(module: str, words: Words, load_at_start: list[float]) -> dict[str, Any]:
+    """Return the command and the environment of a :class:`StudyRecord`."""
+    command = shlex.join(["python", "-m", module, *words])
+    return {"command": command, "environment": environment(load_at_start)}
 
 
 def run_alone(module: str, words: Sequence[object]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -11,10 +10,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from dipgo.base.errors import DipgoError, UsageError
 
@@ -158,21 +159,19 @@ def remove_drafts(folder: Path) -> None:
             path.unlink()
 
 
-def lock_file(path: Path, cure: str) -> IO[str]:
-    """Keep other processes from doing the same as long as what this returns is open; this one may do it again.
+def lock_file(path: Path, cure: str) -> BaseFileLock:
+    """Keep other processes from doing the same as long as what this returns is there; this one may do it again.
 
     Where a file system knows no locks, nothing is locked.
 
     Raises:
         DipgoError: another process holds it, and here is the cure; or the file cannot be written.
     """
-    with _written(path):
-        lock = path.open("a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            lock.close()
+    lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
+    with _written(path), suppress(NotImplementedError):
+        try:
+            lock.acquire()
+        except Timeout as error:
             raise DipgoError(f"{path.parent}: another process works in it; {cure}") from error
     return lock
 

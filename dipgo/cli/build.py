@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dipgo.base.errors import UsageError
+from dipgo.base.progress import Progress, bar
 from dipgo.cli.options import BundleArgument
-from dipgo.cli.progress import bar, phases
 
 if TYPE_CHECKING:
-    from engines.trt.build import Built
+    from engines.trt.build import Build
 
 BUILT = ("tensorrt", "torch-aot")
 """The backends that have something to build beforehand."""
@@ -43,20 +43,20 @@ def build(
     from engines.trt.loader import BuildOptions
 
     opened = open_bundle(bundle, check_files=False)  # checked before anything is built
-    with phases() as report:
+    with Progress().phases() as report:
         built = build_engines(opened, workers, force, BuildOptions(strip=strip), report)
     for line in lines_of(built):
         typer.echo(line)
 
 
-def lines_of(built: Built) -> list[str]:
+def lines_of(built: Build) -> list[str]:
     """Return what a build came to: a line an engine, a sum, and whether this machine can run them."""
     lines = [
         f"{engine.path.name}: {engine.record.bytes / 1e6:.1f} MB, "
-        + (f"built in {engine.record.seconds:.1f} s" if engine.built else "there already")
+        + (f"built in {engine.record.seconds:.1f} s" if engine.is_new else "there already")
         for engine in built.engines
     ]
-    new = sum(engine.built for engine in built.engines)
+    new = sum(engine.is_new for engine in built.engines)
     size = sum(engine.record.bytes for engine in built.engines) / 1e6
     lines.append(f"{len(built.engines)} engines, {new} of them new, {size:.1f} MB: {built.library} for {built.target}")
     if built.device is None:

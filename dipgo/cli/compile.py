@@ -6,64 +6,31 @@ from typing import Annotated
 
 import typer
 
-from dipgo.cli.export import export_with
-from dipgo.cli.options import (
-    BudgetOption,
-    ClassesOption,
-    CostOption,
-    DeviceOption,
-    ForceOption,
-    GuidanceOption,
-    MethodOption,
-    ModelArgument,
-    OutputOption,
-    PresetOption,
-    PromptsOption,
-    SamplerOption,
-    SeedOption,
-    SetOption,
-    SitesOption,
-    StartOption,
-    StepsOption,
-    ThreadsOption,
-)
-from dipgo.cli.prove import bench_with
-from dipgo.cli.search import search_with
+from dipgo.cli.options import ForceOption, ModelArgument, OutputOption, RandomWeightsOption
+from dipgo.searching.config import SearchConfig
+from export.config import ExportConfig
 
 
 def compile_(
     model: ModelArgument,
-    steps: StepsOption,
-    budget: BudgetOption,
+    search: SearchConfig,
+    export: ExportConfig,
     output: OutputOption,
-    sampler: SamplerOption = None,
-    sites: SitesOption = None,
-    guidance: GuidanceOption = None,
-    cost: CostOption = "macs",
-    method: MethodOption = "dipgo",
-    preset: PresetOption = "default",
-    settings: SetOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    start: StartOption = None,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    threads: ThreadsOption = None,
     measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Write the report too.")] = True,
+    random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
     """All of it: OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/."""
-    options = locals()
-    from benchmarks.bench.report import RECORD_FILE as REPORT_FILE
-    from dipgo.base.files import refuse_existing, refuse_to_fill
-    from export.bundle import RECORD_FILE as BUNDLE_FILE
+    from benchmarks.bench.config import BenchConfig
+    from dipgo.base.config import checked
+    from dipgo.base.files import refuse_to_fill
+    from dipgo.cli.recipe import carry_out
+    from dipgo.cli.recipe_file import Recipe
 
-    refuse_to_fill(output, force)
-    refuse_existing(output / "bundle", force, BUNDLE_FILE)
+    refuse_to_fill(output, force or search.resume)
+    recipe = {"about": "dipgo compile", "model": model, "random_weights": random_weights, "output": output}
+    recipe |= {"search": search, "export": export}
     if measure:
-        refuse_existing(output / "report", force, REPORT_FILE)
-    (subnet,) = search_with(options | {"output": output / "subnet.json"})
-    export_with(subnet, output / "bundle", model, force)
-    typer.echo(f"bundle: {output / 'bundle'}")
-    if measure:
-        bench_with(output / "bundle", output / "report", model, 64, 10, threads, force)
+        recipe["bench"] = BenchConfig(images=64, repeats=10, threads=search.threads)
+    for line in carry_out(checked(Recipe, recipe), force):
+        typer.echo(line)

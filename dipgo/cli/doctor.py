@@ -9,37 +9,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module, metadata, util
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import cache_root
+from dipgo.base.own_packages import PACKAGES, strangers
 
-PACKAGES = (
+DISTRIBUTIONS = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
     *("polygraphy", "cuda-bindings", "tritonclient"),
 )
-IMPORT_NAMES = ("dipgo", "export", "engines", "benchmarks")
+CURE = "give dipgo an environment of its own"
 OK = "usable"
 NO_DEVICE = "needs a CUDA device, there is none"
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show versions, devices, which backends can run here and what to install for the others."""
-    found = examine()
-    typer.echo(json.dumps(found, indent=2) if as_json else text_of(found))
+    findings = examine()
+    typer.echo(json.dumps(findings, indent=2) if as_json else text_of(findings))
 
 
 def examine() -> dict[str, Any]:
-    """Return what is found, as JSON has it; nothing is changed, and nothing that is missing is an error."""
+    """Return all that there is, as JSON has it; nothing is changed, and nothing that is missing is an error."""
     providers = _providers()
     devices = _devices()
     server, without = _triton()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
-        "packages": {name: _version(name) for name in ("dipgo", *PACKAGES)},
+        "packages": {name: _version(name) for name in ("dipgo", *DISTRIBUTIONS)},
         "onnxruntime_providers": providers,
         "cuda_devices": devices,
         "triton": server,
@@ -50,41 +50,32 @@ def examine() -> dict[str, Any]:
     }
 
 
-def text_of(found: dict[str, Any]) -> str:
+def text_of(findings: dict[str, Any]) -> str:
     """Return :func:`examine`'s findings as lines of text."""
-    clashing = [f"{name}: {cure}" for name, cure in found["import_clashes"].items()]
-    cache = found["cache"]
+    clashing = [f"{name}: {cure}" for name, cure in findings["import_clashes"].items()]
+    python, cache = findings["python"], findings["cache"]
     sections = {
-        "python": [f"{found['python']['version']}, {found['python']['executable']}", found["python"]["system"]],
-        "packages": _aligned({name: version or "not installed" for name, version in found["packages"].items()}),
-        "ONNX Runtime providers": [", ".join(found["onnxruntime_providers"]) or "none"],
-        "CUDA devices": found["cuda_devices"] or ["none"],
-        "Triton server": [found["triton"] or found["triton_missing"]],
-        "backends": _aligned(found["backends"]),
-        "import names": clashing or [f"{', '.join(IMPORT_NAMES)}: dipgo's own"],
+        "python": [f"{python['version']}, {python['executable']}", python["system"]],
+        "packages": _aligned({name: version or "not installed" for name, version in findings["packages"].items()}),
+        "ONNX Runtime providers": [", ".join(findings["onnxruntime_providers"]) or "none"],
+        "CUDA devices": findings["cuda_devices"] or ["none"],
+        "Triton server": [findings["triton"] or findings["triton_missing"]],
+        "backends": _aligned(findings["backends"]),
+        "import names": clashing or [f"{', '.join(PACKAGES)}: dipgo's own"],
         "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
     }
     return "\n".join(f"{title}:\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
 
 
 def clashes() -> dict[str, str]:
-    """Return the import names that another package has taken or shares, with a cure.
-
-    ``export``, ``engines`` and ``benchmarks`` are words that other packages might use too.
-    """
-    own = Path(__file__).parents[2]
+    """Return the import names that another package has taken or shares, with a cure."""
     owners = metadata.packages_distributions()
-    found = {}
-    for name in IMPORT_NAMES:
-        spec = util.find_spec(name)
-        places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-        origin = Path(spec.origin) if spec and spec.origin else None
+    shared = {}
+    for name in PACKAGES:
         others = sorted({owner for owner in owners.get(name, ()) if owner != "dipgo"})
-        if (own / name) not in [place.absolute() for place in places]:
-            found[name] = f"{origin or 'nothing'} is imported, not dipgo's; give dipgo an environment of its own"
-        elif others:
-            found[name] = f"{', '.join(others)} installs it too; give dipgo an environment of its own"
-    return found
+        if others:
+            shared[name] = f"{', '.join(others)} installs it too; {CURE}"
+    return shared | {name: f"{place} is imported, not dipgo's; {CURE}" for name, place in strangers().items()}
 
 
 def _aligned(pairs: dict[str, str]) -> list[str]:
@@ -111,8 +102,8 @@ def _devices() -> list[str]:
     """Return name, compute capability, memory and driver of each GPU, as nvidia-smi has them, else torch."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        made = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        return [f"{line.strip()}" for line in made.stdout.splitlines() if line.strip()]
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        return [f"{line.strip()}" for line in answer.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError):
         pass
     try:
@@ -143,9 +134,9 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
     def tensorrt() -> str:
         if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
             return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
-        found = _card(devices)
-        portable = found == NO_DEVICE and util.find_spec("tensorrt_rtx")  # the only one that builds without a device
-        return f"engines can be built; running them {NO_DEVICE}" if portable else found
+        card = _card(devices)
+        portable = card == NO_DEVICE and util.find_spec("tensorrt_rtx")  # the only one that builds without a device
+        return f"engines can be built; running them {NO_DEVICE}" if portable else card
 
     def compiler() -> str:
         if not util.find_spec("torch"):

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dipgo.cli.options import (
-    BatchOption,
-    DtypeOption,
-    ForceOption,
-    GraphsOption,
-    MaxGraphsOption,
-    OutputOption,
-    RandomWeightsOption,
-    SizeOption,
-    SourceOption,
-    WeightsOption,
-)
-from dipgo.cli.progress import spinner
-
-if TYPE_CHECKING:
-    from dipgo.schedule.subnet import SubNet
-    from export.bundle import BundleRecord
+from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption
+from export.config import ExportConfig
 
 
 def export(
     subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],
     output: OutputOption,
+    config: ExportConfig,
     model: SourceOption = None,
-    graphs: GraphsOption = "signature",
-    max_graphs: MaxGraphsOption = None,
-    dtype: DtypeOption = "fp32",
-    batch: BatchOption = "1",
-    size: SizeOption = None,
-    weights: WeightsOption = "copy",
-    whole: Annotated[
-        bool, typer.Option("--pipeline/--denoiser", help="With text encoders and VAE decoder, or without.")
-    ] = True,
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -47,15 +24,17 @@ def export(
     from dipgo.schedule.subnet import load_subnet
     from export.bundle import RECORD_FILE
 
-    if weights == "copy":
+    if config.weights == "copy":  # before anything that takes time is imported
         refuse_existing(output, force, RECORD_FILE)
-    found = load_subnet(subnet)
-    record = export_with(
-        found, output, model, force, batch, dtype, graphs, max_graphs, weights, random_weights, whole, size
-    )
-    if max_graphs is not None:
+    searched = load_subnet(subnet)
+    from dipgo import api
+    from dipgo.model.models import find_model
+
+    source = find_model(model or searched.model.name, random_weights)
+    record = api.export(searched, output, config, model=source, force=force, progress=True)
+    if config.max_graphs is not None:
         ratio = load_subnet(output / record.subnet_file).cost.ratio
-        typer.echo(f"graphs: {len(record.graphs)}, {ratio:.2%} of the MACs; the SubNet: {found.cost.ratio:.2%}")
+        typer.echo(f"graphs: {len(record.graphs)}, {ratio:.2%} of the MACs; the SubNet: {searched.cost.ratio:.2%}")
     typer.echo(f"bundle: {output}")
 
 
@@ -75,27 +54,3 @@ def inspect(
         typer.echo(bundle_text(bundle))
     else:
         typer.echo(subnet_text(load_subnet(path)))
-
-
-def export_with(
-    subnet: SubNet,
-    output: Path,
-    model: str | None,
-    force: bool,
-    batch: int | str = 1,
-    dtype: str = "fp32",
-    graphs: str = "signature",
-    max_graphs: int | None = None,
-    weights: str = "copy",
-    random_weights: bool = False,
-    whole: bool = True,
-    size: str | None = None,
-) -> BundleRecord:
-    from dipgo.model.models import find_model
-
-    found = find_model(model or subnet.model.name, random_weights)
-    with spinner("export"):
-        from export.compiler import Options, compile_subnet
-
-        options = Options(graphs, max_graphs, weights)
-        return compile_subnet(subnet, found, output, force, batch, dtype, options, whole, size)

@@ -1,4 +1,4 @@
-"""The command line. The only place that knows search, export, engines and benchmarks; see :mod:`dipgo.cli`."""
+"""The command line. With :mod:`dipgo.api`, which it calls, the only place that knows all packages."""
 
 from __future__ import annotations
 
@@ -11,28 +11,40 @@ import typer
 from typer.exceptions import TyperException
 
 from dipgo.base.errors import DipgoError
-from dipgo.cli.build import build
-from dipgo.cli.compile import compile_
-from dipgo.cli.doctor import doctor
-from dipgo.cli.export import export, inspect
-from dipgo.cli.progress import is_main
-from dipgo.cli.prove import bench, verify
-from dipgo.cli.run import run
-from dipgo.cli.search import import_, models, search
-from dipgo.cli.serve import deploy, serve
-
-app = typer.Typer(
-    help="Search which blocks of a diffusion model to skip, compile what is left into static ONNX graphs, prove it, "
-    "measure it.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-for command in (models, search, import_, export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor):
-    app.command(name=command.__name__.rstrip("_"))(command)
+from dipgo.base.own_packages import check_packages, leave_working_directory
+from dipgo.base.progress import is_main
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+def application() -> typer.Typer:
+    """Return the commands, a module for each kind; those import what they need when they run."""
+    from dipgo.cli.bench import bench, verify
+    from dipgo.cli.build import build
+    from dipgo.cli.compile import compile_
+    from dipgo.cli.doctor import doctor
+    from dipgo.cli.export import export, inspect
+    from dipgo.cli.options import settings_text, with_options
+    from dipgo.cli.recipe import app as recipe
+    from dipgo.cli.run import run
+    from dipgo.cli.search import import_, models, search
+    from dipgo.cli.serve import deploy, serve
+    from dipgo.searching.config import SearchConfig
+
+    app = typer.Typer(
+        help="Search which blocks of a diffusion model to skip, compile what is left into static ONNX graphs, prove "
+        "it, measure it.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    commands = (models, search, import_, export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
+    for command in commands:
+        epilog = settings_text(SearchConfig) if command is search else None
+        app.command(name=command.__name__.rstrip("_"), epilog=epilog)(with_options(command))
+    app.add_typer(recipe, name="recipe")
+    return app
 
 
 def main() -> None:
@@ -43,8 +55,13 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for them takes longer than all else
+    leave_working_directory()
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that are started from here
     try:
-        code = app(standalone_mode=False)
+        if sys.argv[1:2] != ["doctor"]:  # which says more
+            check_packages()
+        code = application()(standalone_mode=False)
     except DipgoError as error:
         code = _fail(str(error), error.exit_code)
     except TyperException as error:

@@ -1,84 +1,150 @@
-"""What commands take: arguments and options, each with one name and one help text."""
+"""What commands take: shared arguments, and an option for each field of a config."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from textwrap import wrap
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
+
+from dipgo.base.config import Config, checked, is_model, plain_types, unknown
+from dipgo.base.errors import UsageError
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, diffusers folder, or hub id.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-BackendOption = Annotated[str, typer.Option(help="What runs the graphs; 'dipgo doctor' lists them.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; all cores by default.")]
-StepsOption = Annotated[int, typer.Option(help="Inference steps of the full trajectory.")]
-BudgetOption = Annotated[float, typer.Option(help="Share of the full trajectory's MACs to keep, in (0, 1].")]
-BudgetsOption = Annotated[
-    str,
-    typer.Option(
-        help="Share of the full trajectory's MACs to keep, in (0, 1]; several joined by commas, such as 0.5,0.35,0.25, "
-        "each start from the last."
-    ),
-]
-SamplerOption = Annotated[
-    str | None,
-    typer.Option(help="ddim, dpm++2m, euler, heun, pndm, unipc or a diffusers class; the model's own by default."),
-]
-SitesOption = Annotated[
-    str | None,
-    typer.Option(help="block, branch or layer, or module patterns joined by commas; the family's own by default."),
-]
-GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default by default.")]
-CostOption = Annotated[
-    str,
-    typer.Option(
-        help="What the budget is a share of: macs, latency (measured here), or the file of a SubNet that was searched "
-        "by latency, for the one measured there."
-    ),
-]
-MethodOption = Annotated[str, typer.Option(help="dipgo, or paper for the published procedure.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the search; may be given again."),
-]
-PromptsOption = Annotated[
-    Path | None, typer.Option(help="Prompts to search on, one a line, UTF-8, where prompts condition the model.")
-]
-ClassesOption = Annotated[
-    str | None, typer.Option(help="Classes to search on, joined by commas, or all, where classes condition the model.")
-]
-StartOption = Annotated[
-    list[Path] | None,
-    typer.Option(help="SubNet to begin with, besides the fixed schedules: an imported or a found one; repeatable."),
-]
-DeviceOption = Annotated[str, typer.Option(help="Where to search: cpu, or cuda where torch has it.")]
-RunFolderOption = Annotated[
-    Path | None, typer.Option(help="Keep checkpoints and figures of the search in this folder; see --resume.")
-]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the search in --run-folder.")]
-TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard too, in --run-folder.")]
-PresetOption = Annotated[str, typer.Option(help="default, or quick for a first look.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 RandomWeightsOption = Annotated[
     bool, typer.Option("--random-weights", help="Draw the weights: for structure and speed, images are meaningless.")
-]
-BatchOption = Annotated[str, typer.Option(help="Images a call: a number, or a range: min:max, min:opt:max.")]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(help="Of images in pixels: SIZE or HEIGHTxWIDTH, each a number or a range; the model's by default."),
-]
-DtypeOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
-GraphsOption = Annotated[
-    str, typer.Option(help="signature: one graph a set of computed sites; segment: every block in one graph; step.")
-]
-MaxGraphsOption = Annotated[
-    int | None, typer.Option(min=1, help="Merge signatures down to as many, at the least added MACs.")
-]
-WeightsOption = Annotated[
-    str, typer.Option(help="copy: a bundle of its own; in-place: graphs in the pipeline's folder, nothing copied.")
 ]
 SourceOption = Annotated[
     str | None, typer.Option("--model", help="Where the model lies now, if not where it was searched.")
 ]
+
+SET = "settings"
+METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH"}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that takes an option for each field in the place of each parameter that is a config.
+
+    Fields of one name in two configs are one option. Values are read by the config, so messages are the same as for
+    recipes and from Python.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    configs = {name: kind for name, kind in hints.items() if is_model(kind) and issubclass(kind, Config)}
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in configs:
+            for option in _options(configs[name]):
+                parameters.setdefault(option.name, option)
+        else:
+            parameters[name] = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        own = {name: value for name, value in values.items() if name in inspect.signature(command).parameters}
+        command(**own, **{name: _config(kind, values) for name, kind in configs.items()})
+
+    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return run
+
+
+def settings_text(kind: type[Config]) -> str:
+    """Return a text on the fields that ``--set`` changes, for the end of a command's help."""
+    lines = ["Settings, for --set NAME=VALUE:"]
+    for name in _through_set(kind):
+        field = kind.model_fields[name]
+        lines.append(f"  {name} = {_default(field) or 'none'}{_bounds(field)}")
+        lines += wrap(field.description or "", 76, initial_indent="      ", subsequent_indent="      ")
+    return "\b\n" + "\n".join(lines)
+
+
+def _config(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    chosen = {name: values[name] for name in kind.model_fields if values.get(name) is not None}
+    names = _through_set(kind)
+    chosen |= _pairs(values.get(SET) or (), names) if names else {}
+
+    def name_it(name: str, value: Any) -> str:
+        return f"--set {name}={value}" if name in names else f"{_flags(name, kind.model_fields[name])[0]} {value}"
+
+    return checked(kind, chosen, name_it)
+
+
+def _pairs(texts: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in names:
+            raise UsageError(unknown("setting", name, names))
+        if not equals:
+            raise UsageError(f"--set {text}: give NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def _through_set(kind: type[Config]) -> list[str]:
+    return [name for name in kind.model_fields if name in getattr(kind, "SETTINGS", ())]
+
+
+def _options(kind: type[Config]) -> Iterator[inspect.Parameter]:
+    names = _through_set(kind)
+    fields = sorted(kind.model_fields.items(), key=lambda named: not named[1].is_required())
+    yield from (_option(name, field) for name, field in fields if name not in names)
+    if names:
+        help_text = "Change a setting of the search; may be given again. 'dipgo search --help' lists them at its end."
+        info = typer.Option("--set", metavar="NAME=VALUE", help=help_text)
+        yield _parameter(SET, Annotated[list[str] | None, info], None)
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind, flags = plain_types(field.annotation)[0], _flags(name, field)
+    if kind is bool:
+        return _parameter(name, Annotated[bool, typer.Option(*flags, help=field.description)], field.default)
+    default = f" [default: {_default(field)}]" if _default(field) else ""
+    options = {"help": f"{field.description}{_bounds(field)}{default}", "metavar": _metavar(kind)}
+    if field.is_required():
+        return _parameter(name, Annotated[str, typer.Option(*flags, **options)], inspect.Parameter.empty)
+    info = typer.Option(*flags, **options, show_default=False)
+    repeatable = get_origin(kind) is tuple and not field.metadata  # others come joined by commas
+    return _parameter(name, Annotated[list[str] | None if repeatable else str | None, info], None)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flags(name: str, field: FieldInfo) -> list[str]:
+    extra = field.json_schema_extra
+    own = extra.get("flags") if isinstance(extra, dict) else None
+    flag = name.replace("_", "-")
+    return [str(each) for each in own] if isinstance(own, list) else [f"--{flag}"]
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return METAVARS.get(kind, "TEXT")
+
+
+def _default(field: FieldInfo) -> str:
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default))
+    return "" if field.default is None or field.is_required() else str(field.default)
+
+
+def _bounds(field: FieldInfo) -> str:
+    bounds = {
+        name: getattr(each, name) for each in field.metadata for name in ("gt", "ge", "le") if hasattr(each, name)
+    }
+    low = f"{bounds['ge']}<=" if "ge" in bounds else f"{bounds['gt']}<" if "gt" in bounds else ""
+    high = f"<={bounds['le']}" if "le" in bounds else ""
+    return f" [{low}x{high}]" if bounds else ""

@@ -3,57 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
+from pydantic import Field
 
+from dipgo.base.config import Backend, Config, Seed, Threads
 from dipgo.base.errors import UsageError
-from dipgo.cli.options import (
-    BackendOption,
-    BundleArgument,
-    ForceOption,
-    OutputOption,
-    SeedOption,
-    ThreadsOption,
-)
-from dipgo.cli.progress import bar
+from dipgo.base.progress import bar
+from dipgo.cli.options import BundleArgument, ForceOption, OutputOption
+
+if TYPE_CHECKING:
+    from engines.program import Program
 
 
-def run(
-    bundle: BundleArgument,
-    output: OutputOption,
-    label: Annotated[str | None, typer.Option("--class", help="Class to generate: its name or number.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to generate, for a model of prompts.")] = None,
-    negative: Annotated[str | None, typer.Option(help="A prompt to stay away from.")] = None,
-    seed: SeedOption = 0,
-    count: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 1,
-    size: Annotated[
-        str | None, typer.Option(help="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
-    ] = None,
-    backend: BackendOption = "onnxruntime",
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-) -> None:
-    """Generate images and save them as one PNG; several are set side by side."""
-    from dipgo.base.files import new_file, refuse_existing
-    from engines.pipeline.images import grid
-    from engines.pipeline.pipeline import load
+class RunConfig(Config):
+    """Which images to make, and what with."""
 
-    output = _picture(output)
-    refuse_existing(output, force)
-    wanted_size = _pixels(size) if size else None
-    with load(bundle, threads, backend) as program:
+    label: str | None = Field(
+        None,
+        description="Class to generate: its name or number.",
+        json_schema_extra={"flags": ["--class"]},
+    )
+    prompt: str | None = Field(None, description="What to generate, for a model of prompts.")
+    negative: str | None = Field(None, description="A prompt to stay away from.")
+    seed: Seed = 0
+    number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
+    size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
+    backend: Backend = "onnxruntime"
+    threads: Threads = None
+
+    def save(self, bundle: Path, output: Path, force: bool) -> str:
+        """Make the images and save them as one PNG; returns a line on it."""
+        from dipgo.base.files import new_file, refuse_existing
+        from engines.pipeline.images import grid
+        from engines.pipeline.pipeline import load
+
+        output = _picture(output)
+        refuse_existing(output, force)
+        size = _pixels(self.size)
+        with load(bundle, self.threads, self.backend) as program:
+            pixels = program.generate(
+                self._conditions(bundle, program), self.seed, bar("generate"), self.negative, size
+            )
+        with new_file(output, force) as draft:
+            grid(pixels).save(draft)
+        return f"{self.number} image{'s' * (self.number > 1)}: {output}"
+
+    def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
         kind = program.record.conditioning.kind
-        if (label is None, prompt is None) != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
-            wanted = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
-            raise UsageError(f"{bundle}: conditioned by {kind}; give {wanted}")
-        if negative is not None and kind != "prompt":
+        missing = (self.label is None, self.prompt is None)
+        if missing != {"class": (False, True), "prompt": (True, False)}.get(kind, (True, True)):
+            cure = {"class": "--class alone", "prompt": "--prompt alone"}.get(kind, "neither --class nor --prompt")
+            raise UsageError(f"{bundle}: conditioned by {kind}; give {cure}")
+        if self.negative is not None and kind != "prompt":
             raise UsageError(f"{bundle}: conditioned by {kind}; --negative is for models of prompts")
-        given = [prompt or ""] * count if label is None else [program.class_of(label)] * count
-        pixels = program.generate(given, seed, bar("generate"), negative, wanted_size)
-    with new_file(output, force) as draft:
-        grid(pixels).save(draft)
-    typer.echo(f"{count} image{'s' * (count > 1)}: {output}")
+        if self.label is not None:
+            return [program.class_of(self.label)] * self.number
+        return [self.prompt or ""] * self.number
+
+
+def run(bundle: BundleArgument, output: OutputOption, config: RunConfig, force: ForceOption = False) -> None:
+    """Generate images and save them as one PNG; several are set side by side."""
+    typer.echo(config.save(bundle, output, force))
 
 
 def _picture(path: Path) -> Path:
@@ -62,7 +74,9 @@ def _picture(path: Path) -> Path:
     return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
 
 
-def _pixels(size: str) -> tuple[int, int]:
+def _pixels(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
     sides = size.lower().split("x")
     if not all(side.isascii() and side.isdecimal() and 0 < len(side) < 6 for side in sides) or len(sides) > 2:
         raise UsageError(f"--size {size}: give pixels, N or HEIGHTxWIDTH, such as 512 or 512x768")

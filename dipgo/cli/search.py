@@ -2,93 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
-from dipgo.cli.options import (
-    BudgetsOption,
-    ClassesOption,
-    CostOption,
-    DeviceOption,
-    ForceOption,
-    GuidanceOption,
-    MethodOption,
-    ModelArgument,
-    OutputOption,
-    PresetOption,
-    PromptsOption,
-    RandomWeightsOption,
-    ResumeOption,
-    RunFolderOption,
-    SamplerOption,
-    SeedOption,
-    SetOption,
-    SitesOption,
-    StartOption,
-    StepsOption,
-    TensorBoardOption,
-    ThreadsOption,
-)
-from dipgo.cli.progress import phases, spinner
+from dipgo.base.progress import Progress, spinner
+from dipgo.cli.options import ForceOption, ModelArgument, OutputOption, RandomWeightsOption
+from dipgo.searching.config import SearchConfig, TaskConfig
 
 if TYPE_CHECKING:
-    from dipgo.graph.latency import LatencyProfile
     from dipgo.schedule.subnet import SubNet
-    from dipgo.searching.task import Task
+
+
+class ImportConfig(TaskConfig):
+    """What a published schedule is for, where the file does not say it or is to be used for something else."""
+
+    model: str | None = Field(None, description="Name, folder or hub id; what the file was published for.")
+    steps: int | None = Field(None, ge=2, description="Inference steps; the file's own by default.")
 
 
 def models() -> None:
     """List what is built in and supported, with sites and MACs."""
-    from dipgo.model.models import architectures, built_in, find_model
-    from dipgo.schedule.describe import families_text, model_text
+    from dipgo.graph.facts import read_facts
 
-    for title, names in (("built in:", built_in()), ("architectures, without weights:", architectures())):
-        typer.echo(title)
-        for name in names:
-            typer.echo(f"  {model_text(find_model(name))}")
-        typer.echo()
-    typer.echo(families_text())
+    typer.echo("\n".join(read_facts().lines()))
 
 
 def search(
     model: ModelArgument,
-    steps: StepsOption,
-    budget: BudgetsOption,
+    config: SearchConfig,
     output: OutputOption,
-    sampler: SamplerOption = None,
-    sites: SitesOption = None,
-    guidance: GuidanceOption = None,
-    cost: CostOption = "macs",
-    method: MethodOption = "dipgo",
-    preset: PresetOption = "default",
-    settings: SetOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    start: StartOption = None,
-    device: DeviceOption = "cpu",
-    seed: SeedOption = 0,
-    run_folder: RunFolderOption = None,
-    resume: ResumeOption = False,
-    tensorboard: TensorBoardOption = False,
-    threads: ThreadsOption = None,
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
     """Search a SubNet and write it to a JSON file; with several budgets one each, into a folder with a Pareto plot."""
-    search_with(locals())
+    with spinner("load"):
+        from dipgo.api import search_into
+        from dipgo.model.models import find_model
+
+    source = find_model(model, random_weights) if random_weights else model
+    for file, subnet in search_into(output, source, config, force, Progress()):
+        typer.echo(subnet_line(file, subnet))
+
+
+def subnet_line(file: Path, subnet: SubNet) -> str:
+    from dipgo.searching.search import describe
+
+    return f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}"
 
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/formats.md.")],
+    config: ImportConfig,
     output: OutputOption,
-    model: Annotated[str | None, typer.Option(help="Name, folder or hub id; what the file was published for.")] = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Inference steps; the file's own by default.")] = None,
-    sampler: SamplerOption = None,
-    sites: SitesOption = None,
-    guidance: GuidanceOption = None,
     force: ForceOption = False,
 ) -> None:
     """Read DiP-GO gates, DeepCache settings, a step mask or a SmoothCache schedule into a SubNet."""
@@ -98,24 +66,6 @@ def import_(
 
     refuse_existing(output, force)
     with spinner("read and trace"):
-        subnet = import_subnet(file, model, steps, sampler, sites, guidance)
+        subnet = import_subnet(file, config.model, config.steps, config.sampler, config.sites, config.guidance)
     save_subnet(subnet, output, force)
     typer.echo(f"SubNet: {output}, {summary(subnet)}")
-
-
-def search_with(options: dict[str, Any]) -> list[SubNet]:
-    """Carry out a search; of a command's options those count that are in :class:`dipgo.searching.request.Request`."""
-    with spinner("load"):
-        from dipgo.searching.request import Request, carry_out
-        from dipgo.searching.search import describe
-
-    def measure(task: Task, threads: int | None) -> LatencyProfile:
-        from benchmarks.latency import measure_latency
-
-        return measure_latency(task, threads=threads)
-
-    request = Request(**{field.name: options[field.name] for field in fields(Request) if field.name in options})
-    found = carry_out(request, spinner, phases, measure)
-    for file, subnet in found:
-        typer.echo(f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}")
-    return [subnet for _, subnet in found]

@@ -1,45 +1,10 @@
-"""Models and SubNets as text."""
+"""SubNets as text; without torch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dipgo.schedule.subnet import SubNet
-
-if TYPE_CHECKING:  # a SubNet is described without torch
-    from dipgo.model.models import Model
-
-
-def model_text(model: Model) -> str:
-    """One line on a model: class, parameters, MACs of a call, sites by granularity."""
-    from dipgo.graph.sites import site_names
-    from dipgo.graph.trace import call_macs
-
-    denoiser = model.empty_denoiser()
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    sites = {spec: len(site_names(denoiser, model.family, spec)) for spec in model.family.sites}
-    counts = ", ".join(f"{count} {spec}" for spec, count in sites.items())
-    return (
-        f"{model.name}: {model.family.denoiser_class}, {parameters / 1e6:.2f} M parameters, "
-        f"{call_macs(model, denoiser) / 1e9:.3f} G MACs a call, sites: {counts or 'by pattern'}"
-    )
-
-
-def families_text() -> str:
-    """The supported classes of denoisers, with their site patterns."""
-    from dipgo.model.families import FAMILIES
-
-    lines = ["denoisers with sites of their own, from a diffusers folder or a hub id (granularity: site patterns):"]
-    for family in FAMILIES:
-        lines.append(f"  {family.denoiser_class}")
-        lines += [f"    {spec}: {', '.join(patterns)}" for spec, patterns in family.sites.items()]
-    lines.append(
-        "  any other class of diffusers that is called on a latent, a timestep and at most text embeddings: --sites "
-        "PATTERN,…"
-    )
-    return "\n".join(lines)
 
 
 def subnet_text(subnet: SubNet) -> str:

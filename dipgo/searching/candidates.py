@@ -8,10 +8,8 @@ import numpy as np
 
 from dipgo.graph.liveness import canonical
 from dipgo.schedule.cost import trajectory_macs
-from dipgo.schedule.gates_at_budget import POSTPROCESSES
 from dipgo.schedule.policies import extrapolation, policies, thinned
 from dipgo.searching.context import Work
-from dipgo.searching.gate_training import budgeted_scores
 from dipgo.searching.judge import Candidate
 from dipgo.searching.measured import best_slope, measured_schedules
 
@@ -31,7 +29,7 @@ def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list
     fixed = _policies(work, budget)
     schedules = _schedules(work, budget, fixed)
     given = _given(work, budget)
-    named = _proposed(work, budget, fixed, next(iter(schedules.values())), last)
+    named = _proposed(work, budget, fixed, last)
     named |= dict(list(schedules.items())[: work.settings.contenders])
     different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
     learned = [candidate for candidate in given if candidate.weights]
@@ -78,10 +76,8 @@ def _fits(work: Work, budget: float, gates: np.ndarray, learned: bool = True) ->
     return trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * len(gates)
 
 
-def _proposed(
-    work: Work, budget: float, fixed: Sequence[Candidate], start: np.ndarray, last: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """Propose gates that no rule gives: given ones, the last budget's, by measured moves and drops, and by gradient."""
+def _proposed(work: Work, budget: float, fixed: Sequence[Candidate], last: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Propose gates that no rule gives: given ones, the last budget's, and by measured drops."""
     trace, settings = work.task.trace, work.settings
     proposals = {}
     for number, given in enumerate(work.starts, 1):
@@ -95,18 +91,6 @@ def _proposed(
     if settings.drops:
         found = measured_schedules(work, budget, fixed)
         proposals |= {name: gates for name, gates in found if _fits(work, budget, gates)}
-    if settings.gate_iterations:
-        scores = budgeted_scores(
-            work.pruner(start),
-            trace,
-            work.task.trajectory,
-            work.pool,
-            settings.gate_descent,
-            work.loss,
-            work.run.phase(f"gates-{budget:g}"),
-            budget,
-        )
-        proposals["moved by gradient"] = POSTPROCESSES[settings.postprocess](trace, scores, budget, True)
     return proposals
 
 

@@ -88,10 +88,10 @@ def unpack(tensors: dict[str, torch.Tensor], module: nn.Module, optimiser: torch
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
     expected = {name: list(value.shape) for name, value in module.state_dict().items()}
-    found = {name: list(value.shape) for name, value in parts["module"].items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(f"its tensor '{name}' is {found.get(name)}, this search needs {expected.get(name)}")
+    shapes = {name: list(value.shape) for name, value in parts["module"].items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise ValueError(f"its tensor '{name}' is {shapes.get(name)}, this search needs {expected.get(name)}")
     module.load_state_dict(parts["module"])
     state: dict[int, dict[str, Any]] = {}
     for name, value in parts["optimiser"].items():

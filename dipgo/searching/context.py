@@ -10,11 +10,11 @@ import numpy as np
 
 from dipgo.eager.drift import measure_drift
 from dipgo.schedule.subnet import SubNet
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import Loss
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
-from dipgo.searching.settings import Settings
 from dipgo.searching.task import Pool, Task
 
 
@@ -26,7 +26,7 @@ class Work:
     """
 
     task: Task
-    settings: Settings
+    settings: SearchConfig
     seed: int
     run: Run
     pool: Pool

@@ -1,9 +1,10 @@
-"""What a search tells while it runs: a report to whoever watches, figures as JSON lines, TensorBoard on request."""
+"""What a run folder keeps of a run's course: figures as JSON lines, TensorBoard on request, and the seconds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,7 @@ import torch
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import full_disk, new_file
 from dipgo.base.process_memory import resident_peak
-
-Report = Callable[[str, int, int, str], None]
-"""Called with the phase, the iteration, how many there are, and a short figure."""
-
-
-def silent(phase: str, iteration: int, total: int, figure: str) -> None:
-    """Report nothing."""
+from dipgo.base.records import read_json
 
 
 class Journal:
@@ -56,6 +51,41 @@ class Journal:
                 for name, value in figures.items():
                     self._writers[phase].add_scalar(name, value, iteration)
                 self._writers[phase].flush()
+
+
+class Clock:
+    """Seconds by part of a search, in all the processes that worked on it one after the other.
+
+    They are kept in ``clock.json`` of a run folder whenever a checkpoint is. What was done after the newest checkpoint
+    before a kill is done again, and counted once.
+
+    Raises:
+        DipgoError: a file of that name that a clock did not write.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._path = folder / "clock.json" if folder else None
+        self._kept: dict[str, float] = {}
+        self._part, self._begun = "", time.monotonic()
+        if self._path and self._path.is_file():
+            self._kept = read_json(self._path, "clock of a run")
+            if not isinstance(self._kept, dict) or not all(isinstance(n, int | float) for n in self._kept.values()):
+                raise DipgoError(f"{self._path}: not a run's clock; remove it")
+
+    def start(self, part: str) -> None:
+        """Go on with a part, and no longer with the one before."""
+        self._kept[self._part] = self.seconds()
+        self._part, self._begun = part, time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long the part that goes on has taken."""
+        return self._kept.get(self._part, 0.0) + time.monotonic() - self._begun
+
+    def keep(self) -> None:
+        """Write down how long it has taken by now; nothing without a folder."""
+        if self._path:
+            with new_file(self._path) as draft:
+                draft.write_text(json.dumps(self._kept | {self._part: round(self.seconds(), 3)}) + "\n")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.searching.config import loss_terms
 
 Loss = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 SPAN = 2.0  # decoded images lie in [-1, 1]
-TERMS = ("latent", "psnr", "ssim", "l1", "l2")
 
 
 def final_latent(latents: list[torch.Tensor], target: list[torch.Tensor]) -> torch.Tensor:
@@ -41,7 +41,10 @@ def make_loss(spec: str, decode: Decode | None = None, step_weights: Sequence[fl
     Raises:
         UsageError: a spec or weights that make no sense. When called: weights of another length.
     """
-    terms = [_term(part) for part in spec.split("+")]
+    try:
+        terms = loss_terms(spec)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if step_weights and (min(step_weights) < 0 or sum(step_weights) <= 0):
         raise UsageError(f"step weights {list(step_weights)}: give one number >= 0 a call, not all of them 0")
     on_images = [(weight, name) for weight, name in terms if name != "latent"]
@@ -127,14 +130,3 @@ def _latents(latents: list[torch.Tensor], target: list[torch.Tensor], weights: S
         if weight
     ]
     return torch.stack(terms).sum() / sum(weights)
-
-
-def _term(part: str) -> tuple[float, str]:
-    number, star, name = part.strip().rpartition("*")
-    try:
-        weight = float(number) if star else 1.0
-    except ValueError:
-        weight = -1.0
-    if not 0 < weight < float("inf") or name.strip() not in TERMS:
-        raise UsageError(f"loss term '{part}' is unknown; use a sum of {', '.join(TERMS)}, such as 0.5*ssim+latent")
-    return weight, name.strip()

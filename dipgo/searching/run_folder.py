@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import lock_file, new_file, remove_drafts, sha256_of_json
+from dipgo.base.progress import Report, silent
 from dipgo.base.records import read_json
 from dipgo.searching.checkpoint import CheckpointRecord, pack, read_checkpoint, unpack, write_checkpoint
-from dipgo.searching.clock import Clock
 from dipgo.searching.distributed import ALONE, Processes
-from dipgo.searching.journal import Journal, Report, event_writer, silent
+from dipgo.searching.journal import Clock, Journal, event_writer
 
 SCHEMA = "dipgo.run/1"
 
@@ -58,7 +59,7 @@ class Run:
     cadence: Cadence = BY_THE_MINUTE
     report: Report = silent
     clock: Clock = field(default_factory=Clock)
-    lock: IO[str] | None = None  # keeps other processes out as long as it is open
+    lock: BaseFileLock | None = None  # keeps other processes out as long as it is there
 
     def phase(self, name: str) -> Phase:
         """Return the phase of this name (letters, digits and hyphens), where it was left."""
@@ -68,7 +69,7 @@ class Run:
         """Return the arrays that ``make`` gives, made once in the life of the run, by the main process for all."""
         path = self.folder / f"{name}.safetensors" if self.folder else None
 
-        def made() -> dict[str, np.ndarray]:
+        def arrays_of_run() -> dict[str, np.ndarray]:
             if path and path.exists():
                 record, tensors = read_checkpoint(path)
                 self.check(record, path)
@@ -80,7 +81,7 @@ class Run:
                 self.clock.keep()
             return arrays
 
-        return self.processes.from_main(made)
+        return self.processes.from_main(arrays_of_run)
 
     def record(self, phase: str, iteration: int, scaler: dict[str, Any]) -> CheckpointRecord:
         return CheckpointRecord(fingerprint=self.fingerprint, phase=phase, iteration=iteration, scaler=scaler)
@@ -100,7 +101,7 @@ class Phase:
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.run = name, run
         self.path = run.folder / f"{name}.safetensors" if run.folder else None
-        self.kept = 0
+        self.checkpointed = 0
         self._last = time.monotonic()
 
     def restore(self, module: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
@@ -119,7 +120,7 @@ class Phase:
             self.run.check(record, self.path)
             return record.iteration, tensors, record.scaler
 
-        self.kept, tensors, scaling = self.run.processes.from_main(begin)
+        self.checkpointed, tensors, scaling = self.run.processes.from_main(begin)
         try:
             unpack(tensors, module, optimiser)
         except (ValueError, KeyError) as error:
@@ -128,9 +129,9 @@ class Phase:
             ) from error
         scaler.load_state_dict(scaling)
         if self.run.journal:
-            self.run.journal.rewind(self.name, self.kept)
+            self.run.journal.rewind(self.name, self.checkpointed)
         self._last = time.monotonic()
-        return self.kept
+        return self.checkpointed
 
     def due(self, iteration: int) -> bool:
         """Whether to checkpoint after ``iteration``; by the clock of the main process, so ask that one."""
@@ -159,7 +160,7 @@ class Phase:
                 raise DipgoError(f"{error}; {self.standing()}") from error
 
         self.run.processes.from_main(write)
-        self.kept, self._last = iteration, time.monotonic()
+        self.checkpointed, self._last = iteration, time.monotonic()
 
     def tell(self, iteration: int, total: int, figures: Mapping[str, float]) -> None:
         """Report and log an iteration (from 1): ``loss``, ``kept`` (MACs, as a ratio) and whatever else there is."""
@@ -172,9 +173,9 @@ class Phase:
         """Say in a few words what is kept."""
         if self.path is None:
             return "nothing was kept, a --run-folder would"
-        if not self.kept:
+        if not self.checkpointed:
             return f"no checkpoint of phase '{self.name}' was written before"
-        return f"the checkpoint of iteration {self.kept} is kept in {self.path}"
+        return f"the checkpoint of iteration {self.checkpointed} is kept in {self.path}"
 
 
 def open_run(
@@ -201,7 +202,7 @@ def open_run(
     if folder is None:
         return Run(None, sha256_of_json(settings), processes, None, cadence, report)
     path = folder / "run.json"
-    locks: list[IO[str]] = []
+    locks: list[BaseFileLock] = []
 
     def begin() -> None:
         assert folder is not None

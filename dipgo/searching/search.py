@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from dipgo.base.errors import UsageError
 from dipgo.base.files import sha256_of_json
+from dipgo.base.progress import Report, silent
 from dipgo.graph.latency import LatencyProfile, timed
 from dipgo.graph.trace import Trace
 from dipgo.schedule.cost import check_budget, cost_of
@@ -21,47 +21,36 @@ from dipgo.schedule.gates_at_budget import POSTPROCESSES
 from dipgo.schedule.policies import Policy
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.candidates import contenders
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.context import Work
 from dipgo.searching.distributed import processes
 from dipgo.searching.gate_training import paper_scores
-from dipgo.searching.journal import Report, silent
 from dipgo.searching.judge import Candidate, Judge
 from dipgo.searching.losses import make_loss
 from dipgo.searching.run_folder import Cadence, open_run
-from dipgo.searching.settings import METHODS, PRECISIONS, PRESETS, Settings, check
 from dipgo.searching.successive_halving import learned
 from dipgo.searching.task import Pool, Task
+from dipgo.searching.training_loop import gate_descent
 from dipgo.searching.warm_starts import check_starts, digest_of
+
+PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def search(
     task: Task,
-    budget: float,
-    method: str = "dipgo",
-    settings: Settings = PRESETS["default"],
-    seed: int = 0,
+    config: SearchConfig,
     report: Report = silent,
-    run_folder: Path | None = None,
-    resume: bool = False,
-    tensorboard: bool = False,
     profile: LatencyProfile | None = None,
     starts: Sequence[SubNet] = (),
 ) -> SubNet:
-    """Search a SubNet that keeps ``budget`` of the full trajectory's MACs; see :func:`sweep`."""
-    found = sweep(task, [budget], method, settings, seed, report, run_folder, resume, tensorboard, profile, starts)
-    return next(iter(found))
+    """Search a SubNet that keeps the (largest) budget's share of the full trajectory's MACs; see :func:`sweep`."""
+    return next(iter(sweep(task, config, report, profile, starts)))
 
 
 def sweep(
     task: Task,
-    budgets: Sequence[float],
-    method: str = "dipgo",
-    settings: Settings = PRESETS["default"],
-    seed: int = 0,
+    config: SearchConfig,
     report: Report = silent,
-    run_folder: Path | None = None,
-    resume: bool = False,
-    tensorboard: bool = False,
     profile: LatencyProfile | None = None,
     starts: Sequence[SubNet] = (),
 ) -> Iterator[SubNet]:
@@ -79,10 +68,8 @@ def sweep(
     Started by ``torchrun`` or ``accelerate launch``, every process of it searches on its share and returns the same.
 
     Args:
-        budgets: shares of the full trajectory's MACs to keep.
-        run_folder: where checkpoints and figures are kept, see :mod:`dipgo.searching.run_folder`.
-        resume: go on with the run that lies there.
-        tensorboard: log figures for TensorBoard too.
+        task: what :func:`dipgo.searching.task.make_task` makes of the config's steps, sampler, sites, ….
+        config: budgets, method, settings, seed, and the run folder, see :mod:`dipgo.searching.run_folder`.
         profile: measured times, of which the budgets are shares then, instead of MACs; kept with the SubNets.
         starts: SubNets to begin with, besides the policies; for ``method="dipgo"``. Those that fit a budget are judged
             there as they are, so the result is never worse there than they are; others are thinned out first.
@@ -91,26 +78,24 @@ def sweep(
         One SubNet a budget, as each is found.
 
     Raises:
-        UsageError: an unknown method, a budget that cannot be met, or a start that does not fit.
+        UsageError: a budget that cannot be met, or a start that does not fit.
         DipgoError: a loss that is not finite, a run folder that does not fit, a full disk.
     """
-    if method not in METHODS:
-        raise UsageError(f"unknown method '{method}'; use {' or '.join(METHODS)}")
+    budgets, method = config.budget, config.method
     traced = task.trace
     if profile:
         task = replace(task, trace=timed(traced, profile))
     for budget in budgets:
         check_budget(task.trace, budget, task.sampler.calls, learned=method == "dipgo")
-    check(settings)
     if starts and method == "paper":
         raise UsageError("the paper's method begins with everything kept; starts are for --method dipgo")
-    check_starts(starts, traced, task.sampler.calls, settings.terms)
-    if len(settings.step_weights) not in (0, task.sampler.calls):
+    check_starts(starts, traced, task.sampler.calls, config.history)
+    if len(config.step_weights) not in (0, task.sampler.calls):
         raise UsageError(
-            f"{len(settings.step_weights)} step weights for {task.sampler.calls} calls of the denoiser; give one a call"
+            f"{len(config.step_weights)} step weights for {task.sampler.calls} calls of the denoiser; give one a call"
         )
-    torch.manual_seed(seed)
-    task = task.with_trajectory(precision=PRECISIONS[settings.precision], recompute=settings.recompute)
+    torch.manual_seed(config.seed)
+    task = task.with_trajectory(precision=PRECISIONS[config.precision], recompute=config.recompute)
     group = processes(task.trajectory.device)
     record = {
         "dipgo": version("dipgo"),  # another may judge other policies, or number its phases otherwise
@@ -120,22 +105,22 @@ def sweep(
         "choices": [str(choice) for choice in task.sampling.choices],
         "method": method,
         "budgets": list(budgets),
-        "seed": seed,
-        "settings": settings.deciding(),
+        "seed": config.seed,
+        "settings": config.deciding(),
         "processes": group.count,
         "profile": profile.model_dump(by_alias=True) if profile else None,
     } | ({"starts": [digest_of(start) for start in starts]} if starts else {})
-    cadence = Cadence(settings.checkpoint_iterations, settings.checkpoint_seconds)
-    run = open_run(run_folder, record, resume, tensorboard, cadence, group, report)
+    cadence = Cadence(config.checkpoint_iterations, config.checkpoint_seconds)
+    run = open_run(config.run_folder, record, config.resume, config.tensorboard, cadence, group, report)
     work = Work(
         task,
-        settings,
-        seed,
+        config,
+        config.seed,
         run,
-        Pool(task, settings.pool, settings.batch, seed + 1, group, settings.chunk),
-        Judge(task, settings.held_out, 2_000_000 + seed, run, settings.chunk),
-        Judge(task, settings.drops_on, 4_000_000 + seed, run, settings.chunk),
-        make_loss(settings.loss, task.decode, settings.step_weights),
+        Pool(task, config.pool, config.batch, config.seed + 1, group, config.chunk),
+        Judge(task, config.held_out, 2_000_000 + config.seed, run, config.chunk),
+        Judge(task, config.drops_on, 4_000_000 + config.seed, run, config.chunk),
+        make_loss(config.loss, task.decode, config.step_weights),
         starts,
     )
     return _found(work, budgets, method, traced, profile)
@@ -171,7 +156,7 @@ def _found(
                 "choices": _choices(task.sampling.choices),
                 "starts": [digest_of(start) for start in work.starts],
                 "processes": work.run.processes.count,
-                "settings": asdict(work.settings),
+                "settings": work.settings.deciding(),
                 "seconds": round(shared + _seconds(work, f"{budget:g}"), 1),
                 "chosen": best.name,
                 "best_policy": _best_policy(candidates),
@@ -233,7 +218,7 @@ def _paper_scores(work: Work, least: float) -> np.ndarray:
         work.task.trace,
         work.task.trajectory,
         work.pool,
-        settings.gate_descent,
+        gate_descent(settings),
         work.loss,
         work.run.phase("gates"),
         settings.alpha,

@@ -9,6 +9,7 @@ from dipgo.schedule.cost import cost_of
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.context import Work
 from dipgo.searching.judge import Candidate
+from dipgo.searching.training_loop import backup_descent
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def learned(work: Work, budget: float, starts: Sequence[Candidate]) -> list[Cand
 def _begin(work: Work, start: Candidate) -> Trial:
     settings = work.settings
     backups = Backups(
-        work.task.trace, start.gates, settings.terms, settings.by_channel, settings.by_half, start.weights
+        work.task.trace, start.gates, settings.history, settings.by_channel, settings.by_pass, start.weights
     )
     return Trial(start, backups, 0, start)
 
@@ -63,7 +64,7 @@ def _on(work: Work, budget: float, trial: Trial, iterations: int, phase: str) ->
         backups,
         work.task.trajectory,
         work.pool,
-        work.settings.backup_descent(iterations, budget),
+        backup_descent(work.settings, iterations, budget),
         work.loss,
         work.run.phase(phase),
         cost_of(work.task.trace, backups.gates, learned=True).ratio,

@@ -12,6 +12,7 @@ from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.trajectory import Trajectory
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.journal import peak_memory
 from dipgo.searching.run_folder import Phase
 
@@ -62,6 +63,31 @@ class Descent:
             return self.rate
         progress = (iteration - self.warmup) / max(1, self.iterations - self.warmup)
         return self.rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def gate_descent(config: SearchConfig) -> Descent:
+    """Return how the paper's method descends."""
+    return Descent(
+        config.gate_iterations,
+        config.gate_rate,
+        config.optimiser,
+        config.gate_schedule,
+        config.warmup,
+        config.weight_decay,
+        config.clip,
+        config.accumulate,
+    )
+
+
+def backup_descent(config: SearchConfig, iterations: int, budget: float) -> Descent:
+    """Return how backups descend."""
+    return Descent(
+        iterations,
+        config.backup_rate / max(budget, 0.2) ** 2,
+        schedule=config.backup_schedule,
+        warmup=config.backup_warmup,
+        accumulate=config.accumulate,
+    )
 
 
 def optimise(module: nn.Module, loss_at: LossAt, descent: Descent, trajectory: Trajectory, phase: Phase) -> None:

@@ -37,7 +37,7 @@ def check_starts(starts: Sequence[SubNet], trace: Trace, calls: int, terms: int)
                 f"start {number} has {start.calls} calls of the denoiser, this search {calls}; give its --steps"
             )
         if start.terms > terms:
-            raise UsageError(f"start {number} combines {start.terms} outputs; search with --set terms={start.terms}")
+            raise UsageError(f"start {number} combines {start.terms} outputs; search with --set history={start.terms}")
         odd = min(widths.keys() ^ start.weights.keys(), default=None) if start.weights else None
         if odd:
             raise UsageError(f"start {number}: '{odd}' is an output of one model alone; it is of another architecture")

@@ -55,27 +55,27 @@ def _config_sha256(denoiser: Any, class_name: str) -> str:
 
 
 def _check_weights(bundle: Bundle, file: str, parameters: dict[str, torch.nn.Parameter]) -> None:
-    with safe_open(bundle.folder / file, "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 - not a mapping
+    with safe_open(bundle.folder / file, "pt") as file_tensors:
+        for name in file_tensors.keys():  # noqa: SIM118 - not a mapping
             parameter = parameters.get(name)
             if parameter is None or parameter.is_meta or not parameter.is_floating_point():
                 continue
-            whole = stored.get_slice(name)
-            if list(whole.get_shape()) != list(parameter.shape):
-                raise _differ(bundle, name, list(parameter.shape), list(whole.get_shape()))
-            some = whole[:1] if parameter.ndim else stored.get_tensor(name)
-            theirs = parameter.detach()[: len(some)] if parameter.ndim else parameter.detach()
-            theirs, some = theirs.flatten()[:_SAMPLE].float().cpu(), some.flatten()[:_SAMPLE]
-            tolerance = max(_TOLERANCES.get(dtype, 1e-6) for dtype in (parameter.dtype, some.dtype))
-            if not torch.allclose(theirs, some.float(), rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True):
-                place = int((theirs - some.float()).abs().argmax())
-                raise _differ(bundle, name, float(theirs[place]), float(some[place]))
+            tensor = file_tensors.get_slice(name)
+            if list(tensor.get_shape()) != list(parameter.shape):
+                raise _differ(bundle, name, list(parameter.shape), list(tensor.get_shape()))
+            mine = tensor[:1] if parameter.ndim else file_tensors.get_tensor(name)
+            theirs = parameter.detach()[: len(mine)] if parameter.ndim else parameter.detach()
+            tolerance = max(_TOLERANCES.get(dtype, 1e-6) for dtype in (parameter.dtype, mine.dtype))
+            theirs, mine = theirs.flatten()[:_SAMPLE].float().cpu(), mine.flatten()[:_SAMPLE].float()
+            if not torch.allclose(theirs, mine, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True):
+                place = int((theirs - mine).abs().argmax())
+                raise _differ(bundle, name, float(theirs[place]), float(mine[place]))
 
 
-def _differ(bundle: Bundle, name: str, found: Any, mine: Any) -> UsageError:
+def _differ(bundle: Bundle, name: str, theirs: Any, mine: Any) -> UsageError:
     weights = bundle.record.model.weights_sha256
-    known = f" (weights {weights[:32]})" if weights else ""
+    identity = f" (weights {weights[:32]})" if weights else ""
     return UsageError(
-        f"the denoiser's '{name}' ({found}) is not that of '{bundle.record.model.name}'{known}, which the bundle was "
-        f"compiled from ({mine}); attach it to that model, or export this one"
+        f"the denoiser's '{name}' ({theirs}) is not that of '{bundle.record.model.name}'{identity}, which the bundle "
+        f"was compiled from ({mine}); attach it to that model, or export this one"
     )

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dipgo.base.errors import UsageError
 from engines.backends import DEFAULT
-from engines.pipeline.arguments import check_asked, check_scheduler
+from engines.pipeline.arguments import check_arguments, check_scheduler
 from engines.pipeline.pipeline import Pipeline, load
 
 # What reaches the denoiser as conditions, which it takes as they come, or not at all.
@@ -37,12 +36,12 @@ _THE_PIPELINES_OWN = (
     "negative_target_size",
     "negative_crops_coords_top_left",
 )
-_ATTRIBUTE = "_dipgo_attached"
+_ATTACHMENT = "_dipgo_attachment"
 
 
 @dataclass
-class Attached:
-    """A pipeline with a bundle attached; a context manager that yields the pipeline and detaches the bundle.
+class Attachment:
+    """A bundle in the place of a pipeline's denoiser; a context that yields the pipeline and detaches the bundle.
 
     Attributes:
         pipe: the diffusers pipeline.
@@ -61,20 +60,18 @@ class Attached:
     def __enter__(self) -> Any:
         return self.pipe
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.pipe.__dict__.get(_ATTRIBUTE) is self:
+    def __exit__(self, *error: object) -> None:
+        if self.pipe.__dict__.get(_ATTACHMENT) is self:
             detach(self.pipe)
 
 
-def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, threads: int | None = None) -> Attached:
+def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, threads: int | None = None) -> Attachment:
     """Put a bundle in the place of a diffusers pipeline's denoiser.
 
     The pipeline is then called as ever: with the bundle's step count, guidance and size. Guidance is inside the
-    graphs, so the denoiser returns guided ε for both halves, which the pipeline's own guidance leaves as it is. Any
-    number of images goes in one call, a lane for every batch of the bundle. The denoiser that was there stays in
-    memory for :func:`detach`.
+    graphs, so the denoiser returns guided ε for the unconditional and the conditional pass, which the pipeline's
+    own guidance leaves as it is. Any number of images goes in one call, a context for every batch of the bundle. The
+    denoiser that was there stays in memory for :func:`detach`.
 
     Args:
         pipe: a diffusers pipeline, on any device; one call at a time.
@@ -90,7 +87,7 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
     from engines.attach.check import check_denoiser
     from engines.attach.denoiser import AttachedDenoiser
 
-    if _ATTRIBUTE in pipe.__dict__:
+    if _ATTACHMENT in pipe.__dict__:
         raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
     program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend)
     record = program.record
@@ -100,13 +97,13 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
     check_scheduler(record, pipe.scheduler)
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
-    attached = Attached(pipe, program, component, original, program is not bundle, threading.Lock())
+    attachment = Attachment(pipe, program, component, original, program is not bundle, threading.Lock())
     program.__enter__()
     setattr(pipe, component, AttachedDenoiser(program, original, pipe))
     kind: Any = type(pipe)
-    pipe.__class__ = _checked(kind)
-    pipe.__dict__[_ATTRIBUTE] = attached
-    return attached
+    pipe.__class__ = _checking_class(kind)
+    pipe.__dict__[_ATTACHMENT] = attachment
+    return attachment
 
 
 def detach(pipe: Any) -> None:
@@ -115,18 +112,18 @@ def detach(pipe: Any) -> None:
     Raises:
         UsageError: no bundle is attached.
     """
-    attached = pipe.__dict__.pop(_ATTRIBUTE, None)
-    if attached is None:
+    attachment = pipe.__dict__.pop(_ATTACHMENT, None)
+    if attachment is None:
         raise UsageError(f"{type(pipe).__name__} has no bundle attached")
     pipe.__class__ = type(pipe).__mro__[1]
-    getattr(pipe, attached.component).end()
-    setattr(pipe, attached.component, attached.original)
-    if attached.owns:
-        attached.program.close()
+    getattr(pipe, attachment.component).end()
+    setattr(pipe, attachment.component, attachment.original)
+    if attachment.owns:
+        attachment.program.close()
 
 
 @functools.cache
-def _checked(kind: Any) -> Any:
+def _checking_class(kind: Any) -> Any:
     """Return a class of pipeline whose calls are checked against the bundle that is attached.
 
     Guidance and step count are the pipeline's own business and never reach its denoiser: only here are they seen.
@@ -135,35 +132,36 @@ def _checked(kind: Any) -> Any:
     signature = inspect.signature(call)
 
     @functools.wraps(call)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = signature.bind(self, *args, **kwargs)
-        asked.apply_defaults()
-        attached = self.__dict__[_ATTRIBUTE]
-        with _one_call(attached):
-            _check_call(attached, asked.arguments)
-            denoiser = getattr(self, attached.component)
+    def check_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        attachment = self.__dict__[_ATTACHMENT]
+        with _one_call(attachment):
+            _check_call(attachment, bound.arguments)
+            denoiser = getattr(self, attachment.component)
             denoiser.end()
             try:
                 return call(self, *args, **kwargs)
             finally:
                 denoiser.end()
 
-    return type(kind.__name__, (kind,), {"__call__": checked, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    members = {"__call__": check_and_call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), members)
 
 
 @contextmanager
-def _one_call(attached: Attached) -> Iterator[None]:
-    if not attached.calling.acquire(blocking=False):
+def _one_call(attachment: Attachment) -> Iterator[None]:
+    if not attachment.calling.acquire(blocking=False):
         raise UsageError(
             "the pipeline is in a call already; attach a pipeline of its own to the bundle for each thread"
         )
     try:
         yield
     finally:
-        attached.calling.release()
+        attachment.calling.release()
 
 
-def _check_call(attached: Attached, arguments: Mapping[str, Any]) -> None:
-    record = attached.program.record
-    check_scheduler(record, attached.pipe.scheduler)
-    check_asked(record, {name: value for name, value in arguments.items() if name not in _THE_PIPELINES_OWN})
+def _check_call(attachment: Attachment, arguments: Mapping[str, Any]) -> None:
+    record = attachment.program.record
+    check_scheduler(record, attachment.pipe.scheduler)
+    check_arguments(record, {name: value for name, value in arguments.items() if name not in _THE_PIPELINES_OWN})

@@ -5,27 +5,27 @@ Buffers lie on the device and are bound by address; everything runs on one strea
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import cache_root
 from engines.backend import Launch
-from engines.cuda.runtime import CudaError, DeviceArray, Stream, open_device
+from engines.cuda.buffers import StreamRunner, warn_of_no_graph
+from engines.cuda.runtime import open_device
+from engines.cuda.stream import DeviceArray, Stream
 from export.bundle import Bundle, BundleRecord
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_BFLOAT16 = 16  # ONNX's number: numpy has no such type
 _INSTALL = "run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
-class CudaRunner:
+class CudaRunner(StreamRunner):
     """Sessions of all graphs of a bundle on the current GPU, opened on entering the context.
 
     Every session holds the weights of its graph on the device; ``--graphs segment`` has each block in one graph.
@@ -35,11 +35,11 @@ class CudaRunner:
     """
 
     def __init__(self, bundle: Bundle, provider: str) -> None:
-        self.bundle, self.provider = bundle, provider
+        super().__init__(bundle)
+        self.provider = provider
         _require(provider)
         device = open_device()
         self.label = f"ONNX Runtime {'TensorRT' if provider == TENSORRT else 'CUDA'}, {device.name}"
-        self._stream: Stream | None = None
         self._sessions: dict[str, Any] = {}
         self._on_host: set[str] = set()
         self._files: weakref.WeakKeyDictionary[Launch, str] = weakref.WeakKeyDictionary()
@@ -50,31 +50,9 @@ class CudaRunner:
             self._session(file)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._sessions = {}
-        if self._stream:
-            self._stream.close()
-        self._stream = None
-
-    @property
-    def stream(self) -> Stream:
-        if self._stream is None:
-            raise DipgoError(f"{self.bundle.folder}: the program is closed; enter it before use")
-        return self._stream
-
-    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        return self.stream.zeros(shape, dtype)
-
-    def write(self, target: DeviceArray, values: np.ndarray) -> None:
-        self.stream.write(target, values)
-
-    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
-        self.stream.copy(target, source)
-
-    def read(self, source: DeviceArray) -> np.ndarray:
-        return self.stream.read(source)
+        self.close_stream()
 
     def bind(self, file: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Launch:
         session, stream = self._session(file), self.stream
@@ -84,9 +62,9 @@ class CudaRunner:
         for name, array in outputs.items():
             binding.bind_output(name, "cuda", 0, _element(array.dtype), array.shape, array.pointer)
         options = _without_waiting()
-        held = (dict(inputs), dict(outputs))
+        arrays = (dict(inputs), dict(outputs))
 
-        def launch(_held: Any = held) -> None:
+        def launch(_arrays: Any = arrays) -> None:
             with stream.lock:
                 session.run_with_iobinding(binding, options)
 
@@ -99,32 +77,19 @@ class CudaRunner:
         with self.stream.lock:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
-    def joined(self, launches: Sequence[Launch]) -> Launch | None:
+    def capture(self, launches: Sequence[Launch]) -> Launch | None:
         """Return all launches as one CUDA graph; None, with a warning, where some node runs on the host.
 
-        What runs on the host would not be part of the graph. The launches run once first, so that ONNX Runtime has
-        all its memory before the capture.
+        What runs on the host would not be part of the graph.
         """
-        if not launches:
-            return None
         on_host = self._on_host & {self._files[launch] for launch in launches}
         if on_host:
-            _warn(f"ONNX Runtime runs nodes of {min(on_host)} on the CPU")
+            warn_of_no_graph(f"ONNX Runtime runs nodes of {min(on_host)} on the CPU")
             return None
         if not _keeps_what_graphs_read():
-            _warn("ONNX Runtime before 1.30 frees memory that the graph would read; update onnxruntime-gpu")
+            warn_of_no_graph("ONNX Runtime before 1.30 frees memory that it would read; update onnxruntime-gpu")
             return None
-
-        def all_of_them() -> None:
-            for launch in launches:
-                launch()
-
-        try:
-            all_of_them()
-            return self.stream.capture(all_of_them)
-        except (CudaError, RuntimeError) as error:
-            _warn(" ".join(str(error).split())[:200])
-            return None
+        return super().capture(launches)
 
     def _session(self, file: str) -> Any:
         with self.stream.lock:
@@ -166,12 +131,12 @@ class CudaRunner:
         return [(TENSORRT, common | tensorrt_options(record)), cuda]
 
 
-def on_cuda(bundle: Bundle, threads: int | None = None) -> CudaRunner:
+def cuda_runner(bundle: Bundle, threads: int | None = None) -> CudaRunner:
     """Return the runner of backend ``onnxruntime-cuda``."""
     return CudaRunner(bundle, CUDA)
 
 
-def on_tensorrt(bundle: Bundle, threads: int | None = None) -> CudaRunner:
+def tensorrt_runner(bundle: Bundle, threads: int | None = None) -> CudaRunner:
     """Return the runner of backend ``onnxruntime-tensorrt``; engines are built on entering it, and kept."""
     return CudaRunner(bundle, TENSORRT)
 
@@ -238,8 +203,5 @@ def _without_waiting() -> Any:
 
 
 def _element(dtype: str) -> Any:
-    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
-
-
-def _warn(why: str) -> None:
-    warnings.warn(f"no CUDA graph of the trajectory, it runs step by step: {why}", stacklevel=3)
+    """Return a type as ONNX Runtime's bindings take it: numpy's, but of bfloat16 ONNX's number."""
+    return Dtype.BFLOAT16.onnx if dtype == Dtype.BFLOAT16.value else np.dtype(dtype)

@@ -28,17 +28,17 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    disabled = []
+    without: list[str] = []
     if share_weights:
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")
-        disabled = ["NchwcTransformer", "ConstantFolding"]  # both would write rearranged copies
+        without = ["NchwcTransformer", "ConstantFolding"]  # both would write rearranged copies
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
         )
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
         detail = " ".join(str(error).split())[:300]

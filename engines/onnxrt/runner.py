@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,10 @@ class OnnxRuntimeRunner:
         self.bundle = bundle
         largest = max(graph.macs for graph in bundle.record.graphs.values())
         self.threads = threads or (1 if largest < ONE_THREAD_MACS else None)
-        self._shared = max(part.parameters for part in self.bundle.record.parts) > SHARED_PARAMETERS
-        count = self.threads
-        used = f"{count} thread{'s' * (count > 1)}" if count else f"its own choice of threads on {os.cpu_count()} cores"
-        self.label = f"ONNX Runtime CPU, {used}"
+        self._share_weights = max(part.parameters for part in self.bundle.record.parts) > SHARED_PARAMETERS
+        self.label = f"ONNX Runtime CPU, its own choice of threads on {os.cpu_count()} cores"
+        if self.threads:
+            self.label = f"ONNX Runtime CPU, {self.threads} thread{'s' * (self.threads > 1)}"
         self._sessions: dict[str, Any] = {}
 
     def __enter__(self) -> OnnxRuntimeRunner:
@@ -42,9 +41,7 @@ class OnnxRuntimeRunner:
             self._session(file)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._sessions = {}
 
     def zeros(self, shape: Sequence[int], dtype: str) -> np.ndarray:
@@ -59,7 +56,7 @@ class OnnxRuntimeRunner:
     def read(self, source: np.ndarray) -> np.ndarray:
         return source
 
-    def joined(self, launches: Sequence[Launch]) -> None:
+    def capture(self, launches: Sequence[Launch]) -> None:
         return None
 
     def bind(self, file: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Launch:
@@ -73,9 +70,9 @@ class OnnxRuntimeRunner:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        held = (dict(inputs), dict(outputs))
+        arrays = (dict(inputs), dict(outputs))
 
-        def launch(_held: Any = held) -> None:
+        def launch(_arrays: Any = arrays) -> None:
             session.run_with_iobinding(binding)
 
         return launch
@@ -88,10 +85,10 @@ class OnnxRuntimeRunner:
 
     def _session(self, file: str) -> Any:
         if file not in self._sessions:
-            self._sessions[file] = session_from_graph(self.bundle.folder / file, self.threads, self._shared)
+            self._sessions[file] = session_from_graph(self.bundle.folder / file, self.threads, self._share_weights)
         return self._sessions[file]
 
 
-def on_cpu(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeRunner:
+def cpu_runner(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeRunner:
     """Return the runner of backend ``onnxruntime``."""
     return OnnxRuntimeRunner(bundle, threads)

@@ -14,16 +14,16 @@ from export.bundle import BundleRecord
 Check = Callable[[BundleRecord, str, Any], None]
 
 
-def check_asked(record: BundleRecord, asked: Mapping[str, Any]) -> None:
+def check_arguments(record: BundleRecord, arguments: Mapping[str, Any]) -> None:
     """Refuse what differs from a bundle's own; None asks for nothing.
 
     Args:
-        asked: arguments of a diffusers pipeline by name. Those without an entry in :data:`CHECKS` are not looked at.
+        arguments: those of a diffusers pipeline by name. Those without an entry in :data:`CHECKS` are not looked at.
 
     Raises:
         UsageError: naming the argument, its value and the bundle's.
     """
-    for name, value in asked.items():
+    for name, value in arguments.items():
         if name in CHECKS and value is not None:
             CHECKS[name](record, name, value)
 
@@ -51,9 +51,9 @@ def check_scheduler(record: BundleRecord, scheduler: Any) -> None:
             )
 
 
-def refuse(what: str, found: Any, mine: Any, cure: str = "ask for that, or export another bundle") -> UsageError:
+def _refusal(name: str, value: Any, mine: Any, cure: str = "ask for that, or export another bundle") -> UsageError:
     """Return the error for one value that is not the bundle's."""
-    return UsageError(f"{what} = {found}, the bundle was compiled for {mine}; {cure}")
+    return UsageError(f"{name} = {value}, the bundle was compiled for {mine}; {cure}")
 
 
 def _plain(value: Any) -> Any:
@@ -64,13 +64,13 @@ def _plain(value: Any) -> Any:
 
 def _steps(record: BundleRecord, name: str, value: Any) -> None:
     if value != record.sampler.steps:
-        raise refuse(name, value, record.sampler.steps)
+        raise _refusal(name, value, record.sampler.steps)
 
 
 def _guidance(record: BundleRecord, name: str, value: Any) -> None:
     mine = record.sampler.guidance_scale
     if abs(value - mine) > 1e-6 and not (value <= 1 and mine <= 1):
-        raise refuse(name, value, mine)
+        raise _refusal(name, value, mine)
 
 
 def _negative(record: BundleRecord, name: str, value: Any) -> None:
@@ -80,24 +80,24 @@ def _negative(record: BundleRecord, name: str, value: Any) -> None:
 
 
 def _timesteps(record: BundleRecord, name: str, value: Any) -> None:
-    given = [float(step) for step in value]
-    if given != record.sampler.timesteps:
-        raise refuse(name, _few(given), _few(record.sampler.timesteps))
+    timesteps = [float(step) for step in value]
+    if timesteps != record.sampler.timesteps:
+        raise _refusal(name, _few(timesteps), _few(record.sampler.timesteps))
 
 
 def _tokens(record: BundleRecord, name: str, value: Any) -> None:
     encoder = record.conditioning.encoder
     if encoder and value != encoder.tokenizers[0].length:
-        raise refuse(name, value, encoder.tokenizers[0].length)
+        raise _refusal(name, value, encoder.tokenizers[0].length)
 
 
 def _only(*neutral: Any) -> Check:
     """Accept what diffusers does nothing with."""
 
     def check(record: BundleRecord, name: str, value: Any) -> None:
-        given = _plain(value)
-        if not any(given == each for each in neutral):
-            raise refuse(name, _few(given), neutral[0] if neutral else None, "leave it out")
+        plain = _plain(value)
+        if not any(plain == each for each in neutral):
+            raise _refusal(name, _few(plain), neutral[0] if neutral else None, "leave it out")
 
     return check
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import UsageError
 from dipgo.base.records import SamplerIdentity
 from engines.backends import DEFAULT, runner_for
-from engines.pipeline.arguments import CHECKS, check_asked, check_scheduler
+from engines.pipeline.arguments import CHECKS, check_arguments, check_scheduler
+from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
@@ -24,9 +24,9 @@ from engines.sizes import batches_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import open_bundle
 
-Callback = Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None]
+_PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
 _SIZES = ("original_size", "target_size")
-_ARGUMENTS = {*CHECKS, *_SIZES, *(argument for halves in EMBEDDINGS.values() for argument in halves)}
+_ARGUMENTS = {*CHECKS, *_SIZES, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
 class Pipeline(Program):
@@ -36,28 +36,26 @@ class Pipeline(Program):
     pipeline. ``_interrupt = True`` ends a call after its step, as in diffusers (see :mod:`engines.pipeline.interrupt`).
     """
 
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = TENSORS
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._bar: dict[str, Any] = {}
         self._calls = Calls()
-        self._opening = threading.Lock()
-        self._opened = False
+        self._lock = threading.Lock()
+        self._is_open = False
 
     def __enter__(self) -> Pipeline:
-        with self._opening:
-            if not self._opened:
+        with self._lock:
+            if not self._is_open:
                 super().__enter__()
-                self._opened = True
+                self._is_open = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._opening:
-            self._opened = False
-            super().__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._is_open = False
+            super().__exit__()
 
     def __call__(
         self,
@@ -75,8 +73,8 @@ class Pipeline(Program):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = _callback_tensor_inputs,
-        **asked: Any,
+        callback_on_step_end_tensor_inputs: Sequence[str] = TENSORS,
+        **arguments: Any,
     ) -> Any:
         """Generate images: those of the diffusers pipeline under the bundle's gates, from the same generator.
 
@@ -96,34 +94,36 @@ class Pipeline(Program):
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
                 step. It may stop the call, but not change it: a program's solver is compiled too.
             callback_on_step_end_tensor_inputs: ``latents`` or nothing.
-            **asked: what else diffusers pipelines take. Embeddings count; of the rest, all must be the bundle's own.
+            **arguments: of other diffusers pipelines. Embeddings count; all others must be the bundle's own.
 
         Raises:
             UsageError: another step count, size, guidance, … than the bundle's, naming both; or bad input.
             TypeError: an argument that no diffusers pipeline of this kind takes.
         """
-        callback = callback_on_step_end
-        shown = getattr(callback, "tensor_inputs", None) or callback_on_step_end_tensor_inputs
-        self._check(asked, output_type, callback, shown)
+        self._check(arguments, output_type)
         for name, second, first in (
             ("prompt_2", prompt_2, prompt),
-            ("negative_prompt_2", negative_prompt_2, asked.get("negative_prompt")),
+            ("negative_prompt_2", negative_prompt_2, arguments.get("negative_prompt")),
         ):
             if second is not None and second != first:
                 raise UsageError(f"{name} differs from {name[:-2]}, a bundle encodes one for both; leave it out")
         if prompt is not None and class_labels is not None:
             raise UsageError("both prompt and class_labels are given; give one of them")
-        given = prompt if class_labels is None else class_labels
+        convert = to_tensor if is_torch(generator) or is_torch(latents) else np.asarray
+        callback = None
+        if callback_on_step_end:
+            tensors = getattr(callback_on_step_end, "tensor_inputs", None) or callback_on_step_end_tensor_inputs
+            callback = StepCallback(callback_on_step_end, self, tensors, convert)
+        subjects = prompt if class_labels is None else class_labels
         with self._calls.one() as call:
             self.__enter__()
-            size = self._size(height, width, asked)
-            count, conditions = conditions_of(self, given, num_images_per_prompt, batch_size, size, asked)
+            size = self._size(height, width, arguments)
+            count, conditions = conditions_of(self, subjects, num_images_per_prompt, batch_size, size, arguments)
             noise = self._noise(self.latent_shape(count, size), generator, latents)
-            convert = to_tensor if is_torch(generator) or is_torch(latents) else np.asarray
 
             def observe(walk: Walk) -> bool:
                 if callback:
-                    self._show(walk, callback, shown, convert)
+                    callback(walk)
                 return not call.interrupted
 
             final = self._integrate(noise, conditions, observe, together=callback is not None)
@@ -136,7 +136,7 @@ class Pipeline(Program):
 
     def close(self) -> None:
         """Drop the engines; the next call opens them again."""
-        self.__exit__(None, None, None)
+        self.__exit__()
 
     def to(self, *where: Any, **more: Any) -> Pipeline:
         """Accept the device and dtype that the program has already.
@@ -145,9 +145,9 @@ class Pipeline(Program):
             UsageError: others.
         """
         device = "cpu" if "cpu" in self.runner.label.lower() else "cuda"
-        for asked in (*where, *more.values()):
-            name = str(asked).removeprefix("torch.")
-            if name in ("float32", "float16", "bfloat16") and name != self.record.dtype:
+        for place in (*where, *more.values()):
+            name = str(place).removeprefix("torch.")
+            if name in _PRECISIONS and name != self.record.dtype:
                 raise UsageError(f"dtype {name}, the bundle is {self.record.dtype}; export one with --dtype")
             if name.split(":")[0] in ("cpu", "cuda", "mps", "xpu") and name.split(":")[0] != device:
                 raise UsageError(f"device {name}, the bundle runs on {self.runner.label}; load it with another backend")
@@ -182,26 +182,23 @@ class Pipeline(Program):
         """Return the classes that labels name, as ``DiTPipeline`` does."""
         return [self.class_of(each) for each in ([label] if isinstance(label, str) else label)]
 
-    def _check(self, asked: Mapping[str, Any], output_type: str, callback: Any, shown: Sequence[str]) -> None:
-        unknown = next((name for name in asked if name not in _ARGUMENTS), None)
+    def _check(self, arguments: Mapping[str, Any], output_type: str) -> None:
+        unknown = next((name for name in arguments if name not in _ARGUMENTS), None)
         if unknown:
             raise TypeError(f"Pipeline.__call__() got an unexpected keyword argument '{unknown}'")
-        check_asked(self.record, asked)
+        check_arguments(self.record, arguments)
         if output_type not in FORMATS:
             raise UsageError(f"unknown output_type '{output_type}'; use {', '.join(FORMATS)}")
-        other = next((name for name in shown if name not in self._callback_tensor_inputs), None)
-        if callback and other:
-            raise UsageError(f"callbacks of a bundle are shown latents, not '{other}'; use attach() for all others")
         if output_type != "latent" and self.record.decoder is None and not self.makes_pixels:
             raise UsageError(f"{self.bundle.folder}: holds no VAE decoder; ask for output_type='latent'")
 
-    def _size(self, height: int | None, width: int | None, asked: Mapping[str, Any]) -> tuple[int, int]:
+    def _size(self, height: int | None, width: int | None, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Return height and width in pixels; SDXL's micro-conditions must be the same."""
         size = (height or self.size[0], width or self.size[1])
         self.latent_shape(1, size)
         for name in _SIZES:
-            if asked.get(name) is not None and tuple(asked[name]) != size:
-                raise UsageError(f"{name} = {tuple(asked[name])}, a bundle's is the size of its images, {size}")
+            if arguments.get(name) is not None and tuple(arguments[name]) != size:
+                raise UsageError(f"{name} = {tuple(arguments[name])}, a bundle's is the size of its images, {size}")
         return size
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
@@ -224,35 +221,20 @@ class Pipeline(Program):
         calls, parts, going = len(self.record.steps), [], True
         with tqdm(total=calls * -(-len(noise) // size), **self._bar) as bar:
             for start in range(0, len(noise), size):
-                chosen = np.arange(start, min(start + size, len(noise)))
-                with ExitStack() as stack:
-                    own = rows_of(conditions, chosen, len(noise))
-                    walk = Walk(stack.enter_context(Steps(self.lanes, noise[chosen].shape, own)), noise[chosen])
-                    if walk.steps.whole and not together and going:
+                images = np.arange(start, min(start + size, len(noise)))
+                rows = rows_of(conditions, images, len(noise))
+                with Steps(self.contexts, noise[images].shape, rows) as steps:
+                    walk = Walk(steps, noise[images])
+                    if steps.can_replay and not together and going:
                         walk.finish()
                         bar.update(calls)
                         going = observe(walk)
-                    while going and walk.done < calls:
+                    while going and walk.step < calls:
                         walk.advance()
                         bar.update()
                         going = observe(walk)
                     parts.append(walk.latent)
         return np.concatenate(parts)
-
-    def _show(self, walk: Walk, callback: Callback, names: Sequence[str], convert: Callable[[np.ndarray], Any]) -> None:
-        """Call a callback after a step, and refuse changes that it makes."""
-        timestep = self.record.steps[walk.done - 1].timestep
-        latent = walk.latent
-        shown = convert(latent.copy())
-        given = {"latents": shown} if "latents" in names else {}
-        moment = int(timestep) if timestep == int(timestep) else timestep
-        returned = callback(self, walk.done - 1, moment, given) or {}
-        changed = [name for name, value in returned.items() if name != "latents" or value is not shown]
-        if changed or not np.array_equal(to_array(shown), latent, equal_nan=True):
-            raise UsageError(
-                f"the callback changed {changed[0] if changed else 'latents'} at step {walk.done - 1}; a bundle's "
-                "solver is compiled and takes no changes, use attach() on a diffusers pipeline"
-            )
 
     def _pixels(self, latent: np.ndarray) -> np.ndarray:
         """Return pixels ``[n, channels, height, width]`` in [0, 1] of latents."""

@@ -32,7 +32,7 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str], negative: str | None, guided: bool) -> dict[str, np.ndarray]:
         """Return the conditions of one or more prompts, a row each, with the dtypes of the graph's outputs.
 
-        When ``guided`` the unconditional half comes first, 2 B rows in all. It is the encoding of ``negative``; None
+        When ``guided`` those of the unconditional pass come first, 2 B rows in all. They encode ``negative``; None
         means the pipeline's own way: the empty prompt's encoding, or zeros. ``negative`` is not read otherwise.
         """
         zeros = negative is None and self.record.unconditional == "zeros"
@@ -69,10 +69,10 @@ class TextEncoder:
         different = list(dict.fromkeys(texts))
         calls = []
         for start in range(0, len(different), self._rows):
-            some = different[start : start + self._rows]
-            inputs = self.tokens([*some, *[some[-1]] * (self._rows - len(some))])
+            batch = different[start : start + self._rows]
+            inputs = self.tokens([*batch, *[batch[-1]] * (self._rows - len(batch))])
             outputs = self._run(self.record.file, inputs)
-            calls.append({record.name: outputs[record.name][: len(some)] for record in self.record.outputs})
+            calls.append({record.name: outputs[record.name][: len(batch)] for record in self.record.outputs})
         rows = [different.index(text) for text in texts]
         return {
             record.name: np.concatenate([call[record.name] for call in calls])[rows] for record in self.record.outputs

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dipgo.base.errors import DipgoError
 from engines.serving.install import find_server
-from engines.serving.server import Addresses, serve
+from engines.serving.server import serve
+from engines.serving.triton import Addresses
 
 
 def main() -> int:
@@ -19,10 +20,10 @@ def main() -> int:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, help="off by default; it has no gate before it")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 for none")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        addresses = Addresses(given.host, given.http_port, given.grpc_port, given.metrics_port or None)
-        serve(given.repository, find_server(given.server), addresses, lambda line: print(line, flush=True))
+        addresses = Addresses(arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port or None)
+        serve(arguments.repository, find_server(arguments.server), addresses, lambda line: print(line, flush=True))
     except DipgoError as error:
         print(f"dipgo: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -51,7 +51,7 @@ class Gate:
         application.cleanup_ctx.append(self._session)
         return application
 
-    async def drained(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float) -> bool:
         """Refuse what is new and wait until what is under way is answered; returns whether it all was."""
         self.draining = True
         try:
@@ -74,7 +74,7 @@ class Gate:
         if request.method == "GET" and READABLE.fullmatch(path):
             if self.draining and path.endswith("/ready"):
                 raise web.HTTPServiceUnavailable(text="the server is shutting down")
-            return await self._ask("GET", path, None, {})
+            return await self._forward("GET", path, None, {})
         if request.method == "POST" and INFER.fullmatch(path):
             return await self._infer(request)
         if READABLE.fullmatch(path) or INFER.fullmatch(path):
@@ -88,15 +88,15 @@ class Gate:
             raise web.HTTPServiceUnavailable(text=f"{AT_ONCE} requests are under way; try again later")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise web.HTTPUnsupportedMediaType(text="compressed bodies are not taken")
-        announced = request.content_length or 0
-        if announced > self.body_bytes:
-            raise web.HTTPRequestEntityTooLarge(self.body_bytes, announced)
+        length = request.content_length or 0
+        if length > self.body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self.body_bytes, length)
         self.under_way += 1
         try:
             async with asyncio.timeout(SLOW_S):
                 body = await request.read()
-            content, length = rewritten(body, request.headers.get(HEADER_LENGTH))
-            return await self._ask("POST", request.path, content, {HEADER_LENGTH: str(length)})
+            content, header_length = rewritten(body, request.headers.get(HEADER_LENGTH))
+            return await self._forward("POST", request.path, content, {HEADER_LENGTH: str(header_length)})
         except TimeoutError as error:
             raise web.HTTPRequestTimeout(text=f"the body took more than {SLOW_S:g} s to arrive") from error
         except UsageError as error:
@@ -105,14 +105,14 @@ class Gate:
             self.under_way -= 1
             self.idle.set()
 
-    async def _ask(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> web.Response:
+    async def _forward(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> web.Response:
         try:
             async with self._client.request(method, self.behind + path, data=content, headers=headers) as answer:
                 body = await answer.read()
         except ClientError as error:
             raise web.HTTPBadGateway(text="Triton does not answer; see its log") from error
-        kept = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
-        return web.Response(status=answer.status, body=body, headers=kept)
+        headers = {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}
+        return web.Response(status=answer.status, body=body, headers=headers)
 
 
 @web.middleware
@@ -124,5 +124,5 @@ async def _one_line(
         return await handler(request)
     except web.HTTPException as error:
         line = " ".join((error.text or error.reason).split())
-        kept = {name: error.headers[name] for name in ("Connection", "Allow") if name in error.headers}
-        return web.json_response({"error": line}, status=error.status, headers=kept)
+        headers = {name: error.headers[name] for name in ("Connection", "Allow") if name in error.headers}
+        return web.json_response({"error": line}, status=error.status, headers=headers)

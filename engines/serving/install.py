@@ -36,20 +36,19 @@ class Install:
     stubs: Path | None
 
 
-def find_server(given: Path | None = None) -> Install:
-    """Find Triton: what is given (the binary or a folder with it), ``TRITON_SERVER``, PATH, a container's place.
+def find_server(place: Path | None = None) -> Install:
+    """Find Triton: at a place (the binary or a folder with it), ``TRITON_SERVER``, PATH, a container's place.
 
     Raises:
         DipgoError: there is none, or it lacks the Python backend.
     """
-    named = given or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    if named is not None:
-        binary = named if named.is_file() else next((found for place in PLACES for found in named.glob(place)), None)
+    place = place or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    if place is not None:
+        binary = place if place.is_file() else next((path for each in PLACES for path in place.glob(each)), None)
         if binary is None:
-            raise DipgoError(f"{named}: holds no tritonserver; {_cure()}")
+            raise DipgoError(f"{place}: holds no tritonserver; {_cure()}")
     else:
-        on_path = shutil.which("tritonserver") or "/opt/tritonserver/bin/tritonserver"
-        binary = Path(on_path)
+        binary = Path(shutil.which("tritonserver") or "/opt/tritonserver/bin/tritonserver")
         if not binary.is_file():
             raise DipgoError(f"tritonserver is not on this machine's PATH; {_cure()}")
     root = binary.resolve().parents[1]
@@ -82,8 +81,8 @@ def prepare_backends(install: Install, folder: Path) -> tuple[Path, dict[str, st
         return install.backends, environment
     stub = install.stubs / version / STUB
     if not stub.is_file():
-        have = ", ".join(sorted(entry.name for entry in install.stubs.iterdir()))
-        raise DipgoError(f"{install.python}: is Python {version}, this Triton takes {have}; use one of them")
+        versions = ", ".join(sorted(entry.name for entry in install.stubs.iterdir()))
+        raise DipgoError(f"{install.python}: is Python {version}, this Triton takes {versions}; use one of them")
     if not numpy.startswith("1."):  # the wheel's stub reads numpy's structures as they were before 2.0
         raise DipgoError(f"{install.python}: has numpy {numpy}, this Triton needs numpy<2; {_cure()}")
     python = folder / "backends" / "python"
@@ -100,11 +99,12 @@ def _probe(python: Path, environment: dict[str, str]) -> tuple[str, str]:
         "import sys, json, numpy, onnxruntime, engines, engines.serving.requests;"
         "print(json.dumps(['%d.%d' % sys.version_info[:2], numpy.__version__]))"
     )
-    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["it does not start"])[-1]
+    command = [python, "-P", "-c", script]  # nothing from the working directory
+    probe = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if probe.returncode:
+        line = (probe.stderr.strip().splitlines() or ["it does not start"])[-1]
         raise DipgoError(f"{python}: {line}; run: {python} -m pip install -r {REQUIREMENTS}")
-    version, numpy = json.loads(done.stdout)
+    version, numpy = json.loads(probe.stdout)
     return version, numpy
 
 

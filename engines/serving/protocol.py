@@ -87,9 +87,9 @@ def rewritten(body: bytes, header_length: str | None) -> tuple[bytes, int]:
     if length > len(body):
         raise UsageError(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
     request, tail = _request(body[:length]), body[length:]
-    announced = sum(entry.parameters.binary_data_size or 0 for entry in request.inputs)
-    if announced != len(tail):
-        raise UsageError(f"binary_data_size of the inputs is {announced} in all, but {len(tail)} bytes follow the JSON")
+    size = sum(entry.parameters.binary_data_size or 0 for entry in request.inputs)
+    if size != len(tail):
+        raise UsageError(f"binary_data_size of the inputs is {size} in all, but {len(tail)} bytes follow the JSON")
     try:
         header = json.dumps(request.model_dump(exclude_none=True), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -109,8 +109,8 @@ def _request(text: bytes) -> InferenceRequest:
     except ValueError as error:  # no JSON, or no UTF-8
         raise UsageError(f"the request is not valid JSON ({' '.join(str(error).split())[:120]})") from error
     for output in request.outputs:
-        asked = output.parameters.binary_data
-        if output.name in PICTURES and not (request.parameters.binary_data_output if asked is None else asked):
+        binary = output.parameters.binary_data
+        if output.name in PICTURES and not (request.parameters.binary_data_output if binary is None else binary):
             raise UsageError(
                 f'output {output.name} cannot be JSON; ask for it with "parameters": {{"binary_data": true}}'
             )

@@ -70,7 +70,7 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
         raise UsageError(f"unknown backend '{deployment.backend}'; use {', '.join(BACKENDS)}")
     record = open_bundle(bundle).record
     _check_servable(record, bundle)
-    built = _engines(bundle) if deployment.backend == "tensorrt" else []
+    engines = _engines(bundle) if deployment.backend == "tensorrt" else []
     name = deployment.name or _name_of(record.model.name)
     if not NAME.fullmatch(name):
         raise UsageError(f"model name '{name}' does not fit a URL; use up to 64 letters, digits, '_', '-' and '.'")
@@ -87,7 +87,7 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
         if deployment.link:
             (version / BUNDLE).symlink_to(bundle.resolve(), target_is_directory=True)
         else:
-            _copy(bundle, [RECORD_FILE, *record.files, *built], version / BUNDLE)
+            _copy(bundle, [RECORD_FILE, *record.files, *engines], version / BUNDLE)
             open_bundle(version / BUNDLE)
         (draft / WARMUP).mkdir()
         for entry in _inputs(record):
@@ -156,10 +156,10 @@ def _name_of(model: str) -> str:
 
 def _engines(bundle: Path) -> list[str]:
     """Return the files of the bundle's TensorRT engines; one without a record is a build that was interrupted."""
-    found = [path for path in sorted((bundle / ENGINES).glob("*.engine")) if record_path(path).is_file()]
-    if not found:
+    engines = [path for path in sorted((bundle / ENGINES).glob("*.engine")) if record_path(path).is_file()]
+    if not engines:
         raise DipgoError(f"{bundle}: holds no TensorRT engines; run: dipgo build {bundle} --backend tensorrt")
-    return [str(path.relative_to(bundle)) for engine in found for path in (engine, record_path(engine))]
+    return [str(path.relative_to(bundle)) for engine in engines for path in (engine, record_path(engine))]
 
 
 def _copy(bundle: Path, names: Iterable[str], target: Path) -> None:

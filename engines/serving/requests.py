@@ -22,9 +22,9 @@ from engines.sizes import batches_of
 
 @dataclass(frozen=True)
 class Row:
-    """One class or prompt, and how many images of it: those of ``Program.generate([given] * number, seed)``."""
+    """One class or prompt, and how many images of it: those of ``Program.generate([subject] * number, seed)``."""
 
-    given: int | str
+    subject: int | str
     negative: str | None
     seed: int
     number: int
@@ -56,16 +56,16 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed {seed} is outside 0 to {2**32 - 1}")
-    given: Sequence[int | str] = [0] * rows
+    subjects: Sequence[int | str] = [0] * rows
     negatives: Sequence[str | None] = [None] * rows
     if kind == "class":
-        given = [program.class_of(_shortened(text)) for text in _texts("class", tensors, rows, limits)]
+        subjects = [program.class_of(_shortened(text)) for text in _texts("class", tensors, rows, limits)]
     elif kind == "prompt":
-        given = _texts("prompt", tensors, rows, limits)
+        subjects = _texts("prompt", tensors, rows, limits)
         negatives = _texts("negative_prompt", tensors, rows, limits) or negatives
         for negative in negatives:
             program.check_negative(negative)
-    return [Row(*row, numbers[0]) for row in zip(given, negatives, seeds, strict=True)]
+    return [Row(*row, numbers[0]) for row in zip(subjects, negatives, seeds, strict=True)]
 
 
 def render(program: Program, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -73,18 +73,17 @@ def render(program: Program, rows: Sequence[Row]) -> list[np.ndarray]:
 
     Only rows with the same negative prompt share a batch. A batch that is not full is filled up and cut.
     """
-    found: list[list[np.ndarray]] = [[] for _ in rows]
+    pictures: list[list[np.ndarray]] = [[] for _ in rows]
     for negative in dict.fromkeys(row.negative for row in rows):
-        wanted = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
-        noise = {index: program.noise(rows[index].number, rows[index].seed) for index, _ in wanted}
-        for chosen in batches_of(program.record, len(wanted)):  # what fills the last batch up repeats its last image
-            full = [wanted[k] for k in chosen]
-            some = full[: len(np.unique(chosen))]
-            conditions = program.conditions([rows[index].given for index, _ in full], negative)
-            latent = program.denoise(np.stack([noise[index][k] for index, k in full]), conditions)
-            for (index, _), pixels in zip(some, program.decode(latent), strict=False):
-                found[index].append(levels(pixels.transpose(1, 2, 0)))
-    return [np.stack(images) for images in found]
+        images = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
+        noise = {index: program.noise(rows[index].number, rows[index].seed) for index, _ in images}
+        for numbers in batches_of(program.record, len(images)):  # what fills the last batch up repeats its last image
+            batch = [images[number] for number in numbers]
+            conditions = program.conditions([rows[index].subject for index, _ in batch], negative)
+            latent = program.denoise(np.stack([noise[index][k] for index, k in batch]), conditions)
+            for (index, _), pixels in zip(batch[: len(np.unique(numbers))], program.decode(latent), strict=False):
+                pictures[index].append(levels(pixels.transpose(1, 2, 0)))
+    return [np.stack(each) for each in pictures]
 
 
 def levels(pixels: np.ndarray) -> np.ndarray:

@@ -30,9 +30,8 @@ def attention(
         raise Unsupported("with three axes, a soft cap, or both a mask and is_causal")
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=bool(is_causal), scale=scale, enable_gqa=grouped
+        query, key, value, mask, is_causal=bool(is_causal), scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
@@ -105,14 +104,14 @@ def resize(
     keep_aspect_ratio_policy: str = "stretch",
 ) -> Tensor:
     """Resize to whole sizes, each cell the one that its lower corner falls into."""
-    known = (mode, coordinate_transformation_mode, nearest_mode, keep_aspect_ratio_policy)
-    if known != ("nearest", "asymmetric", "floor", "stretch"):
-        raise Unsupported(f"with {', '.join(known)}")
-    wanted = list(sizes) if sizes else [size * scale for size, scale in zip(x.shape, scales or (), strict=True)]
-    whole = [int(size) for size in wanted]
-    if whole != wanted or whole[:2] != list(x.shape[:2]) or x.dim() not in (3, 4, 5):
-        raise Unsupported(f"to {wanted}")
-    return F.interpolate(x, whole[2:], mode="nearest")
+    modes = (mode, coordinate_transformation_mode, nearest_mode, keep_aspect_ratio_policy)
+    if modes != ("nearest", "asymmetric", "floor", "stretch"):
+        raise Unsupported(f"with {', '.join(modes)}")
+    exact = list(sizes) if sizes else [size * scale for size, scale in zip(x.shape, scales or (), strict=True)]
+    shape = [int(size) for size in exact]
+    if shape != exact or shape[:2] != list(x.shape[:2]) or x.dim() not in (3, 4, 5):
+        raise Unsupported(f"to {exact}")
+    return F.interpolate(x, shape[2:], mode="nearest")
 
 
 def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from engines.backend import Launch
 from engines.torchrt.aot import inputs_by_file, load
 from engines.torchrt.capture import Capture
-from engines.torchrt.lift import Lifted, lift
+from engines.torchrt.loader import TorchGraph, module_from_graph
 from engines.torchrt.weights import Weights
 from export.axes import shape_at
 from export.bundle import Bundle
@@ -21,10 +20,10 @@ from export.bundle import Bundle
 Function = Callable[..., Sequence[torch.Tensor]]
 """What runs a graph: tensors in the order of its inputs to tensors in the order of its outputs."""
 
-Make = Callable[[Bundle, str, Lifted], Function]
-"""Makes a function from a bundle, the graph's file name and the lifted graph."""
+Make = Callable[[Bundle, str, TorchGraph], Function]
+"""Makes a function from a bundle, the graph's file name and the graph."""
 
-KEPT_SIZES = 8  # of a graph, where sizes are chosen at run time
+SIZES_AT_ONCE = 8  # of a graph, where sizes are chosen at run time
 
 
 class TorchRunner:
@@ -45,8 +44,10 @@ class TorchRunner:
             where = f"CPU, {count} thread{'s' * (count > 1)}"
         self.label = f"torch {torch.__version__} {way}, {where}"
         self._weights = Weights(bundle.folder, device)
-        self._graphs: dict[str, dict[Any, tuple[Lifted, Function]]] = {}  # by file and shapes, the last used at the end
-        self._making = threading.Lock()
+        self._graphs: dict[
+            str, dict[Any, tuple[TorchGraph, Function]]
+        ] = {}  # by file and shapes, the last used at the end
+        self._lock = threading.Lock()
         self._capture: Capture | None = None
         self._precision: tuple[bool, bool] | None = None
 
@@ -62,9 +63,7 @@ class TorchRunner:
                 self._graph(file, {tensor.name: shape_at(tensor.shape, {}) for tensor in inputs})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._graphs, self._capture = {}, None
         self._weights = Weights(self.bundle.folder, self.device)
         if self._precision:
@@ -85,9 +84,9 @@ class TorchRunner:
         return (source.float() if source.dtype == torch.bfloat16 else source).cpu().numpy()
 
     def bind(self, file: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Launch:
-        lifted, function = self._graph(file, {name: tuple(buffer.shape) for name, buffer in inputs.items()})
-        arguments = [inputs[given.name] for given in lifted.inputs]
-        targets = [(lifted.outputs.index(name), buffer) for name, buffer in outputs.items()]
+        graph, function = self._graph(file, {name: tuple(buffer.shape) for name, buffer in inputs.items()})
+        arguments = [inputs[tensor.name] for tensor in graph.inputs]
+        targets = [(graph.outputs.index(name), buffer) for name, buffer in outputs.items()]
 
         def launch() -> None:
             with torch.no_grad():
@@ -98,44 +97,44 @@ class TorchRunner:
         return launch
 
     def run(self, file: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        lifted, function = self._graph(file, {name: tuple(values.shape) for name, values in inputs.items()})
-        arguments = [_tensor(inputs[given.name]).to(self.device, given.dtype) for given in lifted.inputs]
+        graph, function = self._graph(file, {name: tuple(values.shape) for name, values in inputs.items()})
+        arguments = [_tensor(inputs[tensor.name]).to(self.device, tensor.dtype) for tensor in graph.inputs]
         with torch.no_grad():
             results = function(*arguments)
-        return {name: self.read(result) for name, result in zip(lifted.outputs, results, strict=True)}
+        return {name: self.read(result) for name, result in zip(graph.outputs, results, strict=True)}
 
-    def joined(self, launches: Sequence[Launch]) -> Launch | None:
-        return self._capture.joined(launches) if self._capture else None
+    def capture(self, launches: Sequence[Launch]) -> Launch | None:
+        return self._capture.replay_of(launches) if self._capture else None
 
-    def _graph(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Lifted, Function]:
+    def _graph(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TorchGraph, Function]:
         """Return a graph for inputs of these shapes."""
-        with self._making:
-            known, key = self._graphs.setdefault(file, {}), tuple(sorted(shapes.items()))
-            if key not in known:
-                lifted = lift(self.bundle.folder / file, self._weights, shapes)
-                known[key] = lifted, self._make(self.bundle, file, lifted)
-            known[key] = known.pop(key)
-            for oldest in list(known)[:-KEPT_SIZES]:  # lanes hold on to those that they launch
-                del known[oldest]
-            return known[key]
+        with self._lock:
+            graphs, key = self._graphs.setdefault(file, {}), tuple(sorted(shapes.items()))
+            if key not in graphs:
+                graph = module_from_graph(self.bundle.folder / file, self._weights, shapes)
+                graphs[key] = graph, self._make(self.bundle, file, graph)
+            graphs[key] = graphs.pop(key)
+            for oldest in list(graphs)[:-SIZES_AT_ONCE]:  # contexts hold on to those that they launch
+                del graphs[oldest]
+            return graphs[key]
 
 
-def eager(bundle: Bundle, threads: int | None = None) -> TorchRunner:
+def eager_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
     """Return the runner of backend ``torch``."""
     return TorchRunner(bundle, default_device(), "eager", _eager, threads)
 
 
-def eager_on_cpu(bundle: Bundle, threads: int | None = None) -> TorchRunner:
+def eager_cpu_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
     """Return the runner of backend ``torch-cpu``."""
     return TorchRunner(bundle, torch.device("cpu"), "eager", _eager, threads)
 
 
-def compiled(bundle: Bundle, threads: int | None = None) -> TorchRunner:
+def compiling_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
     """Return the runner of backend ``torch-compile``; graphs are compiled when they first run."""
-    return TorchRunner(bundle, default_device(), "compiled", _compiled, threads)
+    return TorchRunner(bundle, default_device(), "compiled", _compile, threads)
 
 
-def packaged(bundle: Bundle, threads: int | None = None) -> TorchRunner:
+def package_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
     """Return the runner of backend ``torch-aot``, for which ``dipgo build`` has made packages."""
     return TorchRunner(bundle, default_device(), "AOTInductor", load, threads)
 
@@ -145,14 +144,14 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _eager(bundle: Bundle, file: str, lifted: Lifted) -> Function:
-    return lifted.module
+def _eager(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
+    return graph.module
 
 
-def _compiled(bundle: Bundle, file: str, lifted: Lifted) -> Function:
+def _compile(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
     # No CUDA graphs of torch's own: the whole trajectory becomes one.
-    mode = "max-autotune-no-cudagraphs" if lifted.device.type == "cuda" else "default"
-    function: Function = torch.compile(lifted.module, mode=mode, fullgraph=True, dynamic=False)
+    mode = "max-autotune-no-cudagraphs" if graph.device.type == "cuda" else "default"
+    function: Function = torch.compile(graph.module, mode=mode, fullgraph=True, dynamic=False)
     return function
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from dipgo.base.dtypes import BY_ONNX
 from dipgo.base.errors import DipgoError
-from engines.torchrt.operators import DTYPES
 
 
 class Weights:
@@ -20,25 +20,25 @@ class Weights:
         self._files: dict[str, torch.Tensor] = {}
         self._tensors: dict[tuple[str, int, torch.dtype, tuple[int, ...]], torch.Tensor] = {}
 
-    def find(self, stored: ir.ExternalTensor) -> torch.Tensor:
-        """Return a tensor; the same one whenever it is asked for.
+    def find(self, external: ir.ExternalTensor) -> torch.Tensor:
+        """Return a tensor, the same one every time.
 
         Raises:
             DipgoError: a file outside the bundle, or a tensor that does not fit into its file.
         """
-        location, offset, shape = str(stored.location), stored.offset or 0, tuple(stored.shape.numpy())
-        dtype = DTYPES.get(int(stored.dtype))
-        if dtype is None:
+        location, offset, shape = str(external.location), external.offset or 0, tuple(external.shape.numpy())
+        if int(external.dtype) not in BY_ONNX:
             raise DipgoError(
-                f"{self.folder / location}: torch takes no weights of type {stored.dtype}; export it again"
+                f"{self.folder / location}: torch takes no weights of type {external.dtype}; export it again"
             )
+        dtype = BY_ONNX[int(external.dtype)].torch
         key = (location, offset, dtype, shape)
         if key not in self._tensors:
             size = prod(shape) * dtype.itemsize
-            held = self._file(location)
-            if stored.length not in (None, size) or offset + size > len(held):
-                raise DipgoError(f"{self.folder / location}: '{stored.name}' lies outside the file; export it again")
-            part = held[offset : offset + size]
+            content = self._file(location)
+            if external.length not in (None, size) or offset + size > len(content):
+                raise DipgoError(f"{self.folder / location}: '{external.name}' lies outside the file; export it again")
+            part = content[offset : offset + size]
             if offset % dtype.itemsize:
                 part = part.clone()  # torch reads no tensors across the boundaries of its elements
             self._tensors[key] = part.view(dtype).reshape(shape).to(self.device)

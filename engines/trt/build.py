@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import full_disk
+from dipgo.base.records import Record
 from engines.cuda.runtime import Device, find_device
-from engines.trt.library import Library, find_library, named
+from engines.trt.library import Library, find_library, library_named
 from engines.trt.loader import BuildOptions, Graph, plan_from_graph
 from engines.trt.processes import each
 from engines.trt.store import EngineRecord, engine_path, find_engine, graphs_of, key_of, save_engine
@@ -27,19 +28,19 @@ WAITING = "waiting for another build of this bundle"
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine of a bundle; ``built`` says that it was not there before."""
+    """An engine of a bundle; ``is_new`` says that it was not there before."""
 
     path: Path
     record: EngineRecord
-    built: bool
+    is_new: bool
 
 
 @dataclass(frozen=True)
-class Built:
+class Build:
     """What a build came to.
 
     Attributes:
-        engines: one a graph, in the bundle's order.
+        engines: one per graph, in the bundle's order.
         library: what they are for, as ``tensorrt-rtx 1.7.1.116``.
         target: the GPUs that they run on.
         device: the GPU of this machine; None where there is none to run them.
@@ -57,7 +58,7 @@ def build(
     force: bool = False,
     options: BuildOptions | None = None,
     report: Report = lambda phase, done, total, figure: None,
-) -> Built:
+) -> Build:
     """Build the TensorRT engines of a bundle that it does not hold yet; a killed build goes on where it was.
 
     Args:
@@ -80,25 +81,24 @@ def build(
             f"{library.name} makes engines without weights only where there is a GPU; build without --strip"
         )
     tasks = [_task(bundle, graph, library, target, options) for graph in graphs_of(bundle.record)]
-    found = {} if force else _found(tasks)
-    built: dict[str, EngineRecord] = {}
-    if len(found) < len(tasks):
+    records = {} if force else _engines_there(tasks)
+    new: list[str] = []
+    if len(records) < len(tasks):
         open_bundle(bundle.folder)
         with _alone(tasks[0].engine.parent, report):
-            found = {} if force else _found(tasks)  # another process may have built them
-            missing = [task for task in tasks if task.graph.file not in found]
+            records = {} if force else _engines_there(tasks)  # another process may have built them
+            missing = [task for task in tasks if task.graph.file not in records]
             missing.sort(key=lambda task: -_cost(bundle, task.graph))
-            report("build", len(found), len(tasks), "")
-            for record in each(make_engine, missing, workers, lambda task: str(task.path)):
-                built[record.graph] = record
-                report("build", len(found) + len(built), len(tasks), record.graph)
-    records = found | built
-    engines = [Engine(task.engine, records[task.graph.file], task.graph.file in built) for task in tasks]
-    return Built(engines, f"{library.name} {library.version}", target, device)
+            report("build", len(records), len(tasks), "")
+            for record in build_all(missing, workers):
+                records[record.graph] = record
+                new.append(record.graph)
+                report("build", len(records), len(tasks), record.graph)
+    engines = [Engine(task.engine, records[task.graph.file], task.graph.file in new) for task in tasks]
+    return Build(engines, f"{library.name} {library.version}", target, device)
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(Record):
     """An engine to build: everything that a child process needs to know."""
 
     path: Path
@@ -112,10 +112,17 @@ class Task:
     timing: Path | None
 
 
+def build_all(tasks: list[Task], workers: int) -> Iterator[EngineRecord]:
+    """Build engines in child processes; yield their records as they are there."""
+    messages = [(str(task.path), task.model_dump(mode="json")) for task in tasks]
+    for answer in each("engines.trt.worker", messages, workers):
+        yield EngineRecord.model_validate(answer)
+
+
 def make_engine(task: Task) -> EngineRecord:
     """Build one engine and write it."""
     start = time.perf_counter()
-    library = named(task.library)
+    library = library_named(task.library)
     plan = plan_from_graph(library, task.path, task.graph, task.axes, task.options, task.timing)
     facts = {
         "graph": task.graph.file,
@@ -123,7 +130,7 @@ def make_engine(task: Task) -> EngineRecord:
         "library": library.name,
         "version": library.version,
         "target": task.target,
-        "options": task.options.record(),
+        "options": task.options.model_dump(),
         "inputs": list(task.graph.inputs),
         "outputs": list(task.graph.outputs),
         "layers": plan.layers,
@@ -135,29 +142,27 @@ def make_engine(task: Task) -> EngineRecord:
 
 def _task(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> Task:
     return Task(
-        bundle.folder / graph.file,
-        graph,
-        dict(bundle.record.axes),
-        engine_path(bundle, graph, library, target),
-        key_of(bundle, graph, library, target, options),
-        library.name,
-        target,
-        options,
-        timing_file(library, target),
+        path=bundle.folder / graph.file,
+        graph=graph,
+        axes=dict(bundle.record.axes),
+        engine=engine_path(bundle, graph, library, target),
+        key=key_of(bundle, graph, library, target, options),
+        library=library.name,
+        target=target,
+        options=options,
+        timing=timing_file(library, target),
     )
 
 
-def _found(tasks: list[Task]) -> dict[str, EngineRecord]:
-    found = {task.graph.file: find_engine(task.engine, task.key) for task in tasks}
-    return {file: record for file, record in found.items() if record is not None}
+def _engines_there(tasks: list[Task]) -> dict[str, EngineRecord]:
+    records = {task.graph.file: find_engine(task.engine, task.key) for task in tasks}
+    return {file: record for file, record in records.items() if record is not None}
 
 
 def _cost(bundle: Bundle, graph: Graph) -> int:
     """Return a graph's MACs, to begin with the largest: the text encoder's and decoder's are not known."""
     record = bundle.record
-    known = {part.file: part.macs for part in record.graphs.values()}
-    known |= {part.file: part.macs for part in record.prologues}
-    return known.get(graph.file, 0)
+    return {part.file: part.macs for part in (*record.graphs.values(), *record.prologues)}.get(graph.file, 0)
 
 
 @contextmanager

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from engines.cuda.runtime import Device
 
 RTX_LEAST = 80  # compute capability from which TensorRT-RTX's portable engines run
+
+DTYPES = (Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16, Dtype.INT64, Dtype.INT32, Dtype.BOOL)
+"""What goes in and out of engines."""
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -65,13 +69,13 @@ def find_library(device: Device | None) -> Library:
     order = ["tensorrt", "tensorrt-rtx"] if device is not None else ["tensorrt-rtx", "tensorrt"]
     for name in order:
         try:
-            return named(name)
+            return library_named(name)
         except ImportError:
             continue
     raise DipgoError("TensorRT is not installed; run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116")
 
 
-def named(name: str) -> Library:
+def library_named(name: str) -> Library:
     """Return the library of this name.
 
     Raises:
@@ -100,13 +104,5 @@ def listener(library: Library) -> tuple[Any, list[str]]:
 
 
 def dtype_names(library: Library) -> dict[Any, str]:
-    """Return numpy's names of the library's types (``bfloat16`` beside them)."""
-    kinds = library.module.DataType
-    return {
-        kinds.FLOAT: "float32",
-        kinds.HALF: "float16",
-        kinds.BF16: "bfloat16",
-        kinds.INT64: "int64",
-        kinds.INT32: "int32",
-        kinds.BOOL: "bool",
-    }
+    """Return the names of types (see :class:`Dtype`) by the library's own."""
+    return {getattr(library.module.DataType, dtype.tensorrt): dtype.value for dtype in DTYPES}

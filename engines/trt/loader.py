@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dipgo.base.errors import DipgoError
+from dipgo.base.records import Record
 from engines.trt.library import Library, dtype_names, listener
 from engines.trt.timing import add_timings, use_timings
 from export.axes import profile_of
@@ -17,8 +18,7 @@ from export.bundle import AxisRecord, TensorRecord
 LEVEL = 3  # of the builder's optimisation, 0 to 5
 
 
-@dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(Record):
     """What changes an engine beside its graph.
 
     Attributes:
@@ -27,17 +27,13 @@ class BuildOptions:
 
     strip: bool = False
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Graph:
+class Graph(Record):
     """A graph of a bundle: its file's name and what goes in and out."""
 
     file: str
-    inputs: Sequence[TensorRecord]
-    outputs: Sequence[TensorRecord]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
 
 
 @dataclass(frozen=True)
@@ -145,28 +141,26 @@ def _parse(library: Library, builder: Any, logger: Any, path: Path) -> Any:
     if parser.parse_from_file(str(path)):
         return network
     error = parser.get_error(0) if parser.num_errors else None
-    detail = f"{error.node_operator()}: {' '.join(error.desc().split())}"[:300] if error else "no reason given"
+    detail = f"{error.node_operator()}: {' '.join(error.desc().split())}"[:300] if error else "it gives no reason"
     raise DipgoError(f"{path}: {library.name} {library.version} does not take it ({detail}); export it again")
 
 
 def _check(library: Library, network: Any, graph: Graph, path: Path) -> None:
     """Compare the network's inputs and outputs with those that the bundle records."""
     names = dtype_names(library)
-    found = {
-        "inputs": [network.get_input(index) for index in range(network.num_inputs)],
-        "outputs": [network.get_output(index) for index in range(network.num_outputs)],
-    }
-    for kind, expected in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        have = {tensor.name: (names.get(tensor.dtype), tuple(tensor.shape)) for tensor in found[kind]}
-        want = {
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for kind, tensors, records in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
+        actual = {tensor.name: (names.get(tensor.dtype), tuple(tensor.shape)) for tensor in tensors}
+        expected = {
             tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
-            for tensor in expected
+            for tensor in records
         }
-        if have != want:
-            differing = min(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        if actual != expected:
+            name = min(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
             raise DipgoError(
-                f"{path}: {kind} differ from the bundle's record: {differing} is {have.get(differing)}, recorded "
-                f"{want.get(differing)}; export it again"
+                f"{path}: {kind} differ from the bundle's record: {name} is {actual.get(name)}, recorded "
+                f"{expected.get(name)}; export it again"
             )
 
 
@@ -185,4 +179,4 @@ def _let_attention_decompose(library: Library, network: Any) -> None:
 
 
 def _last(errors: Sequence[str]) -> str:
-    return errors[-1][:300] if errors else "no reason given"
+    return errors[-1][:300] if errors else "it gives no reason"

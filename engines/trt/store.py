@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of, sha256_of_json
 from dipgo.base.records import Record, read_record
@@ -24,8 +25,6 @@ from export.bundle import Bundle, BundleRecord, TensorRecord
 FOLDER = "engines"
 SCHEMA = "dipgo.engine/1"
 RECIPE = 1  # raised whenever engines are built in another way, so that older ones are built again
-
-PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class EngineRecord(Record):
@@ -49,12 +48,12 @@ class EngineRecord(Record):
 
 def graphs_of(record: BundleRecord) -> list[Graph]:
     """Return all graphs of a bundle, those of the loop first."""
-    return [Graph(file, inputs, outputs) for file, (inputs, outputs) in record.tensors.items()]
+    return [Graph(file=file, inputs=inputs, outputs=outputs) for file, (inputs, outputs) in record.tensors.items()]
 
 
 def engine_path(bundle: Bundle, graph: Graph, library: Library, target: str) -> Path:
     """Return where a graph's engine lies: the graph, the library and its version, the GPU, the precision."""
-    precision = PRECISION[bundle.record.dtype]
+    precision = Dtype(bundle.record.dtype).short
     name = f"{Path(graph.file).stem}.{library.name}-{library.version}.{target}.{precision}.engine"
     return bundle.folder / FOLDER / name
 
@@ -79,7 +78,7 @@ def key_of(bundle: Bundle, graph: Graph, library: Library, target: str, options:
             "dtype": record.dtype,
             "inputs": [tensor.model_dump() for tensor in graph.inputs],
             "axes": {name: axis.model_dump() for name, axis in record.axes.items()},
-            "options": options.record(),
+            "options": options.model_dump(),
         }
     )
 

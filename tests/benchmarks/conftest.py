@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.bench.baselines import BASELINES
 from benchmarks.bench.bench import bench
+from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.suite import Suite
 from benchmarks.progress import silent
@@ -53,5 +54,5 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Re
     baselines = {**BASELINES, "crash": crash}
     settings = Suite(about="small", images=9, repeats=4, seconds=0, threads=1, processes=2, patience=60)
     settings = settings.changed(scopes=["loop", "pipeline", "step"])
-    report = bench(bundle, folder, suite=settings, progress=silent, baselines=baselines)
+    report = bench(bundle, folder, BenchConfig(suite=settings), progress=silent, baselines=baselines)
     return report, folder

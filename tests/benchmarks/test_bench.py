@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 
+import dipgo
 from benchmarks.bench.baselines import full, uniform_reuse
 from benchmarks.bench.bench import bench
+from benchmarks.bench.config import BenchConfig
+from benchmarks.bench.page import table
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
-from benchmarks.pages.gpu import table
 from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.model.models import find_model
 from dipgo.searching.task import make_task
 from export.compiler import compile_subnet
+from export.config import ExportConfig
 from tests.benchmarks.test_parity import perturb_the_weights
 from tests.models import random_subnet, tiny_dit, tiny_sd
 
@@ -87,7 +90,7 @@ def test_a_wrong_program_gets_no_speed_and_no_report(bundle: Path, tmp_path: Pat
     perturb_the_weights(wrong)
     phases: set[str] = set()
     with pytest.raises(DipgoError, match=r"parity failed, relative error .* nothing was measured") as caught:
-        bench(wrong, output, threads=1, progress=lambda phase, *_: phases.add(phase))
+        bench(wrong, output, BenchConfig(threads=1), progress=lambda phase, *_: phases.add(phase))
     assert "\n" not in str(caught.value)
     assert not any(phase in ("load", "make images") or phase.startswith("time") for phase in phases)
     assert "verify: compiled" in phases
@@ -103,8 +106,8 @@ def test_an_existing_output_is_refused_before_any_work(bundle: Path, tmp_path: P
 
 
 def test_too_few_images_are_refused(bundle: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="at least 8"):
-        bench(bundle, tmp_path / "report", images=7, progress=silent)
+    with pytest.raises(UsageError, match="images = 7: should be greater than or equal to 8"):
+        dipgo.bench(bundle, tmp_path / "report", images=7, progress=False)
 
 
 def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Path):
@@ -112,7 +115,7 @@ def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Pa
         raise RuntimeError("no")
 
     with pytest.raises(DipgoError, match="full program cannot be measured"):
-        bench(bundle, tmp_path / "report", threads=1, progress=silent, baselines={"full": crash})
+        bench(bundle, tmp_path / "report", BenchConfig(threads=1), progress=silent, baselines={"full": crash})
     assert not list(tmp_path.iterdir())
 
 
@@ -120,10 +123,12 @@ def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     """Baselines have the bundle's dtype; the page shows the prompts."""
     task = make_task(find_model(tiny_sd(tmp_path / "model")), 4, guidance_scale=4.0)
     subnet = random_subnet(task.trace, task.sampler, seed=2)
-    compile_subnet(subnet, task.model, tmp_path / "bundle", dtype="fp16")
+    compile_subnet(subnet, task.model, tmp_path / "bundle", ExportConfig(dtype="fp16"))
     baselines = {"full": full, "uniform reuse": uniform_reuse}
     suite = Suite(about="small", images=8, repeats=3, seconds=0, threads=1, scopes=["loop"])
-    report = bench(tmp_path / "bundle", tmp_path / "report", suite=suite, progress=silent, baselines=baselines)
+    report = bench(
+        tmp_path / "bundle", tmp_path / "report", BenchConfig(suite=suite), progress=silent, baselines=baselines
+    )
     assert [row.error for row in report.rows] == [None] * 3
     assert {row.parity.dtype for row in report.rows} == {"float16"}
     assert all(row.parity.passed for row in report.rows)
@@ -136,7 +141,7 @@ def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
     """Without a decoder in the bundle, the pipeline in torch leaves its own out too."""
     task = make_task(find_model(make(tmp_path / "model")), 4, guidance_scale=4.0)
     subnet = random_subnet(task.trace, task.sampler, seed=2)
-    compile_subnet(subnet, task.model, tmp_path / "bundle", whole=False)
+    compile_subnet(subnet, task.model, tmp_path / "bundle", ExportConfig(pipeline=False))
     suite = Suite(
         about="small",
         baselines=["eager torch"],
@@ -148,7 +153,7 @@ def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
         converged_images=2,
         converged_steps=5,
     )
-    report = bench(tmp_path / "bundle", tmp_path / "report", suite=suite, progress=silent)
+    report = bench(tmp_path / "bundle", tmp_path / "report", BenchConfig(suite=suite), progress=silent)
     assert report.parity.passed
     assert [row.error for row in report.rows] == [None] * 3
     eager = report.rows[-1]

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from benchmarks.bench.baselines import fewer_steps, full, uniform_reuse
 from benchmarks.bench.bench import bench
+from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.suite import Suite
 from tests.benchmarks.test_parity import change_a_table, reseal, scale
@@ -78,7 +79,7 @@ def report(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportReco
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(scratch))
         baselines = {"full": full, "wrong": uniform_reuse, "crashes": fewer_steps}
-        made = bench(slowed, scratch / "report", suite=suite, progress=inject, baselines=baselines)
+        made = bench(slowed, scratch / "report", BenchConfig(suite=suite), progress=inject, baselines=baselines)
     assert done == {"wrong", "crash"}
     page = (scratch / "report" / "report.html").read_text()
     summary = (scratch / "report" / "report.md").read_text()

@@ -22,6 +22,7 @@ from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import tabulate
 from dipgo.schedule.subnet import SubNet
 from export.compiler import compile_subnet
+from export.config import ExportConfig
 from tests.benchmarks.test_parity import scale_a_weight
 from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
 
@@ -60,7 +61,7 @@ def subnet(model: Model) -> SubNet:
 def compiled(model: Model, subnet: SubNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For two images a call."""
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    compile_subnet(subnet, model, folder, batch=2)
+    compile_subnet(subnet, model, folder, ExportConfig(batch=2))
     return folder
 
 
@@ -122,7 +123,7 @@ def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled
 def test_half_precision_is_judged_by_its_own_rounding(name: str, tiny_dit: str, tmp_path: Path):
     model = find_model(tiny_dit if name == "dit" else MAKERS[name](tmp_path / "model"))
     folder = tmp_path / "bundle"
-    compile_subnet(subnet_for(model), model, folder, dtype="fp16")
+    compile_subnet(subnet_for(model), model, folder, ExportConfig(dtype="fp16"))
     parity = verify(folder, progress=silent)
     assert parity.passed
     assert parity.dtype == "float16"
@@ -164,7 +165,7 @@ def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
         (folder / part / "diffusion_pytorch_model.safetensors").unlink()
     model = find_model(str(folder), random_weights=True)
     bundle = tmp_path / "bundle"
-    record = compile_subnet(subnet_for(model), model, bundle, dtype=short)
+    record = compile_subnet(subnet_for(model), model, bundle, ExportConfig(dtype=short))
     assert record.random_weights
     assert record.conditioning.encoder is None
     assert verify(bundle, progress=silent).passed

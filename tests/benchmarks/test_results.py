@@ -1,31 +1,48 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from benchmarks.pages import results
+from benchmarks.pages import places, results
+from benchmarks.pages.render import today
 from dipgo.base.errors import DipgoError
 
+COMMITTED = sorted((results.ROOT / "benchmarks" / "results").glob("*.json"))
+PAGES = sorted((results.ROOT / "docs" / "results").glob("*.md"))
 
-def test_the_committed_file_is_what_the_results_say():
-    assert results.OUTPUT.read_text() == results.text(), "run: python -m benchmarks.results"
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with one page, and no results yet."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "page.md").write_text("# How fast\n")
+    return tmp_path
 
 
-def test_every_result_is_in_it_with_its_command():
-    text = results.text()
-    for path in results.RESULTS.glob("*.json"):
-        assert f"### {path.stem}\n" in text
-        assert f"(results/{path.name})" in text
+def test_the_committed_pages_are_what_the_results_say():
+    for page, text in results.written().items():
+        assert page.read_text() == text, f"{page.name}; run: python -m benchmarks.results"
+
+
+def test_every_result_is_on_one_page_with_its_command():
+    text = {page: page.read_text() for page in PAGES}
+    homes = [name for page in PAGES for name in places.names(text[page])]
+    assert sorted(homes) == sorted(path.stem for path in COMMITTED)
+    for path in COMMITTED:
+        page = next(page for page in PAGES if path.stem in places.names(text[page]))
+        assert f"(../../benchmarks/results/{path.name})" in text[page]
         command = json.loads(path.read_text()).get("command")
-        assert command is None or f"`{command}`" in text
+        assert command is None or today(f"`{command}`") in text[page]
 
 
 def test_a_command_writes_the_result_that_names_it():
     """Copied as it stands, none replaces another result."""
-    for path in results.RESULTS.glob("*.json"):
+    for path in COMMITTED:
         command = json.loads(path.read_text()).get("command") or ""
         named = {Path(part).name for part in command.split() if "benchmarks/results/" in part}
         assert named <= {path.name}, path.name
@@ -33,32 +50,77 @@ def test_a_command_writes_the_result_that_names_it():
 
 def test_the_published_schema_still_holds_of_the_committed_gpu_reports():
     schema = json.loads((results.ROOT / "benchmarks" / "schemas" / "gpu-1.json").read_text())
-    reports = [json.loads(path.read_text()) for path in results.RESULTS.glob("gpu-*.json")]
+    reports = [json.loads(path.read_text()) for path in COMMITTED if path.name.startswith("gpu-")]
     assert [report["schema"] for report in reports] == ["dipgo.gpu/1"] * 2
     for report in reports:
         jsonschema.validate(report, schema)
 
 
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    text = results.text()
+def test_records_are_shown_with_todays_names():
+    recorded = "`python -m benchmarks.search_table found --publish search-dpm -o x.json`, best fixed policy of all"
+    assert today(recorded) == "`python -m benchmarks.studies.search_table found -o x.json`, best fixed schedule of all"
+    assert today("`python -m benchmarks.export_table --publish`") == "`python -m benchmarks.studies.export_table`"
+    kept = "`python -m benchmarks.gpu -o build/gpu`, a SubNet that is published"
+    assert today(kept) == kept
+
+
+def test_what_is_missing_is_said(repository: Path):
+    index = repository / "benchmarks" / "RESULTS.md"
+    text = results.written(repository)[index]
     for name in ("quick", "quality", "sd15", "sdxl", "dit-xl", "pixart"):
         assert f"--suite {name}" in text
-    assert text.count("not measured yet") == text.count("\n## ")
-    (tmp_path / "new.json").write_text('{"command": "measure it", "images_per_s": 5.5, "runs": [1, 2]}')
-    text = results.text()
+    new = repository / "benchmarks" / "results" / "new.json"
+    new.write_text('{"command": "measure it", "images_per_s": 5.5, "runs": [1, 2]}')
+    text = results.written(repository)[index]
+    assert "| [new](results/new.json) | [below](#new) | commit not recorded |" in text
     assert "| images_per_s | 5.5 |\n| runs | 1, 2 |" in text
-    assert "commit not recorded" in text
-    (tmp_path / "new.json").write_text('{"schema": "dipgo.report/1"}')
+    new.write_text('{"schema": "dipgo.report/1"}')
     with pytest.raises(DipgoError, match=r"new\.json: not a result that can be shown"):
-        results.text()
+        results.written(repository)
 
 
-def test_the_check_fails_on_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(results, "OUTPUT", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    results.main([])
-    results.main(["--check"])
-    (tmp_path / "RESULTS.md").write_text("typed")
-    with pytest.raises(SystemExit, match="run: python -m"):
-        results.main(["--check"])
+def test_a_result_goes_where_a_page_has_its_place(repository: Path):
+    page, index = repository / "docs" / "results" / "page.md", repository / "benchmarks" / "RESULTS.md"
+    page.write_text("# How fast\n\n<!-- new:begin -->\nold\n<!-- new:end -->\n\nbelow\n")
+    (repository / "benchmarks" / "results" / "new.json").write_text('{"images_per_s": 5.5}')
+    results.main([], repository)
+    text = page.read_text()
+    assert text.startswith("# How fast\n\n<!-- new:begin -->\n| figure | value |")
+    assert text.endswith("commit not recorded.\n<!-- new:end -->\n\nbelow\n")
+    assert "| [new](results/new.json) | [How fast](../docs/results/page.md) |" in index.read_text()
+    assert "5.5" not in index.read_text()
+    page.write_text("<!-- missing:begin -->\n<!-- missing:end -->\n")
+    with pytest.raises(DipgoError, match="no result is called 'missing'"):
+        results.written(repository)
+
+
+def test_the_check_fails_on_another_file(repository: Path):
+    shutil.copy(COMMITTED[0], repository / "benchmarks" / "results")
+    page = repository / "docs" / "results" / "page.md"
+    page.write_text(f"<!-- {COMMITTED[0].stem}:begin -->\n<!-- {COMMITTED[0].stem}:end -->\n")
+    results.main([], repository)
+    results.main(["--check"], repository)
+    for file in (page, repository / "benchmarks" / "RESULTS.md"):
+        right = file.read_text()
+        file.write_text(right.replace("commit", "a typed word"))
+        with pytest.raises(SystemExit, match="run: python -m"):
+            results.main(["--check"], repository)
+        file.write_text(right)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- a:begin -->\nno end",
+        "<!-- a:end -->\n<!-- a:begin -->",
+        "<!-- a:begin -->\n<!-- b:begin -->\n<!-- b:end -->\n<!-- a:end -->",
+        "<!-- a:begin -->\n<!-- a:end -->\n<!-- b:end -->",
+    ],
+)
+def test_a_page_with_damaged_markers_is_refused(page: str):
+    with pytest.raises(DipgoError, match="mend the page's markers"):
+        places.fill(page, lambda name: "table")
+
+
+def test_a_page_without_places_stays():
+    assert places.fill("nothing\n", lambda name: "table") == "nothing\n"

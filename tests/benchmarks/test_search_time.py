@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.studies import search_time
 from dipgo.base.errors import DipgoError
-from dipgo.searching.settings import PRESETS
+from dipgo.searching.config import PRESETS
 
 
 @pytest.mark.parametrize("budgets", ["0.6", "0.4,0.6"])
@@ -18,7 +18,7 @@ def test_a_sweep_is_timed_in_a_process_of_its_own(tiny_dit: str, tmp_path: Path,
     assert record.sampler == "DPMSolverMultistepScheduler"
     assert [found.budget for found in record.searches] == sorted(map(float, budgets.split(",")), reverse=True)
     for found in record.searches:
-        assert found.iterations >= round(PRESETS["quick"].backup_iterations / found.budget)
+        assert found.iterations >= round(PRESETS["quick"]["backup_iterations"] / found.budget)
         assert 0 < found.gradient_seconds < found.seconds
         assert found.peak_bytes > 50_000_000, "torch alone takes more"
         assert found.held_out_psnr_db > 0

@@ -11,11 +11,13 @@ from dipgo.base.errors import DipgoError
 from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile, timed
 from dipgo.model.models import find_model
 from dipgo.schedule.cost import cost_of
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
-from dipgo.searching.settings import Settings
 from dipgo.searching.task import make_task
 
-QUICK = Settings(
+QUICK = SearchConfig(
+    steps=8,
+    budget=0.51,
     batch=2,
     pool=4,
     held_out=2,
@@ -79,7 +81,7 @@ def test_budget_is_a_share_of_the_time(task):
     nanoseconds = [1] * len(task.trace.sites)
     nanoseconds[0] = 1_000_000
     profile = made_up(task, nanoseconds)
-    subnet = search(task, 0.51, settings=QUICK, profile=profile)
+    subnet = search(task, QUICK, profile=profile)
     assert subnet.search["cost"]["kind"] == "latency"
     assert LatencyProfile.model_validate(subnet.search["cost"]["profile"]) == profile
     assert subnet.gates[:, 0].sum() == 4

@@ -23,18 +23,18 @@ from dipgo.schedule.policies import SPACINGS, spaced
 from dipgo.schedule.subnet import load_subnet, weights_file
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.checkpoint import read_checkpoint
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.gate_training import budgeted_scores, paper_scores
 from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run, open_run
 from dipgo.searching.search import search
-from dipgo.searching.settings import settings_of
 from dipgo.searching.task import Pool, make_task
 from dipgo.searching.training_loop import Descent, optimise
 
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
-SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "width": 16, "gate_iterations": 12, "backup_iterations": 30}
+SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "backup_iterations": 30}
 SETTINGS |= {"drops": 3, "drops_on": 2, "contenders": 2, "trial_iterations": 2}
 
 
@@ -254,16 +254,16 @@ def command(model, output, folder, *more, settings=SETTINGS):
 @pytest.mark.parametrize("method", ["dipgo", "paper"])
 def test_a_search_with_everything_switched_on(task, method, tmp_path):
     """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
-    pairs = [f"{name}={value}" for name, value in SETTINGS.items() if "iterations" not in name]
-    pairs += ["gate_iterations=3", "backup_iterations=3", "precision=fp16", "recompute=true", "loss=0.5*ssim+l1+latent"]
-    pairs += ["accumulate=2", "warmup=1", "clip=1", "attention=both", "heads=2", "layers=2", "hidden=8", "pool=0"]
-    settings = settings_of(method, "default", pairs)
-    subnet = search(task, 0.6, method, settings, run_folder=tmp_path / "run", tensorboard=True)
+    settings = {name: value for name, value in SETTINGS.items() if "iterations" not in name}
+    settings |= {"gate_iterations": 3, "backup_iterations": 3, "precision": "fp16", "recompute": True, "pool": 0}
+    settings |= {"loss": "0.5*ssim+l1+latent", "accumulate": 2, "warmup": 1, "attention": "both", "width": 16}
+    settings |= {"heads": 2, "layers": 2, "hidden": 8, "run_folder": tmp_path / "run", "tensorboard": True}
+    subnet = search(task, SearchConfig(**{"steps": STEPS, "budget": 0.6, "method": method, **settings}))
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    gates = "gates" if method == "paper" else "gates-0.6"
-    assert [line["iteration"] for line in lines if line["phase"] == gates] == [1, 2, 3]
+    phase, count = ("gates", 3) if method == "paper" else ("trial-0.6-0", 3)
+    assert [line["iteration"] for line in lines if line["phase"] == phase] == list(range(1, count + 1))
     assert all(0 < line["kept"] <= 1 and math.isfinite(line["loss"]) for line in lines)
 
 
@@ -271,10 +271,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 
 
 def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
-    """SIGKILL in the phase of gates, then in that of backups; what comes out is the same to the last bit."""
+    """SIGKILL in a trial, then when backups learn to the end; what comes out is the same to the last bit."""
     folder = tmp_path / "run"
-    settings = SETTINGS | {"checkpoint_iterations": 3}
-    for phase, after, more in (("gates-0.6", 5, ()), ("backups-0.6", 10, ("--resume",))):
+    settings = SETTINGS | {"trial_iterations": 6, "checkpoint_iterations": 3}
+    for phase, after, more in (("trial-0.6-1", 5, ()), ("backups-0.6", 10, ("--resume",))):
         arguments = command(tiny_dit, tmp_path / "killed.json", folder, *more, settings=settings)
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         journal = folder / "journal.jsonl"
@@ -291,8 +291,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
     last = command(tiny_dit, tmp_path / "killed.json", folder, "--resume", settings=resumed)
     subprocess.run(last, env=ENVIRONMENT, check=True, capture_output=True)
     killed = load_subnet(tmp_path / "killed.json")
-    pairs = [f"{name}={value}" for name, value in settings.items()]
-    straight = search(make_task(find_model(tiny_dit), STEPS), 0.6, settings=settings_of("dipgo", "default", pairs))
+    config = SearchConfig(**{"steps": STEPS, "budget": 0.6, **settings})
+    straight = search(make_task(find_model(tiny_dit), STEPS), config)
     assert killed.weights
     assert np.array_equal(killed.gates, straight.gates)
     assert_close(killed.weights, straight.weights, 0)
@@ -301,9 +301,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
 
 def test_a_finished_search_resumed_says_the_same(task, tmp_path):
     """The seconds that it took among the rest, though nothing is searched again."""
-    settings = settings_of("dipgo", "default", [f"{name}={value}" for name, value in SETTINGS.items()])
-    first = search(task, 0.6, settings=settings, run_folder=tmp_path / "run")
-    again = search(task, 0.6, settings=settings, run_folder=tmp_path / "run", resume=True)
+    config = SearchConfig(**{"steps": STEPS, "budget": 0.6, "run_folder": tmp_path / "run", **SETTINGS})
+    first, again = search(task, config), search(task, config.changed(resume=True))
     assert again.search == first.search
 
 
@@ -340,7 +339,7 @@ def test_a_real_disk_that_fills(tiny_dit, tmp_path):
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        settings = SETTINGS | {"gate_iterations": 0, "checkpoint_iterations": 3}
+        settings = SETTINGS | {"checkpoint_iterations": 3}
         arguments = command(tiny_dit, tmp_path / "out.json", disk / "run", settings=settings)
         filler = disk / "filler"  # takes what the first checkpoint leaves
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -377,7 +376,6 @@ from dipgo.searching.distributed import processes
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import search
-from dipgo.searching.settings import settings_of
 from dipgo.searching.task import Pool, make_task
 
 def both(model, images):
@@ -416,7 +414,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
 
 def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "s.json"
-    settings = SETTINGS | {"gate_iterations": 2, "backup_iterations": 5}
+    settings = SETTINGS | {"backup_iterations": 5}
     arguments = [*LAUNCH, *command(tiny_dit, output, folder, settings=settings)[1:]]
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

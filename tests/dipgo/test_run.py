@@ -152,7 +152,7 @@ def test_what_is_due():
 def test_seconds_add_up_over_the_processes_that_worked(tmp_path, monkeypatch):
     """What was done after the last checkpoint is done again, and counts once."""
     now = [100.0]
-    monkeypatch.setattr("dipgo.searching.clock.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dipgo.searching.journal.time.monotonic", lambda: now[0])
     run = open_run(tmp_path / "run", SETTINGS)
     run.clock.start("0.5")
     now[0] += 7

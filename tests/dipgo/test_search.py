@@ -1,7 +1,5 @@
 """The search: budgets are met, dependencies respected, and what is returned is the best on held-out noise."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -17,18 +15,21 @@ from dipgo.schedule.cost import trajectory_macs
 from dipgo.schedule.gates_at_budget import gates_at_budget
 from dipgo.schedule.policies import SPACINGS, computed_steps, extrapolation, policies
 from dipgo.searching.backup_fit import Backups, learn_backups
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.gate_training import dependent_shares
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import final_latent, psnr
 from dipgo.searching.pruner import Pruner, straight_through
 from dipgo.searching.run_folder import Run
-from dipgo.searching.search import Settings, search
+from dipgo.searching.search import search
 from dipgo.searching.task import Pool, make_task
 from dipgo.searching.training_loop import Descent
 from tests.models import tiny_unet
 
 STEPS = 8
-TINY = Settings(
+TINY = SearchConfig(
+    steps=STEPS,
+    budget=0.5,
     batch=4,
     pool=32,
     held_out=8,
@@ -198,7 +199,7 @@ def test_shares_count_dependents(unet):
 
 @pytest.mark.parametrize("method", ["dipgo", "paper"])
 def test_search_returns_the_best_candidate(task, method):
-    subnet = search(task, 0.5, method, replace(TINY, gate_iterations=2))
+    subnet = search(task, TINY.changed(method=method, gate_iterations=2))
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
     assert 0.4 <= subnet.cost.ratio <= 0.5
@@ -209,18 +210,19 @@ def test_search_returns_the_best_candidate(task, method):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_learning_begins_no_worse_than_the_fixed_policy_of_the_same_gates(task, seed):
-    one_noise = Settings(held_out=8, drops=0, drops_on=1, contenders=40, trial_iterations=0, backup_iterations=0)
-    judged = search(task, 0.5, settings=one_noise, seed=seed).search["held_out_psnr_db"]
+    one_noise = {"held_out": 8, "drops": 0, "drops_on": 1, "contenders": 40, "trial_iterations": 0}
+    config = SearchConfig(steps=STEPS, budget=0.5, seed=seed, backup_iterations=0, **one_noise)
+    judged = search(task, config).search["held_out_psnr_db"]
     begun = {name: db for name, db in judged.items() if ", slope" in name}
     assert begun
     assert [name for name, db in begun.items() if db < judged[name.rsplit(", slope", 1)[0]] - 2e-3] == []
 
 
 def test_a_subnet_says_what_it_was_searched_on(task, tiny_dit):
-    settings = replace(TINY, backup_iterations=0, drops=0)
+    config = TINY.changed(backup_iterations=0, drops=0)
     one_class = make_task(find_model(tiny_dit), STEPS, classes="1")
-    first, second = (search(part, 0.5, settings=settings) for part in (task, one_class))
-    start = search(task, 0.5, settings=settings, starts=[first])
+    first, second = (search(part, config) for part in (task, one_class))
+    start = search(task, config, starts=[first])
     choices = first.search["choices"]
     assert choices["count"] == len(task.sampling.choices)
     assert start.search["choices"] == choices != second.search["choices"]
@@ -238,7 +240,7 @@ def test_what_is_judged_at_once_does_not_matter(task):
 
 
 def test_searches_are_reproducible(task):
-    first, second = (search(task, 0.5, settings=TINY, seed=3) for _ in range(2))
+    first, second = (search(task, TINY.changed(seed=3)) for _ in range(2))
     assert np.array_equal(first.gates, second.gates)
     assert first.search["held_out_psnr_db"] == second.search["held_out_psnr_db"]
     for name, array in first.weights.items():

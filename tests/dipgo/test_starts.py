@@ -11,15 +11,14 @@ from dipgo.schedule.cost import cost_of
 from dipgo.schedule.policies import spaced
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.backup_fit import Backups
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search, sweep
-from dipgo.searching.settings import Settings
 from dipgo.searching.task import make_task
 
 STEPS = 8
-LEARN = Settings(
-    batch=2, pool=8, held_out=4, drops=0, drops_on=2, contenders=1, trial_iterations=0, backup_iterations=6, width=16
-)
-JUDGE = replace(LEARN, backup_iterations=0)
+SMALL = {"batch": 2, "pool": 8, "held_out": 4, "drops": 0, "drops_on": 2, "contenders": 1, "trial_iterations": 0}
+LEARN = SearchConfig(steps=STEPS, budget=0.5, backup_iterations=6, **SMALL)
+JUDGE = LEARN.changed(backup_iterations=0)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def task(tiny_dit):
 
 @pytest.fixture(scope="module")
 def found(task):
-    return search(task, 0.5, settings=LEARN)
+    return search(task, LEARN)
 
 
 def reusing(task, gates):
@@ -43,13 +42,13 @@ def odd_gates(task, budget):
 
 def test_a_search_goes_on_from_what_another_found(task, found):
     scores = found.search["held_out_psnr_db"]
-    again = search(task, 0.5, settings=JUDGE, starts=[found])
+    again = search(task, JUDGE, starts=[found])
     assert again.search["held_out_psnr_db"]["given 1"] == scores[found.search["chosen"]]
     assert again.search["chosen"] == "given 1"
     assert np.array_equal(again.gates, found.gates)
     for name, weights in found.weights.items():
         assert np.array_equal(again.weights[name], weights)
-    on = search(task, 0.5, settings=LEARN, starts=[found])
+    on = search(task, LEARN, starts=[found])
     assert any(name.startswith("given 1, backups learned") for name in on.search["held_out_psnr_db"])
 
 
@@ -66,14 +65,14 @@ def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel, by_
 
 def test_a_schedule_that_only_reuses_is_judged_so_and_learns_backups(task):
     gates = odd_gates(task, 0.5)
-    subnet = search(task, 0.6, settings=LEARN, starts=[reusing(task, gates)])
+    subnet = search(task, LEARN.changed(budget=0.6), starts=[reusing(task, gates)])
     names = subnet.search["held_out_psnr_db"]
     assert "given 1" in names
     assert any(name.startswith("given 1's gates, slope") for name in names)
 
 
 def test_a_start_that_costs_too_much_is_thinned_out(task, found):
-    large, small = sweep(task, [0.3, 0.6], settings=JUDGE, starts=[found])
+    large, small = sweep(task, JUDGE.changed(budget=[0.3, 0.6]), starts=[found])
     assert "given 1" in large.search["held_out_psnr_db"]
     names = small.search["held_out_psnr_db"]
     assert "given 1" not in names
@@ -82,30 +81,30 @@ def test_a_start_that_costs_too_much_is_thinned_out(task, found):
 
 
 def test_a_run_is_not_resumed_with_other_starts(task, found, tmp_path):
-    search(task, 0.5, settings=JUDGE, starts=[found], run_folder=tmp_path / "run")
-    search(task, 0.5, settings=JUDGE, starts=[found], run_folder=tmp_path / "run", resume=True)
+    search(task, JUDGE.changed(run_folder=tmp_path / "run"), starts=[found])
+    search(task, JUDGE.changed(run_folder=tmp_path / "run", resume=True), starts=[found])
     other = replace(found, gates=np.ones_like(found.gates))
     with pytest.raises(DipgoError, match="was begun with starts"):
-        search(task, 0.5, settings=JUDGE, starts=[other], run_folder=tmp_path / "run", resume=True)
+        search(task, JUDGE.changed(run_folder=tmp_path / "run", resume=True), starts=[other])
 
 
 def test_starts_that_do_not_fit_are_refused(task, found, tiny_dit):
     other_sites = make_task(find_model(tiny_dit), STEPS, sites="block")
     with pytest.raises(UsageError, match="start 1 has other sites than this search"):
-        search(other_sites, 0.5, settings=JUDGE, starts=[found])
+        search(other_sites, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="start 1 has 8 calls of the denoiser, this search 6"):
-        search(make_task(find_model(tiny_dit), 6), 0.5, settings=JUDGE, starts=[found])
+        search(make_task(find_model(tiny_dit), 6), JUDGE, starts=[found])
     reuse = reusing(task, odd_gates(task, 0.5))
-    with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set terms=2"):
-        search(task, 0.5, settings=replace(JUDGE, terms=1), starts=[reuse, found])
+    with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set history=2"):
+        search(task, JUDGE.changed(history=1), starts=[reuse, found])
     with pytest.raises(UsageError, match="starts are for --method dipgo"):
-        search(task, 0.5, "paper", settings=JUDGE, starts=[found])
+        search(task, JUDGE.changed(method="paper"), starts=[found])
     name = next(iter(found.weights))
     wide = dict(found.weights) | {name: np.zeros((STEPS, 2, 3), np.float32)}
     with pytest.raises(UsageError, match="has 3 channels, here it has"):
-        search(task, 0.5, settings=JUDGE, starts=[replace(found, weights=wide)])
+        search(task, JUDGE, starts=[replace(found, weights=wide)])
     unguided = make_task(find_model(tiny_dit), STEPS, guidance_scale=1.0)
     with pytest.raises(UsageError, match="two halves of guidance, here it has one; search with the --guidance"):
-        search(unguided, 0.5, settings=JUDGE, starts=[found])
+        search(unguided, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="is an output of one model alone"):
-        search(task, 0.5, settings=JUDGE, starts=[replace(found, weights={name: found.weights[name]})])
+        search(task, JUDGE, starts=[replace(found, weights={name: found.weights[name]})])

@@ -3,13 +3,11 @@
 import itertools
 import json
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dipgo.base.errors import UsageError
 from dipgo.eager.drift import measure_drift
 from dipgo.graph.liveness import canonical
 from dipgo.graph.trace import trace
@@ -25,21 +23,20 @@ from dipgo.schedule.policies import (
     thinned,
     whole_steps,
 )
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.greedy_prune import drop_cheapest
 from dipgo.searching.pareto import write_pareto
-from dipgo.searching.request import budgets_of
 from dipgo.searching.search import sweep
-from dipgo.searching.settings import Settings
 from dipgo.searching.task import make_task
 from tests.models import tiny_sd, tiny_unet
 
 STEPS = 8
-TINY = Settings(
+TINY = SearchConfig(
+    steps=STEPS,
+    budget=0.5,
     batch=2,
     pool=8,
     held_out=4,
-    moves=4,
-    moves_on=5,
     drops=3,
     drops_on=2,
     contenders=2,
@@ -66,7 +63,7 @@ def drift(task):
 
 @pytest.fixture(scope="module")
 def swept(task):
-    return list(sweep(task, [0.4, 0.7], settings=TINY))
+    return list(sweep(task, TINY.changed(budget=[0.4, 0.7])))
 
 
 def share(traced, gates, learned=True):
@@ -87,13 +84,12 @@ def test_sweep_answers_from_the_largest_budget_on_and_meets_every_one(swept):
         assert subnet.cost.ratio <= subnet.search["budget"]
     names = " ".join(swept[1].search["held_out_psnr_db"])
     assert "thinned" in names, "the smaller budget starts from the larger"
-    assert "moved, " in names
     assert "backups learned" in names
 
 
 def test_the_better_half_of_the_contenders_learns_on(task):
-    settings = replace(TINY, contenders=6, trial_iterations=2, backup_iterations=9)
-    scores = next(sweep(task, [0.5], settings=settings)).search["held_out_psnr_db"]
+    config = TINY.changed(contenders=6, trial_iterations=2, backup_iterations=9)
+    scores = next(sweep(task, config)).search["held_out_psnr_db"]
     rounds = [{name: db for name, db in scores.items() if name.endswith(f" {n} iterations")} for n in (4, 12, 18)]
     assert [len(judged) for judged in rounds] == [6, 3, 1]
     for before, after in itertools.pairwise(rounds):
@@ -112,13 +108,14 @@ def test_pareto_holds_every_budget(swept, tmp_path):
 
 def test_paper_sweep_scores_once(task):
     calls = []
-    settings = Settings(batch=1, pool=4, held_out=2, gate_iterations=2, width=16, loss="latent", optimiser="sgd")
+    small = {"batch": 1, "pool": 4, "held_out": 2, "gate_iterations": 2, "width": 16, "loss": "latent"}
+    config = SearchConfig(steps=STEPS, budget=[0.7, 0.4], method="paper", **small)
 
     def report(phase: str, *_rest: object) -> None:
         calls.append(phase)
         time.sleep(0.3)
 
-    found = list(sweep(task, [0.7, 0.4], "paper", settings, report=report))
+    found = list(sweep(task, config, report))
     assert calls == ["gates", "gates"]
     assert not found[0].weights
     assert min(subnet.search["seconds"] for subnet in found) >= 0.6, "what gave the scores counts"
@@ -163,7 +160,7 @@ def test_searches_keep_a_budget_that_hardly_allows_one_step(tmp_path, sites):
     least = np.zeros((STEPS, len(task.trace.sites)), bool)
     least[0] = True
     budget = share(task.trace, least) + 0.001
-    (found,) = sweep(task, [budget], settings=replace(TINY, drops=100, trial_iterations=0, backup_iterations=0))
+    (found,) = sweep(task, TINY.changed(budget=budget, drops=100, trial_iterations=0, backup_iterations=0))
     assert found.cost.ratio <= budget
 
 
@@ -215,12 +212,3 @@ def test_public_sweep_reproduces_the_published_shape(unet):
     rows, counts = np.unique(gates[1:].sum(axis=1), return_counts=True)
     assert counts[rows == 0].sum() >= 6
     assert share(unet, gates, False) <= 0.35
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [("0.5;0.3", "give a number"), ("1.5", "outside"), ("0.5,0.5", "twice"), ("0.3333333,0.33333329", "twice")],
-)
-def test_bad_budgets(text, part):
-    with pytest.raises(UsageError, match=part):
-        budgets_of(text)

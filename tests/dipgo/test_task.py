@@ -13,7 +13,6 @@ from dipgo.model.families import FAMILIES
 from dipgo.model.models import find_model
 from dipgo.model.prompts import read_prompts
 from dipgo.searching.distributed import Processes
-from dipgo.searching.settings import PRESETS, Settings, settings_of
 from dipgo.searching.task import Pool, choices_of, make_task
 
 STEPS = 3
@@ -144,39 +143,6 @@ def test_fresh_noise_never_repeats(task):
     drawn = torch.cat(rows(pool, range(10))).flatten(1)
     assert len(np.unique(drawn.numpy(), axis=0)) == 20
     assert len(pool._chunks) == 1
-
-
-def test_settings_by_name():
-    changed = settings_of("dipgo", "quick", ["alpha=0.5", "gamma=false", "loss=ssim+l1", "batch=3", "step_weights=0,1"])
-    assert (changed.alpha, changed.gamma, changed.loss, changed.batch) == (0.5, False, "ssim+l1", 3)
-    assert changed.step_weights == (0.0, 1.0)
-    assert changed.backup_iterations == PRESETS["quick"].backup_iterations
-    paper = settings_of("paper", "default", ["gate_rate=10"])
-    assert (paper.width, paper.optimiser, paper.gate_rate, paper.batch, paper.tau) == (512, "sgd", 10, 1, 0.2)
-    assert settings_of("dipgo", "default") == Settings()
-
-
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        ("alfa=1", "unknown setting 'alfa=1'"),
-        ("alpha", "unknown setting 'alpha'"),
-        ("alpha=much", "alpha = 'much': give a number"),
-        ("batch=1.5", "give a whole number"),
-        ("batch=0", "give at least 1"),
-        ("gamma=maybe", "give true or false"),
-        ("step_weights=1,x", "numbers joined by commas"),
-        ("precision=fp8", "unknown precision 'fp8'"),
-        ("loss=mse", "loss term 'mse'"),
-        ("heads=3", "heads must divide the width"),
-        ("attention=all", "unknown attention 'all'"),
-        ("optimiser=lion", "unknown optimiser 'lion'"),
-    ],
-)
-def test_settings_that_make_no_sense(pair, message):
-    with pytest.raises(UsageError) as error:
-        settings_of("dipgo", "default", [pair])
-    assert message in str(error.value)
 
 
 def test_a_device_that_is_not_there(tiny_dit):

@@ -255,7 +255,7 @@ def test_where_there_is_no_decoder_it_is_said_before_any_work():
     with dipgo.load(compiled("dit", whole=False).folder) as program:
         with pytest.raises(UsageError, match="holds no VAE decoder, only latents can be had from it"):
             program.generate([0], 3)
-        assert program.lanes.launches == 0
+        assert program.contexts.launches == 0
 
 
 def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
@@ -278,7 +278,7 @@ def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
         with pytest.raises(UsageError, match=message):
             read_rows(program, {name: np.array([[text]], object) for name, text in tensors.items()}, Limits())
         program.check_negative("")
-        assert program.lanes.launches == 0
+        assert program.contexts.launches == 0
     arguments = ["run", str(folder), "--prompt", "a red fox", "--negative", "blue", "-o", str(tmp_path / "x.png")]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UsageError)

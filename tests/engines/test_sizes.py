@@ -1,4 +1,4 @@
-"""A program of ranges: lanes of different sizes at once, and requests outside the ranges."""
+"""A program of ranges: contexts of different sizes at once, and requests outside the ranges."""
 
 import gc
 import itertools
@@ -14,7 +14,7 @@ from dipgo.base.errors import UsageError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from engines.context import Lane
+from engines.context import ExecutionContext
 from engines.context_pool import IDLE
 from engines.steps import Steps, Walk
 from engines.torchrt import runner
@@ -49,7 +49,7 @@ def test_sizes_agree_with_a_bundle_made_for_one(bundles):
 
 
 def test_two_sizes_in_two_threads(bundles):
-    """Each lane is of one size; none sees the other's values."""
+    """Each context is of one size; none sees the other's values."""
     sizes = {1: (4, 12), 2: (12, 8), 3: (4, 12)}
     with dipgo.load(bundles / "ranges") as program:
         noise = {seed: program.noise(seed, seed, size) for seed, size in sizes.items()}
@@ -77,23 +77,23 @@ def living(references):
     return sum(reference() is not None for reference in references)
 
 
-def test_few_lanes_wait_for_their_next_trajectory(bundles, monkeypatch):
+def test_few_contexts_wait_for_their_next_trajectory(bundles, monkeypatch):
     """Of all sizes together, and after a call of many images; the others' memory is free at once."""
     made = []
 
-    class Watched(Lane):
+    class Watched(ExecutionContext):
         def __init__(self, *parts):
             super().__init__(*parts)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("engines.context_pool.Lane", Watched)
+    monkeypatch.setattr("engines.context_pool.ExecutionContext", Watched)
     with dipgo.load(bundles / "ranges") as program:
         latents = [program.denoise(program.noise(1, 0, size), {}) for size in SIZES]
         assert (len(made), living(made)) == (len(SIZES), IDLE)
         for size, latent in list(zip(SIZES, latents, strict=True))[-IDLE:]:
             assert np.array_equal(program.denoise(program.noise(1, 0, size), {}), latent)
         assert len(made) == len(SIZES)
-        with Steps(program.lanes, (40, 3, 8, 8), {}):
+        with Steps(program.contexts, (40, 3, 8, 8), {}):
             assert living(made) >= 14
         assert living(made) == IDLE
         assert np.array_equal(program.denoise(program.noise(1, 0, SIZES[0]), {}), latents[0])
@@ -101,29 +101,29 @@ def test_few_lanes_wait_for_their_next_trajectory(bundles, monkeypatch):
 
 def test_torch_keeps_the_graphs_of_few_sizes(bundles, monkeypatch):
     """A trajectory under way goes on with those that it began with."""
-    made, files, lift = [], set(), runner.lift
+    made, files, module_from_graph = [], set(), runner.module_from_graph
 
     def watched(path, *parts):
-        lifted = lift(path, *parts)
+        lifted = module_from_graph(path, *parts)
         made.append(weakref.ref(lifted.module))
         files.add(path)
         return lifted
 
-    monkeypatch.setattr(runner, "lift", watched)
+    monkeypatch.setattr(runner, "module_from_graph", watched)
     with dipgo.load(bundles / "ranges", backend="torch-cpu") as program:
         noise = program.noise(2, 0, SIZES[0])
         expected = program.denoise(noise, {})
-        with Steps(program.lanes, noise.shape, {}) as steps:
+        with Steps(program.contexts, noise.shape, {}) as steps:
             walk = Walk(steps, noise)
             walk.advance()
             for size in SIZES[1:]:
                 program.denoise(program.noise(1, 0, size), {})
-            while walk.done < len(program.record.steps):
+            while walk.step < len(program.record.steps):
                 walk.advance()
             assert np.array_equal(walk.latent, expected)
         gc.collect()
         assert len(made) == len(files) * len(SIZES)
-        assert living(made) <= len(files) * (runner.KEPT_SIZES + 1)
+        assert living(made) <= len(files) * (runner.SIZES_AT_ONCE + 1)
 
 
 def test_requests_outside_the_ranges_are_refused(bundles):

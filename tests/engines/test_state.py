@@ -86,7 +86,7 @@ def test_a_call_whose_trajectories_are_one_launch_is_interrupted_between_them(pi
     first, launched = images(pipe, (0,), latents=np.ones((1, 4, 8, 8)), output_type="latent"), []
     pipe.close()
 
-    def joined(launches):
+    def capture(launches):
         def whole():
             for launch in launches:
                 launch()
@@ -95,7 +95,7 @@ def test_a_call_whose_trajectories_are_one_launch_is_interrupted_between_them(pi
 
         return whole
 
-    monkeypatch.setattr(pipe.runner, "joined", joined)
+    monkeypatch.setattr(pipe.runner, "capture", capture)
     latents = images(pipe, (0, 2, 1), latents=np.ones((3, 4, 8, 8)), output_type="latent")
     assert len(launched) == 1
     assert np.array_equal(latents[:1], first)

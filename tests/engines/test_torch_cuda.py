@@ -78,9 +78,9 @@ def test_a_cuda_graph_equals_its_launches(bundle, backend):
         with dipgo.load(bundle, backend=backend) as program:
             noise, conditions = program.noise(1, 0), program.conditions([1])
             stepwise = program.denoise(noise, conditions, lambda step, epsilon: None)
-            before = program.lanes.launches
+            before = program.contexts.launches
             assert np.array_equal(program.denoise(noise, conditions), stepwise)
-            assert program.lanes.launches == before + 1
+            assert program.contexts.launches == before + 1
             other = program.denoise(program.noise(1, 1), program.conditions([2]))
             assert not np.array_equal(other, stepwise)
             assert np.array_equal(program.denoise(noise, conditions), stepwise)

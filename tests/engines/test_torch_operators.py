@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from dipgo.base.errors import DipgoError
-from engines.torchrt.lift import lift
+from engines.torchrt.loader import module_from_graph
 from engines.torchrt.operators import OPERATORS
 from engines.torchrt.weights import Weights
 
@@ -122,7 +122,7 @@ def saved(path, name, inputs, attributes, held=(), outputs=1):
 
 
 def lifted(path):
-    return lift(path, Weights(path.parent, torch.device("cpu")))
+    return module_from_graph(path, Weights(path.parent, torch.device("cpu")))
 
 
 def test_every_operator_has_a_case():
@@ -192,7 +192,7 @@ def test_open_sizes_are_given(tmp_path):
     with pytest.raises(DipgoError, match="shape of input 'x' is open; give it"):
         lifted(path)
     for rows in (1, 5):
-        made = lift(path, Weights(tmp_path, torch.device("cpu")), {"x": (rows, 3, 4)})
+        made = module_from_graph(path, Weights(tmp_path, torch.device("cpu")), {"x": (rows, 3, 4)})
         assert made.module(torch.ones(rows, 3, 4))[0].shape == (rows, 12)
         assert [node.target for node in made.module.graph.nodes if node.op == "call_function"] == [
             OPERATORS["Reshape"].run

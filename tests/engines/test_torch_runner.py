@@ -15,10 +15,11 @@ from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from engines.torchrt.lift import lift
+from engines.torchrt.loader import module_from_graph
 from engines.torchrt.weights import Weights
 from export.bundle import open_bundle
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
@@ -33,7 +34,7 @@ def bundles(folder, make, dtype=torch.float32, layouts=tuple(LAYOUTS)):
     prepared = prepare(traced)
     subnet = random_subnet(traced, sampler, 2, 0.5, 2, 2)
     for layout in layouts:
-        write_bundle(prepared, subnet, sampler, folder / layout, options=Options(layout))
+        write_bundle(prepared, subnet, sampler, folder / layout, config=ExportConfig(graphs=layout))
     return {layout: folder / layout for layout in layouts}
 
 
@@ -116,7 +117,7 @@ def test_it_is_a_program_like_any_other(dit):
 def test_weights_are_in_memory_once(dit):
     """Graphs hold the same tensors, each a part of a file that is mapped once."""
     weights = Weights(dit["step"], torch.device("cpu"))
-    graphs = [lift(path, weights) for path in sorted(dit["step"].glob("*.onnx"))]
+    graphs = [module_from_graph(path, weights) for path in sorted(dit["step"].glob("*.onnx"))]
     held = [buffer for graph in graphs for name, buffer in graph.module.named_buffers() if name.startswith("weight")]
     distinct = {id(buffer): buffer for buffer in held}
     assert len(distinct) < len(held)

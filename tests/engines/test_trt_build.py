@@ -1,7 +1,5 @@
 """Engines built for real by TensorRT-RTX, which needs no GPU for that: cache, damage, interruption, two at once."""
 
-import math
-import os
 import shutil
 import signal
 import subprocess
@@ -123,7 +121,7 @@ def test_a_whole_text_to_image_bundle_in_half(tmp_path):
 def test_the_second_build_is_served_from_the_cache(bundle, monkeypatch):
     """A copy has other times than the record, so files are read; and nothing is written."""
     before = {path: path.stat().st_mtime_ns for path in engines_in(bundle)}
-    assert not any(engine.built for engine in build(bundle).engines)
+    assert not any(engine.is_new for engine in build(bundle).engines)
     assert {path: path.stat().st_mtime_ns for path in engines_in(bundle)} == before
     result = CliRunner().invoke(app, ["build", str(bundle.folder), "--backend", "tensorrt"], catch_exceptions=False)
     assert result.exit_code == 0
@@ -150,11 +148,11 @@ def test_what_is_damaged_or_of_another_build_is_built_again(bundle, part):
             path.rename(path.with_name(path.name.replace(trt.__version__, "1.6.0")))
     spoiled = path.read_bytes() if path.exists() else None
     built = build(bundle)
-    assert [engine.path for engine in built.engines if engine.built] == [path]
+    assert [engine.path for engine in built.engines if engine.is_new] == [path]
     assert path.stat().st_size == len(good)
     aside = path.with_name(f"{path.name}.damaged")
     assert (aside.read_bytes() == spoiled) if part in ("engine", "cut") else not aside.exists()
-    assert not any(engine.built for engine in build(bundle).engines)
+    assert not any(engine.is_new for engine in build(bundle).engines)
 
 
 def test_a_damaged_bundle_is_not_built_from(bundle):
@@ -194,7 +192,7 @@ def test_two_processes_at_once_and_one_killed(bundle):
     assert sorted(new) == [0, total - len(kept)]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(engines_in(bundle)) == total
-    assert not any(engine.built for engine in build(bundle).engines)
+    assert not any(engine.is_new for engine in build(bundle).engines)
     assert not list((bundle.folder / "engines").glob(".*.engine"))
 
 
@@ -226,10 +224,10 @@ def test_a_range_of_sizes_becomes_a_profile(tmp_path):
     opsets = [helper.make_opsetid("", 23)]
     onnx.save(helper.make_model(helper.make_graph([node], "g", values[:2], values[2:]), opset_imports=opsets), path)
     tensors = [TensorRecord(name=name, dtype="float32", shape=["2*batch", 4, "width"]) for name in ("x", "y", "z")]
-    graph = Graph("g.onnx", tensors[:2], tensors[2:])
+    graph = Graph(file="g.onnx", inputs=tensors[:2], outputs=tensors[2:])
     axes = {"batch": AxisRecord(min=1, opt=2, max=4), "width": AxisRecord(min=8, opt=16, max=64)}
     assert plan_from_graph(find_library(None), path, graph, axes).data.nbytes > 0
-    static = Graph("g.onnx", tensors[:2], [tensors[2].model_copy(update={"shape": [2, 4, 8]})])
+    static = Graph(file="g.onnx", inputs=tensors[:2], outputs=[tensors[2].model_copy(update={"shape": [2, 4, 8]})])
     with pytest.raises(DipgoError, match=r"outputs differ from the bundle's record: z is .*-1, 4, -1.*export it again"):
         plan_from_graph(find_library(None), path, static, axes)
 
@@ -250,39 +248,33 @@ def test_a_graph_that_tensorrt_does_not_take(tmp_path):
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:]), opset_imports=opsets), path)
     tensors = [TensorRecord(name=name, dtype="float32", shape=[2, 8]) for name in ("x", "y")]
     with pytest.raises(DipgoError, match=r"g\.onnx: tensorrt-rtx .* does not take it \(SplitToSequence: .*export it"):
-        plan_from_graph(find_library(None), path, Graph("g.onnx", tensors[:1], tensors[1:]), {})
+        plan_from_graph(find_library(None), path, Graph(file="g.onnx", inputs=tensors[:1], outputs=tensors[1:]), {})
 
 
 @pytest.mark.parametrize(
-    ("function", "task", "ending"),
+    ("task", "ending"),
     [
-        (signal.raise_signal, signal.SIGKILL, "was killed, most likely for want of memory; free some, or use fewer"),
-        (signal.raise_signal, signal.SIGSEGV, "ended with signal 11; the last it said: nothing"),
-        (os._exit, 3, "ended with exit code 3; the last it said: nothing"),
-        (sys.exit, "some words", "ended with exit code 1; the last it said: some words"),
+        (("signal", "raise_signal", signal.SIGKILL), "the process at it was killed, most likely for want of memory; "),
+        (("signal", "raise_signal", signal.SIGSEGV), "its process was killed by SIGSEGV$"),
+        (("os", "_exit", 3), "its process ended with exit code 3$"),
+        (("sys", "exit", "some words"), "its process ended with exit code 1; the last it said: some words$"),
     ],
 )
-def test_a_process_that_dies_is_said_in_one_line(function, task, ending):
-    with pytest.raises(DipgoError, match=f"^graph: the process at it {ending}"):
-        list(each(function, [task], 1, lambda task: "graph"))
+def test_a_process_that_dies_is_said_in_one_line(task, ending):
+    with pytest.raises(DipgoError, match=f"^graph: {ending}"):
+        list(each("tests.engines.child", [("graph", task)], 1))
 
 
-class Stillborn:
-    """A function that a process dies of before it reads its task."""
-
-    def __reduce__(self):
-        return os._exit, (3,)
-
-
-@pytest.mark.parametrize("task", [b"small", bytes(10**7)], ids=["answer", "task"])
+@pytest.mark.parametrize("task", ["small", "x" * 10**7], ids=["answer", "task"])
 def test_a_process_that_dies_before_it_reads_its_task(task):
     """It is found out when its answer is due, or when a large task is handed over."""
-    with pytest.raises(DipgoError, match=r"^graph: the process at it ended with exit code 3; the last it said"):
-        list(each(Stillborn(), [task], 1, lambda task: "graph"))
+    with pytest.raises(DipgoError, match=r"^graph: its process ended with exit code 3$"):
+        list(each("tests.engines.stillborn", [("graph", task)], 1))
 
 
 def test_results_come_from_several_processes():
-    assert sorted(each(math.sqrt, [1, 4, 9, 16, 25], 2, str)) == [1, 2, 3, 4, 5]
+    tasks = [(str(number), ("math", "sqrt", number)) for number in (1, 4, 9, 16, 25)]
+    assert sorted(each("tests.engines.child", tasks, 2)) == [1, 2, 3, 4, 5]
 
 
 def test_an_unknown_backend_builds_nothing(bundle):

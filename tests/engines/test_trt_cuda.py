@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from dipgo.base.errors import DipgoError
-from engines.cuda.runtime import CudaError, Device, Stream, find_device, open_device
+from engines.cuda.runtime import CudaError, Device, find_device, open_device
+from engines.cuda.stream import Stream
 from tests.engines.fake_cuda import FakeCuda
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr("engines.cuda.runtime._runtime", lambda: fake)
+    monkeypatch.setattr("engines.cuda.runtime.bindings", lambda: fake)
     return fake
 
 
@@ -97,7 +98,7 @@ def test_a_failed_capture_leaves_the_stream_usable(cuda):
 
 def test_a_full_device_is_said_with_sizes(cuda):
     cuda.capacity = 3 * 10**9
-    with pytest.raises(DipgoError, match=r"GPU's memory is full: 4.00 GB wanted, 3.00 of 3.00 GB free; export with"):
+    with pytest.raises(DipgoError, match=r"GPU's memory is full: 4.00 GB needed, 3.00 of 3.00 GB free; export with"):
         Stream().zeros([10**9], "float32")
 
 

@@ -15,7 +15,7 @@ import dipgo
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import find_model
 from dipgo.searching.task import make_task
-from engines.cuda.runtime import Device, _runtime
+from engines.cuda.runtime import Device, bindings
 from engines.serving.repository import Deployment, write_repository
 from engines.trt import build as building
 from engines.trt.build import build
@@ -30,7 +30,7 @@ from tests.engines.fake_tensorrt import FakeTensorRt
 from tests.engines.tensorrt_api import API, NotInTheApi, check_call, check_name
 from tests.models import random_subnet
 
-REAL_RUNTIME = _runtime
+REAL_RUNTIME = bindings
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def made(tiny_dit, tmp_path_factory):
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr("engines.cuda.runtime._runtime", lambda: fake)
+    monkeypatch.setattr("engines.cuda.runtime.bindings", lambda: fake)
     return fake
 
 
@@ -57,7 +57,7 @@ def trt(monkeypatch, cuda, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # children of this process would not have the stand-in
-    monkeypatch.setattr(building, "each", lambda function, tasks, workers, name: map(function, tasks))
+    monkeypatch.setattr(building, "build_all", lambda tasks, workers: map(building.make_engine, tasks))
     return fake
 
 
@@ -79,7 +79,7 @@ def test_images_are_those_of_onnx_runtime(made, bundle, cuda):
     _, expected = made
     with dipgo.load(bundle.folder, backend="tensorrt") as program:
         assert np.abs(program.generate([0, 1], 1) - expected[1]).max() <= 1e-6
-        assert program.lanes.launches == 2
+        assert program.contexts.launches == 2
         assert cuda.launched.count("graph") == 2
         noise, conditions = program.noise(1, 3), program.conditions([2])
         whole = program.denoise(noise, conditions)
@@ -93,7 +93,10 @@ def test_images_are_those_of_onnx_runtime(made, bundle, cuda):
 def test_steps_are_launched_one_by_one_where_capture_fails(made, bundle, cuda):
     _, expected = made
     cuda.can_capture = False
-    with pytest.warns(UserWarning, match=r"no CUDA graph, steps are launched one by one"):
+    with pytest.warns(
+        UserWarning,
+        match=r"no CUDA graph of the trajectory, it runs step by step: cudaStreamEndCapture: operation not permitted",
+    ):
         pixels = images(bundle)
     assert "graph" not in cuda.launched
     assert np.abs(pixels - expected[1]).max() <= 1e-6
@@ -142,7 +145,7 @@ def test_a_full_gpu_is_said_with_sizes(bundle, cuda):
     cuda.capacity = 10_000
     with (
         pytest.raises(
-            DipgoError, match=r"GPU's memory is full: 0.00 GB wanted, .* of .* GB free; export with --graphs"
+            DipgoError, match=r"GPU's memory is full: 0.00 GB needed, .* of .* GB free; export with --graphs"
         ),
         dipgo.load(bundle.folder, backend="tensorrt"),
     ):
@@ -158,7 +161,7 @@ def test_an_engine_that_is_missing_or_damaged_or_for_another_version_is_refused(
     with pytest.raises(DipgoError, match=r"no whole engine .* run: dipgo build .* --backend tensorrt"):
         images(bundle)
     assert engine.with_name(f"{engine.name}.damaged").read_bytes() == b"x" * len(good)
-    assert [one.path for one in build(bundle).engines if one.built] == [engine]
+    assert [one.path for one in build(bundle).engines if one.is_new] == [engine]
     assert np.abs(images(bundle) - expected[1]).max() <= 1e-6
     monkeypatch.setattr(trt, "__version__", "11.5")
     with pytest.raises(DipgoError, match=r"no whole engine of this graph for tensorrt 11.5 on this GPU"):
@@ -186,7 +189,7 @@ def test_a_model_repository_holds_the_engines(made, bundle, tmp_path):
         record = json.loads((copy.folder / "engines" / f"{name}.json").read_text())
         assert (copy.folder / "engines" / name).stat().st_mtime_ns == record["changed_ns"]  # spares reading it
     assert np.abs(images(copy) - expected[1]).max() <= 1e-6
-    assert not any(engine.built for engine in build(copy).engines)
+    assert not any(engine.is_new for engine in build(copy).engines)
 
 
 def test_timings_are_kept_for_the_next_build_and_a_damaged_file_is_kept_aside(bundle, tmp_path):
@@ -203,7 +206,7 @@ def test_timings_are_kept_for_the_next_build_and_a_damaged_file_is_kept_aside(bu
 
 
 def test_batches_of_several_sizes_share_the_engines(tiny_dit, trt, tmp_path):
-    """A dynamic batch: lanes of one and of three images take turns on the same contexts."""
+    """A dynamic batch: contexts of one and of three images take turns on the same contexts."""
     task = make_task(find_model(tiny_dit), 4)
     subnet, folder = random_subnet(task.trace, task.sampler, seed=1), tmp_path / "b"
     sizes = Sizes(AxisRecord(min=1, opt=2, max=3), 8, 8)
@@ -244,7 +247,7 @@ def test_without_a_gpu_it_is_said_that_engines_were_built_not_run(made):
 
 def test_without_cuda_bindings_nothing_is_built(made, trt, monkeypatch):
     """Full TensorRT is here, and nobody can tell whether a GPU is: neither "build there" nor engines of RTX."""
-    monkeypatch.setattr("engines.cuda.runtime._runtime", REAL_RUNTIME)
+    monkeypatch.setattr("engines.cuda.runtime.bindings", REAL_RUNTIME)
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)

@@ -15,7 +15,8 @@ from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from export.bundle import open_bundle
-from export.compiler import Options, compile_subnet, prepare, write_bundle
+from export.compiler import compile_subnet, prepare, write_bundle
+from export.config import ExportConfig
 from tests.models import random_subnet
 
 
@@ -30,7 +31,7 @@ def model(pristine, tmp_path):
     return find_model(str(tmp_path / "model"))
 
 
-def compiled(model, folder, options=Options(), dtype=torch.float32, seed=0, force=False):  # noqa: B008 - frozen
+def compiled(model, folder, options=ExportConfig(), dtype=torch.float32, seed=0, force=False):
     from diffusers import DDIMScheduler
 
     traced = trace(model, None, 4.0, dtype)
@@ -60,7 +61,7 @@ def refused(model, subnet, monkeypatch):
     def refused(folder, kind=UsageError, force=True, dtype="fp32", weights="copy"):
         before = contents(model.folder.parent)
         with pytest.raises(kind) as caught:
-            compile_subnet(subnet, model, folder, force, dtype=dtype, options=Options(weights=weights))
+            compile_subnet(subnet, model, folder, ExportConfig(dtype=dtype, weights=weights), force)
         assert contents(model.folder.parent) == before
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -75,7 +76,7 @@ def contents(folder):
 def test_in_place_copies_nothing_and_equals_the_copy(model, tmp_path):
     before = contents(model.folder)
     compiled(model, tmp_path / "copy")
-    record = compiled(model, model.folder, Options(weights="in-place"))
+    record = compiled(model, model.folder, ExportConfig(weights="in-place"))
     after = contents(model.folder)
     assert {name: after[name] for name in before} == before
     assert not [name for name in after.keys() - before.keys() if "/" in name]
@@ -88,11 +89,11 @@ def test_in_place_copies_nothing_and_equals_the_copy(model, tmp_path):
 
 def test_in_place_again_replaces_the_bundle_alone(model):
     before = contents(model.folder)
-    compiled(model, model.folder, Options(weights="in-place"))
+    compiled(model, model.folder, ExportConfig(weights="in-place"))
     first = set(contents(model.folder))
     with pytest.raises(UsageError, match="--force replaces the bundle"):
-        compiled(model, model.folder, Options(weights="in-place"), seed=1)
-    record = compiled(model, model.folder, Options("segment", weights="in-place"), seed=1, force=True)
+        compiled(model, model.folder, ExportConfig(weights="in-place"), seed=1)
+    record = compiled(model, model.folder, ExportConfig(graphs="segment", weights="in-place"), seed=1, force=True)
     after = contents(model.folder)
     assert {name: after[name] for name in before} == before
     graphs = {f"{name}.onnx" for name in record.graphs}
@@ -111,7 +112,7 @@ def test_another_model_s_folder_is_never_replaced(model, refused):
 
 def test_in_place_elsewhere_is_refused(model, tmp_path):
     with pytest.raises(UsageError, match=r"lies beside the checkpoint; give -o .*model"):
-        compiled(model, tmp_path / "b", Options(weights="in-place"))
+        compiled(model, tmp_path / "b", ExportConfig(weights="in-place"))
     assert not (tmp_path / "b").exists()
 
 
@@ -122,11 +123,11 @@ def test_in_place_refuses_linked_weights(model):
     weights.symlink_to(blob)
     before = set(contents(model.folder))
     with pytest.raises(DipgoError, match=r"symbolic link; export with --weights copy"):
-        compiled(model, model.folder, Options(weights="in-place"))
+        compiled(model, model.folder, ExportConfig(weights="in-place"))
     weights.unlink()
     os.link(blob, weights)
     with pytest.raises(DipgoError, match=r"hard links; export with --weights copy"):
-        compiled(model, model.folder, Options(weights="in-place"))
+        compiled(model, model.folder, ExportConfig(weights="in-place"))
     assert set(contents(model.folder)) == before
 
 
@@ -150,7 +151,7 @@ def test_half_precision_is_cast_once_and_in_place_says_so(model, tmp_path, monke
     own = model.folder / "transformer" / "diffusion_pytorch_model.safetensors"
     assert record.files[weights].bytes < 0.55 * own.stat().st_size
     with pytest.raises(UsageError, match="another precision than the graphs"):
-        compiled(model, model.folder, Options(weights="in-place"), dtype=torch.float16)
+        compiled(model, model.folder, ExportConfig(weights="in-place"), dtype=torch.float16)
     assert not (model.folder / "bundle.json").exists()
 
 
@@ -189,17 +190,17 @@ def test_in_place_replaces_no_file_of_the_user(model, refused):
     mine.rename(model.folder / "vae_decoder.onnx")
     before = contents(model.folder)
     with pytest.raises(UsageError, match=r"vae_decoder\.onnx belongs to no bundle.*; move it away, or"):
-        compiled(model, model.folder, Options(weights="in-place"))
+        compiled(model, model.folder, ExportConfig(weights="in-place"))
     assert contents(model.folder) == before
     assert not any(name.startswith(".") for name in os.listdir(model.folder))
 
 
 def test_a_file_that_was_changed_since_is_the_user_s(model, refused):
-    compiled(model, model.folder, Options(weights="in-place"))
+    compiled(model, model.folder, ExportConfig(weights="in-place"))
     (model.folder / "subnet.json").write_text("mine")
     assert "subnet.json belongs to no bundle, or was changed since" in refused(model.folder, weights="in-place")
     (model.folder / "subnet.json").unlink()
-    compiled(model, model.folder, Options(weights="in-place"), force=True)
+    compiled(model, model.folder, ExportConfig(weights="in-place"), force=True)
     assert open_bundle(model.folder).record.files["subnet.json"]
 
 
@@ -207,7 +208,7 @@ def test_a_file_that_was_changed_since_is_the_user_s(model, refused):
 def test_in_place_an_interruption_leaves_what_the_next_export_replaces(model, monkeypatch, before, moved):
     own = contents(model.folder)
     if before == "a bundle":
-        compiled(model, model.folder, Options(weights="in-place", layout="step"))
+        compiled(model, model.folder, ExportConfig(weights="in-place", graphs="step"))
     calls, replace = [], Path.replace
 
     def interrupted(path, target):
@@ -220,11 +221,11 @@ def test_in_place_an_interruption_leaves_what_the_next_export_replaces(model, mo
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compiled(model, model.folder, Options(weights="in-place"), seed=1, force=True)
+            compiled(model, model.folder, ExportConfig(weights="in-place"), seed=1, force=True)
     assert len(calls) == moved + 1
     with pytest.raises(DipgoError, match=r"schema is 'dipgo\.bundle/unfinished'.*export it again"):
         open_bundle(model.folder)
-    compiled(model, model.folder, Options(weights="in-place"), seed=1, force=True)
+    compiled(model, model.folder, ExportConfig(weights="in-place"), seed=1, force=True)
     record = open_bundle(model.folder).record
     assert set(contents(model.folder)) - set(own) == {name for name in record.files if "/" not in name} | {
         "bundle.json"
@@ -241,7 +242,7 @@ def test_a_failure_in_place_leaves_the_folder_as_it_was(model, monkeypatch):
 
     monkeypatch.setattr(export.compiler, "save_file", full_disk)
     with pytest.raises(DipgoError, match="disk is full"):
-        compiled(model, model.folder, Options(weights="in-place"))
+        compiled(model, model.folder, ExportConfig(weights="in-place"))
     assert contents(model.folder) == before
     assert not [name for name in os.listdir(model.folder) if name.startswith(".")]
 

@@ -14,7 +14,8 @@ from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from export.axes import evaluate, profile_of, shape_at, values_at
 from export.bundle import AxisRecord, TensorRecord
-from export.compiler import Options, compile_subnet, prepare, write_bundle
+from export.compiler import compile_subnet, prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from export.sizes import Sizes, sizes_for
 from tests.models import random_subnet, tiny_dit, tiny_sdxl, tiny_unconditional
@@ -43,7 +44,7 @@ class Case:
 
     def write(self, folder, layout, seed=0):
         subnet = random_subnet(self.traced, self.sampler, seed, 0.5, 2, 2)
-        return subnet, write_bundle(self.prepared, subnet, self.sampler, folder, True, Options(layout))
+        return subnet, write_bundle(self.prepared, subnet, self.sampler, folder, True, ExportConfig(graphs=layout))
 
     def expected(self, subnet, given, size, seed):
         """Images of the gated pipeline itself."""
@@ -84,7 +85,7 @@ def test_every_size_equals_the_pipeline(case, tmp_path, layout):
             assert error(images, made.expected(subnet, given, size, 5)) <= 1e-4
         launches = sum(len(step.launches) for step in record.steps)
         calls = [-(-count // program.batch) for count, _ in requests]
-        assert program.lanes.launches == launches * sum(calls)
+        assert program.contexts.launches == launches * sum(calls)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -198,10 +199,11 @@ def test_a_table_of_positions_is_for_one_size(tmp_path):
     traced = trace(model, "layer", 4.0)
     subnet = random_subnet(traced, tabulate(model.pipeline().scheduler, STEPS, False), 0)
     with pytest.raises(UsageError, match=r"'pos_embed' holds a table of positions for a latent of 8x8") as caught:
-        compile_subnet(subnet, model, tmp_path / "b", size="16:32")
+        compile_subnet(subnet, model, tmp_path / "b", ExportConfig(size="16:32"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "b").exists()
-    assert compile_subnet(subnet, model, tmp_path / "b", batch="1:2", size="16").axes.keys() == {"batch"}
+    config = ExportConfig(batch="1:2", size="16")
+    assert compile_subnet(subnet, model, tmp_path / "b", config).axes.keys() == {"batch"}
 
 
 def test_a_branch_by_values_is_refused(tmp_path, monkeypatch):

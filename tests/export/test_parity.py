@@ -17,7 +17,8 @@ from dipgo.model.families import GuidedDenoiser, join
 from dipgo.model.models import find_model
 from dipgo.model.sampler import make_scheduler, tabulate
 from dipgo.searching.task import make_task
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sdxl, tiny_unconditional, tiny_unet
 
@@ -55,7 +56,7 @@ class Case:
         terms, channels = backup
         table = tabulate(make_scheduler(sampler, self.scheduler), STEPS, self.traced.model.family.scales_noise)
         subnet = random_subnet(self.traced, table, seed, keep, terms, channels)
-        record = write_bundle(self.prepared, subnet, table, folder, force=True, options=options)
+        record = write_bundle(self.prepared, subnet, table, folder, force=True, config=options)
         noise = torch.randn(self.traced.model.latent_shape(self.batch), generator=torch.Generator().manual_seed(seed))
         with dipgo.load(folder) as program:
             assert program.batch == self.batch
@@ -97,21 +98,21 @@ def unet(tmp_path_factory):
 @given(**RANDOM)
 def test_any_subnet_equals_gated_torch(dit, tmp_path_factory, seed, keep, backup, layout, sampler):
     folder = tmp_path_factory.getbasetemp() / "any"
-    assert dit.error(folder, seed, keep, backup, sampler, Options(layout)) <= 1e-4
+    assert dit.error(folder, seed, keep, backup, sampler, ExportConfig(graphs=layout)) <= 1e-4
 
 
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**RANDOM)
 def test_any_subnet_of_a_unet_equals_gated_torch(unet, tmp_path_factory, seed, keep, backup, layout, sampler):
     folder = tmp_path_factory.getbasetemp() / "any"
-    assert unet.error(folder, seed, keep, backup, sampler, Options(layout)) <= 1e-4
+    assert unet.error(folder, seed, keep, backup, sampler, ExportConfig(graphs=layout)) <= 1e-4
 
 
 @pytest.mark.parametrize("graphs", [1, 2, 4])
 @pytest.mark.parametrize("backup", [(1, None), (2, 2), (3, 0)])
 def test_merged_signatures_equal_their_subnet(unet, tmp_path, graphs, backup):
     for seed in range(2):
-        options = Options(max_graphs=graphs)
+        options = ExportConfig(max_graphs=graphs)
         assert unet.error(tmp_path / "b", seed, 0.6, backup, "ddim", options) <= 1e-4
         assert len(dipgo.load(tmp_path / "b").record.graphs) <= graphs
 
@@ -148,7 +149,7 @@ def test_unet_with_tuple_outputs(unet, tmp_path, sites, guidance, terms, channel
     conditions = {name: value[:rows] for name, value in unet.conditions.items()}
     case = Case(trace(unet.traced.model, sites, guidance), unet.guided.denoiser, conditions, unet.scheduler)
     for seed, layout in enumerate(LAYOUTS):
-        assert case.error(tmp_path / "b", seed, 0.5, (terms, channels), "ddim", Options(layout)) <= 1e-4
+        assert case.error(tmp_path / "b", seed, 0.5, (terms, channels), "ddim", ExportConfig(graphs=layout)) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_every_family(tmp_path, make, sites, guidance, batch):
     scheduler = DDIMScheduler(clip_sample=False)
     case = Case(trace(model, sites, guidance), getattr(pipe, model.family.component), conditions, scheduler, batch)
     for seed, layout in enumerate(LAYOUTS):
-        assert case.error(tmp_path / "b", seed, 0.5, (2, 1), "ddim", Options(layout)) <= 1e-4
+        assert case.error(tmp_path / "b", seed, 0.5, (2, 1), "ddim", ExportConfig(graphs=layout)) <= 1e-4
 
 
 def test_two_images_a_call(task, tmp_path):
@@ -180,7 +181,9 @@ def test_two_images_a_call(task, tmp_path):
     subnet = random_subnet(task.trace, task.sampler, 3, 0.5, 2, 2)
     for layout in LAYOUTS:
         for batch, each in ((2, two), (1, prepare(task.trace))):
-            write_bundle(each, subnet, task.sampler, tmp_path / str(batch), force=True, options=Options(layout))
+            write_bundle(
+                each, subnet, task.sampler, tmp_path / str(batch), force=True, config=ExportConfig(graphs=layout)
+            )
         with dipgo.load(tmp_path / "2") as pair, dipgo.load(tmp_path / "1") as single:
             assert pair.batch == 2
             assert error(pair.generate([0, 1, 2], 5), single.generate([0, 1, 2], 5)) <= 1e-5
@@ -198,7 +201,7 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
         embeddings = np.ones((1, 77, 24), np.float32)
         program.denoise(program.noise(1, 0), {"encoder_hidden_states": embeddings})
         assert [not step.launches for step in program.record.steps] == [not row.any() for row in subnet.gates]
-        assert program.lanes.launches == 5
+        assert program.contexts.launches == 5
         assert len(program.record.graphs) == 1
     assert program.record.macs == 5 * traced.full_macs
 
@@ -206,7 +209,7 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_graphs_are_valid_and_hold_no_weights(task, prepared, tmp_path, layout):
     subnet = random_subnet(task.trace, task.sampler, seed=1, terms=2, channels=1)
-    record = write_bundle(prepared, subnet, task.sampler, tmp_path / "b", options=Options(layout))
+    record = write_bundle(prepared, subnet, task.sampler, tmp_path / "b", config=ExportConfig(graphs=layout))
     signatures = len(np.unique(subnet.gates, axis=0))
     assert len(record.graphs) == {"signature": signatures, "step": STEPS}.get(layout, len(record.graphs))
     graphs = sorted((tmp_path / "b").glob("tiny-dit-*.onnx"))

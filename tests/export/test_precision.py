@@ -12,7 +12,8 @@ from dipgo.graph.trace import trace
 from dipgo.model.families import GuidedDenoiser, join
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
@@ -54,7 +55,7 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, gi
 
         exact = run(GuidedDenoiser(denoiser.float(), family, guidance), conditions)
         rounded = run(GuidedDenoiser(denoiser.half(), in_dtype(family, torch.float16), guidance), half)
-        record = write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
+        record = write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, config=ExportConfig(graphs=layout))
         assert record.dtype == "float16"
         with dipgo.load(tmp_path / "b") as program:
             actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in half.items()})

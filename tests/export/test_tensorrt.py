@@ -9,7 +9,8 @@ from torch import nn
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from export.compiler import Options, prepare, write_bundle
+from export.compiler import prepare, write_bundle
+from export.config import ExportConfig
 from export.onnx.convert import convert, simplify
 from export.plan.layouts import LAYOUTS
 from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
@@ -37,7 +38,7 @@ def test_no_node_is_unsupported(tmp_path, monkeypatch, make, dtype):
     prepared = prepare(traced)
     for seed, layout in enumerate(LAYOUTS):
         subnet = random_subnet(traced, sampler, seed, 0.5, 2, 2)
-        write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, options=Options(layout))
+        write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, config=ExportConfig(graphs=layout))
         graphs = sorted((tmp_path / "b").glob("*.onnx"))
         assert graphs
         for path in graphs:

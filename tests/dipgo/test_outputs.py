@@ -1,4 +1,4 @@
-"""What a search is asked for: where its SubNets go, and what a resumed one finds there."""
+"""Where the SubNets of a search go, and what a resumed one finds there."""
 
 import json
 from contextlib import nullcontext
@@ -6,23 +6,37 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
+from dipgo.api import search_into
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.progress import silent
 from dipgo.graph.latency import LatencyProfile, SiteLatency
 from dipgo.schedule.subnet import load_subnet, weights_file
-from dipgo.searching.journal import silent
-from dipgo.searching.request import Request, carry_out
+from dipgo.searching.config import SearchConfig
 
-QUICK = ["batch=1", "pool=2", "held_out=2", "drops=0", "drops_on=1", "contenders=1"]
-QUICK += ["trial_iterations=0", "backup_iterations=1", "backup_warmup=0"]
+QUICK = {"batch": 1, "pool": 2, "held_out": 2, "drops": 0, "drops_on": 1, "contenders": 1}
+QUICK |= {"trial_iterations": 0, "backup_iterations": 1, "backup_warmup": 0}
 
 
 class Stopped(Exception):
     pass
 
 
-def ask(model, output, budget="0.6", report=silent, measure=None, cadence=60, **more):
-    request = Request(model, 6, budget, output, settings=[*QUICK, f"checkpoint_seconds={cadence}"], **more)
-    return carry_out(request, lambda label: nullcontext(), lambda: nullcontext(report), measure)
+class Shown:
+    """Progress that goes to a report alone."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def spinner(self, label):
+        return nullcontext()
+
+    def phases(self):
+        return nullcontext(self.report)
+
+
+def ask(model, output, budget="0.6", report=silent, force=False, **more):
+    config = SearchConfig(**{"steps": 6, "budget": budget, **QUICK, **more})
+    return search_into(output, model, config, force, Shown(report))
 
 
 def stopping(phase):
@@ -82,7 +96,7 @@ def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit,
     with pytest.raises(UsageError, match=r"0\.7\.json: is of another search"):
         ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
     assert (output / "0.7.json").read_bytes() == mine
-    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, cadence=7)  # on which no result depends
+    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, checkpoint_seconds=7)  # on which no result depends
     assert load_subnet(output / "0.4.json").search["budget"] == 0.4
 
 
@@ -121,7 +135,7 @@ def test_a_damaged_profile_of_a_run_is_one_line(tiny_dit, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path):
+def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path, monkeypatch):
     """Measured again the times would be others, and the run another."""
     measured = []
 
@@ -138,7 +152,8 @@ def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path):
         )
         return measured[-1]
 
-    options = {"cost": "latency", "run_folder": tmp_path / "run", "measure": measure}
+    monkeypatch.setattr("benchmarks.studies.latency.measure_latency", measure)
+    options = {"cost": "latency", "run_folder": tmp_path / "run"}
     with pytest.raises(Stopped):
         ask(tiny_dit, tmp_path / "s.json", report=stopping("backups-0.6"), **options)
     ((file, subnet),) = ask(tiny_dit, tmp_path / "s.json", resume=True, **options)

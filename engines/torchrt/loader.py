@@ -1,7 +1,7 @@
 """An ONNX graph as a torch.fx module: one call for each node, sizes fixed.
 
-What depends on constants and sizes alone is computed while lifting. So shapes, axes and pads are plain numbers in the
-module, and a graph of dynamic sizes becomes a static module for each choice of them.
+What depends on constants and sizes alone is computed while the module is made. So shapes, axes and pads are plain
+numbers in it, and a graph of dynamic sizes becomes a static module for each choice of them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from dipgo.base.dtypes import BY_ONNX
 from dipgo.base.errors import DipgoError
 from engines.torchrt.layers import Unsupported
-from engines.torchrt.operators import DTYPES, OPERATORS, Operator
+from engines.torchrt.operators import OPERATORS, Operator
 from engines.torchrt.weights import Weights
 
 
@@ -33,10 +34,10 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Lifted:
+class TorchGraph:
     """A graph as a module: takes tensors in the order of ``inputs``, returns a tuple in the order of ``outputs``.
 
-    Its weights are buffers, shared with all modules that were lifted with the same :class:`Weights`.
+    Its weights are buffers, shared with all modules that have the same :class:`Weights`.
     """
 
     module: fx.GraphModule
@@ -45,8 +46,8 @@ class Lifted:
     device: torch.device
 
 
-def lift(path: Path, weights: Weights, shapes: Mapping[str, Sequence[int]] | None = None) -> Lifted:
-    """Lift an ONNX file.
+def module_from_graph(path: Path, weights: Weights, shapes: Mapping[str, Sequence[int]] | None = None) -> TorchGraph:
+    """Turn an ONNX file into a module.
 
     Args:
         path: the file.
@@ -60,16 +61,16 @@ def lift(path: Path, weights: Weights, shapes: Mapping[str, Sequence[int]] | Non
         graph = ir.load(path).graph
     except Exception as error:  # protobuf and onnx_ir raise classes of their own
         raise DipgoError(f"{path}: no ONNX file that can be read; export it again") from error
-    lifting = _Lifting(path, weights)
+    builder = _ModuleBuilder(path, weights)
     inputs = tuple(_input(path, value, (shapes or {}).get(str(value.name))) for value in graph.inputs)
-    for position, (value, given) in enumerate(zip(graph.inputs, inputs, strict=True)):
-        lifting.place(value, position, given)
+    for position, (value, tensor) in enumerate(zip(graph.inputs, inputs, strict=True)):
+        builder.add_input(value, position, tensor)
     for value in graph.initializers.values():
-        lifting.hold(value)
+        builder.add_initializer(value)
     for node in graph:
-        lifting.call(node)
+        builder.add_node(node)
     outputs = tuple(str(value.name) for value in graph.outputs)
-    return Lifted(lifting.finish(graph.outputs), inputs, outputs, weights.device)
+    return TorchGraph(builder.module(graph.outputs), inputs, outputs, weights.device)
 
 
 def _input(path: Path, value: ir.Value, shape: Sequence[int] | None) -> Input:
@@ -77,41 +78,44 @@ def _input(path: Path, value: ir.Value, shape: Sequence[int] | None) -> Input:
     sizes = shape if shape is not None else value.shape.dims if value.shape is not None else [None]
     if not all(isinstance(size, int) for size in sizes):
         raise DipgoError(f"{path}: the shape of input '{name}' is open; give it")
-    return Input(name, DTYPES[int(value.dtype or 0)], tuple(int(size) for size in sizes if isinstance(size, int)))
+    return Input(
+        name, BY_ONNX[int(value.dtype or 0)].torch, tuple(int(size) for size in sizes if isinstance(size, int))
+    )
 
 
-class _Lifting:
-    """A module in the making. Each value is known (a tensor on the CPU), or a node of the module."""
+class _ModuleBuilder:
+    """A module, node by node. Each value is a constant (a tensor on the CPU), or a node of the module."""
 
     def __init__(self, path: Path, weights: Weights) -> None:
         self._path, self._weights = path, weights
         self._graph, self._root = fx.Graph(), torch.nn.Module()
-        self._known: dict[ir.Value, torch.Tensor] = {}
+        self._constants: dict[ir.Value, torch.Tensor] = {}
         self._nodes: dict[ir.Value, fx.Node] = {}
         self._meta: dict[fx.Node, torch.Tensor] = {}
         self._buffers: dict[int, fx.Node] = {}  # by the id of the tensor, which the module keeps alive
 
-    def place(self, value: ir.Value, position: int, given: Input) -> None:
+    def add_input(self, value: ir.Value, position: int, tensor: Input) -> None:
         node = self._graph.placeholder(f"input_{position}")
         self._nodes[value] = node
-        self._meta[node] = torch.empty(given.shape, dtype=given.dtype, device="meta")
+        self._meta[node] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    def hold(self, value: ir.Value) -> None:
-        """Take an initializer: one outside the graph is a weight, one inside is known."""
-        stored = value.const_value
-        if isinstance(stored, ir.ExternalTensor):
-            self._nodes[value] = self._buffer(self._weights.find(stored), "weight")
-        elif stored is not None:
-            self._known[value] = _tensor(stored)
+    def add_initializer(self, value: ir.Value) -> None:
+        """Take an initializer: one outside the graph is a weight, one inside is a constant."""
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            self._nodes[value] = self._buffer(self._weights.find(tensor), "weight")
+        elif tensor is not None:
+            self._constants[value] = _tensor(tensor)
 
-    def call(self, node: ir.Node) -> None:
+    def add_node(self, node: ir.Node) -> None:
+        """Compute a node of constants, or add its call."""
         if node.op_type == "Constant" and "value" in node.attributes:
-            self._known[node.outputs[0]] = _tensor(node.attributes["value"].as_tensor())
+            self._constants[node.outputs[0]] = _tensor(node.attributes["value"].as_tensor())
             return
         operator = OPERATORS.get(node.op_type)
         if operator is None or node.domain not in ("", "ai.onnx"):
-            named = f"{node.domain}.{node.op_type}".lstrip(".")
-            raise self._refusal(node, f"operator {named} is unknown to it")
+            name = f"{node.domain}.{node.op_type}".lstrip(".")
+            raise self._refusal(node, f"operator {name} is unknown to it")
         attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
         try:
             inspect.signature(operator.run).bind(*node.inputs, **attributes)
@@ -133,21 +137,21 @@ class _Lifting:
         """Compute the outputs of a node now, or add its call to the module."""
         if node.op_type == "Shape" and node.inputs[0] in self._nodes:
             results = _several(operator.run(self._meta[self._nodes[node.inputs[0]]], **attributes))
-            self._known.update(zip(node.outputs, results, strict=False))
+            self._constants.update(zip(node.outputs, results, strict=False))
             return results
-        if all(value is None or value in self._known for value in node.inputs):
-            given = [self._argument(value, k in operator.numbers, now=True) for k, value in enumerate(node.inputs)]
-            results = _several(operator.run(*given, **attributes))
-            self._known.update(zip(node.outputs, results, strict=False))
+        if all(value is None or value in self._constants for value in node.inputs):
+            constants = [self._argument(value, k in operator.numbers, now=True) for k, value in enumerate(node.inputs)]
+            results = _several(operator.run(*constants, **attributes))
+            self._constants.update(zip(node.outputs, results, strict=False))
             return results
         arguments = [self._argument(value, k in operator.numbers) for k, value in enumerate(node.inputs)]
         metas = [self._meta[argument] if isinstance(argument, fx.Node) else argument for argument in arguments]
-        made = operator.run(*metas, **attributes)
+        result = operator.run(*metas, **attributes)
         call = self._graph.call_function(operator.run, tuple(arguments), attributes)
-        results = _several(made)
+        results = _several(result)
         for position, (value, meta) in enumerate(zip(node.outputs, results, strict=False)):
             part = call
-            if isinstance(made, tuple):
+            if isinstance(result, tuple):
                 part = self._graph.call_function(operators.getitem, (call, position))
             self._nodes[value], self._meta[part] = part, meta
         return results
@@ -156,14 +160,14 @@ class _Lifting:
         if value is None:
             return None
         if number:
-            if value not in self._known:
+            if value not in self._constants:
                 raise Unsupported(f"with '{value.name}' computed by the graph")
-            return self._known[value].reshape(-1).tolist()
-        return self._known[value] if now else self._node(value)
+            return self._constants[value].reshape(-1).tolist()
+        return self._constants[value] if now else self._node(value)
 
     def _node(self, value: ir.Value) -> fx.Node:
         if value not in self._nodes:
-            constant = self._known[value].contiguous().to(self._weights.device)
+            constant = self._constants[value].contiguous().to(self._weights.device)
             self._nodes[value] = self._buffer(constant, "constant")
         return self._nodes[value]
 
@@ -175,7 +179,7 @@ class _Lifting:
             self._meta[node] = torch.empty_like(tensor, device="meta")
         return self._buffers[id(tensor)]
 
-    def finish(self, outputs: Sequence[ir.Value]) -> fx.GraphModule:
+    def module(self, outputs: Sequence[ir.Value]) -> fx.GraphModule:
         self._graph.output(tuple(self._node(value) for value in outputs))
         self._graph.eliminate_dead_code()
         self._graph.lint()
@@ -185,11 +189,11 @@ class _Lifting:
         return DipgoError(f"{self._path}: the torch backend cannot run node '{node.name}': {what}; use another backend")
 
 
-def _tensor(stored: Any) -> torch.Tensor:
+def _tensor(tensor: Any) -> torch.Tensor:
     """Return a tensor that lies in the graph itself."""
-    dtype = DTYPES[int(stored.dtype)]
-    shape = tuple(stored.shape.numpy())
-    values = bytearray(stored.tobytes())
+    dtype = BY_ONNX[int(tensor.dtype)].torch
+    shape = tuple(tensor.shape.numpy())
+    values = bytearray(tensor.tobytes())
     return torch.frombuffer(values, dtype=dtype).reshape(shape) if values else torch.empty(shape, dtype=dtype)
 
 

@@ -1,0 +1,29 @@
+"""Every option of a benchmark, once. What a suite says counts where nothing else is said."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from benchmarks.bench.suite import DEFAULT, Suite, load_suite
+from dipgo.base.config import Config, Threads
+
+
+class BenchConfig(Config):
+    """What is measured, and how often."""
+
+    suite: str | Suite = Field(
+        DEFAULT, description="What to measure: quick, quality, sd15, …, or a suite's .yaml file."
+    )
+    images: int | None = Field(None, ge=8, description="Images that quality is judged on; the suite's by default.")
+    repeats: int | None = Field(None, ge=3, description="Least repeats of each timing; the suite's by default.")
+    threads: Threads = None
+
+    @property
+    def name(self) -> str | None:
+        """The suite's name or file, where it has one."""
+        return self.suite if isinstance(self.suite, str) else None
+
+    def settings(self) -> Suite:
+        """Return the suite with what is said here in its place; UsageError where there is no such suite."""
+        suite = load_suite(self.suite) if isinstance(self.suite, str) else self.suite
+        return suite.changed(images=self.images, repeats=self.repeats, threads=self.threads)

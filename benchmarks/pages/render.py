@@ -1,0 +1,93 @@
+"""One committed result as markdown, by its kind; what has no kind of its own as tables of its figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench.page import summary
+from benchmarks.bench.report import SCHEMA, ReportRecord
+from benchmarks.pages import gpu
+from benchmarks.pages.figures import tables
+from benchmarks.studies import export_table, search_record
+from dipgo.base.errors import DipgoError
+from dipgo.base.records import read_json
+
+Raw = dict[str, Any]
+TRADE_FIRST = {"result": 0, "loss": 1, "note": 2}
+TODAY = {  # what records from before a renaming say, as it is called now
+    r"fixed policy": "fixed schedule",
+    r"fixed policies": "fixed schedules",
+    r"benchmarks\.(?=(search|export|session)_\w+ |load |binding_times )": "benchmarks.studies.",
+    r" --publish(?: search[\w-]*)?(?= |`)": "",
+}
+
+
+def markdown(path: Path, source: str) -> str:
+    """Return a result's table, with where and at which commit it was measured.
+
+    Args:
+        path: the JSON file.
+        source: its address, as a link on the page has it.
+
+    Raises:
+        DipgoError: a result that cannot be read or shown.
+    """
+    raw = read_json(path, "result")
+    try:
+        text = _renderer(raw)(raw, source).replace(f"[{source}]", f"[{path.name}]")
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's is a ValueError
+        raise DipgoError(f"{path}: not a result that can be shown ({' '.join(str(error).split())[:120]})") from error
+    return f"{today(text)}\n\n{origin(raw)}."
+
+
+def today(text: str) -> str:
+    """Return a text with today's names of modules, options and rows."""
+    for old, new in TODAY.items():
+        text = re.sub(old, new, text)
+    return text
+
+
+def origin(raw: Raw) -> str:
+    """Return the commit and the machine that a result comes from."""
+    place = raw.get("environment", {})
+    commits = [place.get("commit"), *(call.get("commit") for call in raw.get("calls", []) if isinstance(call, dict))]
+    commit = next((each for each in commits if each), None)
+    machine = [f"{place['cpu']}, {place['cores']} cores"] if place else []
+    return "; ".join([f"commit {commit}" if commit else "commit not recorded", *machine])
+
+
+def _renderer(raw: Raw) -> Callable[[Raw, str], str]:
+    schema = raw.get("schema")
+    if schema == SCHEMA:
+        return _report
+    if schema == gpu.SCHEMA:
+        return gpu.table
+    if "cells" in raw:
+        return _searches
+    if "cases" in raw and schema is None:
+        return _exports
+    return _figures
+
+
+def _report(raw: Raw, source: str) -> str:
+    """Return a report's summary, the trade before the losses."""
+    report = ReportRecord.model_validate(raw)
+    ordered = sorted(report.headline, key=lambda headline: TRADE_FIRST[headline.kind])
+    return summary(report.model_copy(update={"headline": ordered}), source)
+
+
+def _searches(raw: Raw, source: str) -> str:
+    return search_record.markdown(search_record.TableRecord.model_validate(raw), source)
+
+
+def _exports(raw: Raw, source: str) -> str:
+    return export_table.markdown(export_table.ExportRecord.model_validate(raw), source)
+
+
+def _figures(raw: Raw, source: str) -> str:
+    shown = {name: value for name, value in raw.items() if name not in ("command", "environment")}
+    command = f"`{raw['command']}`. " if "command" in raw else ""
+    return "\n".join([*tables(shown), "", f"{command}From [{source}]({source})."])

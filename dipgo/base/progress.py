@@ -1,0 +1,86 @@
+"""What is shown while work goes on, on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Report = Callable[[str, int, int, str], None]
+"""Called with the phase, the iteration, how many there are, and a short figure."""
+
+
+def silent(phase: str, iteration: int, total: int, figure: str) -> None:
+    """Report nothing."""
+
+
+def bar(label: str) -> Any:
+    from tqdm import tqdm
+
+    def progress(items: Iterable[Any]) -> Iterator[Any]:
+        return iter(tqdm(items, desc=label, leave=False))
+
+    return progress
+
+
+def spinner(label: str) -> Any:
+    return Progress().spinner(label)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What shows progress: always, never, or None where somebody may be looking, which is in a terminal."""
+
+    shown: bool | None = True
+
+    @property
+    def visible(self) -> bool:
+        return sys.stderr.isatty() if self.shown is None else self.shown
+
+    @contextmanager
+    def spinner(self, label: str) -> Iterator[None]:
+        """Show that work goes on where its length is not known beforehand."""
+        if not self.visible:
+            yield
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"{label} …"):
+            yield
+
+    @contextmanager
+    def phases(self) -> Iterator[Report]:
+        """Yield a report function that shows one progress bar a phase."""
+        if not (self.visible and is_main()):
+            yield silent
+            return
+        from tqdm import tqdm
+
+        bars: dict[str, tqdm[Any]] = {}
+
+        def report(phase: str, iteration: int, total: int, figure: str) -> None:
+            if phase not in bars:
+                for before in bars.values():
+                    before.close()
+                bars[phase] = tqdm(total=total, desc=phase)
+            bar = bars[phase]
+            bar.total = total  # in some phases it grows
+            bar.set_postfix_str(figure, refresh=iteration == total)
+            bar.update(iteration - bar.n)
+
+        try:
+            yield report
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+
+def is_main() -> bool:
+    """Whether this is the first of the processes that ``accelerate launch`` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,78 @@
+"""Whether a bundle is right, and how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import Field
+
+from benchmarks.bench.config import BenchConfig
+from dipgo.base.config import Backend, Config
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.cli.options import BundleArgument, ForceOption, SourceOption
+
+
+class VerifyConfig(Config):
+    """How parity is measured."""
+
+    images: int = Field(
+        2, ge=1, description="How many images to compare.", json_schema_extra={"flags": ["--number", "-n"]}
+    )
+    backend: Backend = "onnxruntime"
+
+    def line(self, bundle: Path, model: str | None) -> str:
+        """Measure, and return one line on it; DipgoError where parity does not hold."""
+        from dipgo import api
+
+        parity = api.verify(bundle, model=model, images=self.images, backend=self.backend, progress=True)
+        line = f"{parity.line()}, over {parity.images} images"
+        if not parity.passed:
+            raise DipgoError(f"{bundle}: parity does not hold: {line}; export it again")
+        return f"parity holds: {line}"
+
+
+def verify(bundle: BundleArgument, config: VerifyConfig, model: SourceOption = None) -> None:
+    """Measure the parity of a bundle with the gated diffusers pipeline; fail if it does not hold."""
+    typer.echo(config.line(bundle, model))
+
+
+def bench(
+    config: BenchConfig,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.")] = None,
+    model: SourceOption = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Set two reports side by side; measures nothing.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Verify a bundle, measure it against baselines, and write a report; or compare two reports."""
+    if compare is not None:
+        if bundle or config.model_fields_set:
+            raise UsageError("--compare takes two reports and measures nothing; leave BUNDLE and --suite out")
+        compare_with(*compare, output, force)
+        return
+    if bundle is None or output is None:
+        raise UsageError("give a BUNDLE and -o REPORT, or --compare A B; see 'dipgo bench --help'")
+    from benchmarks.bench.page import table
+    from dipgo import api
+
+    typer.echo(table(api.bench(bundle, output, config, model=model, force=force, progress=True)))
+    typer.echo(f"report: {output / 'report.html'}")
+
+
+def compare_with(first: Path, second: Path, output: Path | None, force: bool) -> None:
+    from benchmarks.bench.compare import NAMES, compare, text, write_comparison
+    from dipgo.base.files import refuse_existing
+
+    if output is not None:
+        refuse_existing(output, force, NAMES[0])
+    comparison = compare(first, second)
+    typer.echo(text(comparison))
+    if output is not None:
+        write_comparison(comparison, output, force)
+        typer.echo(f"comparison: {output / 'comparison.html'}")

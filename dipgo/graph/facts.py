@@ -1,0 +1,95 @@
+"""What is known of the models that ship and of the supported denoisers, kept in a file: counting takes seconds.
+
+``python -m dipgo.graph.facts`` counts again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dipgo.base.records import Record, read_json
+
+if TYPE_CHECKING:
+    from dipgo.model.models import Model
+
+FILE = Path(__file__).parents[1] / "zoo" / "facts.json"
+
+
+class ModelFacts(Record):
+    """A model that ships: ``macs`` of one call of the denoiser, and how many sites each granularity has."""
+
+    denoiser: str
+    parameters: int
+    macs: int
+    sites: dict[str, int]
+    weights: bool
+
+
+class Facts(Record):
+    """The file; ``families`` are site patterns by denoiser and granularity."""
+
+    models: dict[str, ModelFacts]
+    families: dict[str, dict[str, list[str]]]
+
+    def lines(self) -> list[str]:
+        """Return what ``dipgo models`` prints."""
+        lines = []
+        for title, weights in (("built in:", True), ("architectures, without weights:", False)):
+            lines += [
+                title,
+                *(_line(name, facts) for name, facts in self.models.items() if facts.weights is weights),
+                "",
+            ]
+        lines.append(
+            "denoisers with sites of their own, from a diffusers folder or a hub id (granularity: site patterns):"
+        )
+        for denoiser, sites in self.families.items():
+            lines += [f"  {denoiser}", *(f"    {spec}: {', '.join(patterns)}" for spec, patterns in sites.items())]
+        lines.append(
+            "  any other class of diffusers that is called on a latent, a timestep and at most text embeddings: "
+            "--sites PATTERN,…"
+        )
+        return lines
+
+
+def read_facts() -> Facts:
+    return Facts.model_validate(read_json(FILE, "list of models"))
+
+
+def _line(name: str, facts: ModelFacts) -> str:
+    counts = ", ".join(f"{count} {spec}" for spec, count in facts.sites.items())
+    return (
+        f"  {name}: {facts.denoiser}, {facts.parameters / 1e6:.2f} M parameters, {facts.macs / 1e9:.3f} G MACs a call, "
+        f"sites: {counts or 'by pattern'}"
+    )
+
+
+def counted(model: Model) -> ModelFacts:
+    """Count a model's parameters, MACs and sites; no weights are read."""
+    from dipgo.graph.sites import site_names
+    from dipgo.graph.trace import call_macs
+
+    denoiser, family = model.empty_denoiser(), model.family
+    return ModelFacts(
+        denoiser=family.denoiser_class,
+        parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+        macs=call_macs(model, denoiser),
+        sites={spec: len(site_names(denoiser, family, spec)) for spec in family.sites},
+        weights=bool(model.weights_files),
+    )
+
+
+def families() -> dict[str, Any]:
+    """Return the site patterns of the supported denoisers."""
+    from dipgo.model.families import FAMILIES
+
+    return {family.denoiser_class: {spec: list(each) for spec, each in family.sites.items()} for family in FAMILIES}
+
+
+if __name__ == "__main__":
+    from dipgo.model.models import architectures, built_in, find_model
+
+    models = {name: counted(find_model(name)) for name in (*built_in(), *architectures())}
+    FILE.write_text(json.dumps(Facts(models=models, families=families()).model_dump(), indent=2) + "\n")

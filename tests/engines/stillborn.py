@@ -1,0 +1,3 @@
+"""A child process that dies before it reads its task."""
+
+raise SystemExit(3)
