@@ -179,7 +179,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
     """Yield the SubNet of each budget, the largest first, as they are found."""
     import torch
 
-    from benchmarks.studies.latency import measure_latency
+    from benchmarks.latency import measure_latency
     from dipgo.graph.latency import check_profile, read_profile
     from dipgo.schedule.subnet import load_subnet
     from dipgo.searching.distributed import processes
@@ -229,6 +229,6 @@ def _model_of(model: str | Model) -> Model:
 
 
 def _bars(progress: bool | None) -> Report:
-    from benchmarks.bench.progress import Bars
+    from benchmarks.progress import Bars
 
     return Bars() if Progress(progress).visible else silent

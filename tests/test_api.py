@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import dipgo
-from benchmarks.bench.child import Worker
-from benchmarks.bench.failures import NotMeasuredError
-from benchmarks.bench.specs import ProgramSpec
+from benchmarks.bench.subjects import ProgramSpec
+from benchmarks.bench.worker import Worker
+from benchmarks.progress import NotMeasuredError
 from dipgo.base.errors import UsageError
 from dipgo.graph.facts import counted, families, read_facts
 from dipgo.model.models import architectures, built_in, find_model

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.bench.inputs import given_for
 from benchmarks.bench.parity import TOLERANCE, verify
+from benchmarks.bench.subjects import given_for
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler, tabulate

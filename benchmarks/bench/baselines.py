@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.failures import one_line
-from benchmarks.bench.progress import Progress, silent
+from benchmarks.progress import Progress, one_line, silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.sampler import make_scheduler

@@ -5,46 +5,34 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.bench.baselines import FULL, Baseline, baselines_for
-from benchmarks.bench.candidates import (
-    Candidate,
-    baseline_candidates,
-    other_backends,
-    parity_failure,
-    subject_candidate,
-    torch_candidates,
-)
+from benchmarks.bench.baselines import FULL, Baseline
+from benchmarks.bench.candidates import Candidate, candidates_of
 from benchmarks.bench.config import BenchConfig
-from benchmarks.bench.environment import clock, environment, load_average
-from benchmarks.bench.headlines import headlines
-from benchmarks.bench.inputs import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
-from benchmarks.bench.measuring import Outcome, measure_all, shown
+from benchmarks.bench.measuring import Outcome, measure_all
 from benchmarks.bench.page import write_report
-from benchmarks.bench.progress import Bars, Progress
-from benchmarks.bench.quality import Made
-from benchmarks.bench.reference import converged, model_of, subnet_of, task_of
-from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord
-from benchmarks.bench.rows import rows_of
-from benchmarks.bench.specs import ProgramSpec
-from benchmarks.bench.suite import Suite
+from benchmarks.bench.parity import TOLERANCE
+from benchmarks.bench.quality import Made, compare, latent_error
+from benchmarks.bench.reference import subnet_of
+from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
+from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
 from benchmarks.bench.techniques import TECHNIQUES
+from benchmarks.bench.timing import Timing, spread, timing_of
+from benchmarks.environment import clock, environment, load_average
+from benchmarks.progress import Bars, Progress
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
-from dipgo.model.families import join
 from dipgo.searching.search import describe
-from dipgo.searching.task import Task
-from export.bundle import Bundle, BundleRecord, open_bundle
+from export.bundle import BundleRecord, open_bundle
 
-CHUNK = 16  # images of the long trajectory at a time
-
-__all__ = ["bench", "parity_failure"]
+AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
+AGREEMENT_HALF = 0.1
 
 
 def bench(
@@ -63,7 +51,7 @@ def bench(
         output: folder of the report; refused where it exists, without ``force``.
         config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        progress: see :data:`benchmarks.bench.progress.Progress`; None shows bars.
+        progress: see :data:`benchmarks.progress.Progress`; None shows bars.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
@@ -78,7 +66,7 @@ def bench(
     bundle = open_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:
         scratch = Path(temporary)
-        candidates, converged = _candidates(bundle, model, settings, baselines, scratch, progress)
+        candidates, converged = candidates_of(bundle, model, settings, baselines, scratch, progress)
         specs = {each.name: each.spec for each in candidates if each.spec}
         outcomes = measure_all(specs, settings, scratch, progress)
     for name in (FULL, SUBJECT):
@@ -120,7 +108,7 @@ def bench(
     )
     names = {number: name for name, number in record.conditioning.labels.items()}
     captions = [names.get(each, str(each)) for each in given]
-    pictures = {name: found.made.images for name, found in outcomes.items() if found.made and not found.error}
+    pictures = {name: each.made.images for name, each in outcomes.items() if each.made and not each.error}
     write_report(report, pictures, captions, output, force)
     return report
 
@@ -130,60 +118,96 @@ def scope_of(record: BundleRecord, outcome: Outcome) -> str:
     return f"denoising loop, batch {latent_shape(record)[0]}, {outcome.label}"
 
 
-def _candidates(
-    bundle: Bundle,
-    model: str | None,
-    suite: Suite,
-    baselines: Mapping[str, Baseline] | None,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[list[Candidate], Made | None]:
-    """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
+def rows_of(
+    candidates: Sequence[Candidate],
+    outcomes: Mapping[str, Outcome],
+    given: Sequence[Any],
+    record: BundleRecord,
+    converged: Made | None,
+) -> list[Row]:
+    """Return a row a candidate, in order: the full program, the bundle, the others.
 
-    The model in torch is let go of when this returns: it takes no part in the timing.
+    ``given`` are the classes or prompts of the judged images, ``record`` is the bundle's.
     """
-    found = model_of(bundle, model)
-    task = task_of(bundle, found, progress)
-    own = subject_candidate(bundle, SUBJECT, task, suite, scratch, progress)
-    assert isinstance(own.spec, ProgramSpec)
-    searched = subnet_of(bundle)
-    chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
-    techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
-    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, own.spec, bundle.record, scratch, progress)
-    if full.error:
-        raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
-    further = other_backends([full, own], suite, task, progress)
-    in_torch = torch_candidates(techniques, bundle, model, suite.threads or own_threads(own))
-    count = min(suite.converged_images, suite.images)
-    converged = _converged(task, bundle, count, suite, progress) if count else None
-    return [full, own, *others, *further, *in_torch], converged
+    full = candidates[0]
+    assert full.record
+    return [
+        _row(each, outcomes.get(each.name), outcomes[FULL], full.record.macs, given, record, converged)
+        for each in candidates
+    ]
 
 
-def own_threads(candidate: Candidate) -> int | None:
-    """Return how many threads a small program takes by itself, so that torch gets as many; None is its own choice."""
-    from engines.pipeline.pipeline import load
+def _row(
+    candidate: Candidate,
+    outcome: Outcome | None,
+    full: Outcome,
+    full_macs: int,
+    given: Sequence[Any],
+    record: BundleRecord,
+    converged: Made | None,
+) -> Row:
+    agreement = _agreement(candidate, outcome, full)
+    error = candidate.error or (outcome.error if outcome else "not run")
+    if not error and agreement is not None and not agreement <= AGREEMENT.get(record.dtype, AGREEMENT_HALF):
+        error = f"its latents are not the full program's: relative error {agreement:.1e}"
+    if error or outcome is None:
+        return Row(name=candidate.name, error=error)
+    own = candidate.record
+    macs = own.macs if own else outcome.macs
+    timing = timing_of(outcome.samples["loop"], full.samples["loop"])
+    quality = None
+    if outcome.made and full.made:
+        quality = compare(outcome.made, full.made, given, record.model.name, converged)
+    return Row(
+        name=candidate.name,
+        runs_on=outcome.label,
+        steps=(own or record).sampler.steps,
+        launches=sum(len(step.launches) for step in own.steps) if own else None,
+        graphs=len(own.graphs) if own else None,
+        macs=macs,
+        macs_ratio=macs / full_macs if macs else None,
+        parity=candidate.parity,
+        agreement=agreement,
+        timing=timing,
+        pipeline=_pipeline(outcome, full),
+        device=spread(outcome.device_seconds) if outcome.device_seconds else None,
+        outside=spread(outcome.outside) if outcome.outside else None,
+        steps_seconds=_steps(outcome),
+        efficiency=timing.speedup.median * macs / full_macs if macs else None,
+        usage=Usage(
+            build_seconds=candidate.build_seconds,
+            load_seconds=float(np.median(outcome.load_seconds)),
+            first_seconds=float(np.median(outcome.first_seconds)),
+            resident_peak=outcome.resident,
+            proportional_peak=outcome.proportional,
+            device_peak=outcome.device,
+            disk=_disk(candidate, record),
+        ),
+        quality=quality,
+        skipped=outcome.skipped,
+    )
 
-    assert isinstance(candidate.spec, ProgramSpec)
-    program = load(candidate.spec.folder, None, candidate.spec.backend)
-    return getattr(program.runner, "threads", None)
+
+def _agreement(candidate: Candidate, outcome: Outcome | None, full: Outcome) -> float | None:
+    """Return the relative error to the full program of a baseline that should do the same, on the same noise."""
+    technique = TECHNIQUES.get(candidate.name)
+    if technique is None or not technique.exact or outcome is None or outcome.final is None or full.final is None:
+        return None
+    return latent_error(outcome.final, full.final)
 
 
-def _converged(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Made:
-    """Run many steps of DDIM on the first of the judged noise, in torch."""
-    steps = suite.converged_steps
-    long = converged(task, steps)
-    given = given_for(bundle.record.conditioning, suite.images)
-    shape = [suite.images, *latent_shape(bundle.record)[1:]]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
-    latents, images = [], []
-    for start in range(0, count, CHUNK):
-        progress(f"{steps} steps", start, count, "")
-        end = min(start + CHUNK, count)
-        with torch.no_grad():
-            conditions = join(*task.model.family.conditions(task.pipe, given[start:end]), task.guidance_scale > 1)
-            latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
-            if bundle.record.decoder is not None:
-                images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
-    progress(f"{steps} steps", count, count, "")
-    found = np.concatenate(latents)
-    return Made(found, np.concatenate(images) if images else shown(found))
+def _pipeline(outcome: Outcome, full: Outcome) -> Timing | None:
+    own, theirs = outcome.samples.get("pipeline"), full.samples.get("pipeline")
+    return timing_of(own, theirs) if own and theirs and len(own) == len(theirs) else None
+
+
+def _steps(outcome: Outcome) -> list[float] | None:
+    runs = [run for run in outcome.steps if len(run) == len(outcome.steps[0])]
+    return [float(each) for each in np.median(runs, axis=0)] if runs else None
+
+
+def _disk(candidate: Candidate, record: BundleRecord) -> int:
+    """Return the bytes of a bundle's files; of the model in torch those of the weights in the bundle."""
+    if candidate.record:
+        return sum(file.bytes for file in candidate.record.files.values())
+    return sum(file.bytes for name, file in record.files.items() if Path(name).suffix == ".safetensors" and "/" in name)

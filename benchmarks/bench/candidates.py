@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.baselines import Baseline, Compiled, compile_baselines
-from benchmarks.bench.failures import one_line
-from benchmarks.bench.inputs import PARITY_SEED, encodes, given_of, latent_shape, save
-from benchmarks.bench.parity import Parity, conditions_in, measure
-from benchmarks.bench.progress import Progress
-from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from benchmarks.bench.baselines import Baseline, Compiled, baselines_for, compile_baselines
+from benchmarks.bench.parity import Parity, measure
+from benchmarks.bench.quality import Made
+from benchmarks.bench.reference import conditions_in, made_by_many_steps, model_of, subnet_of, task_of
+from benchmarks.bench.report import SUBJECT
+from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, TorchSpec, encodes, given_of, latent_shape, save
 from benchmarks.bench.suite import Suite
+from benchmarks.bench.techniques import TECHNIQUES
+from benchmarks.progress import Progress, one_line
 from dipgo.base.errors import DipgoError
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
@@ -36,6 +38,43 @@ class Candidate:
 def parity_failure(parity: Parity) -> str:
     """Return what is wrong with a parity that did not hold."""
     return f"parity failed, {parity.line()}"
+
+
+def candidates_of(
+    bundle: Bundle,
+    model: str | None,
+    suite: Suite,
+    baselines: Mapping[str, Baseline] | None,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[list[Candidate], Made | None]:
+    """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
+
+    The model in torch is let go of when this returns: it takes no part in the timing.
+    """
+    task = task_of(bundle, model_of(bundle, model), progress)
+    own = subject_candidate(bundle, SUBJECT, task, suite, scratch, progress)
+    assert isinstance(own.spec, ProgramSpec)
+    searched = subnet_of(bundle)
+    chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
+    techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
+    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, own.spec, bundle.record, scratch, progress)
+    if full.error:
+        raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
+    further = other_backends([full, own], suite, task, progress)
+    in_torch = torch_candidates(techniques, bundle, model, suite.threads or own_threads(own))
+    count = min(suite.converged_images, suite.images)
+    converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
+    return [full, own, *others, *further, *in_torch], converged
+
+
+def own_threads(candidate: Candidate) -> int | None:
+    """Return how many threads a small program takes by itself, so that torch gets as many; None is its own choice."""
+    from engines.pipeline.pipeline import load
+
+    assert isinstance(candidate.spec, ProgramSpec)
+    program = load(candidate.spec.folder, None, candidate.spec.backend)
+    return getattr(program.runner, "threads", None)
 
 
 def subject_candidate(

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.page import template
+from benchmarks.bench.page import aligned, template
 from benchmarks.bench.report import RECORD_FILE, ReportRecord, Row, milliseconds, read_report
-from benchmarks.bench.text import aligned
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_folder
 

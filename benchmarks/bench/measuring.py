@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.child import Worker
-from benchmarks.bench.failures import NotMeasuredError
-from benchmarks.bench.inputs import IMAGE_SEED
-from benchmarks.bench.progress import Progress, silent
-from benchmarks.bench.quality import Made, latent_error
-from benchmarks.bench.specs import ProgramSpec, TorchSpec
+from benchmarks.bench.quality import Made, latent_error, latents_as_images
+from benchmarks.bench.subjects import IMAGE_SEED, ProgramSpec, TorchSpec
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import in_rounds
+from benchmarks.bench.worker import Worker
+from benchmarks.progress import NotMeasuredError, Progress, silent
 
 STEADY = 1e-4  # relative; how far two runs of one loop on the same noise may be apart
 
@@ -120,7 +118,7 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
         def sample(name: str, scope: str = scope) -> None:
             outcome = outcomes[name]
             try:
-                found = workers[name].ask("sample", scope=scope, prepared=suite.warm_up > 0)
+                answer = workers[name].ask("sample", scope=scope, prepared=suite.warm_up > 0)
             except NotMeasuredError as error:
                 if scope == "loop" or workers[name].ended:
                     outcome.error = str(error)
@@ -128,13 +126,13 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
                     outcome.skipped[scope] = str(error)
                     outcome.samples.pop(scope, None)
                 return
-            outcome.samples.setdefault(scope, []).append(found["seconds"])
+            outcome.samples.setdefault(scope, []).append(answer["seconds"])
             if len(outcome.first_seconds) < len(outcome.load_seconds):
-                outcome.first_seconds.append(found["seconds"])
-            if found.get("device_seconds") is not None:
-                outcome.device_seconds.append(found["device_seconds"])
-            if found.get("graph_seconds") is not None:
-                outcome.outside.append(1 - found["graph_seconds"] / found["seconds"])
+                outcome.first_seconds.append(answer["seconds"])
+            if answer.get("device_seconds") is not None:
+                outcome.device_seconds.append(answer["device_seconds"])
+            if answer.get("graph_seconds") is not None:
+                outcome.outside.append(1 - answer["graph_seconds"] / answer["seconds"])
 
         in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
         if scope == "loop":
@@ -182,14 +180,8 @@ def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Made:
         worker.ask("made", start=start, count=count, seed=IMAGE_SEED, file=str(file))
         with np.load(file, allow_pickle=False) as held:
             latents.append(held["latents"])
-            images.append(held["images"] if "images" in held.files else shown(held["latents"]))
+            images.append(held["images"] if "images" in held.files else latents_as_images(held["latents"]))
     made = Made(np.concatenate(latents), np.concatenate(images))
     if not (np.isfinite(made.latents).all() and np.isfinite(made.images).all()):
         raise NotMeasuredError("its images are not finite")
     return made
-
-
-def shown(latents: np.ndarray) -> np.ndarray:
-    """Stand in for images where nothing decodes: latents between -1 and 1 as [0, 1], three channels at most."""
-    pixels: np.ndarray = (latents[:, :3] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
-    return pixels[..., :1] if pixels.shape[-1] == 2 else pixels

@@ -13,10 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from benchmarks.bench.baselines import FULL
-from benchmarks.bench.heatmap import heatmap
-from benchmarks.bench.markdown import summary
-from benchmarks.bench.plots import pareto, points_of, step_bars
-from benchmarks.bench.report import RECORD_FILE, SUBJECT, ReportRecord, decibels, milliseconds
+from benchmarks.bench.plots import heatmap, pareto, points_of, step_bars
+from benchmarks.bench.report import RECORD_FILE, SUBJECT, ReportRecord, Row, decibels, milliseconds
 from dipgo.base.files import new_folder
 from engines.pipeline.images import to_image
 
@@ -121,3 +119,91 @@ def _data_uri(pixels: np.ndarray) -> str:
         image.thumbnail((LARGE, LARGE))
     image.save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+_COLUMNS = ("program", "MACs", "wall time", "speedup", "efficiency", "PSNR to full", "class accuracy")
+
+
+def summary(report: ReportRecord, source: str = "") -> str:
+    """Return the report's table with the lines that say what was measured on what; ``source`` is the JSON's path.
+
+    A column that no program fills is left out.
+    """
+    cells = [_cells(row) for row in report.rows]
+    filled = [any(row[column] for row in cells if len(row) > 2) for column in range(len(_COLUMNS))]
+    lines = [f"- {headline.line}" for headline in report.headline]
+    lines += ["", _line(_COLUMNS, filled), "|---" * sum(filled) + "|"]
+    lines += [_line(row, filled) for row in cells]
+    place = report.environment
+    rounds = "one run of each" if report.rounds == 1 else f"{report.rounds} interleaved rounds"
+    images = f", {report.images} images" if any(row.quality for row in report.rows) else ""
+    lines += [
+        "",
+        f"`{report.command}`, {rounds}{images}; {report.scope}; {place.cpu}, {place.cores} "
+        f"cores; parity {report.parity.relative_error_image:.1e}." + (f" From [{source}]({source})." if source else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], filled: Sequence[bool]) -> str:
+    padded = [*cells, *[""] * (len(filled) - len(cells))]
+    return f"| {' | '.join(cell for cell, shown in zip(padded, filled, strict=True) if shown)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    """Return a cell a column, or two where the program was not measured."""
+    if row.error or row.timing is None:
+        return [row.name, f"not measured: {row.error}"]
+    quality = row.quality
+    accuracy = "" if quality is None or quality.class_accuracy is None else f"{quality.class_accuracy:.1%}"
+    reference = row.macs_ratio == 1 and quality is not None and row.agreement is None
+    return [
+        f"**{row.name}**" if row.name == SUBJECT else row.name,
+        "" if row.macs_ratio is None else f"{row.macs_ratio:.1%}",
+        milliseconds(row.timing.wall.median),
+        f"{row.timing.speedup.median:.2f}",
+        "" if row.efficiency is None else f"{row.efficiency:.2f}",
+        "" if quality is None else "reference" if reference else decibels(quality.psnr_db),
+        accuracy,
+    ]
+
+
+def table(report: ReportRecord) -> str:
+    """Return a line a program, then parity and scope."""
+    lines: list[tuple[str, ...]] = [("program", "MACs", "wall time", "speedup", "PSNR", "class accuracy")]
+    for row in report.rows:
+        if row.timing is None:
+            lines.append((row.name, f"not measured: {row.error}", "", "", "", ""))
+            continue
+        quality = row.quality
+        accuracy = quality.class_accuracy if quality else None
+        lines.append(
+            (
+                row.name,
+                "not counted" if row.macs is None else macs(row.macs),
+                milliseconds(row.timing.wall.median),
+                f"{row.timing.speedup.median:.2f}",
+                "reference"
+                if row is report.rows[0]
+                else "not judged"
+                if quality is None
+                else decibels(quality.psnr_db),
+                "not judged" if accuracy is None else f"{accuracy:.1%}",
+            )
+        )
+    return "\n".join([*aligned(lines), f"parity: {report.parity.line()}; wall time: {report.scope}"])
+
+
+def aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    """Return lines of cells as columns, the first to the left; a line that has two cells alone goes its own way."""
+    whole = [line for line in lines if line[2]]
+    widths = [max(len(line[column]) for line in whole) for column in range(len(lines[0]))]
+    widths[0] = max(len(line[0]) for line in lines)
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        if line[2]
+        else f"{line[0].ljust(widths[0])}  {line[1]}"
+        for line in lines
+    ]

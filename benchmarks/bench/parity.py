@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench.inputs import Given, encodes, given_of, latent_shape
-from benchmarks.bench.progress import Bars, Progress, silent
-from benchmarks.bench.reference import cast_pipeline, model_of, subnet_of
+from benchmarks.bench.quality import latent_error
+from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
+from benchmarks.bench.subjects import Given, encodes, given_of, latent_shape
+from benchmarks.progress import Bars, Progress, silent
 from dipgo.base.records import Record
 from dipgo.eager.gating import gated
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
-from dipgo.model.families import Conditions, GuidedDenoiser, family_of, join
+from dipgo.model.families import GuidedDenoiser, family_of
 from dipgo.model.sampler import tabulate
-from dipgo.model.vae import from_vae, to_vae
+from dipgo.model.vae import from_vae
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from export.compiler import scheduler_of
@@ -120,14 +121,8 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     )
 
 
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Return ``||actual - expected||_2 / ||expected||_2``, computed in float64."""
-    difference = actual.astype(np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
-
-
 def _errors(actual: Made, expected: Made) -> tuple[float, float]:
-    latent, image = (relative_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
+    latent, image = (latent_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     return latent, image
 
 
@@ -189,21 +184,6 @@ def _trajectory(program: Program, pipe: Any, given: Given, seed: int) -> Made:
         if program.record.decoder is None:
             return latent.numpy(), _pixels(latent)
         return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
-
-
-def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
-    """Return the denoiser's conditions as the pipeline makes them, or stand-ins, floats in the denoiser's dtype."""
-    family = family_of(pipe)
-    dtype = getattr(pipe, family.component).dtype
-    with torch.no_grad():
-        joined = join(*family.conditions(pipe, given), guided)
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
-
-
-def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
-    decoded = vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float()
-    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def _pixels(decoded: torch.Tensor) -> np.ndarray:

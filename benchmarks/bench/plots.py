@@ -1,17 +1,30 @@
-"""Plots of a report as inline SVG. Colours come from the page's style sheet."""
+"""Plots of a report, drawn by matplotlib as inline SVG: colours come from the page's style sheet, texts stay texts."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse, Rectangle
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from benchmarks.bench.report import SUBJECT, Row, milliseconds
 
-WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 58, 20, 14, 46
 EXACT_DB = 80.0  # from here on images differ by rounding alone; such programs are drawn on a line of their own
+RADIUS = 5  # of a dot, in pixels
+MAP_WIDTH = 1060  # of the gate map with its labels, in pixels; long trajectories may exceed it
+LETTER = 6.1  # width of a monospaced letter at 10 pixels
+COLOURS: Mapping[str, str] = {  # what matplotlib is told, and what the style sheet calls it
+    name: f"#0000{number:02x}" for number, name in enumerate(("on", "off", "dot", "line", "quiet", "text"), 1)
+}
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "dipgo", "text.color": COLOURS["quiet"], "font.size": 12}
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,53 @@ class Point:
     subject: bool
 
 
+class Drawing:
+    """One plot of a size in pixels, with margins left, right, above and below its axes.
+
+    Attributes:
+        axes: matplotlib's.
+    """
+
+    def __init__(self, width: float, height: float, margins: tuple[float, float, float, float]) -> None:
+        left, right, top, bottom = margins
+        self.width, self.height = width, height
+        self._figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        place = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+        self.axes = self._figure.add_axes(place, frameon=False)
+        self.axes.tick_params(length=0, labelcolor=COLOURS["quiet"], pad=6)
+        self._marks: list[tuple[str, str]] = []
+
+    def add(self, patch: Any, kind: str, title: str) -> None:
+        """Add a patch of a class of the style sheet; the title is shown where the pointer rests on it."""
+        self.mark(patch, kind, title)
+        self.axes.add_patch(patch).set_clip_on(False)
+
+    def mark(self, artist: Any, kind: str, title: str) -> None:
+        """Give what is drawn already a class and a title."""
+        artist.set(gid=f"mark-{len(self._marks)}", clip_on=False)
+        self._marks.append((kind, title))
+
+    def svg(self, kind: str, label: str, style: str = "") -> str:
+        """Return the ``<svg>`` element, with a class and a label for those who do not see it."""
+        stream = io.StringIO()
+        self._figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        body = stream.getvalue().partition("</metadata>")[2].rpartition("</svg>")[0]
+        body = re.sub(r"<defs>.*?</defs>", "", body, flags=re.DOTALL)
+        body = re.sub(r'<g id="mark-(\d+)">', lambda found: self._opening(*self._marks[int(found[1])]), body)
+        body = re.sub(r' id="[^"]*"|<!--.*?-->', "", body)
+        body = re.sub(r"font-family: [^;\"]*;? ?|<g/>", "", body)
+        for name, colour in COLOURS.items():
+            body = body.replace(colour, f"var(--{name})")
+        return (
+            f'<svg class="{kind}" width="{self.width:.0f}" height="{self.height:.0f}" style="{style}" '
+            f'viewBox="0 0 {self.width:.0f} {self.height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
+        )
+
+    @staticmethod
+    def _opening(kind: str, title: str) -> str:
+        return f'<g class="{kind}"><title>{escape(title)}</title>'
+
+
 def points_of(rows: Sequence[Row]) -> list[Point]:
     """Return the rows that have both speed and quality, numbered as in the report's tables."""
     return [
@@ -36,124 +96,112 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other one beats in both speed and PSNR, the slowest first."""
-    best = [
-        one
-        for one in points
-        if not any(
-            other.speedup >= one.speedup
-            and other.psnr >= one.psnr
-            and (other.speedup, other.psnr) != (one.speedup, one.psnr)
-            for other in points
-        )
-    ]
+
+    def beats(one: Point, other: Point) -> bool:
+        at_least = one.speedup >= other.speedup and one.psnr >= other.psnr
+        return at_least and (one.speedup, one.psnr) != (other.speedup, other.psnr)
+
+    best = [point for point in points if not any(beats(other, point) for other in points)]
     return sorted(best, key=lambda point: point.speedup)
 
 
+@rc_context(_RC)
 def pareto(rows: Sequence[Row]) -> str:
-    """Draw speed against PSNR, a numbered circle a program; exact programs lie on the line at the top."""
+    """Draw speed against PSNR, a numbered dot a program; exact programs lie on the line at the top."""
     points = points_of(rows)
     if not points:
         return ""
     finite = [point.psnr for point in points if point.psnr < EXACT_DB] or [30.0]
     low, high = math.floor(min(finite) - 2), math.ceil(max(finite) + 2)
     exact = high + max(2.0, (high - low) * 0.12)
-    right = max(point.speedup for point in points) * 1.08
-    left = min([0.0, *(point.speedup for point in points)])
-
-    def x(speedup: float) -> float:
-        return LEFT + (speedup - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-
-    def y(psnr: float) -> float:
-        shown = exact if psnr >= EXACT_DB else psnr
-        return TOP + (exact - shown) / (exact - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Speed against PSNR of {len(points)} programs">'
-    ]
-    for value in _ticks(low, high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(
-        f'<line class="exact" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(EXACT_DB):.1f}" y2="{y(EXACT_DB):.1f}"/>'
+    drawing = Drawing(720, 380, (58, 20, 28, 46))
+    axes = drawing.axes
+    axes.set(xlim=(0, max(point.speedup for point in points) * 1.08), ylim=(low, exact))
+    axes.set_xlabel("times the speed of the full program", color=COLOURS["quiet"])
+    axes.set_ylabel("PSNR, dB", color=COLOURS["quiet"])
+    levels = [level for level in MaxNLocator(6).tick_values(low, high) if low <= level <= high]
+    axes.yaxis.set(
+        major_locator=FixedLocator([*levels, exact]),
+        major_formatter=FixedFormatter([*(f"{level:g}" for level in levels), "exact"]),
     )
-    parts.append(f'<text x="{LEFT - 8}" y="{y(EXACT_DB) + 4:.1f}" text-anchor="end">exact</text>')
-    for value in _ticks(left, right):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">times the speed of the full program</text>')
-    parts.append(
-        f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2})">PSNR, dB</text>'
-    )
-    line = " ".join(f"{x(point.speedup):.1f},{y(point.psnr):.1f}" for point in frontier(points))
-    parts.append(f'<polyline class="frontier" points="{line}"/>')
-    taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: not point.subject):
-        across, down = _free(x(point.speedup), y(point.psnr), taken)
-        taken.append((across, down))
-        kind = "dot subject" if point.subject else "dot"
+    for level in levels:
+        axes.axhline(level, color=COLOURS["line"], linewidth=1, clip_on=False)
+    axes.axhline(exact, color=COLOURS["quiet"], linewidth=1, dashes=(2, 4), clip_on=False)
+    places = {point: (point.speedup, exact if point.psnr >= EXACT_DB else point.psnr) for point in points}
+    best = [places[point] for point in frontier(points)]
+    axes.plot(*zip(*best, strict=True), color=COLOURS["on"], linewidth=1.5, alpha=0.5, clip_on=False)
+    pixels = {point: tuple(axes.transData.transform(place)) for point, place in places.items()}
+    (left, bottom), (right, top) = axes.transData.inverted().transform([(0, 0), (2 * RADIUS, 2 * RADIUS)])
+    labels: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (point.subject, -point.number)):
+        colour = COLOURS["on" if point.subject else "dot"]
+        dot = Ellipse(places[point], right - left, top - bottom, facecolor=colour, zorder=3)
         title = f"{point.name}: {point.speedup:.2f} times, {point.psnr:.1f} dB"
-        parts.append(
-            f'<g class="{kind}"><title>{escape(title)}</title><circle cx="{across:.1f}" cy="{down:.1f}" r="9"/>'
-            f'<text x="{across:.1f}" y="{down + 3.5:.1f}" text-anchor="middle">{point.number}</text></g>'
+        drawing.add(dot, "dot subject" if point.subject else "dot", title)
+        label = _free_place(pixels[point], [*pixels.values(), *labels])
+        labels.append(label)
+        axes.annotate(
+            str(point.number),
+            (label[0], label[1] - 4),
+            xycoords="figure pixels",
+            ha="center",
+            color=COLOURS["text"],
+            weight="bold" if point.subject else "normal",
         )
-    parts.append("</svg>")
-    return "\n".join(parts)
+    return drawing.svg("plot", f"Speed against PSNR of {len(points)} programs")
 
 
+@rc_context(_RC)
 def step_bars(own: Sequence[float], full: Sequence[float] | None) -> str:
     """Draw the seconds of each step as bars, the full program's behind where it has as many steps."""
-    behind = list(full) if full and len(full) == len(own) else [0.0] * len(own)
-    across = min(36.0, max(7.0, (WIDTH - LEFT - RIGHT) / len(own)))
-    width, height = LEFT + across * len(own) + RIGHT, 220
-    top = max([*own, *behind]) * 1.05
-
-    def y(seconds: float) -> float:
-        return TOP + (1 - seconds / top) * (height - TOP - BOTTOM)
-
-    base = height - BOTTOM
-    parts = [
-        f'<svg class="plot" style="max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {height}" role="img" '
-        f'aria-label="Seconds of each of {len(own)} steps">'
-    ]
-    for value in _ticks(0, top * 1e3, 4):
-        level = y(value / 1e3)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT:.0f}" y1="{level:.1f}" y2="{level:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{level + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for step, (mine, theirs) in enumerate(zip(own, behind, strict=True)):
-        left = LEFT + step * across
-        text = f"step {step}: {milliseconds(mine)}" + (f", full {milliseconds(theirs)}" if theirs else "")
-        parts.append(
-            f"<g><title>{text}</title>"
-            f'<rect class="theirs" x="{left:.1f}" y="{y(theirs):.1f}" width="{across - 1:.1f}" '
-            f'height="{base - y(theirs):.1f}"/>'
-            f'<rect class="mine" x="{left + across * 0.2:.1f}" y="{y(mine):.1f}" width="{across * 0.6 - 1:.1f}" '
-            f'height="{base - y(mine):.1f}"/></g>'
-        )
-    every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * across >= 22)
-    for step in range(0, len(own), every):
-        parts.append(f'<text x="{LEFT + (step + 0.5) * across:.1f}" y="{base + 15}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{width / 2:.0f}" y="{height - 10}" text-anchor="middle">step of the sampler</text>')
-    parts.append(
-        f'<text x="14" y="{base / 2:.0f}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {base / 2:.0f})">ms</text></svg>'
-    )
-    return "\n".join(parts)
+    behind = list(full) if full and len(full) == len(own) else []
+    steps, left, right = len(own), 58, 20
+    across = min(36.0, max(7.0, (720 - left - right) / steps))
+    drawing = Drawing(left + across * steps + right, 220, (left, right, 14, 46))
+    axes = drawing.axes
+    axes.set(xlim=(-0.5, steps - 0.5), ylim=(0, max([*own, *behind]) * 1.05e3))
+    axes.set_xlabel("step of the sampler", color=COLOURS["quiet"])
+    axes.set_ylabel("ms", color=COLOURS["quiet"])
+    axes.xaxis.set_major_locator(FixedLocator(range(0, steps, _every(across))))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(axis="y", color=COLOURS["line"], clip_on=False)
+    axes.set_axisbelow(True)
+    for kind, seconds, name, width, colour in (("theirs", behind, "full ", 0.95, "off"), ("mine", own, "", 0.57, "on")):
+        for step, value in enumerate(seconds):
+            bar = Rectangle((step - width / 2, 0), width, value * 1e3, facecolor=COLOURS[colour], zorder=2)
+            drawing.add(bar, kind, f"step {step}: {name}{milliseconds(value)}")
+    return drawing.svg("plot", f"Seconds of each of {steps} steps", f"max-width:{drawing.width:.0f}px")
 
 
-def _free(across: float, down: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Move a circle sideways until it hides no other."""
-    for shift in (0, 19, -19, 38, -38, 57, -57):
-        place = (across + shift, down)
-        if LEFT <= place[0] <= WIDTH - 10 and all(math.dist(place, other) >= 18 for other in taken):
-            return place
-    return across, down
+@rc_context(_RC | {"font.size": 10})
+def heatmap(gates: Sequence[Sequence[int]], sites: Sequence[str], timesteps: Sequence[float]) -> str:
+    """Draw ``gates`` ``[steps][sites]``: a row a site, a column a step, of class ``on`` (computed) or ``off``."""
+    steps, left, right = len(gates), round(max(map(len, sites)) * LETTER) + 10, 48
+    across = min(30, max(9, (MAP_WIDTH - left - right) // steps))
+    down = min(20, max(12, 420 // len(sites)))
+    drawing = Drawing(left + steps * across + right, 4 + len(sites) * down + 36, (left, right, 4, 36))
+    axes = drawing.axes
+    axes.set(xlim=(0, steps), ylim=(len(sites), 0))
+    axes.set_xlabel("step of the sampler", color=COLOURS["quiet"])
+    shown = range(0, steps, _every(across))
+    axes.xaxis.set(major_locator=FixedLocator([step + 0.5 for step in shown]), major_formatter=FixedFormatter(shown))
+    axes.set_yticks([row + 0.5 for row in range(len(sites))], sites)
+    for row, site in enumerate(sites):
+        computed = sum(gates[step][row] for step in range(steps))
+        axes.text(steps + 6 / across, row + 0.5, f"{computed}/{steps}", va="center_baseline")
+        for step in range(steps):
+            state, word = ("on", "computed") if gates[step][row] else ("off", "reused")
+            cell = Rectangle((step, row), 1 - 1 / across, 1 - 1 / down, facecolor=COLOURS[state])
+            drawing.add(cell, state, f"step {step} (t = {timesteps[step]:g}), {site}: {word}")
+    return drawing.svg("map", f"Gates: {len(sites)} sites by {steps} steps")
 
 
-def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Return round numbers from ``low`` to ``high``, about ``count`` of them."""
-    rough = (high - low) / count
-    magnitude = 10 ** math.floor(math.log10(rough))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough)
-    first = math.ceil(low / step)
-    return [round(k * step, 10) for k in range(first, math.floor(high / step) + 1)]
+def _free_place(dot: tuple[float, float], others: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return where a dot's label goes, in pixels: beside it, where it is farthest from other dots and labels."""
+    around = [(dot[0] + 15 * math.cos(turn), dot[1] + 15 * math.sin(turn)) for turn in (1.57, 0, 4.71, 3.14, 0.8, 2.4)]
+    return max(around, key=lambda place: min(20.0, *(math.dist(place, other) for other in others if other != dot), 20))
+
+
+def _every(across: float) -> int:
+    """Return which steps have their number below them, so that the numbers do not touch."""
+    return next(count for count in (1, 2, 5, 10, 20, 50, 100, 1000) if count * across >= 22)

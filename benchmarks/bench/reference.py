@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bench.progress import Progress, silent
+from benchmarks.bench.quality import Made, latents_as_images
+from benchmarks.bench.subjects import IMAGE_SEED, Given, given_for, latent_shape
+from benchmarks.bench.suite import Suite
+from benchmarks.progress import Progress, silent
 from dipgo.base.errors import DipgoError
-from dipgo.model.families import family_of
+from dipgo.model.families import Conditions, family_of, join
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
+from dipgo.model.vae import to_vae
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import Task, make_task
 from export.bundle import Bundle
 from export.compiler import retrace, scheduler_of
+
+CHUNK = 16  # images of the long trajectory at a time
 
 
 def model_of(bundle: Bundle, name: str | None = None) -> Model:
@@ -104,3 +111,39 @@ def converged(task: Task, steps: int) -> Task:
     scheduler = make_scheduler("ddim", task.pipe.scheduler)
     scheduler.register_to_config(clip_sample=False)  # where the pipeline's own clips, but not the task's sampler
     return task.with_sampler(scheduler, steps)
+
+
+def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
+    """Return the denoiser's conditions as the pipeline makes them, or stand-ins, floats in the denoiser's dtype."""
+    family = family_of(pipe)
+    dtype = getattr(pipe, family.component).dtype
+    with torch.no_grad():
+        joined = join(*family.conditions(pipe, given), guided)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
+    decoded = vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float()
+    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Made:
+    """Run many steps of DDIM on the first of the judged noise, in torch."""
+    steps = suite.converged_steps
+    long = converged(task, steps)
+    given = given_for(bundle.record.conditioning, suite.images)
+    shape = [suite.images, *latent_shape(bundle.record)[1:]]
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
+    latents, images = [], []
+    for start in range(0, count, CHUNK):
+        progress(f"{steps} steps", start, count, "")
+        end = min(start + CHUNK, count)
+        with torch.no_grad():
+            conditions = join(*task.model.family.conditions(task.pipe, given[start:end]), task.guidance_scale > 1)
+            latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
+            if bundle.record.decoder is not None:
+                images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+    progress(f"{steps} steps", count, count, "")
+    final = np.concatenate(latents)
+    return Made(final, np.concatenate(images) if images else latents_as_images(final))

@@ -1,21 +1,93 @@
-"""What a worker measures: one program of a bundle, or the model in torch. Free of torch where the program is."""
+"""What a worker measures and what all programs are given to work on. Free of torch where the program is."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
 
-from benchmarks.bench.failures import NotMeasuredError
-from benchmarks.bench.inputs import TIMING_SEED, encodes, given_of, latent_shape
-from benchmarks.bench.specs import ProgramSpec, TorchSpec
-from benchmarks.bench.stopwatch import Stopwatch
+from benchmarks.progress import NotMeasuredError
+from dipgo.base.records import Record
+from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
 from engines.onnxrt.runner import OnnxRuntimeRunner
 from engines.program import Program
-from export.bundle import open_bundle
+from export.bundle import BundleRecord, ConditioningRecord, open_bundle
+
+PARITY_SEED = 0
+TIMING_SEED = 1
+IMAGE_SEED = 7_000_000  # the search draws from other seeds
+
+PROMPTS = (
+    "a red fox in the snow",
+    "Two dogs, sleeping in the rain",
+    "an oil painting of a harbour at dusk",
+    "a bowl of oranges on a wooden table, soft light",
+)
+
+Given = list[Any]
+"""Classes or prompts, one an image."""
+
+
+def given_of(program: Program, count: int) -> Given:
+    """Return ``count`` classes or prompts for a program, see :func:`given_for`."""
+    return given_for(program.record.conditioning, count)
+
+
+def given_for(conditioning: ConditioningRecord, count: int) -> Given:
+    """Return ``count`` classes, or prompts where these condition, cycling through the model's own if it has any."""
+    some: Given = conditioning.prompts or list(PROMPTS)
+    if conditioning.kind == "class":
+        some = sorted(set(conditioning.labels.values())) or [0]
+    return [some[index % len(some)] for index in range(count)]
+
+
+def latent_shape(record: BundleRecord) -> list[int]:
+    """Return the latent's shape ``[B, C, H, W]``; sizes that are chosen at run time as the bundle was made best for."""
+    return [side if isinstance(side, int) else record.axes[side].opt for side in record.latent.shape]
+
+
+def save(file: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays into an npz file, which :func:`numpy.load` reads without unpickling anything."""
+    held: dict[str, Any] = dict(arrays)
+    np.savez(file, **held)
+
+
+def encodes(program: Program) -> bool:
+    """Whether a program makes its conditions from classes or prompts by itself."""
+    conditioning = program.record.conditioning
+    return conditioning.kind != "prompt" or conditioning.encoder is not None
+
+
+class ProgramSpec(Record):
+    """A bundle in a backend. ``conditions`` are files with the conditions of one batch each, in turn, for a program
+    that cannot make its own."""
+
+    kind: Literal["program"] = "program"
+    folder: str
+    backend: str
+    threads: int | None = None
+    conditions: list[str] = Field(default_factory=list)
+
+
+class TorchSpec(Record):
+    """The model that a bundle was compiled from, whole, in torch: its diffusers denoiser, scheduler and VAE.
+
+    ``technique`` is what is applied to it, see :mod:`benchmarks.bench.techniques`.
+    """
+
+    kind: Literal["torch"] = "torch"
+    bundle: str
+    model: str | None = None
+    technique: str
+    threads: int | None = None
+
+
+Spec = Annotated[ProgramSpec | TorchSpec, Field(discriminator="kind")]
 
 
 class Subject(Protocol):
@@ -54,6 +126,38 @@ class Subject(Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
+
+
+class Stopwatch:
+    """A runner like the one it is put around, but for the time it adds up.
+
+    Attributes:
+        seconds: inside launches since it was last set to 0, prologues with them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def __enter__(self) -> Stopwatch:
+        self._runner.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._runner.__exit__(*error)
+
+    def bind(self, file: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Launch:
+        launch = self._runner.bind(file, inputs, outputs)
+
+        def timed() -> None:
+            begin = time.perf_counter()
+            launch()
+            self.seconds += time.perf_counter() - begin
+
+        return timed
 
 
 class ProgramSubject:
@@ -120,7 +224,7 @@ def subject_of(spec: ProgramSpec | TorchSpec) -> Subject:
     """Load what a spec says."""
     if isinstance(spec, ProgramSpec):
         return ProgramSubject(spec)
-    from benchmarks.bench.torch_subject import TorchSubject
+    from benchmarks.bench.techniques import TorchSubject
 
     subject: Any = TorchSubject(spec)
     return subject

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from benchmarks.bench.progress import Progress, silent
+from benchmarks.progress import Progress, silent
 from dipgo.base.records import Record
 
 

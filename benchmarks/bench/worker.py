@@ -1,4 +1,4 @@
-"""A process that measures one program: started by :mod:`~benchmarks.bench.child`, asked in lines of JSON.
+"""Processes that measure one program each: the parent's side (:class:`Worker`), then the child's (:class:`Server`).
 
 The parent decides when each worker runs, so that programs can be timed in turns although each has a process of its
 own. The worker times itself: what the pipe takes is not in the samples.
@@ -7,23 +7,62 @@ own. The worker times itself: what the pipe takes is not in the samples.
 from __future__ import annotations
 
 import gc
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from benchmarks.bench.failures import one_line
-from benchmarks.bench.inputs import save
-from benchmarks.bench.specs import ProgramSpec, Spec, TorchSpec
-from benchmarks.bench.subjects import Subject, subject_of
+from benchmarks.bench.subjects import ProgramSpec, Spec, Subject, TorchSpec, save, subject_of
+from benchmarks.progress import NotMeasuredError, one_line
+from dipgo.base.child_process import ChildError, ChildProcess, Parent
 from dipgo.base.process_memory import resident_peak
 
 Answer = dict[str, Any]
+
+
+class Worker(ChildProcess):
+    """A process with one program; a context manager that ends it.
+
+    Args:
+        spec: what to load.
+        log: a file for what the process prints.
+        patience: seconds that an answer may take.
+    """
+
+    def __init__(self, spec: ProgramSpec | TorchSpec, log: Path, patience: float) -> None:
+        super().__init__("benchmarks.bench.worker", log)
+        self.spec, self.patience = spec, patience
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def load(self) -> Answer:
+        """Load the program; see :meth:`Server.do_load`."""
+        return self.ask("load", spec=self.spec.model_dump())
+
+    def ask(self, what: str, **arguments: Any) -> Answer:
+        """Call a ``do_…`` method of the worker's :class:`Server` and return its answer.
+
+        Raises:
+            NotMeasuredError: the worker failed, died, or took longer than it may; the two last end it.
+        """
+        try:
+            self.send({"do": what, **arguments})
+            answer: Answer = self.receive(self.patience)
+        except ChildError as error:
+            raise NotMeasuredError(str(error)) from error
+        if "error" in answer:
+            raise NotMeasuredError(answer["error"])
+        return answer
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self.returncode is not None
 
 
 class Server:
@@ -123,20 +162,13 @@ def _device_memory() -> Answer:
     return {"device_peak": torch.cuda.max_memory_reserved()}
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
+def main() -> None:
     """Answer until there are no more requests: the parent closed the pipe, or died."""
-    server = Server()
-    for line in requests:
-        answers.write(json.dumps(server.answer(json.loads(line))) + "\n")
-        answers.flush()
+    server, parent = Server(), Parent()
+    for request in parent:
+        parent.send(server.answer(request))
     if server.subject:
         server.subject.close()
-
-
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not get among the answers
-    serve(sys.stdin, answers)
 
 
 if __name__ == "__main__":

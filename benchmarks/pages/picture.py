@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.bench.inputs import Given
-from benchmarks.bench.quality import SEED
 from benchmarks.bench.reference import model_of, task_of
 from benchmarks.bench.report import SUBJECT, ReportRecord, Row, decibels, milliseconds
+from benchmarks.bench.subjects import IMAGE_SEED, Given
 from dipgo.base.files import new_file
 from engines.pipeline.images import grid
 from engines.pipeline.pipeline import load
@@ -63,7 +62,7 @@ def _images(bundle: Path, conditions: Given, steps: Sequence[int | None]) -> np.
 
     with load(bundle) as program:
         task = task_of(program.bundle, model_of(program.bundle, None))
-        own = program.generate(list(conditions), SEED)
+        own = program.generate(list(conditions), IMAGE_SEED)
     task.pipe.set_progress_bar_config(disable=True)
     rows = [
         own
@@ -72,7 +71,7 @@ def _images(bundle: Path, conditions: Given, steps: Sequence[int | None]) -> np.
             list(conditions),
             guidance_scale=task.guidance_scale,
             num_inference_steps=number,
-            generator=torch.Generator().manual_seed(SEED),
+            generator=torch.Generator().manual_seed(IMAGE_SEED),
             output_type="np",
         ).images
         for number in steps

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.bench.inputs import Given, given_for
 from benchmarks.bench.report import ReportRecord, read_report
+from benchmarks.bench.subjects import Given, given_for
 from benchmarks.bench.suite import DEFAULT
 from benchmarks.pages.picture import picture
 from benchmarks.pages.results import ROOT

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.markdown import summary
+from benchmarks.bench.page import summary
 from benchmarks.bench.report import SCHEMA, ReportRecord
 from benchmarks.pages import gpu
 from benchmarks.pages.figures import tables

@@ -7,25 +7,21 @@ Both are compiled from one conversion, with random weights, and timed interleave
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import DDIMScheduler
 
-from benchmarks.bench.environment import Environment, environment, load_average
-from benchmarks.bench.parity import relative_error
+from benchmarks.bench.quality import latent_error
 from benchmarks.bench.timing import Timing, time_interleaved
+from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file
-from dipgo.base.records import Record
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
@@ -40,16 +36,14 @@ GUIDANCE = 4.0
 TOLERANCE = 1e-4
 
 
-class BindingTimes(Record):
+class BindingTimes(StudyRecord):
     """Seconds of a trajectory of one image, latent in, latent out; ``inside`` is the first of the paired programs."""
 
-    command: str
     model: str
     steps: int
     relative_error: float
     timings: dict[str, Timing]
     parts: list[PartRecord]
-    environment: Environment
 
 
 def compile_both(name: str, steps: int, folder: Path) -> Mapping[str, Path]:
@@ -75,58 +69,46 @@ def compile_both(name: str, steps: int, folder: Path) -> Mapping[str, Path]:
     return {where: folder / where for where in ("inside", "hoisted")}
 
 
-def measure(name: str, steps: int, repeats: int, folder: Path) -> BindingTimes:
-    """Compile both programs into ``folder``, compare their latents, and time them.
+def measure(name: str, steps: int, repeats: int, folder: Path) -> dict[str, Any]:
+    """Compile both programs into ``folder``, compare their latents, and time them; returns the record's figures.
 
     Raises:
         DipgoError: they do not agree.
     """
-    load_before = load_average()
     with ExitStack() as stack:
         programs = {where: stack.enter_context(load(path)) for where, path in compile_both(name, steps, folder).items()}
         noise = programs["inside"].noise(1, 0)
-        drawn = np.random.default_rng(0)
+        generator = np.random.default_rng(0)
         record = programs["inside"].record
         conditions = {
             tensor.name: np.array([record.conditioning.null_class, 1])
             if record.conditioning.kind == "class"
-            else drawn.standard_normal([int(size) for size in tensor.shape]).astype(tensor.dtype)
+            else generator.standard_normal([int(size) for size in tensor.shape]).astype(tensor.dtype)
             for tensor in record.conditioning.inputs
         }
         runs = {where: partial(program.denoise, noise, conditions) for where, program in programs.items()}
         latents = {where: run() for where, run in runs.items()}
-        error = relative_error(latents["hoisted"], latents["inside"])
+        error = latent_error(latents["hoisted"], latents["inside"])
         if not error <= TOLERANCE:
             raise DipgoError(f"{name}: the two programs differ by {error:.1e}; nothing was timed")
         timings = time_interleaved(runs, repeats, warm_up=0)
         parts = programs["hoisted"].record.parts
-    return BindingTimes(
-        command="python -m benchmarks.studies.binding_times " + shlex.join(sys.argv[1:]),
-        model=name,
-        steps=steps,
-        relative_error=error,
-        timings=timings,
-        parts=parts,
-        environment=environment(load_before),
-    )
+    return {"model": name, "steps": steps, "relative_error": error, "timings": timings, "parts": parts}
 
 
-def main() -> None:
-    """Measure a model and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="class-conditional or of prompts, as 'dipgo models' names it")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("-o", "--output", type=Path)
-    given = parser.parse_args()
+def main(words: Words | None = None) -> None:
+    study = Study("binding_times", __doc__, words, required=False)
+    study.parser.add_argument("model", help="class-conditional or of prompts, as 'dipgo models' names it")
+    study.parser.add_argument("--steps", type=int, default=10)
+    study.parser.add_argument("--repeats", type=int, default=3)
+    options = study.options()
     with tempfile.TemporaryDirectory(prefix="dipgo-") as folder:
-        found = measure(given.model, given.steps, given.repeats, Path(folder))
-    for where, timing in found.timings.items():
+        figures = measure(options.model, options.steps, options.repeats, Path(folder))
+    record = BindingTimes(**figures, **study.origin())
+    for where, timing in record.timings.items():
         print(f"{where}: {timing.wall.median:.2f} s, speedup {timing.speedup.median:.3f}")
-    if given.output:
-        with new_file(given.output) as draft:
-            draft.write_text(found.model_dump_json(indent=1, by_alias=True) + "\n")
+    study.write(record)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

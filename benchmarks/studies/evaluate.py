@@ -9,20 +9,21 @@ a run that was cut off goes on when the command is given again, and processes sh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from benchmarks.bench.environment import Environment, environment, load_average
+from benchmarks.environment import load_average
 from benchmarks.studies.prompts import prompts_of
-from dipgo.base.errors import DipgoError, UsageError
+from benchmarks.studies.study import Study, StudyRecord, Words, origin, run
+from dipgo.base.errors import UsageError
 from dipgo.base.files import new_file
 from dipgo.base.records import Record, read_record
 from engines.pipeline.images import to_image
@@ -43,42 +44,52 @@ class Plan(Record):
     seed: int
 
 
-class Evaluation(Record):
+class Evaluation(StudyRecord):
     """``evaluation.json``: scores are None where nothing to score with was given; ``skipped`` says so."""
 
     schema_id: Literal["dipgo.evaluation/1"] = Field(alias="schema", default=SCHEMA)
-    command: str
     plan: Plan
     model: str
     images: int
     clip_score: float | None
     fid: float | None
     skipped: list[str]
-    environment: Environment
 
 
-def evaluate(
-    bundle: Path,
-    prompts: Path,
-    output: Path,
-    number: int | None = None,
-    seed: int = 0,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    clip: Path | None = None,
-    inception: Path | None = None,
-    real: Path | None = None,
-    rank: int = 0,
-    processes: int = 1,
-    wait: Any = lambda: None,
-) -> Evaluation | None:
+@dataclass(frozen=True)
+class Settings:
+    """What is made, and scored with what; paths are local.
+
+    Attributes:
+        number: of prompts, the first so many; None takes all.
+        clip: folder of a CLIP model.
+        inception, real: torch-fidelity's weights, and a folder of pictures.
+    """
+
+    number: int | None = None
+    seed: int = 0
+    backend: str = "onnxruntime"
+    threads: int | None = None
+    clip: Path | None = None
+    inception: Path | None = None
+    real: Path | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes that share the work this one is; ``wait`` returns when all have come to it."""
+
+    rank: int = 0
+    processes: int = 1
+    wait: Callable[[], object] = lambda: None
+
+
+def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, share: Share) -> Evaluation | None:
     """Make the images that are not there yet, and score all of them; see the module's docstring.
 
     Args:
-        prompts: see :func:`benchmarks.studies.prompts.prompts_of`; the first ``number`` of them.
+        prompts: see :func:`benchmarks.studies.prompts.prompts_of`.
         output: a folder; one that is there must be of the same bundle, prompts, number and seed.
-        clip: folder of a CLIP model; inception: torch-fidelity's weights, with ``real``, a folder of pictures.
-        rank, processes: this process and how many share the work; ``wait`` returns when all have come to it.
 
     Returns:
         The record, in the first process; None in the others.
@@ -87,40 +98,39 @@ def evaluate(
         UsageError: a folder of another plan, or a bundle that prompts do not condition.
         DipgoError: prompts, bundle or weights that cannot be read.
     """
-    load_before = load_average()
-    if (inception is None) != (real is None):
+    load_at_start = load_average()
+    if (settings.inception is None) != (settings.real is None):
         raise UsageError("FID needs both --inception and --real")
-    texts = prompts_of(prompts)[:number]
-    with load(bundle, threads, backend) as program:
+    texts = prompts_of(prompts)[: settings.number]
+    with load(bundle, settings.threads, settings.backend) as program:
         if program.record.conditioning.kind != "prompt":
             raise UsageError(f"{bundle}: conditioned by {program.record.conditioning.kind}, not by prompts")
         plan = Plan(
             bundle_sha256=program.record.sha256,
             prompts_sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             number=len(texts),
-            seed=seed,
+            seed=settings.seed,
         )
-        _adopt(output, plan, rank == 0)
-        wait()
-        _make(program, texts, seed, output / IMAGES, rank, processes)
+        _adopt(output, plan, share.rank == 0)
+        share.wait()
+        _make(program, texts, settings.seed, output / IMAGES, share)
         model = program.record.model.name
-    wait()
-    if rank:
+    share.wait()
+    if share.rank:
         return None
     pictures = [output / IMAGES / _name(index) for index in range(len(texts))]
-    scores, skipped = _scores(pictures, texts, clip, inception, real)
-    found = Evaluation(
-        command="python -m benchmarks.studies.evaluate " + " ".join(sys.argv[1:]),
+    scores, skipped = _scores(pictures, texts, settings)
+    record = Evaluation(
         plan=plan,
         model=model,
         images=len(pictures),
         skipped=skipped,
-        environment=environment(load_before),
         **scores,
+        **origin("benchmarks.studies.evaluate", sys.argv[1:], load_at_start),
     )
     with new_file(output / RECORD_FILE) as draft:
-        draft.write_text(found.text())
-    return found
+        draft.write_text(record.text())
+    return record
 
 
 def _adopt(output: Path, plan: Plan, first: bool) -> None:
@@ -139,10 +149,12 @@ def _adopt(output: Path, plan: Plan, first: bool) -> None:
             draft.write_text(plan.text())
 
 
-def _make(program: Program, prompts: Sequence[str], seed: int, folder: Path, rank: int, processes: int) -> None:
+def _make(program: Program, prompts: Sequence[str], seed: int, folder: Path, share: Share) -> None:
     """Make those of this process's images that are missing, a batch at a time: every ``processes``-th is its own."""
-    mine = [index for index in range(rank, len(prompts), processes) if not (folder / _name(index)).is_file()]
-    for start in tqdm(range(0, len(mine), program.batch), desc=f"images, process {rank}", disable=None):
+    mine = [
+        index for index in range(share.rank, len(prompts), share.processes) if not (folder / _name(index)).is_file()
+    ]
+    for start in tqdm(range(0, len(mine), program.batch), desc=f"images, process {share.rank}", disable=None):
         chosen = mine[start : start + program.batch]
         filled = [*chosen, *[chosen[-1]] * (program.batch - len(chosen))]
         noise = np.concatenate([program.noise(1, seed + index) for index in filled])
@@ -154,22 +166,22 @@ def _make(program: Program, prompts: Sequence[str], seed: int, folder: Path, ran
 
 
 def _scores(
-    pictures: Sequence[Path], prompts: Sequence[str], clip: Path | None, inception: Path | None, real: Path | None
+    pictures: Sequence[Path], prompts: Sequence[str], settings: Settings
 ) -> tuple[dict[str, float | None], list[str]]:
     scores: dict[str, float | None] = {"clip_score": None, "fid": None}
     skipped = []
-    if clip is None:
+    if settings.clip is None:
         skipped.append("CLIP score: no weights were given; give --clip FOLDER")
     else:
         from benchmarks.studies.scores import clip_score
 
-        scores["clip_score"] = clip_score(pictures, prompts, clip)
-    if inception is None or real is None:
+        scores["clip_score"] = clip_score(pictures, prompts, settings.clip)
+    if settings.inception is None or settings.real is None:
         skipped.append("FID: no weights were given; give --inception FILE and --real FOLDER")
     else:
         from benchmarks.studies.scores import fid
 
-        scores["fid"] = fid(pictures, real, inception)
+        scores["fid"] = fid(pictures, settings.real, settings.inception)
     return scores, skipped
 
 
@@ -177,38 +189,36 @@ def _name(index: int) -> str:
     return f"{index:06}.png"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=Path, required=True, help="COCO captions .json, PartiPrompts .tsv, or text")
-    parser.add_argument("--number", type=int, help="the first so many prompts; all by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
-    parser.add_argument("--inception", type=Path, help="torch-fidelity's Inception weights, for FID")
-    parser.add_argument("--real", type=Path, help="folder of real pictures, for FID")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args(arguments)
+def main(words: Words | None = None) -> None:
     from accelerate import PartialState
 
+    study = Study("evaluate", __doc__, words)
+    study.parser.add_argument("bundle", type=Path)
+    study.parser.add_argument(
+        "--prompts", type=Path, required=True, help="COCO captions .json, PartiPrompts .tsv, text"
+    )
+    study.parser.add_argument("--number", type=int, help="the first so many prompts; all by default")
+    study.parser.add_argument("--seed", type=int, default=0)
+    study.parser.add_argument("--backend", default="onnxruntime")
+    study.parser.add_argument("--threads", type=int)
+    study.parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    study.parser.add_argument("--inception", type=Path, help="torch-fidelity's Inception weights, for FID")
+    study.parser.add_argument("--real", type=Path, help="folder of real pictures, for FID")
+    options = study.options()
+    folder: Path = options.output
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     state = PartialState(cpu=True)
-    try:
-        found = evaluate(
-            **vars(given), rank=state.process_index, processes=state.num_processes, wait=state.wait_for_everyone
-        )
-    except DipgoError as error:
-        if state.process_index == 0:
-            print(f"evaluate: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    if found:
-        for line in found.skipped:
-            print(f"left out: {line}")
-        for name in ("clip_score", "fid"):
-            if getattr(found, name) is not None:
-                print(f"{name}: {getattr(found, name):.3f}")
-        print(f"{found.images} images: {given.output / IMAGES}")
+    share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
+    record = evaluate(options.bundle, options.prompts, folder, settings, share)
+    if record is None:
+        return
+    for line in record.skipped:
+        print(f"left out: {line}")
+    for name in ("clip_score", "fid"):
+        if getattr(record, name) is not None:
+            print(f"{name}: {getattr(record, name):.3f}")
+    print(f"{record.images} images: {folder / IMAGES}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,28 +10,24 @@ Linux and macOS.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from argparse import SUPPRESS
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.bench.environment import Environment, environment, load_average
-from dipgo.base.child_process import python_environment
+from benchmarks.studies.study import Study, StudyRecord, Words, run, run_alone
 from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file, refuse_existing
 from dipgo.base.process_memory import resident_peak
 from dipgo.base.records import Record
 from dipgo.model.models import ARCHITECTURES, Model, find_model
-from dipgo.schedule.subnet import SubNet, load_subnet
+from dipgo.schedule.subnet import SubNet, load_subnet, save_subnet
 from export.bundle import BundleRecord, PartRecord
 
 ROOT = Path(__file__).parents[2]
@@ -62,12 +58,10 @@ class Case(Record):
     parts: list[PartRecord]
 
 
-class ExportRecord(Record):
+class ExportRecord(StudyRecord):
     """The result file."""
 
-    command: str
     cases: list[Case]
-    environment: Environment
 
 
 def make_checkpoint(name: str, dtype: str, folder: Path) -> Path:
@@ -117,40 +111,31 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     from export.converted import prepare
 
     started = time.perf_counter()
-    model, found = find_model(str(folder)), load_subnet(subnet)
-    prepared = prepare(retrace(model, found, PRECISIONS[dtype].torch), whole=False)
-    sampler = sampler_of(found, model)
-    write_bundle(prepared, found, sampler, output, True, ExportConfig(weights=weights))
+    model, loaded = find_model(str(folder)), load_subnet(subnet)
+    prepared = prepare(retrace(model, loaded, PRECISIONS[dtype].torch), whole=False)
+    sampler = sampler_of(loaded, model)
+    write_bundle(prepared, loaded, sampler, output, True, ExportConfig(weights=weights))
     total = time.perf_counter() - started
     peak = resident_peak()
     started = time.perf_counter()
-    made = assemble(prepared, normalise(found, prepared.trace), sampler, "signature")
-    for graph in made.models.values():
+    assembled = assemble(prepared, normalise(loaded, prepared.trace), sampler, "signature")
+    for graph in assembled.models.values():
         ir.to_proto(graph).SerializeToString()
-    further = (time.perf_counter() - started) / len(made.models)
-    return {"first": total - further * (len(made.graphs) - 1), "further": further, "peak": peak}
+    further = (time.perf_counter() - started) / len(assembled.models)
+    return {"first": total - further * (len(assembled.graphs) - 1), "further": further, "peak": peak}
 
 
 def measure(folder: Path, subnet: Path, dtype: str, weights: str) -> Case:
     """Export in a process of its own and describe the bundle."""
     output = folder if weights == "in-place" else folder.parent / "bundle"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.studies.export_table",
-        "--one",
-        str(folder),
-        str(subnet),
-        dtype,
-        weights,
-    ]
+    words = ["--one", folder, subnet, dtype, weights, "-o", output]
     started = time.perf_counter()
-    command += ["-o", str(output)]
-    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, check=False)
+    try:
+        printed = run_alone("benchmarks.studies.export_table", words)
+    except DipgoError as error:
+        raise DipgoError(f"export of {folder.name} failed: {error}") from error
     seconds = time.perf_counter() - started
-    if done.returncode:
-        raise DipgoError(f"export of {folder.name} failed: {done.stderr.strip().splitlines()[-1]}")
-    inside = json.loads(done.stdout.strip().splitlines()[-1])
+    inside = json.loads(printed.splitlines()[-1])
     record = BundleRecord.model_validate_json((output / "bundle.json").read_text())
     graphs = [record.files[graph.file].bytes for graph in record.graphs.values()]
     held = sum(file.bytes for name, file in record.files.items() if "/" in name)
@@ -211,40 +196,29 @@ def markdown(record: ExportRecord, source: str) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="joined by commas")
-    parser.add_argument("--dtypes", default="fp16", help="joined by commas")
-    parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SUBNET", "DTYPE", "WEIGHTS"), help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    if given.one:
-        folder, subnet, dtype, weights = given.one
-        print(json.dumps(export_one(Path(folder), Path(subnet), dtype, weights, given.output)))
+def main(words: Words | None = None) -> None:
+    study = Study("export_table", __doc__, words)
+    study.parser.add_argument("--models", default=",".join(MODELS), help="joined by commas")
+    study.parser.add_argument("--dtypes", default="fp16", help="joined by commas")
+    study.parser.add_argument("--one", nargs=4, metavar=("FOLDER", "SUBNET", "DTYPE", "WEIGHTS"), help=SUPPRESS)
+    options = study.options()
+    if options.one:
+        folder, subnet, dtype, weights = options.one
+        print(json.dumps(export_one(Path(folder), Path(subnet), dtype, weights, options.output)))
         return
-    refuse_existing(given.output, force=True)
-    load = load_average()
     cases = []
     SCRATCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="export-", dir=SCRATCH) as scratch:
-        for name in tqdm(given.models.split(","), desc="export"):
-            for dtype in given.dtypes.split(","):
-                from dipgo.schedule.subnet import save_subnet
-
-                folder = make_checkpoint(name, dtype, Path(scratch))
-                subnet = Path(scratch) / f"{name}.subnet.json"
-                save_subnet(subnet_of(find_model(str(folder))), subnet, force=True)
-                cases += [measure(folder, subnet, dtype, weights) for weights in ("copy", "in-place")]
-                shutil.rmtree(folder)
-    record = ExportRecord(
-        command="python -m benchmarks.studies.export_table " + " ".join(sys.argv[1:]),
-        cases=cases,
-        environment=environment(load),
-    )
-    with new_file(given.output) as draft:
-        draft.write_text(record.text())
-    print(markdown(record, str(given.output)))
+        for name, dtype in tqdm([*product(options.models.split(","), options.dtypes.split(","))], desc="export"):
+            checkpoint = make_checkpoint(name, dtype, Path(scratch))
+            subnet = Path(scratch) / f"{name}.subnet.json"
+            save_subnet(subnet_of(find_model(str(checkpoint))), subnet, force=True)
+            cases += [measure(checkpoint, subnet, dtype, weights) for weights in ("copy", "in-place")]
+            shutil.rmtree(checkpoint)
+    record = ExportRecord(cases=cases, **study.origin())
+    study.write(record)
+    print(markdown(record, str(options.output)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,6 @@ queue holds do. Every image is compared with the first one of its class and seed
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,10 +25,9 @@ from urllib.request import urlopen
 import numpy as np
 import psutil
 
-from benchmarks.bench.environment import Environment, environment, load_average
+from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.child_process import python_environment
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file, refuse_existing
 from dipgo.base.records import Record
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
@@ -55,10 +53,9 @@ class Phase(Record):
     latency_ms: dict[str, float]
 
 
-class LoadRecord(Record):
+class LoadRecord(StudyRecord):
     """The result file; memory is the resident set in bytes by process, by requests served before."""
 
-    command: str
     server: str
     model: str
     steps: int
@@ -66,20 +63,19 @@ class LoadRecord(Record):
     saturation: Phase
     overload: Phase
     memory: dict[str, dict[str, int]]
-    environment: Environment
 
 
 class Clients:
-    """Clients in threads, each with a connection of its own; ``wanted`` requests in all.
+    """Clients in threads, each with a connection of its own; ``requests`` of them in all.
 
     ``at`` is called with the number of requests served so far, when it is one of ``marks``.
     """
 
     def __init__(
-        self, port: int, labels: Sequence[str], wanted: int, marks: Sequence[int], at: Callable[[int], None]
+        self, port: int, labels: Sequence[str], requests: int, marks: Sequence[int], at: Callable[[int], None]
     ) -> None:
         self.port, self.labels, self.marks, self.at = port, labels, marks, at
-        self._numbers, self._wanted = count(), wanted
+        self._numbers, self._requests = count(), requests
         self._lock = threading.Lock()
         self._first: dict[int, np.ndarray] = {}
         self.latencies: list[float] = []
@@ -103,7 +99,7 @@ class Clients:
         )
 
         with triton.InferenceServerClient(f"127.0.0.1:{self.port}", network_timeout=300) as client:
-            while (number := next(self._numbers)) < self._wanted:
+            while (number := next(self._numbers)) < self._requests:
                 pair = number % PAIRS
                 label = triton.InferInput("class", [1, 1], "BYTES")
                 label.set_data_from_numpy(np.array([[self.labels[pair % len(self.labels)].encode()]], np.object_))
@@ -182,9 +178,8 @@ def version_of(port: int) -> str:
     return f"{metadata['name']} {metadata['version']}"
 
 
-def measure(bundle: Path, server: Path | None, clients: int, requests: int, command: str) -> LoadRecord:
-    """Serve a class bundle and load it."""
-    load = load_average()
+def measure(bundle: Path, server: Path | None, clients: int, requests: int) -> dict[str, Any]:
+    """Serve a class bundle and load it; returns the record's figures."""
     record = open_bundle(bundle).record
     if record.conditioning.kind != "class":
         raise DipgoError(
@@ -205,35 +200,28 @@ def measure(bundle: Path, server: Path | None, clients: int, requests: int, comm
             many = 6 * limits.queue
             overload = phase(Clients(port, labels, many, (), mark), 3 * limits.queue, limits.queue, many)
             marks["after the overload"] = memory(process)
-    return LoadRecord(
-        command=command,
-        server=version,
-        model=record.model.name,
-        steps=len(record.steps),
-        batch=batch_of(record),
-        saturation=saturation,
-        overload=overload,
-        memory=marks,
-        environment=environment(load),
-    )
+    return {
+        "server": version,
+        "model": record.model.name,
+        "steps": len(record.steps),
+        "batch": batch_of(record),
+        "saturation": saturation,
+        "overload": overload,
+        "memory": marks,
+    }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--server", type=Path, help="tritonserver, or a folder that holds it")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    refuse_existing(given.output, force=True)
-    shown: list[Any] = [given.bundle, "--clients", given.clients, "--requests", given.requests, "-o", given.output]
-    command = " ".join(map(str, ["python -m benchmarks.studies.load", *shown]))
-    record = measure(given.bundle, given.server, given.clients, given.requests, command)
-    with new_file(given.output) as draft:
-        draft.write_text(record.text())
+def main(words: Words | None = None) -> None:
+    study = Study("load", __doc__, words)
+    study.parser.add_argument("bundle", type=Path)
+    study.parser.add_argument("--server", type=Path, help="tritonserver, or a folder that holds it")
+    study.parser.add_argument("--clients", type=int, default=4)
+    study.parser.add_argument("--requests", type=int, default=1000)
+    options = study.options()
+    record = LoadRecord(**measure(options.bundle, options.server, options.clients, options.requests), **study.origin())
+    study.write(record)
     print(record.text())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

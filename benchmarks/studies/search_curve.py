@@ -5,7 +5,6 @@ python -m benchmarks.studies.search_curve build/search.run -o docs/search-curve.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.studies.study import Study, Words, run
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file
 from dipgo.base.records import read_json
@@ -56,16 +56,15 @@ def journal_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
-def main() -> None:
-    import matplotlib.figure
+def main(words: Words | None = None) -> None:
+    from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    study = Study("search_curve", __doc__, words)
+    study.parser.add_argument("run", type=Path)
+    options = study.options()
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for budget, (seconds, quality) in curves(arguments.run).items():
+    for budget, (seconds, quality) in curves(options.run).items():
         axes.plot(seconds / 60, quality, label=f"budget {budget}")
         print(
             f"budget {budget}: {quality[0]:.1f} dB after {seconds[0]:.0f} s, {quality[-1]:.1f} after {seconds[-1]:.0f}"
@@ -73,9 +72,9 @@ def main() -> None:
     axes.set(xlabel="minutes of gradient steps", ylabel="PSNR of the learning batches, dB")
     axes.grid(alpha=0.3)
     axes.legend()
-    with new_file(arguments.output) as draft:
+    with new_file(options.output) as draft:
         figure.savefig(draft, dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

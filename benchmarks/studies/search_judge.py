@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.bench.quality import SEED, class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.bench.quality import class_accuracy, image_psnr, is_digits, psnr
 from benchmarks.bench.reference import converged as converged_task
+from benchmarks.bench.subjects import IMAGE_SEED
 from benchmarks.studies.search_record import CONVERGED_STEPS, Cell
 from dipgo.eager.trajectory import Batch
 from dipgo.schedule.subnet import SubNet
@@ -22,7 +23,7 @@ class Judge:
     def __init__(self, task: Task, images: int, converged: int) -> None:
         self.task = task
         self._tasks = {task.trace.sites: task}
-        self.batches = [task.sampling.draw(CHUNK, SEED + number) for number in range(-(-images // CHUNK))]
+        self.batches = [task.sampling.draw(CHUNK, IMAGE_SEED + number) for number in range(-(-images // CHUNK))]
         self.reference = self.full(task)
         self.labels = np.concatenate([_labels(batch) for batch in self.batches])
         long = -(-converged // CHUNK)

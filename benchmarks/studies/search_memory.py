@@ -9,11 +9,8 @@ process above that with the weights loaded and a full trajectory run, so weights
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench.environment import environment, load_average
-from dipgo.base.files import new_file
+from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.process_memory import resident, resident_peak
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
@@ -43,36 +39,43 @@ FULL_STEPS, FULL_POOL = 50, 512
 GIGA = 1e9
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--sites", default="block")
-    parser.add_argument("--latent", type=int, default=16, help="side of the latent that is measured")
-    parser.add_argument("--steps", type=int, default=4, help="steps that are measured")
-    parser.add_argument("--recomputed", action="store_true", help="leave out the runs without recomputation")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args()
+class SearchMemory(StudyRecord):
+    """The result file: runs that were measured beside their estimates, and the estimates for the full size."""
+
+    model: str
+    sites: str
+    weights: str
+    measured: dict[str, Any]
+    full_size: dict[str, Any]
+
+
+def main(words: Words | None = None) -> None:
+    study = Study("search_memory", __doc__, words)
+    study.parser.add_argument("model")
+    study.parser.add_argument("--sites", default="block")
+    study.parser.add_argument("--latent", type=int, default=16, help="side of the latent that is measured")
+    study.parser.add_argument("--steps", type=int, default=4, help="steps that are measured")
+    study.parser.add_argument("--recomputed", action="store_true", help="leave out the runs without recomputation")
+    options = study.options()
     _give_memory_back()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    full = find_model(given.model, random_weights=True)
-    small = replace(full, config={**full.config, "sample_size": given.latent})
-    load = load_average()
-    runs: list[dict[str, Any]] = []
-    estimated = _full_size(full, given.sites)
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.studies.search_memory", *sys.argv[1:]]),
-        "model": given.model,
-        "sites": given.sites,
-        "weights": "random",
-        "measured": {"latent": given.latent, "steps": given.steps, "batch": 1, "runs": runs},
-        "full_size": estimated,
-    }
-    for row in _measured(small, given.sites, given.steps, (True,) if given.recomputed else (True, False)):
+    full = find_model(options.model, random_weights=True)
+    small = replace(full, config={**full.config, "sample_size": options.latent})
+    estimated = _full_size(full, options.sites)
+    runs = []
+    for row in _measured(small, options.sites, options.steps, (True,) if options.recomputed else (True, False)):
         print(_line(row), flush=True)
         runs.append(row)
-    report["environment"] = environment(load).model_dump()
-    with new_file(given.output) as draft:
-        draft.write_text(json.dumps(report, indent=2) + "\n")
+    study.write(
+        SearchMemory(
+            model=options.model,
+            sites=options.sites,
+            weights="random",
+            measured={"latent": options.latent, "steps": options.steps, "batch": 1, "runs": runs},
+            full_size=estimated,
+            **study.origin(),
+        )
+    )
     for name, row in estimated["estimates"].items():
         print(f"full size, {name}: {row['total'] / GIGA:.1f} GB")
 
@@ -86,12 +89,12 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
         changed = task.with_trajectory(recompute=recompute)
         pruner = Pruner(task.sampler.calls, len(task.trace.sites))
         backups = Backups(task.trace, gates)
-        for name, estimate, run in (
+        for name, estimate, training in (
             ("SuperNet", _estimate(task, recompute, None, pruner), _supernet(changed, pool, pruner)),
-            ("learned backups", _estimate(task, recompute, gates, backups), _learnt(changed, pool, backups)),
+            ("learned backups", _estimate(task, recompute, gates, backups), _backup_fit(changed, pool, backups)),
         ):
             started = time.perf_counter()
-            peak = _peak_above(run)
+            peak = _peak_above(training)
             expected = estimate.total - estimate.weights - estimate.pool
             yield {
                 "what": name,
@@ -110,7 +113,7 @@ def _supernet(task: Task, pool: Pool, pruner: Pruner) -> Callable[[], object]:
     return lambda: paper_scores(pruner, task.trace, task.trajectory, pool, descent, final_latent, phase)
 
 
-def _learnt(task: Task, pool: Pool, backups: Backups) -> Callable[[], object]:
+def _backup_fit(task: Task, pool: Pool, backups: Backups) -> Callable[[], object]:
     phase = Run().phase("backups")
     return lambda: learn_backups(backups, task.trajectory, pool, Descent(2, 1e-2), final_latent, phase)
 
@@ -176,4 +179,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from benchmarks.bench.environment import Environment
 from benchmarks.bench.quality import bootstrap_mean
+from benchmarks.studies.study import StudyRecord
 from dipgo.base.records import ModelIdentity, Record, SamplerIdentity
 
 CONVERGED_STEPS = 500
@@ -33,10 +33,9 @@ class Cell(Record):
     search_seconds: float | None = None
 
 
-class TableRecord(Record):
+class TableRecord(StudyRecord):
     """The result file; ``prompts`` is how many different ones the judged images are of, 0 for classes."""
 
-    command: str
     model: ModelIdentity
     sampler: SamplerIdentity
     images: int
@@ -45,7 +44,6 @@ class TableRecord(Record):
     full_class_accuracy: float | None
     full_converged_db: float | None
     cells: list[Cell]
-    environment: Environment
 
 
 def markdown(record: TableRecord, source: str) -> str:

@@ -12,20 +12,17 @@ Most of the time goes into fixed policies. For other SubNets on the same sites t
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from benchmarks.bench.environment import environment, load_average
 from benchmarks.bench.quality import psnr
 from benchmarks.studies.search_judge import Judge
 from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
+from benchmarks.studies.study import Study, Words, run
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file
 from dipgo.base.records import read_json
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
@@ -206,57 +203,45 @@ def read_table(path: Path) -> TableRecord:
         raise DipgoError(f"{path}: not a table of searches ({where}: {first['msg']})") from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
-    parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
-    parser.add_argument("--prompts", type=Path, help="what to judge on, one a line, where prompts condition")
-    parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these policies")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    load = load_average()
-    earlier = arguments.policies_of and read_table(arguments.policies_of)
-    found = load_folder(arguments.searched)
-    paper = load_folder(arguments.paper) if arguments.paper else []
-    first, model = found[0], find_model(found[0].model.name)
-    check_same([*found, *paper], model)
-    task = make_task(
-        model,
-        first.sampler.steps,
-        first.sampler.class_name,
-        ",".join(site.name for site in first.sites),
-        first.sampler.guidance_scale,
-        prompts=arguments.prompts,
+def main(words: Words | None = None) -> None:
+    study = Study("search_table", __doc__, words)
+    study.parser.add_argument("searched", type=Path, help="folder with one SubNet a budget")
+    study.parser.add_argument("--paper", type=Path, help="the same, by the paper's method")
+    study.parser.add_argument("--prompts", type=Path, help="what to judge on, one a line, where prompts condition")
+    study.parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these schedules")
+    study.parser.add_argument("--images", type=int, default=256)
+    study.parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
+    study.parser.add_argument(
+        "--publish", metavar="MARKER", help="put the table into the README, between these markers"
     )
-    judge = Judge(task, arguments.images, arguments.converged)
+    options = study.options()
+    earlier = options.policies_of and read_table(options.policies_of)
+    searched = load_folder(options.searched)
+    paper = load_folder(options.paper) if options.paper else []
+    first, model = searched[0], find_model(searched[0].model.name)
+    check_same([*searched, *paper], model)
+    sampler, sites = first.sampler, ",".join(site.name for site in first.sites)
+    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, prompts=options.prompts)
+    judge = Judge(task, options.images, options.converged)
     table = []
-    for cell in cells(judge, found, paper, earlier):
+    for cell in cells(judge, searched, paper, earlier):
         table.append(cell)
         print(f"{cell.budget:g}  {cell.row}: {cell.psnr_db:.2f} dB  {cell.what}", flush=True)
+    converged = judge.converged
     record = TableRecord(
-        command="python -m benchmarks.studies.search_table " + " ".join(sys.argv[1:]),
         model=first.model,
-        sampler=first.sampler,
+        sampler=sampler,
         images=len(judge.reference),
-        converged_images=0 if judge.converged is None else len(judge.converged),
+        converged_images=0 if converged is None else len(converged),
         prompts=len(set(task.sampling.choices)) if task.model.family.conditioned_by == "prompt" else 0,
         full_class_accuracy=judge.accuracy(judge.reference),
-        full_converged_db=None
-        if judge.converged is None
-        else psnr(judge.reference[: len(judge.converged)], judge.converged),
+        full_converged_db=None if converged is None else psnr(judge.reference[: len(converged)], converged),
         cells=table,
-        environment=environment(load),
+        **study.origin(),
     )
-    with new_file(arguments.output) as draft:
-        draft.write_text(record.text())
-    print(markdown(record, str(arguments.output)))
+    study.write(record)
+    print(markdown(record, str(options.output)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DipgoError as error:
-        print(f"search_table: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main)

@@ -5,20 +5,14 @@ python -m benchmarks.studies.search_time digits-dit --steps 20 -o benchmarks/res
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.bench.environment import Environment, environment, load_average
-from dipgo.base.child_process import python_environment
+from benchmarks.studies.study import Study, StudyRecord, Words, run, run_alone
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file, refuse_existing
 from dipgo.base.records import Record
 from dipgo.schedule.subnet import SubNet, load_subnet
 
@@ -38,17 +32,15 @@ class SearchTime(Record):
     held_out_psnr_db: float
 
 
-class SearchTimes(Record):
+class SearchTimes(StudyRecord):
     """The result file."""
 
-    command: str
     model: str
     sampler: str
     steps: int
     preset: str
     seconds: float  # of the whole process
     searches: list[SearchTime]
-    environment: Environment
 
 
 def search(words: Sequence[str], budgets: Sequence[float], folder: Path) -> list[SubNet]:
@@ -57,18 +49,13 @@ def search(words: Sequence[str], budgets: Sequence[float], folder: Path) -> list
     Raises:
         DipgoError: the search failed.
     """
-    found = folder / ("found" if len(budgets) > 1 else "found.json")
-    command = [*words, "--budget", ",".join(map(str, budgets)), "--run-folder", str(folder / "run"), "-o", str(found)]
-    done = subprocess.run(
-        [sys.executable, "-m", "dipgo.cli.main", "search", *command],
-        env=python_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise DipgoError(f"the search failed: {done.stderr.strip().splitlines()[-1]}")
-    return [load_subnet(path) for path in (found.glob("[0-9]*.json") if len(budgets) > 1 else [found])]
+    output = folder / ("subnets" if len(budgets) > 1 else "subnet.json")
+    command = [*words, "--budget", ",".join(map(str, budgets)), "--run-folder", str(folder / "run"), "-o", str(output)]
+    try:
+        run_alone("dipgo.cli.main", ["search", *command])
+    except DipgoError as error:
+        raise DipgoError(f"the search failed: {error}") from error
+    return [load_subnet(path) for path in (output.glob("[0-9]*.json") if len(budgets) > 1 else [output])]
 
 
 def times(subnets: Sequence[SubNet], run: Path) -> list[SearchTime]:
@@ -91,37 +78,33 @@ def times(subnets: Sequence[SubNet], run: Path) -> list[SearchTime]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sampler", help="the pipeline's own by default")
-    parser.add_argument("--budgets", default="0.5,0.35,0.25,0.2", help="joined by commas")
-    parser.add_argument("--preset", default="default")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    refuse_existing(given.output, force=True)
-    words = [given.model, "--steps", str(given.steps), "--preset", given.preset]
-    words += ["--sampler", given.sampler] if given.sampler else []
-    load, begun = load_average(), time.perf_counter()
+def main(words: Words | None = None) -> None:
+    study = Study("search_time", __doc__, words)
+    study.parser.add_argument("model")
+    study.parser.add_argument("--steps", type=int, default=20)
+    study.parser.add_argument("--sampler", help="the pipeline's own by default")
+    study.parser.add_argument("--budgets", default="0.5,0.35,0.25,0.2", help="joined by commas")
+    study.parser.add_argument("--preset", default="default")
+    options = study.options()
+    search_words = [options.model, "--steps", str(options.steps), "--preset", options.preset]
+    search_words += ["--sampler", options.sampler] if options.sampler else []
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dipgo-") as scratch:
-        subnets = search(words, [float(part) for part in given.budgets.split(",")], Path(scratch))
+        subnets = search(search_words, [float(part) for part in options.budgets.split(",")], Path(scratch))
         seconds = time.perf_counter() - begun
         searches = times(subnets, Path(scratch) / "run")
     record = SearchTimes(
-        command="python -m benchmarks.studies.search_time " + shlex.join(arguments or sys.argv[1:]),
-        model=given.model,
+        model=options.model,
         sampler=subnets[0].sampler.class_name,
-        steps=given.steps,
-        preset=given.preset,
+        steps=options.steps,
+        preset=options.preset,
         seconds=round(seconds, 1),
         searches=searches,
-        environment=environment(load),
+        **study.origin(),
     )
-    with new_file(given.output) as draft:
-        draft.write_text(record.text())
+    study.write(record)
     print(record.text())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,12 +9,8 @@ holds all weights for itself, so one is enough to know. ``dipgo export --graphs 
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,14 +18,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.bench.environment import environment, load_average
-from dipgo.base.child_process import python_environment
-from dipgo.base.files import new_file
+from benchmarks.studies.study import Study, StudyRecord, Words, run
 from engines.onnxrt.loader import session_from_graph
 from export.axes import shape_at, values_at
 from export.bundle import open_bundle
 
 WAYS = {"shared": True, "prepacked": False}
+
+
+class SessionMemory(StudyRecord):
+    """The result file; a row a way and number of sessions, see :func:`measure`."""
+
+    model: str
+    rows: list[dict[str, Any]]
 
 
 def measure(folder: Path, share: bool, sessions: int, runs: int) -> dict[str, Any]:
@@ -65,39 +66,27 @@ def measure(folder: Path, share: bool, sessions: int, runs: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Measure both ways in processes of their own and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--sessions", type=int, default=8, help="how many at most")
-    parser.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "SESSIONS"), help="measure in this process and print")
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(given.bundle, WAYS[given.one[0]], int(given.one[1]), given.runs)))
+def main(words: Words | None = None) -> None:
+    """Measure both ways in processes of their own."""
+    study = Study("session_memory", __doc__, words, required=False)
+    study.parser.add_argument("bundle", type=Path)
+    study.parser.add_argument("--sessions", type=int, default=8, help="how many at most")
+    study.parser.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
+    study.parser.add_argument("--one", nargs=2, metavar=("WAY", "SESSIONS"), help="measure in this process and print")
+    options = study.options()
+    bundle: Path = options.bundle
+    if options.one:
+        way, sessions = options.one
+        print(json.dumps(measure(bundle, WAYS[way], int(sessions), options.runs)))
         return
-    load, rows = load_average(), []
-    total = min(given.sessions, len(open_bundle(given.bundle).record.graphs))
+    record, rows = open_bundle(bundle).record, []
+    total = min(options.sessions, len(record.graphs))
     for way, shared in WAYS.items():
         for count in sorted({1, total if shared else 1}):
-            command = [sys.executable, "-m", "benchmarks.studies.session_memory", given.bundle, "--runs", given.runs]
-            command += ["--one", way, count]
-            done = subprocess.run(
-                [str(part) for part in command], env=python_environment(), check=True, capture_output=True, text=True
-            )
-            rows.append({"way": way} | json.loads(done.stdout.splitlines()[-1]))
+            rows.append({"way": way} | study.alone(bundle, "--runs", options.runs, "--one", way, count))
             print(json.dumps(rows[-1]))
-    record = {
-        "command": shlex.join(["python", "-m", "benchmarks.studies.session_memory", *sys.argv[1:]]),
-        "model": open_bundle(given.bundle, False).record.model.name,
-        "rows": rows,
-        "environment": environment(load).model_dump(),
-    }
-    if given.output:
-        with new_file(given.output) as draft:
-            draft.write_text(json.dumps(record, indent=1) + "\n")
+    study.write(SessionMemory(model=record.model.name, rows=rows, **study.origin()))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

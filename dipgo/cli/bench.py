@@ -58,7 +58,7 @@ def bench(
         return
     if bundle is None or output is None:
         raise UsageError("give a BUNDLE and -o REPORT, or --compare A B; see 'dipgo bench --help'")
-    from benchmarks.bench.text import table
+    from benchmarks.bench.page import table
     from dipgo import api
 
     typer.echo(table(api.bench(bundle, output, config, model=model, force=force, progress=True)))

@@ -92,15 +92,16 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
     if recipe.verify:
         yield recipe.verify.line(bundle, str(model.folder))
     if recipe.bench:
-        from benchmarks.bench.text import table
+        from benchmarks.bench.page import table
 
         place = str(model.folder)
         yield table(api.bench(bundle, output / "report", recipe.bench, model=place, force=force, progress=True))
         yield f"report: {output / 'report' / 'report.html'}"
     if recipe.evaluate:
-        from benchmarks.studies.evaluate import evaluate
+        from benchmarks.studies.evaluate import Settings, evaluate
 
-        evaluation = evaluate(bundle, output=output / "evaluation", **dict(recipe.evaluate))
+        settings = Settings(**recipe.evaluate.model_dump(exclude={"prompts"}))
+        evaluation = evaluate(bundle, recipe.evaluate.prompts, output / "evaluation", settings)
         if evaluation:
             scores = [f"{name} {getattr(evaluation, name)}" for name in ("clip_score", "fid")]
             yield f"evaluation: {output / 'evaluation'}, {evaluation.images} images, {', '.join(scores)}"

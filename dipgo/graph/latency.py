@@ -1,6 +1,6 @@
 """Latency as the cost of a search: measured time a site, in the place of MACs.
 
-A profile is measured from an engine on one machine (``benchmarks/studies/latency.py``); here it prices a trace, so that
+A profile is measured from an engine on one machine (``benchmarks/latency.py``); here it prices a trace, so that
 whatever asks the trace for costs (budgets, policies, post-processing) asks for nanoseconds instead.
 """
 

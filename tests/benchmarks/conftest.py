@@ -11,9 +11,9 @@ import pytest
 from benchmarks.bench.baselines import BASELINES
 from benchmarks.bench.bench import bench
 from benchmarks.bench.config import BenchConfig
-from benchmarks.bench.progress import silent
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.suite import Suite
+from benchmarks.progress import silent
 from dipgo.model.models import find_model
 from dipgo.searching.task import Task, make_task
 from export.compiler import prepare, write_bundle

@@ -10,11 +10,11 @@ import dipgo
 from benchmarks.bench.baselines import full, uniform_reuse
 from benchmarks.bench.bench import bench
 from benchmarks.bench.config import BenchConfig
-from benchmarks.bench.inputs import PROMPTS
-from benchmarks.bench.progress import silent
+from benchmarks.bench.page import table
 from benchmarks.bench.report import ReportRecord
+from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
-from benchmarks.bench.text import table
+from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.model.models import find_model
 from dipgo.searching.task import make_task

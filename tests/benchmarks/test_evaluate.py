@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import dipgo
-from benchmarks.studies.evaluate import Evaluation, evaluate
+from benchmarks.studies.evaluate import Evaluation, Settings, evaluate
 from benchmarks.studies.prompts import prompts_of
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.records import read_record
@@ -46,7 +46,7 @@ def pixels(folder: Path) -> list[np.ndarray]:
 
 
 def test_an_image_a_prompt_each_with_its_own_seed(sd: Path, prompts: Path, tmp_path: Path):
-    record = evaluate(sd, prompts, tmp_path / "out", number=4, seed=7, threads=1)
+    record = evaluate(sd, prompts, tmp_path / "out", Settings(number=4, seed=7, threads=1))
     assert record is not None
     assert (record.images, record.clip_score, record.fid) == (4, None, None)
     assert [line.split(":")[0] for line in record.skipped] == ["CLIP score", "FID"]
@@ -60,31 +60,31 @@ def test_an_image_a_prompt_each_with_its_own_seed(sd: Path, prompts: Path, tmp_p
 
 
 def test_a_run_that_was_cut_off_goes_on(sd: Path, prompts: Path, tmp_path: Path):
-    evaluate(sd, prompts, tmp_path / "whole", threads=1)
-    evaluate(sd, prompts, tmp_path / "cut", threads=1)
+    evaluate(sd, prompts, tmp_path / "whole", Settings(threads=1))
+    evaluate(sd, prompts, tmp_path / "cut", Settings(threads=1))
     kept, lost = tmp_path / "cut" / "images" / "000001.png", tmp_path / "cut" / "images" / "000003.png"
     before = kept.stat().st_mtime_ns
     lost.unlink()
     (tmp_path / "cut" / "evaluation.json").unlink()
-    evaluate(sd, prompts, tmp_path / "cut", threads=1)
+    evaluate(sd, prompts, tmp_path / "cut", Settings(threads=1))
     assert kept.stat().st_mtime_ns == before
     for own, expected in zip(pixels(tmp_path / "cut"), pixels(tmp_path / "whole"), strict=True):
         assert np.array_equal(own, expected)
 
 
 def test_images_of_another_plan_are_not_mixed(sd: Path, prompts: Path, tmp_path: Path):
-    evaluate(sd, prompts, tmp_path / "out", number=1, threads=1)
+    evaluate(sd, prompts, tmp_path / "out", Settings(number=1, threads=1))
     with pytest.raises(UsageError, match="another bundle, prompts, number or seed"):
-        evaluate(sd, prompts, tmp_path / "out", number=1, seed=1, threads=1)
+        evaluate(sd, prompts, tmp_path / "out", Settings(number=1, seed=1, threads=1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "keep").touch()
     with pytest.raises(UsageError, match="exists and is no evaluation"):
-        evaluate(sd, prompts, tmp_path / "mine", threads=1)
+        evaluate(sd, prompts, tmp_path / "mine", Settings(threads=1))
 
 
 def test_classes_are_refused(bundle: Path, prompts: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="conditioned by class, not by prompts"):
-        evaluate(bundle, prompts, tmp_path / "out")
+        evaluate(bundle, prompts, tmp_path / "out", Settings())
     assert not (tmp_path / "out").exists()
 
 
@@ -103,7 +103,7 @@ def test_two_processes_share_the_work(sd: Path, prompts: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-800:]
     assert "left out: CLIP score" in done.stdout
     assert "5 images" in done.stdout
-    evaluate(sd, prompts, tmp_path / "one", threads=1)
+    evaluate(sd, prompts, tmp_path / "one", Settings(threads=1))
     for own, expected in zip(pixels(tmp_path / "two"), pixels(tmp_path / "one"), strict=True):
         assert np.array_equal(own, expected)
 
@@ -121,7 +121,7 @@ def test_the_clip_score_is_the_models_own(sd: Path, prompts: Path, tmp_path: Pat
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
 
-    record = evaluate(sd, prompts, tmp_path / "out", number=3, threads=1, clip=tmp_path / "clip")
+    record = evaluate(sd, prompts, tmp_path / "out", Settings(number=3, threads=1, clip=tmp_path / "clip"))
     assert record is not None
     images = [Image.open(path).convert("RGB") for path in sorted((tmp_path / "out" / "images").iterdir())]
     given = processor(text=PROMPTS[:3], images=images, return_tensors="pt", padding=True)
@@ -130,7 +130,7 @@ def test_the_clip_score_is_the_models_own(sd: Path, prompts: Path, tmp_path: Pat
     expected = 100 * torch.nn.functional.cosine_similarity(made.image_embeds, made.text_embeds)
     assert record.clip_score == pytest.approx(float(expected.mean().clamp(min=0)), abs=1e-3)
     with pytest.raises(DipgoError, match="not a CLIP model"):
-        evaluate(sd, prompts, tmp_path / "out", number=3, threads=1, clip=tmp_path)
+        evaluate(sd, prompts, tmp_path / "out", Settings(number=3, threads=1, clip=tmp_path))
 
 
 def test_prompts_as_they_are_published(tmp_path: Path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bench.digit_classifier import load_digits
-from benchmarks.bench.frechet import digit_features, frechet, frechet_interval, real_digit_features
+from benchmarks.bench.quality import digit_features, frechet, frechet_interval, real_digit_features
 
 
 def test_between_samples_of_known_normal_distributions():

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dipgo
-from benchmarks.bench.parity import TOLERANCE, measure, relative_error, verify
-from benchmarks.bench.progress import silent
+from benchmarks.bench.parity import TOLERANCE, measure, verify
+from benchmarks.bench.quality import latent_error
+from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of
 from dipgo.searching.task import Task
@@ -164,5 +165,5 @@ def test_a_model_that_moved_is_found_where_the_user_says(bundle: Path, tiny_dit:
 
 
 def test_relative_error():
-    assert relative_error(np.array([3.0, 4.4]), np.array([3.0, 4.0])) == pytest.approx(0.08)
-    assert np.isnan(relative_error(np.array([np.nan, 1.0]), np.array([3.0, 4.0])))
+    assert latent_error(np.array([3.0, 4.4]), np.array([3.0, 4.0])) == pytest.approx(0.08)
+    assert np.isnan(latent_error(np.array([np.nan, 1.0]), np.array([3.0, 4.0])))

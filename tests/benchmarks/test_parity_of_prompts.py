@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import dipgo
-from benchmarks.bench.bench import parity_failure
-from benchmarks.bench.inputs import PROMPTS, given_of
+from benchmarks.bench.candidates import parity_failure
 from benchmarks.bench.parity import TOLERANCE, measure, verify
-from benchmarks.bench.progress import silent
 from benchmarks.bench.reference import cast_pipeline, model_of
+from benchmarks.bench.subjects import PROMPTS, given_of
+from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model

@@ -22,16 +22,32 @@ def test_the_frontier_is_what_nothing_beats():
     assert frontier([full, fast, good, poor]) == [full, good, fast]
 
 
-def test_every_measured_program_is_a_point(measured: Measured):
+def boxes(drawn: str, kind: str) -> list[tuple[float, float, float, float]]:
+    """Return left, top, width and height in pixels of what is drawn with this class."""
+    found = []
+    for path in re.findall(rf'<g class="{kind}">.*?<path d="([^"]*)"', drawn, re.DOTALL):
+        numbers = [float(number) for number in re.findall(r"-?[\d.]+", path)]
+        across, down = numbers[::2], numbers[1::2]
+        found.append((min(across), min(down), max(across) - min(across), max(down) - min(down)))
+    return found
+
+
+def test_every_measured_program_is_a_dot_at_its_values(measured: Measured):
     report = measured[0]
     drawn = pareto(report.rows)
     ElementTree.fromstring(drawn)  # well-formed
-    names = [point.name for point in points_of(report.rows)]
-    assert names == [row.name for row in report.rows if not row.error]
-    assert drawn.count("<circle") == len(names)
-    assert drawn.count('class="dot subject"') == 1
-    circles = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
-    assert all(0 <= x <= 720 and 0 <= y <= 380 for x, y in circles)
+    points = points_of(report.rows)
+    assert [point.name for point in points] == [row.name for row in report.rows if not row.error]
+    (own,) = boxes(drawn, "dot subject")
+    dots = [*boxes(drawn, "dot"), own]
+    assert len(dots) == len(points)
+    assert all(0 <= left <= 720 and 0 <= top <= 380 and width == pytest.approx(10) for left, top, width, _ in dots)
+    middles = sorted(left + width / 2 for left, _, width, _ in dots)
+    scale = 642 / (1.08 * max(point.speedup for point in points))
+    assert middles == pytest.approx(sorted(58 + scale * point.speedup for point in points), abs=0.1)
+    for point in points:
+        assert f"<title>{point.name}: {point.speedup:.2f} times" in drawn
+        assert f">{point.number}</text>" in drawn
 
 
 def test_nothing_is_drawn_of_nothing(measured: Measured):
@@ -42,14 +58,14 @@ def test_nothing_is_drawn_of_nothing(measured: Measured):
 def test_a_bar_a_step(steps: int):
     drawn = step_bars([0.001 * (1 + step % 3) for step in range(steps)], [0.004] * steps)
     ElementTree.fromstring(drawn)
-    heights = [float(value) for value in re.findall(r'class="mine"[^>]*height="([\d.]+)"', drawn)]
+    heights = [height for *_, height in boxes(drawn, "mine")]
     assert len(heights) == steps
-    behind = {float(value) for value in re.findall(r'class="theirs"[^>]*height="([\d.]+)"', drawn)}
-    assert len(behind) == 1
-    assert heights[0] == pytest.approx(behind.pop() / 4, rel=0.02)
+    behind = [height for *_, height in boxes(drawn, "theirs")]
+    assert len(behind) == steps
+    assert heights[0] == pytest.approx(behind[0] / 4, rel=0.02)
 
 
 def test_the_full_program_is_left_out_where_it_has_other_steps():
     drawn = step_bars([0.001, 0.002], [0.004] * 3)
-    assert set(re.findall(r'class="theirs"[^>]*height="([\d.]+)"', drawn)) == {"0.0"}
+    assert not boxes(drawn, "theirs")
     assert "full" not in drawn

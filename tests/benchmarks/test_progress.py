@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.bench.progress import Bars
+from benchmarks.progress import Bars
 
 
 def test_bars_show_each_phase_to_its_end(capsys: pytest.CaptureFixture[str]):

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.bench.headlines import headlines
-from benchmarks.bench.heatmap import heatmap
 from benchmarks.bench.page import write_report
-from benchmarks.bench.report import ReportRecord, Row, json_schema, milliseconds, read_report
+from benchmarks.bench.plots import heatmap
+from benchmarks.bench.report import ReportRecord, Row, headlines, json_schema, milliseconds, read_report
 from benchmarks.bench.timing import Spread
 from dipgo.base.errors import DipgoError, UsageError
+from tests.benchmarks.test_plots import boxes
 
 Measured = tuple[ReportRecord, Path]
 
 
 def cells(page: str) -> list[str]:
-    return re.findall(r'<rect class="(on|off)"', page)
+    return re.findall(r'<g class="(on|off)">', page)
 
 
 def test_the_report_round_trips(measured: Measured):
@@ -130,7 +130,7 @@ def test_heat_maps_are_readable(sites: int, steps: int):
     gates = np.random.default_rng(0).integers(2, size=(steps, sites)).tolist()
     drawn = heatmap(gates, [f"transformer_blocks.{k}.attn1" for k in range(sites)], list(range(steps)))
     assert len(cells(drawn)) == sites * steps
-    sizes = {(int(w), int(h)) for w, h in re.findall(r'<rect [^>]*width="(\d+)" height="(\d+)"', drawn)}
+    sizes = {tuple(round(side) for side in box[2:]) for box in boxes(drawn, "(?:on|off)")}
     assert len(sizes) == 1
     assert min(sizes.pop()) >= 8
     width, height = map(int, re.findall(r'<svg [^>]*width="(\d+)" height="(\d+)"', drawn)[0])

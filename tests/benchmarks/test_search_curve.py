@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ TINY = {"batch": 1, "pool": 2, "chunk": 2, "held_out": 1, "backup_iterations": 2
 SMALL = SearchConfig(steps=3, budget=0.6, preset="quick", **TINY)
 
 
-def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_dit: str, tmp_path: Path, monkeypatch):
+def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_dit: str, tmp_path: Path):
     folder, output = tmp_path / "run", tmp_path / "curve.png"
     search(make_task(find_model(tiny_dit), 3), SMALL.changed(run_folder=folder))
     lines = search_curve.journal_of(folder)
@@ -30,8 +29,7 @@ def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_di
     assert (np.diff(seconds) > 0).all()
     assert seconds[-1] == pytest.approx(sum(line["seconds"] for line in lines))
     assert quality[-1] == pytest.approx(np.mean([-line["loss"] for line in lines[-search_curve.WINDOW :]]))
-    monkeypatch.setattr(sys, "argv", ["search_curve", str(folder), "-o", str(output)])
-    search_curve.main()
+    search_curve.main([str(folder), "-o", str(output)])
     with Image.open(output) as picture:
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
 

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-import pytest
 
 from benchmarks.studies import session_memory
 from export.bundle import open_bundle
 
 
-def test_each_way_is_measured_in_a_process_of_its_own(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_way_is_measured_in_a_process_of_its_own(bundle: Path, tmp_path: Path):
     output = tmp_path / "found.json"
-    monkeypatch.setattr(sys, "argv", ["session_memory", str(bundle), "--sessions", "2", "-o", str(output)])
-    session_memory.main()
+    session_memory.main([str(bundle), "--sessions", "2", "-o", str(output)])
     record = json.loads(output.read_text())
     assert record["model"] == open_bundle(bundle).record.model.name
     ways = [(row["way"], row["sessions"]) for row in record["rows"]]

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.bench.failures import NotMeasuredError
-from benchmarks.bench.inputs import IMAGE_SEED, PROMPTS
 from benchmarks.bench.quality import latent_error
-from benchmarks.bench.specs import ProgramSpec, TorchSpec
-from benchmarks.bench.subjects import ProgramSubject
-from benchmarks.bench.techniques import TECHNIQUES, Technique, first_block_cache
-from benchmarks.bench.torch_subject import TorchSubject
+from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
+from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, first_block_cache
+from benchmarks.progress import NotMeasuredError
 from dipgo.model.models import find_model
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.task import make_task

@@ -10,10 +10,9 @@ import psutil
 import pytest
 
 import dipgo
-from benchmarks.bench.child import Worker
-from benchmarks.bench.failures import NotMeasuredError
-from benchmarks.bench.inputs import IMAGE_SEED, TIMING_SEED, given_of
-from benchmarks.bench.specs import ProgramSpec
+from benchmarks.bench.subjects import IMAGE_SEED, TIMING_SEED, ProgramSpec, given_of
+from benchmarks.bench.worker import Worker
+from benchmarks.progress import NotMeasuredError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.studies.latency import measure_latency
+from benchmarks.latency import measure_latency
 from dipgo.base.errors import DipgoError
 from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile, timed
 from dipgo.model.models import find_model

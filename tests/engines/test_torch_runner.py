@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import dipgo
 from benchmarks.bench.parity import verify
-from benchmarks.bench.progress import silent
+from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model

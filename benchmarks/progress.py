@@ -1,4 +1,4 @@
-"""Progress of long stages: what they report to, and the bars that show it."""
+"""What a long stage says of itself: how far it is, and in one line what could not be measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
+
+from dipgo.base.errors import DipgoError
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the phase, how many of its parts are done, how many there are, and a short figure, as in the search."""
@@ -39,3 +41,14 @@ class Bars:
 
 def silent(phase: str, done: int, total: int, figure: str) -> None:
     """Show nothing."""
+
+
+class NotMeasuredError(Exception):
+    """A program that could not be measured: the message is one line that the report prints in its row."""
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Return an error as one line; its class too where the project did not raise it."""
+    text = " ".join(str(error).split())[:limit]
+    own = isinstance(error, DipgoError | NotMeasuredError)
+    return text if own else f"{type(error).__name__}: {text}".rstrip(": ")

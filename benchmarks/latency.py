@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.environment import cpu_model
-from benchmarks.bench.progress import Progress, silent
+from benchmarks.environment import cpu_model
+from benchmarks.progress import Progress, silent
 from dipgo.graph.latency import LatencyProfile, SiteLatency
 from dipgo.graph.liveness import canonical
 from dipgo.model.sampler import make_scheduler

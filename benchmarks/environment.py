@@ -13,7 +13,7 @@ import psutil
 
 from dipgo.base.records import Record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
 FURTHER_PACKAGES = ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # listed where they are installed
 _GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
