@@ -108,7 +108,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     if kind is bool:
         return _parameter(name, Annotated[bool, typer.Option(*flags, help=field.description)], field.default)
     default = f" [default: {_default(field)}]" if _default(field) else ""
-    options = {"help": f"{field.description}{_bounds(field)}{default}", "metavar": _metavar(kind)}
+    options: dict[str, Any] = {"help": f"{field.description}{_bounds(field)}{default}", "metavar": _metavar(kind)}
     if field.is_required():
         return _parameter(name, Annotated[str, typer.Option(*flags, **options)], inspect.Parameter.empty)
     info = typer.Option(*flags, **options, show_default=False)

@@ -24,7 +24,7 @@ from dipgo.graph.outputs import take_apart
 from dipgo.graph.trace import Trace
 from dipgo.model.families import GuidedDenoiser
 from dipgo.model.models import Model
-from dipgo.searching.config import LOSS_TERMS
+from dipgo.searching.config import loss_terms
 
 FLOAT = 4  # bytes
 
@@ -94,9 +94,8 @@ def memory_estimate(
     else:
         stored = [site for entry in plan(gates, terms, trace.live_sites) for site in entry.stored]
         caches = sum(per_site[site] for site in stored) + sum(per_site)
-    decoded = (
-        _decoder(model, shape) if any(term in loss for term in LOSS_TERMS if term != "latent") else _Saved(0, 0, 0)
-    )
+    on_images = any(name != "latent" for _, name in loss_terms(loss))
+    decoded = _decoder(model, shape) if on_images else _Saved(0, 0, 0)
     held = step.saved * (1 if recompute else calls - 1)
     return MemoryEstimate(
         weights=step.parameters + decoded.parameters,
