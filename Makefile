@@ -1,14 +1,15 @@
-# make demo   the main job on the built-in model, from nothing
-# make test   the test suite
-# make check  ruff, mypy and the rule of imports
-# make fuzz   thousands of random SubNets: compiled programs against gated torch
+# make demo      the main job on the built-in model, from nothing
+# make test      the tests of every commit, in ten minutes on two cores; TESTS="tests/export -x" for some of them
+# make test-all  all tests: compilers, TensorRT's engines, launchers, training, hundreds of random SubNets
+# make check     ruff, mypy and the rule of imports
+# make fuzz      thousands of random SubNets: compiled programs against gated torch
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test check fuzz clean
+.PHONY: install demo test test-all check fuzz clean
 
 install: $(VENV)/installed
 
@@ -27,7 +28,10 @@ demo: install
 	$(BIN)/dipgo bench build/demo/bundle --force -o build/demo/report
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(TESTS)
+
+test-all: install
+	DIPGO_FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 check: install
 	$(BIN)/ruff check .

@@ -1,16 +1,60 @@
-"""What every test of a real model needs: a tiny class-conditional diffusers pipeline on disk."""
+"""What every test needs: one thread, a cache apart from the user's, and the zoo of small models."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests import models
+from tests import zoo
 
 # For the processes that tests start: two of them whose threads wait for each other on two cores take minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONGEST = [  # first, so that both workers end at about the same time
+    "export/test_parity.py",
+    "benchmarks/test_parity_of_prompts.py",
+    "export/test_precision.py",
+    "export/test_dynamic.py",
+    "test_cli.py",
+    "dipgo/test_optimise.py",
+    "test_emoji_sd.py",
+    "benchmarks/test_bench.py",
+    "dipgo/test_published.py",
+    "export/test_components.py",
+    "engines/test_attach.py",
+    "engines/test_torch_runner.py",
+    "dipgo/test_families.py",
+]
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file on one worker, and all tests of the one long report."""
+
+    def file_of(item: pytest.Item) -> str:
+        return item.path.relative_to(Path(__file__).parent).as_posix()
+
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(file_of(item)) if file_of(item) in LONGEST else len(LONGEST)
+
+    for item in items:
+        reads_the_report = "measured" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("report" if reads_the_report else file_of(item)))
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let all workers of the session share one zoo, and one cache in the place of the user's."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    zoo.ROOT = root / "zoo"
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    os.environ["MPLCONFIGDIR"] = str(root / "matplotlib")  # else each cache of a test's own takes a list of fonts
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +64,6 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A DiTPipeline folder with random weights, see :func:`tests.models.tiny_dit`."""
-    return models.tiny_dit(tmp_path_factory.mktemp("models") / "tiny-dit")
+def tiny_dit() -> str:
+    """A DiTPipeline folder with random weights, see :func:`tests.models.tiny_dit`; not to be changed."""
+    return zoo.pipeline("dit")

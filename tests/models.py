@@ -42,8 +42,6 @@ from transformers import (
 )
 
 from dipgo.graph.trace import Trace
-from dipgo.model.families import FAMILIES
-from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler
 from dipgo.schedule.backup_names import backup_name
 from dipgo.schedule.cost import cost_of
@@ -70,16 +68,6 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
         "norm_num_groups": 8,
     }
     return _stirred(UNet2DConditionModel(**config | changes))
-
-
-def tiny_unet(folder: Path) -> Model:
-    """Save a UNet with SD-1.5's block types (three resolutions, cross-attention) and random weights."""
-    unet = _unet()
-    unet.save_pretrained(folder / "unet")
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    family = next(family for family in FAMILIES if family.denoiser_class == "UNet2DConditionModel")
-    return Model("tiny-unet", folder, family, dict(unet.config))
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -18,12 +18,12 @@ from dipgo.cli import main as cli
 from dipgo.cli.options import with_options
 from dipgo.cli.recipe_file import Recipe, read_recipe
 from dipgo.eager.gating import gated
-from dipgo.model.models import find_model
 from dipgo.schedule.subnet import load_subnet, save_subnet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
-from dipgo.searching.task import make_task
-from tests.models import random_subnet, tiny_sd
+from tests import zoo
+from tests.command import dipgo
+from tests.models import random_subnet
 
 SEARCH = ("search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "OUT")
 
@@ -39,8 +39,8 @@ def run(monkeypatch, capsys, *args):
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), 4)
+def task():
+    return zoo.task("dit", 4)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def subnet_file(task, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(subnet_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "bundle"
-    subprocess.run([sys.executable, "-m", "dipgo.cli.main", "export", subnet_file, "-o", folder], check=True)
+    assert dipgo("export", subnet_file, "-o", folder).code == 0
     return folder
 
 
@@ -61,11 +61,10 @@ def bundle(subnet_file, tmp_path_factory):
 def prompted(tmp_path_factory):
     """A Stable Diffusion pipeline with a SubNet, and its bundle, which takes prompts."""
     folder = tmp_path_factory.mktemp("cli")
-    task = make_task(find_model(tiny_sd(folder / "model")), 4, guidance_scale=4.0)
+    task = zoo.task("sd", 4)
     subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=2)
     save_subnet(subnet, folder / "subnet.json")
-    command = [sys.executable, "-m", "dipgo.cli.main", "export", folder / "subnet.json", "-o", folder / "bundle"]
-    subprocess.run(command, check=True)
+    assert dipgo("export", folder / "subnet.json", "-o", folder / "bundle").code == 0
     return task.pipe, subnet, folder / "bundle"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from export.bundle import open_bundle
 from export.compiler import prepare, write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
+from tests.command import dipgo
 from tests.models import random_subnet
 from training.emoji_model import sample
 
@@ -73,7 +72,7 @@ def test_a_prompt_becomes_a_picture(bundles: dict[str, Path], tmp_path: Path) ->
     for prompt in ("red heart", "green apple"):
         file = tmp_path / f"{prompt}.png"
         command = ["run", bundles["signature"], "--prompt", prompt, "--seed", "3", "-o", file]
-        subprocess.run([sys.executable, "-m", "dipgo.cli.main", *map(str, command)], check=True)
+        assert dipgo(*command).code == 0
         with Image.open(file) as picture:
             made.append(np.asarray(picture))
     assert made[0].shape == (64, 64, 3)

@@ -18,6 +18,7 @@ PRINTS = {
 PICTURES = {"quickstart.py": 5, "drop_in.py": 0, "custom_model.py": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_runs(path, tmp_path):
     assert len(path.read_text().splitlines()) <= 45

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
+    from torch import dtype as TorchDtype
 
 
 class Dtype(Enum):
@@ -42,7 +42,8 @@ class Dtype(Enum):
     tensorrt: str
     short: str
 
-    def __new__(cls, value: str, safetensors: str, onnx: int, tensorrt: str, short: str = "") -> Dtype:
+    # With defaults for type checkers, which take Dtype("float32") for a call of this.
+    def __new__(cls, value: str, safetensors: str = "", onnx: int = 0, tensorrt: str = "", short: str = "") -> Dtype:
         member = object.__new__(cls)
         member._value_ = value
         member.safetensors, member.onnx, member.tensorrt, member.short = safetensors, onnx, tensorrt, short
@@ -59,11 +60,11 @@ class Dtype(Enum):
             return np.dtype(getattr(ml_dtypes, self.value))
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> TorchDtype:
         """Torch's type."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.value)
+        dtype: TorchDtype = getattr(torch, self.value)
         return dtype
 
     @property
@@ -76,7 +77,7 @@ class Dtype(Enum):
         return "float" in self.value
 
     @classmethod
-    def of_torch(cls, dtype: torch.dtype) -> Dtype:
+    def of_torch(cls, dtype: TorchDtype) -> Dtype:
         """Return torch's type; ValueError for one that is not among these."""
         return cls(str(dtype).removeprefix("torch."))
 

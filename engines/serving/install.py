@@ -99,7 +99,7 @@ def _probe(python: Path, environment: dict[str, str]) -> tuple[str, str]:
         "import sys, json, numpy, onnxruntime, engines, engines.serving.requests;"
         "print(json.dumps(['%d.%d' % sys.version_info[:2], numpy.__version__]))"
     )
-    command = [python, "-P", "-c", script]  # nothing from the working directory
+    command = [str(python), "-P", "-c", script]  # nothing from the working directory
     probe = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if probe.returncode:
         line = (probe.stderr.strip().splitlines() or ["it does not start"])[-1]

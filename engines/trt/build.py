@@ -162,7 +162,8 @@ def _engines_there(tasks: list[Task]) -> dict[str, EngineRecord]:
 def _cost(bundle: Bundle, graph: Graph) -> int:
     """Return a graph's MACs, to begin with the largest: the text encoder's and decoder's are not known."""
     record = bundle.record
-    return {part.file: part.macs for part in (*record.graphs.values(), *record.prologues)}.get(graph.file, 0)
+    macs = {part.file: part.macs for part in record.graphs.values()}
+    return (macs | {part.file: part.macs for part in record.prologues}).get(graph.file, 0)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def each(module: str, tasks: Sequence[tuple[str, Any]], workers: int) -> Iterato
                 crew.append(ChildProcess(module, Path(folder) / str(number)))
                 begin(crew[-1])
             while busy:
-                for child in wait(list(busy)):
+                waiting: list[Any] = list(busy)
+                for child in wait(waiting):
                     assert isinstance(child, ChildProcess)
                     name = busy.pop(child)
                     with _death_said(child, name):
@@ -58,8 +59,8 @@ def each(module: str, tasks: Sequence[tuple[str, Any]], workers: int) -> Iterato
                         begin(child)
                     yield answer["value"]
         finally:
-            for child in crew:
-                child.close(0)
+            for worker in crew:
+                worker.close(0)
 
 
 def answer_tasks(function: Callable[[Any], Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,32 +13,21 @@ from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.suite import Suite
 from benchmarks.progress import silent
-from dipgo.model.models import find_model
-from dipgo.searching.task import Task, make_task
-from export.compiler import prepare, write_bundle
+from dipgo.searching.task import Task
+from tests import zoo
 from tests.models import random_subnet
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep weights that are cast or drawn out of the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+@pytest.fixture(scope="session")
+def task() -> Task:
+    return zoo.task("dit", 8)
 
 
 @pytest.fixture(scope="session")
-def task(tiny_dit: str) -> Task:
-    return make_task(find_model(tiny_dit), 8)
-
-
-@pytest.fixture(scope="session")
-def bundle(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps, half of the gates off, backups of two outputs weighted by channel."""
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+def bundle(task: Task) -> Path:
+    """Eight steps, half of the gates off, backups of two outputs weighted by channel; not to be changed."""
     subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=2)
-    write_bundle(prepare(task.trace), subnet, task.sampler, folder)
-    return folder
+    return zoo.bundle(task.trace, task.sampler, subnet)
 
 
 def crash(task: Task, ratio: float) -> NoReturn:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import dipgo
 from benchmarks.bench.baselines import full, uniform_reuse
@@ -16,12 +17,9 @@ from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
 from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.models import find_model
-from dipgo.searching.task import make_task
-from export.compiler import compile_subnet
-from export.config import ExportConfig
+from tests import zoo
 from tests.benchmarks.test_parity import perturb_the_weights
-from tests.models import random_subnet, tiny_dit, tiny_sd
+from tests.models import random_subnet
 
 Measured = tuple[ReportRecord, Path]
 
@@ -121,14 +119,11 @@ def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Pa
 
 def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     """Baselines have the bundle's dtype; the page shows the prompts."""
-    task = make_task(find_model(tiny_sd(tmp_path / "model")), 4, guidance_scale=4.0)
-    subnet = random_subnet(task.trace, task.sampler, seed=2)
-    compile_subnet(subnet, task.model, tmp_path / "bundle", ExportConfig(dtype="fp16"))
+    traced, sampler = zoo.trace("sd", dtype=torch.float16), zoo.sampler("sd", 4, None)
+    bundle = zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=2))
     baselines = {"full": full, "uniform reuse": uniform_reuse}
     suite = Suite(about="small", images=8, repeats=3, seconds=0, threads=1, scopes=["loop"])
-    report = bench(
-        tmp_path / "bundle", tmp_path / "report", BenchConfig(suite=suite), progress=silent, baselines=baselines
-    )
+    report = bench(bundle, tmp_path / "report", BenchConfig(suite=suite), progress=silent, baselines=baselines)
     assert [row.error for row in report.rows] == [None] * 3
     assert {row.parity.dtype for row in report.rows} == {"float16"}
     assert all(row.parity.passed for row in report.rows)
@@ -136,12 +131,11 @@ def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     assert all(prompt in page for prompt in PROMPTS)
 
 
-@pytest.mark.parametrize("make", [tiny_dit, tiny_sd])
-def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["dit", pytest.param("sd", marks=pytest.mark.slow)])
+def test_a_denoiser_alone_is_benched_on_its_latents(kind, tmp_path: Path):
     """Without a decoder in the bundle, the pipeline in torch leaves its own out too."""
-    task = make_task(find_model(make(tmp_path / "model")), 4, guidance_scale=4.0)
-    subnet = random_subnet(task.trace, task.sampler, seed=2)
-    compile_subnet(subnet, task.model, tmp_path / "bundle", ExportConfig(pipeline=False))
+    traced, sampler = zoo.trace(kind), zoo.sampler(kind, 4, None)
+    bundle = zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=2), whole=False)
     suite = Suite(
         about="small",
         baselines=["eager torch"],
@@ -153,7 +147,7 @@ def test_a_denoiser_alone_is_benched_on_its_latents(make, tmp_path: Path):
         converged_images=2,
         converged_steps=5,
     )
-    report = bench(tmp_path / "bundle", tmp_path / "report", BenchConfig(suite=suite), progress=silent)
+    report = bench(bundle, tmp_path / "report", BenchConfig(suite=suite), progress=silent)
     assert report.parity.passed
     assert [row.error for row in report.rows] == [None] * 3
     eager = report.rows[-1]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from benchmarks.bench.compare import Comparison, compare, text, write_comparison
 from benchmarks.bench.report import ReportRecord, Row
 from benchmarks.bench.timing import timing_of
 from dipgo.base.errors import DipgoError, UsageError
+from tests.command import dipgo
 
 Measured = tuple[ReportRecord, Path]
 ROUNDS = 40
@@ -134,22 +133,19 @@ def test_the_command_line_compares(measured: Measured, tmp_path: Path):
     """The real command; without a place to write it prints alone."""
     for name, factor in (("a", 0.5), ("b", 0.6)):
         (tmp_path / f"{name}.json").write_text(timed(measured[0], {"dipgo": factor}, 1).text())
-    command = [sys.executable, "-m", "dipgo.cli.main", "bench", "--compare", str(tmp_path / "a.json")]
-    done = subprocess.run([*command, str(tmp_path / "b.json")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'dipgo' is slower, beyond chance" in done.stdout
+    done = dipgo("bench", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.code == 0, done.err
+    assert "'dipgo' is slower, beyond chance" in done.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
     for rest, why in (
         (["bench"], "give a BUNDLE and -o REPORT, or --compare A B"),
         (["bench", "x", "--compare", "a", "b"], "leave BUNDLE and --suite out"),
         (["bench", "x", "-o", str(tmp_path / "r"), "--suite", "none"], "no suite 'none'; use "),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "dipgo.cli.main", *rest], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert why in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        done = dipgo(*rest)
+        assert done.code == 2
+        assert why in done.err
+        assert len(done.err.splitlines()) == 1
 
 
 def test_a_report_that_is_not_there(tmp_path: Path):

@@ -16,22 +16,17 @@ from benchmarks.studies.evaluate import Evaluation, Settings, evaluate
 from benchmarks.studies.prompts import prompts_of
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.records import read_record
-from dipgo.model.models import find_model
-from dipgo.searching.task import make_task
 from engines.pipeline.images import to_image
-from export.compiler import prepare, write_bundle
-from tests.models import _clip_tokenizer, random_subnet, tiny_sd
+from tests import zoo
+from tests.models import _clip_tokenizer, random_subnet
 
 PROMPTS = ["a red fox", "two dogs", "a harbour", "oranges", "rain"]
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    task = make_task(find_model(tiny_sd(folder / "model")), 3)
-    subnet = random_subnet(task.trace, task.sampler, seed=1)
-    write_bundle(prepare(task.trace), subnet, task.sampler, folder / "bundle")
-    return folder / "bundle"
+def sd() -> Path:
+    traced, sampler = zoo.trace("sd"), zoo.sampler("sd", 3, None)
+    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=1))
 
 
 @pytest.fixture
@@ -88,6 +83,7 @@ def test_classes_are_refused(bundle: Path, prompts: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(sd: Path, prompts: Path, tmp_path: Path):
     """The real launcher; the images are those of one process."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]

@@ -85,13 +85,17 @@ def serve(gates, weights, axis):
     ("model", "folder", "table", "row", "tolerance"),
     [
         ("digits-dit", "ddim", "search-digits-dit-ddim", "**dipgo**", 2.5),
-        ("digits-dit", "ddim-paper", "search-digits-dit-ddim", "the paper's method", 2.5),
-        ("digits-dit", "dpm", "search-digits-dit-dpm", "**dipgo**", 2.5),
-        ("digits-dit", "dpm-paper", "search-digits-dit-dpm", "the paper's method", 2.5),
-        ("emoji-sd", "ddim", "search-emoji-sd-ddim", "**dipgo**", 4),
-        ("emoji-sd", "ddim-paper", "search-emoji-sd-ddim", "the paper's method", 4),
-        ("emoji-sd", "dpm", "search-emoji-sd-dpm", "**dipgo**", 4),
-        ("emoji-sd", "dpm-paper", "search-emoji-sd-dpm", "the paper's method", 4),
+        pytest.param(
+            "digits-dit", "ddim-paper", "search-digits-dit-ddim", "the paper's method", 2.5, marks=pytest.mark.slow
+        ),
+        pytest.param("digits-dit", "dpm", "search-digits-dit-dpm", "**dipgo**", 2.5, marks=pytest.mark.slow),
+        pytest.param(
+            "digits-dit", "dpm-paper", "search-digits-dit-dpm", "the paper's method", 2.5, marks=pytest.mark.slow
+        ),
+        pytest.param("emoji-sd", "ddim", "search-emoji-sd-ddim", "**dipgo**", 4, marks=pytest.mark.slow),
+        pytest.param("emoji-sd", "ddim-paper", "search-emoji-sd-ddim", "the paper's method", 4, marks=pytest.mark.slow),
+        pytest.param("emoji-sd", "dpm", "search-emoji-sd-dpm", "**dipgo**", 4, marks=pytest.mark.slow),
+        pytest.param("emoji-sd", "dpm-paper", "search-emoji-sd-dpm", "the paper's method", 4, marks=pytest.mark.slow),
     ],
 )
 def test_on_new_noise_they_keep_what_the_table_says(model, folder, table, row, tolerance):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,50 +18,36 @@ from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
-from dipgo.model.sampler import tabulate
-from dipgo.schedule.subnet import SubNet
+from export.bundle import open_bundle
 from export.compiler import compile_subnet
 from export.config import ExportConfig
+from tests import zoo
 from tests.benchmarks.test_parity import scale_a_weight
-from tests.models import random_subnet, tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
+from tests.models import random_subnet
 
 STEPS = 4
-MAKERS: dict[str, Callable[[Path], str]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart}
 
 
-def subnet_for(model: Model, sites: str | None = None, guidance: float = 4.0) -> SubNet:
+def bundle_of(kind: str, batch: int = 1, dtype: torch.dtype = torch.float32) -> Path:
     """Half of the gates off, backups of two outputs weighted by channel."""
-    traced = trace(model, sites, guidance)
-    sampler = tabulate(model_scheduler(model), STEPS, model.family.scales_noise)
-    return random_subnet(traced, sampler, seed=2, terms=2, channels=1)
+    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, STEPS, None)
+    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=2, terms=2, channels=1), batch=batch)
 
 
-def model_scheduler(model: Model):
-    pipe = model.pipeline()
-    return type(pipe.scheduler).from_config(pipe.scheduler.config)
-
-
-@pytest.fixture(scope="module", params=list(MAKERS))
+@pytest.fixture(scope="module", params=["sd", "sdxl", "pixart"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return find_model(MAKERS[kind](tmp_path_factory.mktemp("pipelines") / kind))
+def model(kind: str) -> Model:
+    return zoo.model(kind)
 
 
 @pytest.fixture(scope="module")
-def subnet(model: Model) -> SubNet:
-    return subnet_for(model)
-
-
-@pytest.fixture(scope="module")
-def compiled(model: Model, subnet: SubNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For two images a call."""
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    compile_subnet(subnet, model, folder, ExportConfig(batch=2))
-    return folder
+def compiled(kind: str) -> Path:
+    """For two images a call; not to be changed."""
+    return bundle_of(kind, batch=2)
 
 
 def test_prompts_have_the_parity_of_the_gated_pipeline(compiled: Path):
@@ -120,10 +105,9 @@ def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled
 
 
 @pytest.mark.parametrize("name", ["dit", "sd", "pixart"])
-def test_half_precision_is_judged_by_its_own_rounding(name: str, tiny_dit: str, tmp_path: Path):
-    model = find_model(tiny_dit if name == "dit" else MAKERS[name](tmp_path / "model"))
-    folder = tmp_path / "bundle"
-    compile_subnet(subnet_for(model), model, folder, ExportConfig(dtype="fp16"))
+def test_half_precision_is_judged_by_its_own_rounding(name: str, tmp_path: Path):
+    model, folder = zoo.model(name), tmp_path / "bundle"
+    shutil.copytree(bundle_of(name, dtype=torch.float16), folder)
     parity = verify(folder, progress=silent)
     assert parity.passed
     assert parity.dtype == "float16"
@@ -140,8 +124,8 @@ def test_half_precision_is_judged_by_its_own_rounding(name: str, tiny_dit: str, 
     assert "parity failed, relative error" in parity_failure(parity)
 
 
-def test_a_pipeline_in_half_precision_is_a_copy(tmp_path: Path):
-    model = find_model(tiny_pixart(tmp_path / "model"))
+def test_a_pipeline_in_half_precision_is_a_copy():
+    model = zoo.model("pixart")
     pipe = model.pipeline()
     half = cast_pipeline(pipe, torch.float16)
     assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {torch.float32}
@@ -151,21 +135,24 @@ def test_a_pipeline_in_half_precision_is_a_copy(tmp_path: Path):
         mine, theirs = getattr(half, name).state_dict(), getattr(loaded, name).state_dict()
         assert {key: value.dtype for key, value in mine.items()} == {key: value.dtype for key, value in theirs.items()}
         assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
-    sdxl = find_model(tiny_sdxl(tmp_path / "sdxl")).pipeline()
+    sdxl = zoo.model("sdxl").pipeline()
     assert cast_pipeline(sdxl, torch.float16).vae is sdxl.vae  # its pipeline decodes in float32
 
 
 @pytest.mark.parametrize("short", ["fp32", "fp16"])
 def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
     """An architecture: no weights, no text encoder, in the pipeline's folder."""
-    folder = Path(tiny_sd(tmp_path / "model"))
+    folder = tmp_path / "model"
+    shutil.copytree(zoo.pipeline("sd"), folder)
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / part)
     for part in ("unet", "vae"):
         (folder / part / "diffusion_pytorch_model.safetensors").unlink()
     model = find_model(str(folder), random_weights=True)
     bundle = tmp_path / "bundle"
-    record = compile_subnet(subnet_for(model), model, bundle, ExportConfig(dtype=short))
+    traced, sampler = trace(model, None, 4.0), zoo.sampler("sd", STEPS, None)
+    subnet = random_subnet(traced, sampler, seed=2, terms=2, channels=1)
+    record = compile_subnet(subnet, model, bundle, ExportConfig(dtype=short))
     assert record.random_weights
     assert record.conditioning.encoder is None
     assert verify(bundle, progress=silent).passed
@@ -177,20 +164,12 @@ def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
     assert not verify(bundle, progress=silent).passed
 
 
-@pytest.mark.parametrize(
-    ("make", "sites", "guidance"),
-    [
-        (tiny_unconditional, "down_blocks.*,up_blocks.*", 1.0),
-        (tiny_sana, "transformer_blocks.*.attn1,transformer_blocks.*.ff", 4.0),
-    ],
-    ids=["unconditional", "sana"],
-)
-def test_classes_of_denoiser_without_an_entry(tmp_path: Path, make, sites: str, guidance: float):
-    model = find_model(make(tmp_path / "model"))
-    bundle = tmp_path / "bundle"
-    record = compile_subnet(subnet_for(model, sites, guidance), model, bundle)
+@pytest.mark.parametrize("name", ["unconditional", "sana"])
+def test_classes_of_denoiser_without_an_entry(name: str):
+    bundle = bundle_of(name)
+    record = open_bundle(bundle).record
     assert record.conditioning.encoder is None
-    assert (record.decoder is None) == (make is tiny_unconditional)
+    assert (record.decoder is None) == (name == "unconditional")
     parity = verify(bundle, progress=silent)
     assert parity.passed
     assert parity.relative_error_latent > 0

@@ -10,18 +10,17 @@ from PIL import Image
 
 from benchmarks.studies import search_curve
 from dipgo.base.errors import DipgoError
-from dipgo.model.models import find_model
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
-from dipgo.searching.task import make_task
+from tests import zoo
 
 TINY = {"batch": 1, "pool": 2, "chunk": 2, "held_out": 1, "backup_iterations": 20}
 SMALL = SearchConfig(steps=3, budget=0.6, preset="quick", **TINY)
 
 
-def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_dit: str, tmp_path: Path):
+def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tmp_path: Path):
     folder, output = tmp_path / "run", tmp_path / "curve.png"
-    search(make_task(find_model(tiny_dit), 3), SMALL.changed(run_folder=folder))
+    search(zoo.task("dit", 3), SMALL.changed(run_folder=folder))
     lines = search_curve.journal_of(folder)
     ((budget, (seconds, quality)),) = search_curve.curves(folder).items()
     assert budget == "0.6"
@@ -34,14 +33,14 @@ def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tiny_di
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
 
 
-def test_what_has_no_curve_is_refused(tiny_dit: str, tmp_path: Path):
+def test_what_has_no_curve_is_refused(tmp_path: Path):
     with pytest.raises(DipgoError, match="no journal in it"):
         search_curve.curves(tmp_path)
     folder = tmp_path / "run"
-    search(make_task(find_model(tiny_dit), 3), SMALL.changed(loss="l1", run_folder=folder))
+    search(zoo.task("dit", 3), SMALL.changed(loss="l1", run_folder=folder))
     with pytest.raises(DipgoError, match="did not learn by PSNR"):
         search_curve.curves(folder)
     short = tmp_path / "short"
-    search(make_task(find_model(tiny_dit), 3), SMALL.changed(backup_iterations=5, run_folder=short))
+    search(zoo.task("dit", 3), SMALL.changed(backup_iterations=5, run_folder=short))
     with pytest.raises(DipgoError, match="fewer than 20 iterations"):
         search_curve.curves(short)

@@ -19,6 +19,7 @@ def test_what_is_freed_before_the_end_counts():
     assert 240 < int(alone.stdout) / 2**20 < 320
 
 
+@pytest.mark.slow
 @LINUX
 def test_memory_is_measured_beside_its_estimate(tiny_dit: str, tmp_path: Path):
     output = tmp_path / "found.json"

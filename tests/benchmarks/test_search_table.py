@@ -18,33 +18,31 @@ from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableReco
 from benchmarks.studies.search_table import cells, check_same, load_folder, read_table
 from dipgo.base.errors import DipgoError
 from dipgo.eager.gating import gated
-from dipgo.model.models import find_model
 from dipgo.schedule.policies import Policy, policies
 from dipgo.searching.context import drift_of
 from dipgo.searching.search import policy_subnet
-from dipgo.searching.task import make_task
-from tests.models import tiny_sd
+from tests import zoo
 
 STEPS, BUDGET = 6, 0.6
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_dit):
-    return Judge(make_task(find_model(tiny_dit), STEPS, sites="layer"), images=1, converged=0)
+def judge():
+    return Judge(zoo.task("dit", STEPS, sites="layer"), images=1, converged=0)
 
 
-def searched(tiny_dit, sites):
+def searched(sites):
     """A SubNet as a search would write it."""
-    task = make_task(find_model(tiny_dit), STEPS, sites=sites)
+    task = zoo.task("dit", STEPS, sites=sites)
     found: Policy = policies(task.trace, STEPS, BUDGET)[0]
     subnet = policy_subnet(task, found)
     subnet.search.update(budget=BUDGET, chosen=found.name, seconds=1.0, held_out_psnr_db={found.name: 1.0})
     return subnet
 
 
-def test_a_subnet_of_other_sites_gives_its_own_images(tiny_dit, judge):
+def test_a_subnet_of_other_sites_gives_its_own_images(judge):
     """Against the gated denoiser of the pipeline itself."""
-    subnet = searched(tiny_dit, "block")
+    subnet = searched("block")
     assert subnet.sites != judge.task.trajectory.sites
     task, batch = judge.task, judge.batches[0]
     scheduler = task.pipe.scheduler
@@ -58,8 +56,8 @@ def test_a_subnet_of_other_sites_gives_its_own_images(tiny_dit, judge):
     assert np.allclose(judge.found(subnet), images, atol=1e-4)
 
 
-def test_every_row_is_there_at_the_budget(tiny_dit, judge):
-    ours, paper = searched(tiny_dit, "layer"), searched(tiny_dit, "block")
+def test_every_row_is_there_at_the_budget(judge):
+    ours, paper = searched("layer"), searched("block")
     found = {cell.row: cell for cell in cells(judge, [ours], [paper])}
     assert {
         "fewer steps, same solver",
@@ -75,8 +73,8 @@ def test_every_row_is_there_at_the_budget(tiny_dit, judge):
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
 
 
-def test_policies_of_an_earlier_table_are_not_judged_again(tiny_dit, judge):
-    ours = searched(tiny_dit, "layer")
+def test_policies_of_an_earlier_table_are_not_judged_again(judge):
+    ours = searched("layer")
     record = read_table(next(Path("benchmarks/results").glob("search-digits*.json")))
     first = list(cells(judge, [ours], []))
     earlier = record.model_copy(update={"cells": first})
@@ -113,10 +111,10 @@ def test_what_is_no_table_is_refused(tmp_path):
         read_table(tmp_path / "some.json")
 
 
-def test_the_best_fixed_policy_is_the_best_of_all(tiny_dit, judge):
+def test_the_best_fixed_policy_is_the_best_of_all(judge):
     """Each figure is the highest of any policy, whatever the search noted about them."""
     fixed = policies(judge.task.trace, STEPS, BUDGET, drift_of(judge.task, 0))
-    ours = searched(tiny_dit, "layer")
+    ours = searched("layer")
     ours.search["held_out_psnr_db"] = {policy.name: 1.0 if "late" in policy.name else 20.0 for policy in fixed}
     best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
     images = {policy.name: judge.found(policy_subnet(judge.task, policy)) for policy in fixed}
@@ -125,11 +123,10 @@ def test_the_best_fixed_policy_is_the_best_of_all(tiny_dit, judge):
     assert best.psnr_db == psnr(images[best.what], judge.reference)
 
 
-def test_whole_steps_count_among_fixed_policies(tmp_path):
+def test_whole_steps_count_among_fixed_policies():
     """Where no site makes the output, as inside the blocks of a UNet, all policies compute something in every step."""
-    model = find_model(str(tiny_sd(tmp_path / "sd")))
     sites = "*_blocks.*.resnets.*,*_blocks.*.*samplers.*,*_blocks.*.attentions.*.transformer_blocks.*,mid_block"
-    judge = Judge(make_task(model, STEPS, "ddim", sites, 4.0), images=1, converged=0)
+    judge = Judge(zoo.task("sd", STEPS, "ddim", sites), images=1, converged=0)
     assert not judge.task.trace.output_sites()
     ours = policy_subnet(judge.task, policies(judge.task.trace, STEPS, BUDGET)[0])
     ours.search.update(budget=BUDGET, chosen="", seconds=1.0, held_out_psnr_db={})
@@ -168,9 +165,9 @@ def cell(row, each):
     )
 
 
-def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):
-    ours = searched(tiny_dit, "layer")
-    check_same([ours, searched(tiny_dit, "block")], judge.task.model)
+def test_a_table_is_of_one_model_and_sampler(judge):
+    ours = searched("layer")
+    check_same([ours, searched("block")], judge.task.model)
     other = replace(ours, sampler=ours.sampler.model_copy(update={"guidance_scale": 9.0}))
     with pytest.raises(DipgoError, match=r"6 steps of DDIMScheduler at guidance 9 beside"):
         check_same([ours, other], judge.task.model)
@@ -182,9 +179,9 @@ def test_a_table_is_of_one_model_and_sampler(tiny_dit, judge):
         check_same([ours, foreign], judge.task.model)
 
 
-def test_the_converged_reference_never_clips(tiny_dit):
+def test_the_converged_reference_never_clips():
     """Not even where the pipeline's own scheduler does."""
-    task = make_task(find_model(tiny_dit), STEPS)
+    task = zoo.task("dit", STEPS)
     task.pipe.scheduler = DDIMScheduler(clip_sample=True)
     long = converged(task, 40).sampler
     assert (long.name, long.steps, long.config["clip_sample"]) == ("DDIMScheduler", 40, False)

@@ -14,11 +14,9 @@ from benchmarks.bench.quality import latent_error
 from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
 from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, first_block_cache
 from benchmarks.progress import NotMeasuredError
-from dipgo.model.models import find_model
-from dipgo.schedule.subnet import SubNet
-from dipgo.searching.task import make_task
-from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_dit, tiny_sd
+from export.bundle import open_bundle
+from tests import zoo
+from tests.models import random_subnet
 
 STEPS = 6
 
@@ -32,23 +30,20 @@ class Made:
     macs: int
 
 
-def made(model: str, folder: Path) -> Made:
-    task = make_task(find_model(model), STEPS)
-    subnet: SubNet = random_subnet(task.trace, task.sampler, seed=0, keep=1.0)
-    record = write_bundle(prepare(task.trace), subnet, task.sampler, folder)
-    return Made(folder, model, record.macs)
+def made(kind: str, guidance: float) -> Made:
+    task = zoo.task(kind, STEPS, guidance=guidance)
+    folder = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=0, keep=1.0))
+    return Made(folder, zoo.pipeline(kind), open_bundle(folder).record.macs)
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("sd")
-    return made(tiny_sd(folder / "model"), folder / "bundle")
+def sd() -> Made:
+    return made("sd", 7.5)  # the default of the pipeline
 
 
 @pytest.fixture(scope="module")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("dit")
-    return made(tiny_dit(folder / "model"), folder / "bundle")
+def dit() -> Made:
+    return made("dit", 4.0)
 
 
 def subject(found: Made, technique: str) -> TorchSubject:

@@ -234,6 +234,7 @@ def trained(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "emoji-sd"
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_pipeline_of_diffusers(trained: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(trained)
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
@@ -250,12 +251,14 @@ def test_the_folder_is_a_pipeline_of_diffusers(trained: Path) -> None:
     assert not set(names["held_out"]) & set(names["training"])
 
 
+@pytest.mark.slow
 def test_dipgo_finds_and_counts_it(trained: Path) -> None:
     model = find_model(str(trained))
     assert model.family.denoiser_class == "UNet2DConditionModel"
     assert model.latent_shape(1) == (1, 4, 16, 16)
 
 
+@pytest.mark.slow
 def test_quality_tells_the_right_picture(trained: Path, package: Path) -> None:
     emoji, pictures = data.read_emoji(package)
     pipe = find_model(str(trained)).pipeline()
@@ -269,6 +272,7 @@ def test_quality_tells_the_right_picture(trained: Path, package: Path) -> None:
     assert 0 <= quality["exact_accuracy"] <= quality["category_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_quality_writes_the_card(trained: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "SHA256", data.sha256_of(package))
     arguments = [str(trained), "--package", str(package.parent), "--count", "4", "--steps", "2", "--guidance", "3"]

@@ -10,21 +10,12 @@ from dipgo.graph.trace import trace
 from dipgo.model.families import join
 from dipgo.model.models import find_model
 from dipgo.searching.task import make_task
-from tests import models
+from tests import models, zoo
 from tests.models import random_subnet
 
 STEPS = 4
 PROMPTS = ["a cat", "two dogs in the rain"]
-MAKERS = {
-    "sd": models.tiny_sd,
-    "sd-v": lambda folder: models.tiny_sd(folder, "v_prediction"),
-    "sdxl": models.tiny_sdxl,
-    "pixart-256": models.tiny_pixart,
-    "pixart-1024": lambda folder: models.tiny_pixart(folder, 128),
-    "sana": models.tiny_sana,
-    "unconditional": models.tiny_unconditional,
-}
-GENERIC = {"sana": "transformer_blocks.*.attn1,transformer_blocks.*.ff", "unconditional": "down_blocks.*,up_blocks.*"}
+KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "sana", "unconditional"]
 
 
 def run_pipeline(task, seed):
@@ -53,21 +44,20 @@ def same(actual, expected, images=False):
     return torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_trajectory_equals_the_pipeline(name, tmp_path):
+@pytest.mark.parametrize("name", KINDS)
+def test_trajectory_equals_the_pipeline(name):
     """Prompts encoded by real text encoders, real schedulers; full, then under random gates."""
     images = name == "unconditional"
-    model = find_model(MAKERS[name](tmp_path / name))
-    task = make_task(model, STEPS, sites=GENERIC.get(name), guidance_scale=1.0 if images else 4.0)
+    task = zoo.task(name, STEPS)
     assert same(run_trajectory(task, 3), run_pipeline(task, 3), images)
     subnet = random_subnet(task.trace, task.sampler, seed=1)
-    with gated(getattr(task.pipe, model.family.component), subnet):
+    with gated(getattr(task.pipe, task.model.family.component), subnet):
         expected = run_pipeline(task, 4)
     assert same(run_trajectory(task, 4, subnet), expected, images)
 
 
 def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
-    folders = [models.tiny_unconditional(tmp_path / "ddim")]
+    folders = [zoo.pipeline("unconditional")]
     folders += [models.tiny_unconditional(tmp_path / "ddpm", DDPMPipeline, DDPMScheduler)]
     tasks = [make_task(find_model(folder), STEPS, "ddim", "mid_block", guidance_scale=1.0) for folder in folders]
     assert type(tasks[1].pipe).__name__ == "DDPMPipeline"
@@ -76,8 +66,8 @@ def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart-1024", "sana"])
-def test_examples_have_the_form_of_conditions(name, tmp_path):
-    model = find_model(MAKERS[name](tmp_path / name))
+def test_examples_have_the_form_of_conditions(name):
+    model = zoo.model(name)
     conditions = join(*model.family.conditions(model.pipeline(), PROMPTS), True)
     example = model.family.example(model.config, 4)
     assert {key: (value.shape, value.dtype) for key, value in conditions.items()} == {
@@ -85,8 +75,8 @@ def test_examples_have_the_form_of_conditions(name, tmp_path):
     }
 
 
-def test_classes_without_an_entry_need_patterns(tmp_path):
-    model = find_model(models.tiny_unconditional(tmp_path / "m"))
+def test_classes_without_an_entry_need_patterns():
+    model = zoo.model("unconditional")
     with pytest.raises(UsageError, match="UNet2DModel has no sites of its own; give --sites as patterns"):
         trace(model, None, 1.0)
     with pytest.raises(UsageError, match="'block' matches no module of UNet2DModel; use one of module names such as"):
@@ -117,8 +107,8 @@ def long_prompts(pipe):
     ],
     ids=["step", "timesteps", "length"],
 )
-def test_pipelines_with_ways_of_their_own_are_refused(tmp_path, change, message):
-    model = find_model(models.tiny_sana(tmp_path / "m"))
+def test_pipelines_with_ways_of_their_own_are_refused(change, message):
+    model = zoo.model("sana")
     pipe = model.pipeline()
     model.family.conditions(pipe, PROMPTS)
     pipe = model.pipeline()

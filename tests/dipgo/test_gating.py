@@ -5,17 +5,16 @@ import pytest
 import torch
 
 from dipgo.eager.gating import combine, gated
-from dipgo.model.models import find_model
 from dipgo.schedule.cost import cost_of
-from dipgo.searching.task import make_task
+from tests import zoo
 from tests.models import random_subnet
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS, sites="transformer_blocks.*.attn1,transformer_blocks.*.ff")
+def task():
+    return zoo.task("dit", STEPS, sites="transformer_blocks.*.attn1,transformer_blocks.*.ff")
 
 
 def images(task, seed=0):

@@ -14,15 +14,13 @@ import torch
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import gated
-from dipgo.graph.trace import trace
 from dipgo.importers.deepcache import full_steps, read_deepcache
 from dipgo.importers.importer import apply, import_subnet, read_schedule
-from dipgo.model.models import find_model
 from dipgo.model.sampler import make_scheduler, tabulate
 from dipgo.schedule.cost import cost_of
 from dipgo.schedule.subnet import load_subnet
+from tests import zoo
 from tests.dipgo.test_sampler import BASE
-from tests.models import tiny_unet
 from tests.test_cli import run
 
 KEYS = [
@@ -34,23 +32,23 @@ MODULES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_b
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    return tiny_unet(tmp_path_factory.mktemp("unet"))
+def unet():
+    return zoo.model("sd")
 
 
 @pytest.fixture(scope="module")
-def blocks(unet):
-    return trace(unet, "block", 1.0)
+def blocks():
+    return zoo.trace("sd", "block", 1.0)
 
 
 @pytest.fixture(scope="module")
-def branches(unet):
-    return trace(unet, "up_blocks.*.attentions.*,up_blocks.1.upsamplers.0", 1.0)
+def branches():
+    return zoo.trace("sd", "up_blocks.*.attentions.*,up_blocks.1.upsamplers.0", 1.0)
 
 
 @pytest.fixture(scope="module")
-def layers(tiny_dit):
-    return trace(find_model(tiny_dit), "layer", 1.0)
+def layers():
+    return zoo.trace("dit", "layer", 1.0)
 
 
 def sampler(steps, name="ddim"):

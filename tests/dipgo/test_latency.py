@@ -9,11 +9,10 @@ import pytest
 from benchmarks.latency import measure_latency
 from dipgo.base.errors import DipgoError
 from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile, timed
-from dipgo.model.models import find_model
 from dipgo.schedule.cost import cost_of
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
-from dipgo.searching.task import make_task
+from tests import zoo
 
 QUICK = SearchConfig(
     steps=8,
@@ -31,8 +30,8 @@ QUICK = SearchConfig(
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), 8)
+def task():
+    return zoo.task("dit", 8)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.models import find_model
 from dipgo.searching.losses import final_latent, make_loss, ssim
-from dipgo.searching.task import make_task
+from tests import zoo
 
 
 def pictures(seed, shape=(3, 2, 24, 17)):
@@ -71,9 +70,9 @@ def test_step_weights_mix_the_latents_on_the_way():
 
 
 @pytest.mark.parametrize("spec", ["ssim+l1", "l2", "latent", "0.5*ssim+latent"])
-def test_gradient_passes_the_decoder(tiny_dit, spec):
+def test_gradient_passes_the_decoder(spec):
     """Against a central difference along one direction."""
-    task = make_task(find_model(tiny_dit), 2)
+    task = zoo.task("dit", 2)
     generator = torch.Generator().manual_seed(0)
     latent, target, direction = torch.randn(3, 2, 4, 8, 8, generator=generator)
     loss = make_loss(spec, task.decode)

@@ -5,36 +5,32 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 
-from dipgo.eager.trajectory import Trajectory
-from dipgo.graph.trace import trace
-from dipgo.model.families import GuidedDenoiser
-from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from dipgo.searching.memory import memory_estimate
-from dipgo.searching.task import make_task
-from tests.models import tiny_unet
+from tests import zoo
 
 BATCH = 3
 
 
 @pytest.fixture(scope="module")
-def dit(tiny_dit):
-    task = make_task(find_model(tiny_dit), 2)
+def dit():
+    task = zoo.task("dit", 2)
     batch = task.sampling.draw(BATCH, 0)
     return task.model, task.trace, task.trajectory, batch.noise, batch.conditions
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unet")
-    model = tiny_unet(folder)
-    traced = trace(model, "block", 5.0)
-    denoiser = UNet2DConditionModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 2)
-    trajectory = Trajectory(GuidedDenoiser(denoiser, model.family, 5.0), traced.sites, sampler, traced.live_sites)
-    return model, traced, trajectory, torch.randn(BATCH, 4, 8, 8), {"encoder_hidden_states": torch.randn(6, 77, 24)}
+def unet():
+    task = zoo.task("sd", 2, "ddim")
+    return (
+        task.model,
+        task.trace,
+        task.trajectory,
+        torch.randn(BATCH, 4, 8, 8),
+        {"encoder_hidden_states": torch.randn(6, 77, 24)},
+    )
 
 
 @pytest.fixture(params=["dit", "unet"])
@@ -89,17 +85,3 @@ def test_a_loss_on_images_counts_the_decoder(dit):
     latent, images = (memory_estimate(model, traced, 5, BATCH, loss=loss) for loss in ("latent", "0.5*ssim+latent"))
     assert images.weights > latent.weights
     assert images.activations >= latent.activations
-
-
-def test_stable_diffusion_fits_40_gb():
-    """Block sites, 50 steps, 512x512, one image with guidance, a loss on the decoded image."""
-    model = find_model("sd-1.5")
-    traced = trace(model, "block", 7.5)
-    pruner = 37_852_676  # parameters of the public code's pruner for these 450 gates
-    for precision in (None, torch.bfloat16):
-        estimate = memory_estimate(
-            model, traced, 50, precision=precision, loss="ssim+l1", learned=pruner, adam=True, pool=512
-        )
-        assert 10e9 < estimate.total < 20e9
-        all_kept = memory_estimate(model, traced, 50, precision=precision, recompute=False)
-        assert all_kept.total > 100e9, "which is why steps are recomputed"

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from dipgo.model.families import family_of
 from dipgo.model.models import architectures, find_model
 from dipgo.searching.task import make_task
 from export.components import own_weights
-from tests.models import tiny_sd
+from tests import zoo
 
 # DiP-GO's figures, tables 1 to 4 and 8. All but DiT's leave out the products inside attention; PixArt's count guidance.
 PUBLISHED_GMACS = {
@@ -56,7 +55,8 @@ def test_architectures_are_found_but_not_loaded():
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A Stable Diffusion folder as the shipped architectures are: configurations alone."""
-    folder = Path(tiny_sd(tmp_path_factory.mktemp("models") / "bare"))
+    folder = tmp_path_factory.mktemp("models") / "bare"
+    shutil.copytree(zoo.pipeline("sd"), folder)
     for weights in folder.glob("*/*.safetensors"):
         weights.unlink()
     shutil.rmtree(folder / "text_encoder")
@@ -198,9 +198,9 @@ def test_add_ons_are_refused_by_name(tiny_dit, tmp_path):
 
 def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
     """Of all components or of one; weights that only ``torch.load`` could read are refused."""
-    plain = find_model(tiny_sd(tmp_path / "plain")).pipeline()
+    plain = zoo.model("sd").pipeline()
     for name, changed in (("all", ("unet", "vae", "text_encoder")), ("one", ("unet",))):
-        folder = shutil.copytree(tmp_path / "plain", tmp_path / name)
+        folder = shutil.copytree(zoo.pipeline("sd"), tmp_path / name)
         for component in changed:
             for file in (folder / component).glob("*.safetensors"):
                 file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
@@ -208,7 +208,7 @@ def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
         for component in ("unet", "vae", "text_encoder"):
             first, second = (getattr(pipe, component).state_dict() for pipe in (plain, loaded))
             assert all(torch.equal(first[key], second[key]) for key in first)
-    folder = shutil.copytree(tmp_path / "plain", tmp_path / "pickled")
+    folder = shutil.copytree(zoo.pipeline("sd"), tmp_path / "pickled")
     (file,) = (folder / "vae").glob("*.safetensors")
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
@@ -218,7 +218,7 @@ def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
 
 def test_where_the_denoiser_is_a_variant_the_others_of_it_come_first(tmp_path):
     """As diffusers reads them, so that an exported program has the text encoder that the pipeline has."""
-    folder = Path(tiny_sd(tmp_path / "sd"))
+    folder = shutil.copytree(zoo.pipeline("sd"), tmp_path / "sd")
     for component in ("unet", "text_encoder"):
         (file,) = (folder / component).glob("*.safetensors")
         variant = file.with_name(file.name.replace(".safetensors", ".fp16.safetensors"))
@@ -239,8 +239,7 @@ def test_where_the_denoiser_is_a_variant_the_others_of_it_come_first(tmp_path):
 
 def test_half_precision_files_load_in_float32(tmp_path):
     """All components alike: transformers takes a file's own dtype, diffusers float32."""
-    folder = tiny_sd(tmp_path / "full")
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(zoo.pipeline("sd"), dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "half")
     loaded = find_model(str(tmp_path / "half")).pipeline()
     dtypes = {part.dtype for part in loaded.components.values() if isinstance(part, torch.nn.Module)}

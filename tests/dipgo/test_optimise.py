@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.models import find_model
 from dipgo.schedule.policies import SPACINGS, spaced
 from dipgo.schedule.subnet import load_subnet, weights_file
 from dipgo.searching.backup_fit import Backups, learn_backups
@@ -29,8 +28,9 @@ from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run, open_run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool, make_task
+from dipgo.searching.task import Pool
 from dipgo.searching.training_loop import Descent, optimise
+from tests import zoo
 
 STEPS = 6
 SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
@@ -39,8 +39,8 @@ SETTINGS |= {"drops": 3, "drops_on": 2, "contenders": 2, "trial_iterations": 2}
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+def task():
+    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +255,10 @@ def command(model, output, folder, *more, settings=SETTINGS):
 def test_a_search_with_everything_switched_on(task, method, tmp_path):
     """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
     settings = {name: value for name, value in SETTINGS.items() if "iterations" not in name}
-    settings |= {"gate_iterations": 3, "backup_iterations": 3, "precision": "fp16", "recompute": True, "pool": 0}
+    settings |= {"gate_iterations": 3, "trial_iterations": 2, "backup_iterations": 3, "precision": "fp16"}
     settings |= {"loss": "0.5*ssim+l1+latent", "accumulate": 2, "warmup": 1, "attention": "both", "width": 16}
-    settings |= {"heads": 2, "layers": 2, "hidden": 8, "run_folder": tmp_path / "run", "tensorboard": True}
+    settings |= {"recompute": True, "pool": 0, "heads": 2, "layers": 2, "hidden": 8}
+    settings |= {"run_folder": tmp_path / "run", "tensorboard": True}
     subnet = search(task, SearchConfig(**{"steps": STEPS, "budget": 0.6, "method": method, **settings}))
     scores = subnet.search["held_out_psnr_db"]
     assert scores[subnet.search["chosen"]] == max(scores.values())
@@ -292,7 +293,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
     subprocess.run(last, env=ENVIRONMENT, check=True, capture_output=True)
     killed = load_subnet(tmp_path / "killed.json")
     config = SearchConfig(**{"steps": STEPS, "budget": 0.6, **settings})
-    straight = search(make_task(find_model(tiny_dit), STEPS), config)
+    straight = search(zoo.task("dit", STEPS), config)
     assert killed.weights
     assert np.array_equal(killed.gates, straight.gates)
     assert_close(killed.weights, straight.weights, 0)
@@ -331,6 +332,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(task, gates, tmp_p
     assert not [entry for entry in path.parent.iterdir() if entry.name.startswith(".")], "nothing half written"
 
 
+@pytest.mark.slow
 def test_a_real_disk_that_fills(tiny_dit, tmp_path):
     """The command stops with one line and, once there is room, goes on."""
     disk = tmp_path / "disk"
@@ -402,6 +404,7 @@ if __name__ == "__main__":
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)
@@ -412,6 +415,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
     assert_close(first, alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "s.json"
     settings = SETTINGS | {"backup_iterations": 5}

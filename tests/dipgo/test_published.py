@@ -18,6 +18,7 @@ from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from dipgo.schedule.describe import subnet_text
 from dipgo.schedule.subnet import load_subnet
+from dipgo.searching.memory import memory_estimate
 
 COMPUTED = [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]  # steps; step 7 all but down_blocks.3
 TIMESTEPS = [981, 841, 721, 601, 581, 561, 461, 341, 201, 21]
@@ -189,3 +190,15 @@ def test_and_that_block_is_all_that_differs(small, start, published):
     hook.remove()
     assert len(seen) == 10
     assert relative(fifty_steps(small, published, published.gates, *start), expected) < 1e-5
+
+
+def test_a_search_on_it_fits_40_gb(sd15):
+    """Block sites, 50 steps, 512x512, one image with guidance, a loss on the decoded image."""
+    pruner = 37_852_676  # parameters of the public code's pruner for these 450 gates
+    for precision in (None, torch.bfloat16):
+        estimate = memory_estimate(
+            sd15.model, sd15, 50, precision=precision, loss="ssim+l1", learned=pruner, adam=True, pool=512
+        )
+        assert 10e9 < estimate.total < 20e9
+        all_kept = memory_estimate(sd15.model, sd15, 50, precision=precision, recompute=False)
+        assert all_kept.total > 100e9, "which is why steps are recomputed"

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from benchmarks.bench.digit_classifier import load_classifier, load_digits
 from dipgo.graph.liveness import canonical
-from dipgo.graph.trace import trace
 from dipgo.model.families import GuidedDenoiser
-from dipgo.model.models import find_model
 from dipgo.schedule.cost import trajectory_macs
 from dipgo.schedule.gates_at_budget import gates_at_budget
 from dipgo.schedule.policies import SPACINGS, computed_steps, extrapolation, policies
@@ -22,9 +20,9 @@ from dipgo.searching.losses import final_latent, psnr
 from dipgo.searching.pruner import Pruner, straight_through
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool, make_task
+from dipgo.searching.task import Pool
 from dipgo.searching.training_loop import Descent
-from tests.models import tiny_unet
+from tests import zoo
 
 STEPS = 8
 TINY = SearchConfig(
@@ -43,13 +41,13 @@ TINY = SearchConfig(
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+def task():
+    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+def unet():
+    return zoo.trace("sd", "block", 1.0)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -218,9 +216,9 @@ def test_learning_begins_no_worse_than_the_fixed_policy_of_the_same_gates(task, 
     assert [name for name, db in begun.items() if db < judged[name.rsplit(", slope", 1)[0]] - 2e-3] == []
 
 
-def test_a_subnet_says_what_it_was_searched_on(task, tiny_dit):
+def test_a_subnet_says_what_it_was_searched_on(task):
     config = TINY.changed(backup_iterations=0, drops=0)
-    one_class = make_task(find_model(tiny_dit), STEPS, classes="1")
+    one_class = zoo.task("dit", STEPS, classes="1")
     first, second = (search(part, config) for part in (task, one_class))
     start = search(task, config, starts=[first])
     choices = first.search["choices"]

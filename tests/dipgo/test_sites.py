@@ -9,12 +9,12 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.sites import site_names
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
-from tests.models import tiny_unet
+from tests import zoo
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    return tiny_unet(tmp_path_factory.mktemp("unet"))
+def unet():
+    return zoo.model("sd")
 
 
 def names(model, spec):
@@ -55,7 +55,7 @@ PARTS = ("resnets", "attentions")
 
 def test_a_branch_is_a_resnet_with_its_transformer(unet):
     """What the sites of a block save apart is what the block saves as one, resnets included."""
-    blocks, branches = trace(unet, "block", 1.0), trace(unet, "branch", 1.0)
+    blocks, branches = (zoo.trace("sd", sites, 1.0) for sites in ("block", "branch"))
     listed = [site.name for site in branches.sites]
     assert "down_blocks.0.attentions.0" in listed
     assert "down_blocks.0.resnets.0" not in listed

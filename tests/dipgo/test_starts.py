@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.models import find_model
 from dipgo.schedule.cost import cost_of
 from dipgo.schedule.policies import spaced
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.backup_fit import Backups
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search, sweep
-from dipgo.searching.task import make_task
+from tests import zoo
 
 STEPS = 8
 SMALL = {"batch": 2, "pool": 8, "held_out": 4, "drops": 0, "drops_on": 2, "contenders": 1, "trial_iterations": 0}
@@ -22,8 +21,8 @@ JUDGE = LEARN.changed(backup_iterations=0)
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+def task():
+    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +87,12 @@ def test_a_run_is_not_resumed_with_other_starts(task, found, tmp_path):
         search(task, JUDGE.changed(run_folder=tmp_path / "run", resume=True), starts=[other])
 
 
-def test_starts_that_do_not_fit_are_refused(task, found, tiny_dit):
-    other_sites = make_task(find_model(tiny_dit), STEPS, sites="block")
+def test_starts_that_do_not_fit_are_refused(task, found):
+    other_sites = zoo.task("dit", STEPS, sites="block")
     with pytest.raises(UsageError, match="start 1 has other sites than this search"):
         search(other_sites, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="start 1 has 8 calls of the denoiser, this search 6"):
-        search(make_task(find_model(tiny_dit), 6), JUDGE, starts=[found])
+        search(zoo.task("dit", 6), JUDGE, starts=[found])
     reuse = reusing(task, odd_gates(task, 0.5))
     with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set history=2"):
         search(task, JUDGE.changed(history=1), starts=[reuse, found])
@@ -103,7 +102,7 @@ def test_starts_that_do_not_fit_are_refused(task, found, tiny_dit):
     wide = dict(found.weights) | {name: np.zeros((STEPS, 2, 3), np.float32)}
     with pytest.raises(UsageError, match="has 3 channels, here it has"):
         search(task, JUDGE, starts=[replace(found, weights=wide)])
-    unguided = make_task(find_model(tiny_dit), STEPS, guidance_scale=1.0)
+    unguided = zoo.task("dit", STEPS, guidance=1.0)
     with pytest.raises(UsageError, match="two halves of guidance, here it has one; search with the --guidance"):
         search(unguided, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="is an output of one model alone"):

@@ -10,8 +10,6 @@ from PIL import Image
 
 from dipgo.eager.drift import measure_drift
 from dipgo.graph.liveness import canonical
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
 from dipgo.schedule.cost import trajectory_macs
 from dipgo.schedule.gates_at_budget import swept_gates
 from dipgo.schedule.policies import (
@@ -27,8 +25,7 @@ from dipgo.searching.config import SearchConfig
 from dipgo.searching.greedy_prune import drop_cheapest
 from dipgo.searching.pareto import write_pareto
 from dipgo.searching.search import sweep
-from dipgo.searching.task import make_task
-from tests.models import tiny_sd, tiny_unet
+from tests import zoo
 
 STEPS = 8
 TINY = SearchConfig(
@@ -47,13 +44,13 @@ TINY = SearchConfig(
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+def task():
+    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+def unet():
+    return zoo.trace("sd", "block", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +153,7 @@ def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
 @pytest.mark.parametrize("sites", ["block", "layer"])
 def test_searches_keep_a_budget_that_hardly_allows_one_step(tmp_path, sites):
     """By block the UNet's output site is dear, and what drops leave of a second step may cost too much."""
-    task = make_task(find_model(tiny_sd(tmp_path / "sd")), STEPS, "euler", sites)
+    task = zoo.task("sd", STEPS, "euler", sites)
     least = np.zeros((STEPS, len(task.trace.sites)), bool)
     least[0] = True
     budget = share(task.trace, least) + 0.001

@@ -13,14 +13,15 @@ from dipgo.model.families import FAMILIES
 from dipgo.model.models import find_model
 from dipgo.model.prompts import read_prompts
 from dipgo.searching.distributed import Processes
-from dipgo.searching.task import Pool, choices_of, make_task
+from dipgo.searching.task import Pool, choices_of
+from tests import zoo
 
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), STEPS)
+def task():
+    return zoo.task("dit", STEPS)
 
 
 def family(kind):
@@ -69,7 +70,7 @@ def test_prompt_files_that_cannot_be_used(tmp_path, content, message):
         read_prompts(tmp_path)
 
 
-def test_classes(tiny_dit, task, tmp_path):
+def test_classes(task, tmp_path):
     kind, labels = task.model.family, task.model.labels()
     assert choices_of(kind, labels, None, None) == choices_of(kind, labels, None, "all") == [0, 1, 2]
     assert choices_of(kind, labels, None, "fox, 0") == [0, 2]
@@ -80,7 +81,7 @@ def test_classes(tiny_dit, task, tmp_path):
         choices_of(kind, labels, tmp_path / "p.txt", None)
     with pytest.raises(UsageError, match="conditioned by prompts"):
         choices_of(family("prompt"), {}, None, "cat")
-    only = make_task(find_model(tiny_dit), STEPS, classes="dog", traced=task.trace)
+    only = zoo.task("dit", STEPS, classes="dog")
     assert set(only.sampling.draw(8, 0).conditions["class_labels"].tolist()) == {1000, 1}
 
 
@@ -145,7 +146,7 @@ def test_fresh_noise_never_repeats(task):
     assert len(pool._chunks) == 1
 
 
-def test_a_device_that_is_not_there(tiny_dit):
+def test_a_device_that_is_not_there():
     for name in ("cuda:9", "quantum"):
         with pytest.raises(UsageError, match=f"device '{name}' cannot be used here"):
-            make_task(find_model(tiny_dit), STEPS, device=name)
+            zoo.task("dit", STEPS, device=name)

@@ -13,17 +13,17 @@ from dipgo.graph.liveness import canonical, plan
 from dipgo.graph.trace import call_macs, trace
 from dipgo.model.models import Model, find_model
 from dipgo.schedule.cost import check_budget, trajectory_macs
-from tests.models import tiny_unet
+from tests import zoo
 
 
 @pytest.fixture(scope="module")
-def dit(tiny_dit):
-    return trace(find_model(tiny_dit), "layer", 4.0)
+def dit():
+    return zoo.trace("dit")
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    return trace(tiny_unet(tmp_path_factory.mktemp("unet")), "block", 1.0)
+def unet():
+    return zoo.trace("sd", "block", 1.0)
 
 
 def index(traced, *names):
@@ -150,8 +150,8 @@ def test_budget_limits(dit):
     check_budget(dit, 0.3, 10)
 
 
-def test_half_keeps_costs_and_casts_at_the_border(tiny_dit, dit):
-    half = trace(find_model(tiny_dit), "layer", 4.0, torch.float16)
+def test_half_keeps_costs_and_casts_at_the_border(dit):
+    half = zoo.trace("dit", dtype=torch.float16)
     assert half.dtype == torch.float16
     assert half.sites == dit.sites
     nodes = half.program.graph_module.graph.nodes

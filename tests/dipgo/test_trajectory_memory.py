@@ -7,45 +7,34 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.liveness import canonical, plan
 from dipgo.graph.outputs import take_apart
-from dipgo.graph.trace import trace
-from dipgo.model.families import GuidedDenoiser
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from dipgo.schedule.policies import extrapolation
 from dipgo.searching.backup_fit import Backups
 from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import straight_through
-from dipgo.searching.task import make_task
-from tests.models import tiny_unet
+from tests import zoo
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def dit(tiny_dit):
-    task = make_task(find_model(tiny_dit), STEPS, sampler="dpm++2m")
+def dit():
+    task = zoo.task("dit", STEPS, "dpm++2m")
     batch = task.sampling.draw(2, 0)
     return task.trace, task.trajectory, batch.noise, batch.conditions
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unet")
-    model = tiny_unet(folder)
-    traced = trace(model, "block", 5.0)
-    denoiser = UNet2DConditionModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), STEPS)
-    trajectory = Trajectory(GuidedDenoiser(denoiser, model.family, 5.0), traced.sites, sampler, traced.live_sites)
+def unet():
+    task = zoo.task("sd", STEPS, "ddim")
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 8, 8, generator=generator)
-    return traced, trajectory, noise, {"encoder_hidden_states": torch.randn(4, 77, 24, generator=generator)}
+    return task.trace, task.trajectory, noise, {"encoder_hidden_states": torch.randn(4, 77, 24, generator=generator)}
 
 
 @pytest.fixture(params=["dit", "unet"])
@@ -252,9 +241,9 @@ def test_half_precision_stays_near_and_gives_finite_float32_gradient(ground, pre
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in plain[1])
 
 
-def test_everything_is_on_the_device_of_the_denoiser(tiny_dit):
+def test_everything_is_on_the_device_of_the_denoiser():
     """On the meta device any tensor left on the CPU is an error."""
-    task = make_task(find_model(tiny_dit), 3, device="meta")
+    task = zoo.task("dit", 3, device="meta")
     traced, trajectory = task.trace, task.trajectory
     batch = task.sampling.draw(2, 0)
     assert batch.noise.device.type == "meta"

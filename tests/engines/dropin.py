@@ -1,8 +1,7 @@
-"""Small pipelines with random SubNets, compiled once a process, for the tests of what stands in for a pipeline."""
+"""Small pipelines with random SubNets, compiled once, for the tests of what stands in for a pipeline."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,23 +13,12 @@ import numpy as np
 import torch
 
 from dipgo.eager.gating import gated
-from dipgo.model.models import find_model
 from dipgo.schedule.subnet import SubNet
-from dipgo.searching.task import make_task
-from export.compiler import prepare, write_bundle
-from tests import models
+from tests import models, zoo
 
 STEPS = 4
 GUIDANCE = 4.0
-MAKERS = {
-    "dit": models.tiny_dit,
-    "sd": models.tiny_sd,
-    "sdxl": models.tiny_sdxl,
-    "pixart": models.tiny_pixart,
-    "unconditional": models.tiny_unconditional,
-}
 REUSES = ("dit", "unconditional")  # their skipped sites serve the last output as it is, so a step may be silent
-_kept = tempfile.TemporaryDirectory()  # goes with the process
 
 
 @dataclass(frozen=True)
@@ -64,19 +52,13 @@ class Compiled:
 
 @cache
 def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
-    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=_kept.name))
     conditional = kind != "unconditional"
-    task = make_task(
-        find_model(MAKERS[kind](folder / "model")),
-        STEPS,
-        sites=None if conditional else "down_blocks.*,up_blocks.*",
-        guidance_scale=GUIDANCE if conditional else None,
-    )
+    task = zoo.task(kind, STEPS)
     backups = {} if kind in REUSES else {"terms": 2, "channels": 2}
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
         subnet.gates[2] = False
-    write_bundle(prepare(task.trace, whole=whole), subnet, task.sampler, folder / "bundle")
+    folder = zoo.bundle(task.trace, task.sampler, subnet, whole=whole)
     task.pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"num_inference_steps": STEPS}
     if kind == "dit":
@@ -89,7 +71,7 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
         arguments |= {"guidance_scale": GUIDANCE}
     if kind == "pixart":
         arguments |= {"clean_caption": False}
-    return Compiled(task.pipe, task.model.family.component, subnet, folder / "bundle", arguments)
+    return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)
 
 
 def error(actual: Any, expected: Any) -> float:

@@ -7,27 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 import dipgo
 from dipgo.base.errors import UsageError
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
-from dipgo.searching.task import make_task
 from engines.pipeline.images import grid
 from engines.pipeline.noise import torch_randn
-from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_sd
+from tests import zoo
+from tests.models import random_subnet
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_dit, tmp_path_factory):
-    task = make_task(find_model(tiny_dit), 5)
-    subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=2)
-    folder = tmp_path_factory.mktemp("runtime") / "b"
-    write_bundle(prepare(task.trace), subnet, task.sampler, folder)
-    return folder
+def bundle():
+    traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 5)
+    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=0, terms=2, channels=2))
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 4, 8, 8), (3, 5, 7), (2, 4, 64, 64)])
@@ -59,12 +51,10 @@ with dipgo.load({str(bundle)!r}) as program:
         assert float(result.stdout) == pytest.approx(float(program.generate([0, 1], 3).sum()), rel=1e-5)
 
 
-def test_conditions_in_bfloat16_come_without_torch(tmp_path):
+def test_conditions_in_bfloat16_come_without_torch():
     """Of prompts and of embeddings; numpy knows the type from ml_dtypes alone, which nobody else has imported here."""
-    model = find_model(tiny_sd(tmp_path / "model"))
-    traced = trace(model, None, 4.0, torch.bfloat16)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 2, model.family.scales_noise)
-    write_bundle(prepare(traced), random_subnet(traced, sampler, 0), sampler, tmp_path / "b")
+    traced, sampler = zoo.trace("sd", dtype=torch.bfloat16), zoo.sampler("sd", 2)
+    folder = zoo.bundle(traced, sampler, random_subnet(traced, sampler, 0))
     script = f"""
 import sys
 for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir"):
@@ -74,7 +64,7 @@ import numpy as np
 from engines.pipeline.conditions import conditions_of
 from engines.program import Program
 from export.bundle import open_bundle
-bundle = open_bundle(Path({str(tmp_path / "b")!r}))
+bundle = open_bundle(Path({str(folder)!r}))
 
 outputs = bundle.record.conditioning.encoder.outputs
 

@@ -13,21 +13,20 @@ from packaging.requirements import Requirement
 
 import dipgo
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.models import find_model
-from dipgo.searching.task import make_task
 from engines.serving.install import REQUIREMENTS, find_server
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
 from export.bundle import open_bundle
-from export.compiler import prepare, write_bundle
+from export.compiler import write_bundle
+from tests import zoo
 from tests.models import random_subnet
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_dit, tmp_path_factory):
-    task = make_task(find_model(tiny_dit), 4)
+def bundle(tmp_path_factory):
+    traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 4)
     folder = tmp_path_factory.mktemp("serving") / "bundle"
-    write_bundle(prepare(task.trace), random_subnet(task.trace, task.sampler, 0), task.sampler, folder)
+    write_bundle(zoo.converted(traced), random_subnet(traced, sampler, 0), sampler, folder)
     return folder
 
 

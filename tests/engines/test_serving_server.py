@@ -20,13 +20,12 @@ import pytest
 from PIL import Image
 
 from dipgo.base.errors import DipgoError
-from dipgo.model.models import find_model
-from dipgo.searching.task import make_task
 from engines.serving.install import find_server, prepare_backends
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
-from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_dit, tiny_sd
+from export.compiler import write_bundle
+from tests import zoo
+from tests.models import random_subnet
 
 ROOT = Path(__file__).parents[2]
 SERVE = [sys.executable, "-m", "engines.serving"]
@@ -45,11 +44,10 @@ def server():
 def bundles(server, tmp_path_factory):
     """A class model of batch 2 and a prompt model of batch 1; seven and four steps."""
     folder = tmp_path_factory.mktemp("serving")
-    for name, make, steps, batch in (("dit", tiny_dit, 7, 2), ("sd", tiny_sd, 4, 1)):
-        model = find_model(make(folder / f"{name}-model"))
-        task = make_task(model, steps)
-        subnet = random_subnet(task.trace, task.sampler, 2, terms=2, channels=2)
-        write_bundle(prepare(task.trace, batch), subnet, task.sampler, folder / name)
+    for name, steps, batch in (("dit", 7, 2), ("sd", 4, 1)):
+        traced, sampler = zoo.trace(name), zoo.sampler(name, steps, None)
+        subnet = random_subnet(traced, sampler, 2, terms=2, channels=2)
+        write_bundle(zoo.converted(traced, batch), subnet, sampler, folder / name)
     return folder
 
 

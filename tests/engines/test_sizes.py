@@ -7,33 +7,26 @@ import weakref
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
 
 import dipgo
 from dipgo.base.errors import UsageError
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from engines.context import ExecutionContext
 from engines.context_pool import IDLE
 from engines.steps import Steps, Walk
 from engines.torchrt import runner
-from export.compiler import prepare, write_bundle
-from export.sizes import sizes_for
-from tests.models import random_subnet, tiny_unconditional
+from export.compiler import write_bundle
+from tests import zoo
+from tests.models import random_subnet
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """The same SubNet for batches of 1 to 3 and sizes of 4 to 12, and for a batch of 2 and a size of 12x6 alone."""
     folder = tmp_path_factory.mktemp("dynamic")
-    model = find_model(tiny_unconditional(folder / "model"))
-    traced = trace(model, "down_blocks.*,up_blocks.*", 1.0, size=(8, 8))
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 4, False)
+    traced, sampler = zoo.trace("unconditional", size=(8, 8)), zoo.sampler("unconditional", 4)
     subnet = random_subnet(traced, sampler, 0, 0.5, 2, 2)
     for name, batch, size in (("ranges", "1:3", "4:12"), ("alone", 2, "12x6")):
-        prepared = prepare(traced, sizes=sizes_for(model, batch, size))
-        write_bundle(prepared, subnet, sampler, folder / name)
+        write_bundle(zoo.converted(traced, batch, size), subnet, sampler, folder / name)
     return folder
 
 

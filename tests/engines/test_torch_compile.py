@@ -21,7 +21,7 @@ from export.compiler import prepare, write_bundle
 from export.sizes import Sizes
 from tests.models import random_subnet
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")]
 CPU = torch.device("cpu")
 
 

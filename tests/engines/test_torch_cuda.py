@@ -7,15 +7,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 import dipgo
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from engines.torchrt.aot import build
 from export.bundle import open_bundle
-from export.compiler import prepare, write_bundle
+from tests import zoo
 from tests.models import random_subnet
 
 ON_GPU = [
@@ -33,14 +29,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_dit, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        traced = trace(find_model(tiny_dit), None, 4.0)
-        sampler = tabulate(DDIMScheduler(clip_sample=False), 4)
-        folder = tmp_path_factory.mktemp("cuda") / "b"
-        write_bundle(prepare(traced), random_subnet(traced, sampler, 2, 0.5, 2, 2), sampler, folder)
-        yield folder
+def bundle():
+    traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 4)
+    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, 2, 0.5, 2, 2))
 
 
 @pytest.fixture(scope="module")

@@ -6,36 +6,25 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 import dipgo
 from benchmarks.bench.parity import verify
 from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from engines.torchrt.loader import module_from_graph
 from engines.torchrt.weights import Weights
 from export.bundle import open_bundle
-from export.compiler import prepare, write_bundle
-from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
-from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
+from tests import zoo
+from tests.models import random_subnet
 
 STEPS = 4
 
 
-def bundles(folder, make, dtype=torch.float32, layouts=tuple(LAYOUTS)):
-    """Compile a random SubNet with learned backups, once a layout; returns the bundles' folders by layout."""
-    model = find_model(str(make(folder / "model")))
-    traced = trace(model, None, 4.0, dtype)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), STEPS, model.family.scales_noise)
-    prepared = prepare(traced)
-    subnet = random_subnet(traced, sampler, 2, 0.5, 2, 2)
-    for layout in layouts:
-        write_bundle(prepared, subnet, sampler, folder / layout, config=ExportConfig(graphs=layout))
-    return {layout: folder / layout for layout in layouts}
+def bundle(kind, layout, dtype=torch.float32):
+    """Compile a random SubNet with learned backups."""
+    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, STEPS)
+    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, 2, 0.5, 2, 2), layout)
 
 
 def given(record):
@@ -53,13 +42,8 @@ def error(actual, expected):
 
 
 @pytest.fixture(scope="module")
-def dit(tmp_path_factory):
-    return bundles(tmp_path_factory.mktemp("dit"), tiny_dit)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def dit():
+    return {layout: bundle("dit", layout) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -70,25 +54,25 @@ def test_every_layout_agrees(dit, layout):
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype", "layout", "tolerance"),
+    ("kind", "dtype", "layout", "tolerance"),
     [
-        (tiny_sd, torch.float16, "segment", 2e-2),
-        (tiny_sdxl, torch.float32, "signature", 1e-4),
-        (tiny_pixart, torch.float16, "step", 2e-2),
+        ("sd", torch.float16, "segment", 2e-2),
+        ("sdxl", torch.float32, "signature", 1e-4),
+        ("pixart", torch.float16, "step", 2e-2),
     ],
 )
-def test_every_family_agrees(tmp_path, make, dtype, layout, tolerance):
+def test_every_family_agrees(kind, dtype, layout, tolerance):
     """Text encoders, UNets, masked attention and VAE decoders."""
-    (folder,) = bundles(tmp_path, make, dtype, [layout]).values()
+    folder = bundle(kind, layout, dtype)
     expected = latent_and_pixels(folder, "onnxruntime")
     for one, other in zip(latent_and_pixels(folder, "torch-cpu"), expected, strict=True):
         assert error(one, other) <= tolerance
 
 
-def test_bfloat16_runs(dit, tmp_path):
+def test_bfloat16_runs(dit):
     """ONNX Runtime's CPU has no bfloat16, so against float32: off by its eight bits, not by more, not by less."""
     expected = latent_and_pixels(dit["signature"], "onnxruntime")
-    half = bundles(tmp_path, tiny_dit, torch.bfloat16, ["signature"])["signature"]
+    half = bundle("dit", "signature", torch.bfloat16)
     assert {slot.dtype for slot in open_bundle(half).record.slots} >= {"bfloat16"}
     for one, other in zip(latent_and_pixels(half, "torch-cpu"), expected, strict=True):
         assert 1e-4 < error(one, other) < 5e-2

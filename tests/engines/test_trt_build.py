@@ -9,16 +9,11 @@ import time
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from dipgo.base.errors import DipgoError
 from dipgo.cli.main import app
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
-from dipgo.searching.task import make_task
 from engines.cuda.runtime import find_device
 from engines.trt import loader
 from engines.trt.build import build
@@ -27,8 +22,9 @@ from engines.trt.loader import BuildOptions, Graph, plan_from_graph
 from engines.trt.processes import each
 from engines.trt.store import graphs_of
 from export.bundle import AxisRecord, TensorRecord, open_bundle
-from export.compiler import prepare, write_bundle
-from tests.models import random_subnet, tiny_pixart, tiny_sd
+from export.compiler import write_bundle
+from tests import zoo
+from tests.models import random_subnet
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install -e '.[tensorrt-rtx]'")
@@ -37,20 +33,19 @@ pytestmark = pytest.mark.skipif(find_device() is not None, reason="there is a GP
 ONNX_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}
 
 
-def written(model, folder, dtype=torch.float32):
+def written(kind, folder, dtype=torch.float32):
     """Export a random SubNet of a model whole."""
-    traced = trace(model, None, 4.0, dtype)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 2, model.family.scales_noise)
+    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, 2)
     subnet = random_subnet(traced, sampler, 0, 0.5, 2, 2)
-    write_bundle(prepare(traced), subnet, sampler, folder)
+    write_bundle(zoo.converted(traced), subnet, sampler, folder)
     return open_bundle(folder)
 
 
 @pytest.fixture(scope="module")
-def made(tiny_dit, tmp_path_factory):
-    task = make_task(find_model(tiny_dit), 3)
+def made(tmp_path_factory):
+    traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 3)
     folder = tmp_path_factory.mktemp("trt") / "made"
-    write_bundle(prepare(task.trace), random_subnet(task.trace, task.sampler, seed=0), task.sampler, folder)
+    write_bundle(zoo.converted(traced), random_subnet(traced, sampler, seed=0), sampler, folder)
     build(open_bundle(folder), workers=2)
     return folder
 
@@ -107,8 +102,9 @@ def test_every_graph_has_an_engine_with_the_bundle_s_inputs_and_outputs(bundle):
         assert engine.path.stat().st_size == engine.record.bytes > 50_000
 
 
+@pytest.mark.slow
 def test_a_whole_text_to_image_bundle_in_half(tmp_path):
-    bundle = written(find_model(str(tiny_sd(tmp_path / "model"))), tmp_path / "b", torch.float16)
+    bundle = written("sd", tmp_path / "b", torch.float16)
     built = build(bundle)
     files = [engine.record.graph for engine in built.engines]
     assert {"text_encoder.onnx", "vae_decoder.onnx"} < set(files)
@@ -171,6 +167,7 @@ def test_a_folder_that_cannot_be_written_is_said(bundle):
         build(bundle)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_and_one_killed(bundle):
     """The first is killed after its first engine; what it made stays, and two that start then share the rest."""
     shutil.rmtree(bundle.folder / "engines")
@@ -196,9 +193,10 @@ def test_two_processes_at_once_and_one_killed(bundle):
     assert not list((bundle.folder / "engines").glob(".*.engine"))
 
 
+@pytest.mark.slow
 def test_masked_attention_is_built(tmp_path, monkeypatch):
     """PixArt and its text encoder: TensorRT refuses their attention, unless it may be written out."""
-    bundle = written(find_model(str(tiny_pixart(tmp_path / "model"))), tmp_path / "b")
+    bundle = written("pixart", tmp_path / "b")
     library, masked = find_library(None), []
     for graph in graphs_of(bundle.record):
         nodes = onnx.load(bundle.folder / graph.file, load_external_data=False).graph.node

@@ -9,27 +9,27 @@ import pytest
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.model.models import find_model
-from dipgo.searching.task import make_task
 from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
-from export.compiler import compile_subnet, prepare, write_bundle
+from export.compiler import compile_subnet, write_bundle
+from tests import zoo
 from tests.models import random_subnet
 
 
 @pytest.fixture(scope="module")
-def task(tiny_dit):
-    return make_task(find_model(tiny_dit), 4)
+def task():
+    return zoo.task("dit", 4)
 
 
 @pytest.fixture(scope="module")
 def prepared(task):
-    return prepare(task.trace)
+    return zoo.converted(task.trace)
 
 
 @pytest.fixture
-def bundle(task, prepared, tmp_path):
+def bundle(task, tmp_path):
+    """A bundle to spoil."""
     subnet = random_subnet(task.trace, task.sampler, seed=0, terms=2, channels=1)
-    write_bundle(prepared, subnet, task.sampler, tmp_path / "b")
-    return tmp_path / "b"
+    return shutil.copytree(zoo.bundle(task.trace, task.sampler, subnet), tmp_path / "b")
 
 
 def test_schema(bundle):

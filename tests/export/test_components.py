@@ -27,22 +27,15 @@ from export.components import (
 )
 from export.converted import prepare
 from export.text import text_to_onnx
-from tests.models import tiny_pixart, tiny_sana, tiny_sd, tiny_sdxl, tiny_unconditional
+from tests import zoo
 
 SHAPE = (2, 4, 8, 8)
-MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart, "sana": tiny_sana}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_dit):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {"dit": tiny_dit} | {name: make(root / name) for name, make in MAKERS.items()}
 
 
 @pytest.fixture
-def copied(folders, tmp_path):
+def copied(tmp_path):
     def copy(name):
-        return find_model(shutil.copytree(folders[name], tmp_path / name).as_posix())
+        return find_model(shutil.copytree(zoo.pipeline(name), tmp_path / name).as_posix())
 
     return copy
 
@@ -68,7 +61,7 @@ def latents():
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["dit", *MAKERS])
+@pytest.mark.parametrize("name", ["dit", "sd", "sdxl", "pixart", "sana"])
 def test_decoder_equals_the_vae(copied, name):
     model = copied(name)
     latent = latents()
@@ -135,15 +128,14 @@ def test_random_weights_are_the_pipelines(copied):
     assert np.abs(decode(model, torch.float32, latent)[0] - pixels(vae, latent)).max() <= 1e-5
 
 
-def test_what_a_pipeline_lacks(folders, tmp_path):
-    assert components_of(find_model(folders["dit"])) == ("vae",)
-    assert components_of(find_model(folders["sdxl"])) == ("vae", "text_encoder", "text_encoder_2")
+def test_what_a_pipeline_lacks():
+    assert components_of(zoo.model("dit")) == ("vae",)
+    assert components_of(zoo.model("sdxl")) == ("vae", "text_encoder", "text_encoder_2")
     assert components_of(find_model("sdxl", random_weights=True)) == ("vae",)
-    assert text_to_onnx(find_model(folders["dit"]), 1, torch.float32) is None
-    assert text_to_onnx(find_model(folders["sana"]), 1, torch.float32) is None  # a class without an entry
+    assert text_to_onnx(zoo.model("dit"), 1, torch.float32) is None
+    assert text_to_onnx(zoo.model("sana"), 1, torch.float32) is None  # a class without an entry
     assert text_to_onnx(find_model("sd-1.5", random_weights=True), 1, torch.float32) is None
-    unconditional = find_model(tiny_unconditional(tmp_path / "unconditional"))
-    assert decoder_to_onnx(unconditional, SHAPE, torch.float32) is None
+    assert decoder_to_onnx(zoo.model("unconditional"), SHAPE, torch.float32) is None
 
 
 def rename(path, names):
@@ -264,10 +256,10 @@ def test_incomplete_text_encoders_are_refused(copied, damage, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_encoder_of_another_model_is_refused(folders, copied):
+def test_a_text_encoder_of_another_model_is_refused(copied):
     model = copied("sd")
     shutil.rmtree(model.folder / "text_encoder")
-    shutil.copytree(f"{folders['sdxl']}/text_encoder", model.folder / "text_encoder")
+    shutil.copytree(f"{zoo.pipeline('sdxl')}/text_encoder", model.folder / "text_encoder")
     message = r"makes 'encoder_hidden_states' \[1, 77, 8\], the denoiser takes \[1, 77, 24\]"
     with pytest.raises(DipgoError, match=message):
         text_to_onnx(model, 1, torch.float32)

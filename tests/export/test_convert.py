@@ -1,5 +1,8 @@
 """Every family as ONNX, in every precision: valid, and equal to torch on the ONNX Runtime."""
 
+import shutil
+from functools import cache
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,42 +13,35 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dipgo.graph.exported import in_dtype
-from dipgo.graph.trace import trace
 from dipgo.model.families import GuidedDenoiser
 from dipgo.model.models import find_model
 from export.onnx.convert import convert, simplify
 from export.onnx.passes import mend
-from tests import models
+from tests import zoo
 
 PREFIX = "guided.denoiser."
-MAKERS = {
-    "sd": (models.tiny_sd, "block"),
-    "sdxl": (models.tiny_sdxl, "block"),
-    "pixart-256": (models.tiny_pixart, "layer"),
-    "pixart-512": (lambda folder: models.tiny_pixart(folder, 64), "layer"),
-    "pixart-1024": (lambda folder: models.tiny_pixart(folder, 128), "layer"),
-    "sana": (models.tiny_sana, "transformer_blocks.*.attn1,transformer_blocks.*.ff"),
-    "unconditional": (models.tiny_unconditional, "down_blocks.*,up_blocks.*"),
-}
+slow = pytest.mark.slow  # parity of whole programs, in tests/export/test_parity.py, proves as much of most graphs
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_dit):
-    """Return ``name -> (model, sites)``, each saved once."""
-    saved = {"dit": (find_model(tiny_dit), "layer")}
+def converted(tmp_path_factory):
+    """Return ``kind, guidance, dtype -> trace, graph, weights file``, each graph converted once."""
 
-    def get(name):
-        if name not in saved:
-            maker, sites = MAKERS[name]
-            saved[name] = (find_model(maker(tmp_path_factory.mktemp(name) / "model")), sites)
-        return saved[name]
+    @cache
+    def get(kind, guidance, dtype=torch.float32):
+        folder = tmp_path_factory.mktemp(kind) / "model"
+        return convert_in(find_model(str(shutil.copytree(zoo.pipeline(kind), folder))), kind, guidance, dtype)
 
-    return get
+    def copied(*key):
+        traced, symbolic, file = get(*key)
+        return traced, symbolic.clone(), file
+
+    return copied
 
 
-def converted(model, sites, guidance, dtype=torch.float32):
+def convert_in(model, kind, guidance, dtype):
     """Return the trace, the graph for any number of images, and the weights file that the graph is bound to."""
-    traced = trace(model, sites, guidance, dtype)
+    traced = zoo.trace(kind, guidance=guidance, dtype=dtype)
     conditions = list(model.family.example(model.config, 1))
     features = [f"feature.{index}" for index in range(sum(map(len, traced.outputs)))]
     symbolic = convert(
@@ -139,14 +135,18 @@ def error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["dit", *MAKERS])
-def test_every_family_equals_torch(made, name, guidance):
-    model, sites = made(name)
-    if guidance > 1 and model.family.conditioned_by == "nothing":
-        pytest.skip("nothing to guide by")
-    traced, symbolic, file = converted(model, sites, guidance)
-    denoiser = denoiser_of(model)
+@pytest.mark.parametrize(
+    ("kind", "guidance"),
+    [
+        ("dit", 1.0),
+        ("pixart-512", 4.0),
+        *(pytest.param(kind, 1.0, marks=slow) for kind in zoo.PIPELINES if kind not in ("dit", "sd-v")),
+        *(pytest.param(kind, 4.0, marks=slow) for kind in ("dit", "sd", "sdxl", "pixart", "pixart-1024", "sana")),
+    ],
+)
+def test_every_family_equals_torch(converted, kind, guidance):
+    traced, symbolic, file = converted(kind, guidance)
+    denoiser = denoiser_of(traced.model)
     for batch in (1, 2):
         path = static(symbolic, batch, file)
         onnx.checker.check_model(str(path), full_check=True)
@@ -155,24 +155,23 @@ def test_every_family_equals_torch(made, name, guidance):
         assert error(onnx_epsilon(path, torch.float32, *given), expected) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "sdxl", "pixart-256"])
-def test_half_is_as_close_to_float32_as_torch_is(made, name):
-    model, sites = made(name)
-    traced, symbolic, file = converted(model, sites, 4.0, torch.float16)
+@slow
+@pytest.mark.parametrize("kind", ["dit", "sd", "sdxl", "pixart"])
+def test_half_is_as_close_to_float32_as_torch_is(converted, kind):
+    traced, symbolic, file = converted(kind, 4.0, torch.float16)
     path = static(symbolic, 1, file)
     onnx.checker.check_model(str(path), full_check=True)
     given = drawn(traced, 1)
-    expected = torch_epsilon(traced, denoiser_of(model), torch.float32, *given)
-    in_torch = torch_epsilon(traced, denoiser_of(model), torch.float16, *given)
+    expected = torch_epsilon(traced, denoiser_of(traced.model), torch.float32, *given)
+    in_torch = torch_epsilon(traced, denoiser_of(traced.model), torch.float16, *given)
     in_onnx = onnx_epsilon(path, torch.float16, *given)
     assert in_onnx.dtype == np.float32
     assert 0 < error(in_onnx, expected) <= 2 * error(in_torch, expected) + 1e-4
 
 
-@pytest.mark.parametrize("name", ["dit", "sdxl"])
-def test_bfloat16_is_valid(made, name):
-    model, sites = made(name)
-    _, symbolic, file = converted(model, sites, 4.0, torch.bfloat16)
+@pytest.mark.parametrize("kind", ["dit", pytest.param("sdxl", marks=slow)])
+def test_bfloat16_is_valid(converted, kind):
+    _, symbolic, file = converted(kind, 4.0, torch.bfloat16)
     path = static(symbolic, 1, file)
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -183,12 +182,11 @@ def test_bfloat16_is_valid(made, name):
     assert features == {onnx.TensorProto.BFLOAT16}
 
 
-def test_whole_operators_stay_and_no_weight_is_copied(made):
-    model, sites = made("sd")
-    _, symbolic, file = converted(model, sites, 4.0)
+def test_whole_operators_stay_and_no_weight_is_copied(converted):
+    traced, symbolic, file = converted("sd", 4.0)
     graph = onnx.load(str(static(symbolic, 1, file)), load_external_data=False).graph
     operators = [node.op_type for node in graph.node]
-    denoiser = denoiser_of(model)
+    denoiser = denoiser_of(traced.model)
     attentions = sum(name.endswith(("attn1", "attn2")) for name, _ in denoiser.named_modules())
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in denoiser.modules())
     assert operators.count("Attention") == attentions
@@ -197,10 +195,9 @@ def test_whole_operators_stay_and_no_weight_is_copied(made):
     assert sum(len(tensor.raw_data) for tensor in graph.initializer if tensor.data_location == 0) < 4096
 
 
-def test_a_graph_does_not_depend_on_what_the_weights_hold(made, tmp_path):
+def test_a_graph_does_not_depend_on_what_the_weights_hold(converted, tmp_path):
     """Simplified without the checkpoint: whoever reads a weight here fails."""
-    model, sites = made("unconditional")
-    _, symbolic, _ = converted(model, sites, 1.0)
+    _, symbolic, _ = converted("unconditional", 1.0)
     for value in symbolic.graph.initializers.values():
         held = value.const_value
         if isinstance(held, ir.ExternalTensor):
@@ -230,9 +227,8 @@ def test_tiny_addends_and_idle_squeezes():
     assert {node.op_type for node in model.graph} <= {"Add", "Div", "Identity"}
 
 
-def test_mending_twice_changes_nothing(made):
-    model, sites = made("pixart-256")
-    _, symbolic, _ = converted(model, sites, 1.0)
+def test_mending_twice_changes_nothing(converted):
+    _, symbolic, _ = converted("pixart-512", 4.0)
     before = [node.op_type for node in symbolic.graph]
     mend(symbolic)
     assert [node.op_type for node in symbolic.graph] == before

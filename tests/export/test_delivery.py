@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ import dipgo
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from export.bundle import open_bundle
 from export.compiler import compile_subnet, prepare, write_bundle
+from export.components import components_of, weights_of
 from export.config import ExportConfig
+from export.converted import cache_folder
+from tests import zoo
 from tests.models import random_subnet
 
 
 @pytest.fixture(scope="module")
-def pristine(tiny_dit):
-    return find_model(tiny_dit).folder
+def pristine():
+    return zoo.model("dit").folder
 
 
 @pytest.fixture
@@ -31,22 +34,25 @@ def model(pristine, tmp_path):
     return find_model(str(tmp_path / "model"))
 
 
-def compiled(model, folder, options=ExportConfig(), dtype=torch.float32, seed=0, force=False):
-    from diffusers import DDIMScheduler
+def converted(model, dtype):
+    """Return what converting the model, which is a copy of the zoo's, would give."""
+    prepared = zoo.converted(zoo.trace("dit", dtype=dtype))
+    parts = (model.family.component, *components_of(model))
+    weights = [weights_of(model, part, dtype, cache_folder(model)) for part in parts]
+    tapped = replace(prepared.tapped, trace=replace(prepared.trace, model=model))
+    return replace(prepared, tapped=tapped, weights=weights)
 
-    traced = trace(model, None, 4.0, dtype)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
-    subnet = random_subnet(traced, sampler, seed, terms=2, channels=1)
-    return write_bundle(prepare(traced), subnet, sampler, folder, force, options)
+
+def compiled(model, folder, options=ExportConfig(), dtype=torch.float32, seed=0, force=False):
+    prepared, sampler = converted(model, dtype), zoo.sampler("dit", 4)
+    subnet = random_subnet(prepared.trace, sampler, seed, terms=2, channels=1)
+    return write_bundle(prepared, subnet, sampler, folder, force, options)
 
 
 @pytest.fixture(scope="module")
-def subnet(pristine):
+def subnet():
     """A SubNet of every model here: they are copies of one."""
-    from diffusers import DDIMScheduler
-
-    traced = trace(find_model(str(pristine)), None, 4.0)
-    return random_subnet(traced, tabulate(DDIMScheduler(clip_sample=False), 4), 0)
+    return random_subnet(zoo.trace("dit"), zoo.sampler("dit", 4), 0)
 
 
 @pytest.fixture
@@ -252,7 +258,8 @@ def test_random_weights_are_marked(tmp_path, monkeypatch, pristine):
     folder = tmp_path / "bare"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model = find_model(str(folder), random_weights=True)
-    record = compiled(model, tmp_path / "b")
+    traced, sampler = trace(model, None, 4.0), zoo.sampler("dit", 4)
+    record = write_bundle(prepare(traced), random_subnet(traced, sampler, 0), sampler, tmp_path / "b")
     assert record.random_weights
     assert json.loads((tmp_path / "b" / "bundle.json").read_text())["random_weights"] is True
     pipe = model.pipeline()

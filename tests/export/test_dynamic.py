@@ -10,7 +10,6 @@ import dipgo
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import gated
 from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from export.axes import evaluate, profile_of, shape_at, values_at
 from export.bundle import AxisRecord, TensorRecord
@@ -18,29 +17,30 @@ from export.compiler import compile_subnet, prepare, write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
 from export.sizes import Sizes, sizes_for
-from tests.models import random_subnet, tiny_dit, tiny_sdxl, tiny_unconditional
+from tests import zoo
+from tests.models import random_subnet
 
 STEPS = 3
 PROMPTS = ["a red fox", "two dogs", "a bowl of oranges", "rain"]
-CASES = {  # maker, sites, batch, size in pixels, requests as images and size
-    "dit": (tiny_dit, "layer", "1:4", None, [(1, (16, 16)), (3, (16, 16)), (4, (16, 16)), (6, (16, 16))]),
-    "sdxl": (tiny_sdxl, "branch", "1:2", "16:32", [(1, (16, 16)), (2, (24, 16)), (2, (32, 32)), (3, (16, 32))]),
+CASES = {  # sites, batch, size in pixels, requests as images and size
+    "dit": ("layer", "1:4", None, [(1, (16, 16)), (3, (16, 16)), (4, (16, 16)), (6, (16, 16))]),
+    "sdxl": ("branch", "1:2", "16:32", [(1, (16, 16)), (2, (24, 16)), (2, (32, 32)), (3, (16, 32))]),
 }
 
 
 class Case:
     """A model converted once for its ranges, and the pipeline."""
 
-    def __init__(self, folder, make, sites, batch, size):
-        self.model = find_model(str(make(folder)))
+    def __init__(self, kind, sites, batch, size):
+        self.model = zoo.model(kind)
         self.sizes = sizes_for(self.model, batch, size)
         own = None if size is None else self.sizes.latent_at(4, "opt")[2:]
-        self.traced = trace(self.model, sites, 4.0, size=own)
+        self.traced = zoo.trace(kind, sites, 4.0, size=own)
         self.pipe = self.model.pipeline()
         self.pipe.scheduler = DDIMScheduler(clip_sample=False)
         self.pipe.set_progress_bar_config(disable=True)
         self.sampler = tabulate(self.pipe.scheduler, STEPS, self.model.family.scales_noise)
-        self.prepared = prepare(self.traced, sizes=self.sizes)
+        self.prepared = zoo.converted(self.traced, batch, size)
 
     def write(self, folder, layout, seed=0):
         subnet = random_subnet(self.traced, self.sampler, seed, 0.5, 2, 2)
@@ -62,10 +62,9 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def case(request, tmp_path_factory):
-    make, sites, batch, size, requests = CASES[request.param]
-    made = Case(tmp_path_factory.mktemp("dynamic") / request.param, make, sites, batch, size)
-    return made, requests
+def case(request):
+    *arguments, requests = CASES[request.param]
+    return Case(request.param, *arguments), requests
 
 
 def error(actual, expected):
@@ -162,8 +161,8 @@ def test_profiles():
 
 
 @pytest.fixture(scope="module")
-def unconditional(tmp_path_factory):
-    return find_model(tiny_unconditional(tmp_path_factory.mktemp("sizes") / "u"))
+def unconditional():
+    return zoo.model("unconditional")
 
 
 def test_sizes_are_read(unconditional):
@@ -195,9 +194,8 @@ def test_wrong_sizes_are_refused(unconditional, batch, size, message):
 
 def test_a_table_of_positions_is_for_one_size(tmp_path):
     """Refused in one line, but for the model's own size; nothing is written."""
-    model = find_model(tiny_dit(tmp_path / "m"))
-    traced = trace(model, "layer", 4.0)
-    subnet = random_subnet(traced, tabulate(model.pipeline().scheduler, STEPS, False), 0)
+    model, traced = zoo.model("dit"), zoo.trace("dit")
+    subnet = random_subnet(traced, zoo.sampler("dit", STEPS), 0)
     with pytest.raises(UsageError, match=r"'pos_embed' holds a table of positions for a latent of 8x8") as caught:
         compile_subnet(subnet, model, tmp_path / "b", ExportConfig(size="16:32"))
     assert "\n" not in str(caught.value)
@@ -206,9 +204,9 @@ def test_a_table_of_positions_is_for_one_size(tmp_path):
     assert compile_subnet(subnet, model, tmp_path / "b", config).axes.keys() == {"batch"}
 
 
-def test_a_branch_by_values_is_refused(tmp_path, monkeypatch):
+def test_a_branch_by_values_is_refused(monkeypatch):
     """A site in it cannot be in one graph for all inputs: the line names the module and the line of its source."""
-    model = find_model(tiny_unconditional(tmp_path / "m"))
+    model = zoo.model("unconditional")
     empty = model.empty_denoiser
 
     class Doubtful(torch.nn.Module):

@@ -8,14 +8,13 @@ from diffusers import DDIMScheduler
 import dipgo
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
-from dipgo.graph.trace import trace
 from dipgo.model.families import GuidedDenoiser, join
-from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from export.compiler import prepare, write_bundle
+from export.compiler import write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
-from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
+from tests import zoo
+from tests.models import random_subnet
 
 
 def distance(actual, expected):
@@ -23,25 +22,23 @@ def distance(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("make", "given", "sites"),
-    [
-        (tiny_dit, [1, 2], "layer"),
-        (tiny_sd, ["a red fox", "two blue hens"], "block"),
-        (tiny_sdxl, ["a red fox", "two blue hens"], "branch"),
-        (tiny_pixart, ["a red fox", "two blue hens"], "layer"),
-    ],
+    ("kind", "guidance", "batch"),
+    zoo.some(
+        [(kind, *way) for kind in ("dit", "sd", "sdxl", "pixart") for way in ((4.0, 1), (1.0, 1), (4.0, 2), (1.0, 2))],
+        {("dit", 1.0, 2), ("dit", 4.0, 1), ("sd", 4.0, 2), ("sdxl", 4.0, 1), ("pixart", 4.0, 2)},
+    ),
 )
-@pytest.mark.parametrize(("guidance", "batch"), [(4.0, 1), (1.0, 1), (4.0, 2), (1.0, 2)])
-def test_float16_is_as_close_to_float32_as_torch(tmp_path, monkeypatch, make, given, sites, guidance, batch):
+def test_float16_is_as_close_to_float32_as_torch(tmp_path, kind, guidance, batch):
     """The program's error is at most twice that of torch in float16, under every layout."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = find_model(str(make(tmp_path / "model")))
+    sites = "branch" if kind == "sdxl" and guidance == 1 else None
+    given = [1, 2] if kind == "dit" else ["a red fox", "two blue hens"]
+    model = zoo.model(kind)
     pipe, family = model.pipeline(), model.family
     denoiser = getattr(pipe, family.component)
     conditions = join(*family.conditions(pipe, given[:batch]), guidance > 1)
     sampler = tabulate(DDIMScheduler(clip_sample=False), 5, family.scales_noise)
-    traced = trace(model, sites, guidance, torch.float16)
-    prepared = prepare(traced, batch, whole=False)
+    traced = zoo.trace(kind, sites, guidance, torch.float16)
+    prepared = zoo.converted(traced, batch, whole=False)
     noise = torch.randn(model.latent_shape(batch), generator=torch.Generator().manual_seed(0))
     half = {name: value.half() if value.is_floating_point() else value for name, value in conditions.items()}
     for seed, layout in enumerate(LAYOUTS):

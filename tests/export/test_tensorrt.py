@@ -3,17 +3,14 @@
 import onnx_ir as ir
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 
-from dipgo.graph.trace import trace
-from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
-from export.compiler import prepare, write_bundle
+from export.compiler import write_bundle
 from export.config import ExportConfig
 from export.onnx.convert import convert, simplify
 from export.plan.layouts import LAYOUTS
-from tests.models import random_subnet, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
+from tests import zoo
+from tests.models import random_subnet
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
 
@@ -28,14 +25,11 @@ def problems(path):
     return [f"{parser.get_error(k).node_operator()}: {parser.get_error(k).desc()}" for k in range(parser.num_errors)]
 
 
-@pytest.mark.parametrize("make", [tiny_dit, tiny_sd, tiny_sdxl, tiny_pixart])
+@pytest.mark.parametrize("kind", ["dit", "sd", "sdxl", "pixart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_node_is_unsupported(tmp_path, monkeypatch, make, dtype):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = find_model(str(make(tmp_path / "model")))
-    traced = trace(model, None, 4.0, dtype)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 4, model.family.scales_noise)
-    prepared = prepare(traced)
+def test_no_node_is_unsupported(tmp_path, kind, dtype):
+    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, 4)
+    prepared = zoo.converted(traced)
     for seed, layout in enumerate(LAYOUTS):
         subnet = random_subnet(traced, sampler, seed, 0.5, 2, 2)
         write_bundle(prepared, subnet, sampler, tmp_path / "b", force=True, config=ExportConfig(graphs=layout))

@@ -1,0 +1,36 @@
+"""The command line in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+from dipgo.cli.main import main
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def dipgo(*arguments: object) -> Done:
+    """Run ``dipgo`` with these arguments: what it prints, and its exit code."""
+    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.object(sys, "argv", ["dipgo", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as exited:
+            code = int(exited.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return Done(code, out.getvalue(), err.getvalue())
