@@ -49,19 +49,15 @@ class Technique:
     exact: bool = False
 
 
-def _nothing() -> None:
-    """Reset nothing."""
-
-
 def eager(pipe: Any, position: Position) -> Reset:
     """Leave the model as it is."""
-    return _nothing
+    return lambda: None
 
 
 def compiled(pipe: Any, position: Position) -> Reset:
     """Compile the denoiser with ``torch.compile``; static shapes, the default mode."""
     _denoiser(pipe).compile(dynamic=False)
-    return _nothing
+    return lambda: None
 
 
 def deep_cache(pipe: Any, position: Position, interval: int) -> Reset:
@@ -99,7 +95,9 @@ def first_block_cache(pipe: Any, position: Position, threshold: float = 0.05) ->
     """Skip all blocks but the first where its residual has moved by less than that since the last computed step."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-    denoiser = _transformer(pipe, "FirstBlockCache")
+    denoiser = _denoiser(pipe)
+    if len(getattr(denoiser, "transformer_blocks", ())) < 2:
+        raise NotMeasuredError(f"FirstBlockCache is for transformers: {type(denoiser).__name__} has no row of blocks")
     apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=threshold))
     return _reset_of(denoiser)
 
@@ -130,7 +128,10 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 class TorchSubject:
-    """See :class:`benchmarks.bench.subjects.Subject`. On the GPU where torch has one, else on the CPU."""
+    """The whole diffusers model, on the GPU where torch has one; see :class:`benchmarks.bench.subjects.Subject`.
+
+    The loop is that of the diffusers pipelines, without their checks and bars.
+    """
 
     def __init__(self, spec: TorchSpec) -> None:
         if spec.threads:
@@ -240,13 +241,6 @@ class TorchSubject:
 
 def _denoiser(pipe: Any) -> nn.Module:
     denoiser: nn.Module = getattr(pipe, family_of(pipe).component)
-    return denoiser
-
-
-def _transformer(pipe: Any, name: str) -> nn.Module:
-    denoiser = _denoiser(pipe)
-    if len(getattr(denoiser, "transformer_blocks", ())) < 2:
-        raise NotMeasuredError(f"{name} is for transformers: {type(denoiser).__name__} has no row of blocks")
     return denoiser
 
 
