@@ -51,10 +51,10 @@ def load_average() -> list[float]:
 def clock() -> float | None:
     """Return the mean clock of the cores in MHz."""
     try:
-        found = psutil.cpu_freq()
+        frequency = psutil.cpu_freq()
     except (OSError, RuntimeError, NotImplementedError):  # by system and container
         return None
-    return round(found.current, 1) if found else None
+    return round(frequency.current, 1) if frequency else None
 
 
 def environment(load_at_start: list[float], clock_at_start: float | None = None) -> Environment:
@@ -72,7 +72,7 @@ def environment(load_at_start: list[float], clock_at_start: float | None = None)
         clock_at_start=clock_at_start,
         clock_at_end=clock(),
         governor=_governor(),
-        gpu=_said_by(["nvidia-smi", f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader"]),
+        gpu=_output_of(["nvidia-smi", f"--query-gpu={_GPU_FACTS}", "--format=csv,noheader"]),
         commit=commit(),
     )
 
@@ -81,19 +81,19 @@ def commit() -> str | None:
     """Return the checkout's commit, shortened; ``+`` says that tracked files differ from it."""
     if not (ROOT / ".git").exists():
         return None
-    found = _said_by(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"])
-    changed = _said_by(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return found and found + ("+" if changed else "")
+    head = _output_of(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"])
+    changed = _output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return head and head + ("+" if changed else "")
 
 
 def _installed(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _governor() -> str | None:
@@ -101,7 +101,7 @@ def _governor() -> str | None:
     return file.read_text().strip() if file.is_file() else None
 
 
-def _said_by(command: list[str]) -> str | None:
+def _output_of(command: list[str]) -> str | None:
     """Return what a program prints, None where there is no such program, it fails, or it prints nothing."""
     if shutil.which(command[0]) is None:
         return None

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.bench.parity import TOLERANCE, verify
-from benchmarks.bench.subjects import given_for
+from benchmarks.bench.subjects import inputs_for
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler, tabulate
@@ -83,4 +83,4 @@ def test_reports_show_names_of_its_own(bundles: dict[str, Path], model: Model) -
     conditioning = open_bundle(bundles["signature"]).record.conditioning
     assert 16 <= len(conditioning.prompts) <= 32
     assert set(conditioning.prompts) <= set(model.prompts())
-    assert given_for(conditioning, 40)[:3] == conditioning.prompts[:3]
+    assert inputs_for(conditioning, 40)[:3] == conditioning.prompts[:3]

@@ -18,10 +18,10 @@ from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.measuring import Outcome, measure_all
 from benchmarks.bench.page import write_report
 from benchmarks.bench.parity import TOLERANCE
-from benchmarks.bench.quality import Made, compare, latent_error
+from benchmarks.bench.quality import Outputs, compare, latent_error
 from benchmarks.bench.reference import subnet_of
 from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
-from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, given_for, latent_shape
+from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inputs_for, latent_shape
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.bench.timing import Timing, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
@@ -75,8 +75,8 @@ def bench(
             raise DipgoError(f"{folder}: {what} cannot be measured ({outcomes[name].error})")
 
     record = bundle.record
-    given = given_for(record.conditioning, settings.images)
-    rows = rows_of(candidates, outcomes, given, record, converged)
+    inputs = inputs_for(record.conditioning, settings.images)
+    rows = rows_of(candidates, outcomes, inputs, record, converged)
     scope = scope_of(record, outcomes[SUBJECT])
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)
@@ -107,8 +107,8 @@ def bench(
         settings=settings,
     )
     names = {number: name for name, number in record.conditioning.labels.items()}
-    captions = [names.get(each, str(each)) for each in given]
-    pictures = {name: each.made.images for name, each in outcomes.items() if each.made and not each.error}
+    captions = [names.get(each, str(each)) for each in inputs]
+    pictures = {name: each.outputs.images for name, each in outcomes.items() if each.outputs and not each.error}
     write_report(report, pictures, captions, output, force)
     return report
 
@@ -121,18 +121,18 @@ def scope_of(record: BundleRecord, outcome: Outcome) -> str:
 def rows_of(
     candidates: Sequence[Candidate],
     outcomes: Mapping[str, Outcome],
-    given: Sequence[Any],
+    inputs: Sequence[Any],
     record: BundleRecord,
-    converged: Made | None,
+    converged: Outputs | None,
 ) -> list[Row]:
     """Return a row a candidate, in order: the full program, the bundle, the others.
 
-    ``given`` are the classes or prompts of the judged images, ``record`` is the bundle's.
+    ``inputs`` are the classes or prompts of the judged images, ``record`` is the bundle's.
     """
     full = candidates[0]
     assert full.record
     return [
-        _row(each, outcomes.get(each.name), outcomes[FULL], full.record.macs, given, record, converged)
+        _row(each, outcomes.get(each.name), outcomes[FULL], full.record.macs, inputs, record, converged)
         for each in candidates
     ]
 
@@ -142,9 +142,9 @@ def _row(
     outcome: Outcome | None,
     full: Outcome,
     full_macs: int,
-    given: Sequence[Any],
+    inputs: Sequence[Any],
     record: BundleRecord,
-    converged: Made | None,
+    converged: Outputs | None,
 ) -> Row:
     agreement = _agreement(candidate, outcome, full)
     error = candidate.error or (outcome.error if outcome else "not run")
@@ -156,8 +156,8 @@ def _row(
     macs = own.macs if own else outcome.macs
     timing = timing_of(outcome.samples["loop"], full.samples["loop"])
     quality = None
-    if outcome.made and full.made:
-        quality = compare(outcome.made, full.made, given, record.model.name, converged)
+    if outcome.outputs and full.outputs:
+        quality = compare(outcome.outputs, full.outputs, inputs, record.model.name, converged)
     return Row(
         name=candidate.name,
         runs_on=outcome.label,

@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.bench.baselines import Baseline, Compiled, baselines_for, compile_baselines
 from benchmarks.bench.parity import Parity, measure
-from benchmarks.bench.quality import Made
-from benchmarks.bench.reference import conditions_in, made_by_many_steps, model_of, subnet_of, task_of
+from benchmarks.bench.quality import Outputs
+from benchmarks.bench.reference import conditions_as_arrays, made_by_many_steps, model_of, subnet_of, task_of
 from benchmarks.bench.report import SUBJECT
-from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, TorchSpec, encodes, given_of, latent_shape, save
+from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, TorchSpec, encodes, inputs_of, latent_shape, save
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.progress import Progress, one_line
@@ -47,7 +47,7 @@ def candidates_of(
     baselines: Mapping[str, Baseline] | None,
     scratch: Path,
     progress: Progress,
-) -> tuple[list[Candidate], Made | None]:
+) -> tuple[list[Candidate], Outputs | None]:
     """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
 
     The model in torch is let go of when this returns: it takes no part in the timing.
@@ -109,28 +109,28 @@ def baseline_candidates(
     """
     batch, whole = latent_shape(record)[0], record.decoder is not None
     compiled = compile_baselines(task, ratio, scratch, baselines, progress, batch, whole)
-    found = []
+    candidates = []
     for number, baseline in enumerate(compiled):
         progress("verify baselines", number, len(compiled), baseline.name)
-        found.append(_verified(baseline, task, own))
+        candidates.append(_verified(baseline, task, own))
     progress("verify baselines", len(compiled), len(compiled), "")
-    return found
+    return candidates
 
 
 def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Progress) -> list[Candidate]:
-    """Return the given programs in the suite's further backends, verified there too."""
-    found: list[Candidate] = []
+    """Return programs in the suite's further backends, verified there too."""
+    elsewhere: list[Candidate] = []
     for backend in suite.backends[1:]:
         for candidate in candidates:
             name = f"{candidate.name}, {backend}"
-            progress("verify backends", len(found), len(candidates) * (len(suite.backends) - 1), name)
+            progress("verify backends", len(elsewhere), len(candidates) * (len(suite.backends) - 1), name)
             if candidate.spec is None or candidate.record is None:
-                found.append(Candidate(name, error=candidate.error))
+                elsewhere.append(Candidate(name, error=candidate.error))
                 continue
             spec = candidate.spec.model_copy(update={"backend": backend})
             assert isinstance(spec, ProgramSpec)
-            found.append(_check(replace(candidate, name=name, spec=spec), Path(spec.folder), task))
-    return found
+            elsewhere.append(_check(replace(candidate, name=name, spec=spec), Path(spec.folder), task))
+    return elsewhere
 
 
 def torch_candidates(names: list[str], bundle: Bundle, model: str | None, threads: int | None) -> list[Candidate]:
@@ -148,12 +148,11 @@ def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> 
     conditioning, files = program.record.conditioning, []
     batch = latent_shape(program.record)[0]
     batches = max(1, -(-count // batch))
-    given = given_of(program, batches * batch)
-    for number in range(min(batches, len(given))):
-        chosen = given[number * batch : (number + 1) * batch]
-        made = conditions_in(pipe, chosen, conditioning.guided)
+    inputs = inputs_of(program, batches * batch)
+    for number in range(min(batches, len(inputs))):
+        chosen = inputs[number * batch : (number + 1) * batch]
         path = scratch / f"conditions-{number}.npz"
-        save(path, {each.name: made[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs})
+        save(path, conditions_as_arrays(pipe, chosen, conditioning))
         files.append(str(path))
     return files
 

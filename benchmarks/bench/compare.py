@@ -67,16 +67,16 @@ class Comparison:
     @property
     def lines(self) -> list[str]:
         """What to bear in mind, then what differs: the largest difference of a speedup, and those beyond chance."""
-        found = list(_mismatches(self.first, self.second))
+        lines = list(_mismatches(self.first, self.second))
         moved = [pair for pair in self.pairs if pair.speedup]
         if moved:
             most = max(moved, key=lambda pair: abs(pair.speedup.change - 1) if pair.speedup else 0)
             assert most.speedup
-            found.append(f"Largest difference of a speedup: {most.speedup.change - 1:+.1%} ('{most.name}').")
+            lines.append(f"Largest difference of a speedup: {most.speedup.change - 1:+.1%} ('{most.name}').")
         for pair in moved:
             if pair.speedup and pair.speedup.significant:
                 word = "faster" if pair.speedup.change > 1 else "slower"
-                found.append(
+                lines.append(
                     f"'{pair.name}' is {word}, beyond chance: speedup {pair.speedup.first:.2f} to "
                     f"{pair.speedup.second:.2f} ({pair.speedup.change - 1:+.1%}, 95% interval "
                     f"{pair.speedup.low - 1:+.1%} to {pair.speedup.high - 1:+.1%})."
@@ -84,11 +84,11 @@ class Comparison:
         for pair in self.pairs:
             if pair.psnr and pair.psnr.significant:
                 word = "better" if pair.psnr.change > 0 else "worse"
-                found.append(
+                lines.append(
                     f"'{pair.name}' is {word} in PSNR, beyond chance: {pair.psnr.change:+.2f} dB, 95% interval "
                     f"{pair.psnr.low:+.2f} to {pair.psnr.high:+.2f}."
                 )
-        return found
+        return lines
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -104,17 +104,17 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(a, b, [_pair(name, rows[0].get(name), rows[1].get(name), chance) for name in names])
 
 
-def write_comparison(found: Comparison, folder: Path, force: bool = False) -> None:
+def write_comparison(comparison: Comparison, folder: Path, force: bool = False) -> None:
     """Write ``comparison.html`` and ``comparison.md`` into ``folder``, whole or not at all."""
     with new_folder(folder, force, NAMES[0]) as draft:
-        page = template("comparison.html").render(comparison=found, cells=_cells)
+        page = template("comparison.html").render(comparison=comparison, cells=_cells)
         (draft / NAMES[0]).write_text(page)
-        (draft / NAMES[1]).write_text(_markdown(found) + "\n")
+        (draft / NAMES[1]).write_text(_markdown(comparison) + "\n")
 
 
-def text(found: Comparison) -> str:
+def text(comparison: Comparison) -> str:
     """Return the comparison as a text table with its lines below."""
-    return "\n".join([*aligned([_HEADER, *map(_cells, found.pairs)]), *found.lines])
+    return "\n".join([*aligned([_HEADER, *map(_cells, comparison.pairs)]), *comparison.lines])
 
 
 _HEADER = ("program", "wall A", "wall B", "speedup A", "speedup B", "change", "95% interval", "PSNR change")
@@ -139,11 +139,11 @@ def _cells(pair: Pair) -> tuple[str, ...]:
     )
 
 
-def _markdown(found: Comparison) -> str:
-    lines = [f"- {line}" for line in found.lines]
+def _markdown(comparison: Comparison) -> str:
+    lines = [f"- {line}" for line in comparison.lines]
     lines += ["", f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
-    lines += [f"| {' | '.join(_cells(pair))} |" for pair in found.pairs]
-    for letter, report in (("A", found.first), ("B", found.second)):
+    lines += [f"| {' | '.join(_cells(pair))} |" for pair in comparison.pairs]
+    for letter, report in (("A", comparison.first), ("B", comparison.second)):
         lines += ["", f"{letter}: `{report.command}`, {report.created}; {report.environment.cpu}."]
     return "\n".join([*lines, "", "\\* beyond chance (bootstrap, 95% for all of them together)."])
 
@@ -203,7 +203,7 @@ def _interval(resampled: np.ndarray, chance: float, measured: int) -> tuple[floa
 
 def _mismatches(first: ReportRecord, second: ReportRecord) -> Sequence[str]:
     """Return in what the two measured different things."""
-    found = []
+    lines = []
     for what, a, b in (
         ("processors", first.environment.cpu, second.environment.cpu),
         ("GPUs", first.environment.gpu, second.environment.gpu),
@@ -214,5 +214,5 @@ def _mismatches(first: ReportRecord, second: ReportRecord) -> Sequence[str]:
     ):
         if a != b:
             shown = "" if what == "gates" else f": {a} and {b}"
-            found.append(f"The reports are on different {what}{shown}.")
-    return found
+            lines.append(f"The reports are on different {what}{shown}.")
+    return lines

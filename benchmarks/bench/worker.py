@@ -105,22 +105,22 @@ class Server:
         gc.collect()
         gc.disable()  # keep Python's garbage collector out of the samples, as timeit does
         begin = time.perf_counter()
-        made = run()
+        outputs = run()
         seconds = time.perf_counter() - begin
         self._look_at_memory()
         if scope != "loop":
             return {"seconds": seconds}
-        self.last = made
-        self.first = made if self.first is None else self.first
+        self.last = outputs
+        self.first = outputs if self.first is None else self.first
         inside = {name: getattr(self._subject, name) for name in ("device_seconds", "graph_seconds")}
         return {"seconds": seconds, **inside}
 
     def do_steps(self) -> Answer:
         return {"seconds": self._subject.steps()}
 
-    def do_made(self, start: int, count: int, seed: int, file: str) -> Answer:
+    def do_generate(self, start: int, count: int, seed: int, file: str) -> Answer:
         """Write latents and images of one batch into an npz file."""
-        latents, images = self._subject.made(start, count, seed)
+        latents, images = self._subject.generate(start, count, seed)
         save(file, {"latents": latents} | ({} if images is None else {"images": images}))
         return {}
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.bench.reference import model_of, task_of
 from benchmarks.bench.report import SUBJECT, ReportRecord, Row, decibels, milliseconds
-from benchmarks.bench.subjects import IMAGE_SEED, Given
+from benchmarks.bench.subjects import IMAGE_SEED, Inputs
 from dipgo.base.files import new_file
 from engines.pipeline.images import grid
 from engines.pipeline.pipeline import load
@@ -19,7 +19,7 @@ FEWER = "fewer steps"
 SIDE, LEFT, FONT = 96, 196, 17  # pixels: an image's side at least, the labels' width, their height
 
 
-def picture(bundle: Path, report: ReportRecord, conditions: Given, path: Path) -> None:
+def picture(bundle: Path, report: ReportRecord, conditions: Inputs, path: Path) -> None:
     """Save three labelled rows of images from the same noise: full, dipgo, fewer plain steps.
 
     Args:
@@ -56,7 +56,7 @@ def _label(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _images(bundle: Path, conditions: Given, steps: Sequence[int | None]) -> np.ndarray:
+def _images(bundle: Path, conditions: Inputs, steps: Sequence[int | None]) -> np.ndarray:
     """Return images ``[rows, columns, height, width, channels]``: diffusers' in so many steps, or the program's."""
     import torch
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.bench.report import ReportRecord, read_report
-from benchmarks.bench.subjects import Given, given_for
+from benchmarks.bench.subjects import Inputs, inputs_for
 from benchmarks.bench.suite import DEFAULT
 from benchmarks.pages.picture import picture
 from benchmarks.pages.results import ROOT
@@ -24,10 +24,10 @@ from export.bundle import open_bundle
 COLUMNS = 8
 
 
-def columns(bundle: Path, prompts: Path | None) -> Given:
+def columns(bundle: Path, prompts: Path | None) -> Inputs:
     """Return what a picture's columns are of: every n-th prompt of a file, or the bundle's own classes or prompts."""
     if prompts is None:
-        return given_for(open_bundle(bundle).record.conditioning, COLUMNS)
+        return inputs_for(open_bundle(bundle).record.conditioning, COLUMNS)
     names = read_prompts(prompts)
     return list(names[len(names) // COLUMNS // 2 :: max(1, len(names) // COLUMNS)][:COLUMNS])
 

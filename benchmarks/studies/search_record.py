@@ -17,8 +17,9 @@ class Cell(Record):
     """One row at one budget.
 
     ``psnr_db``: over all pixels together, to the full trajectory. ``image_psnr_db``: mean of the images' own, which are
-    ``each_psnr_db``. ``converged_db``: as ``psnr_db``, to 500 steps of DDIM, on the first images. ``what``: the policy,
-    where the row has several: the one of the highest ``psnr_db``, while the other figures are the highest of any.
+    ``each_psnr_db``. ``converged_db``: as ``psnr_db``, to 500 steps of DDIM, on the first images. ``what``: the
+    schedule, where the row has several: the one of the highest ``psnr_db``, while the other figures are the highest of
+    any.
     """
 
     row: str

@@ -1,4 +1,4 @@
-"""What searches find against every fixed policy, at equal MACs and on held-out noise; run in torch, without engines.
+"""What searches find against every fixed schedule, at equal MACs and on held-out noise; run in torch, without engines.
 
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 -o build/search
 dipgo search digits-dit --steps 20 --budget 0.5,0.35,0.25,0.2 --method paper -o build/paper
@@ -6,7 +6,7 @@ python -m benchmarks.studies.search_table build/search --paper build/paper \\
     -o benchmarks/results/search-digits-dit-ddim.json
 python -m benchmarks.results    the table into its page of docs/results/
 
-Most of the time goes into fixed policies. For other SubNets on the same sites they need not be judged again:
+Most of the time goes into fixed schedules. For other SubNets on the same sites they need not be judged again:
 ``--policies-of`` takes their rows from an earlier table, where one that is judged anew comes out the same.
 """
 
@@ -37,15 +37,15 @@ from export.compiler import check_model
 
 PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
 DEEP, DEEP_ROW = "DeepCache", "DeepCache-like, the best"
-FIRST = 16  # noises, of their own, on which policies are seen first
-SAME_DB = 0.02  # the mean over images of the same policy on the same noise, on two machines, differs by less
-CLOSE_DB = 3.0  # policies that far below the best one there might be the best on other noise
+FIRST = 16  # noises, of their own, on which schedules are seen first
+SAME_DB = 0.02  # the mean over images of the same schedule on the same noise, on two machines, differs by less
+CLOSE_DB = 3.0  # schedules that far below the best one there might be the best on other noise
 
 
 def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
-    """Yield all rows of the budgets that ``found`` was searched for, fixed policies on the sites of each.
+    """Yield all rows of the budgets that ``found`` was searched for, fixed schedules on the sites of each.
 
-    With an earlier table the rows of fixed policies are those that it has.
+    With an earlier table the rows of fixed schedules are those that it has.
     """
     for subnet in found:
         task = judge.on_sites_of(subnet)
@@ -75,11 +75,11 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: Table
 
 
 def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> Iterator[Cell]:
-    """Yield the rows of fixed policies: the plain ones, the best DeepCache-like one, and the best of all.
+    """Yield the rows of fixed schedules: the plain ones, the best DeepCache-like one, and the best of all.
 
     All are seen first on a few noises of their own; those that are not far behind there (:data:`CLOSE_DB`), or that a
-    row names, run on the table's noise. Of the best of all each figure counts for itself, so no choice of one policy is
-    held against it. Where no site makes the output, no step can be skipped whole; so policies on ``block`` sites count
+    row names, run on the table's noise. Of the best of all each figure counts for itself, so no choice of one is held
+    against it. Where no site makes the output, no step can be skipped whole; so schedules on ``block`` sites count
     too, which the search has not seen.
     """
     judged: dict[str, Cell] = {}
@@ -98,10 +98,10 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
 
 
 def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
-    """Return the rows of fixed policies that an earlier table has.
+    """Return the rows of fixed schedules that an earlier table has.
 
     Raises:
-        DipgoError: a table without them, or of other noise, prompts or sites: the first policy in it has other images
+        DipgoError: a table without them, or of other noise, prompts or sites: the first schedule in it has other images
             now.
     """
     fixed = _policies(task, searched, budget)
@@ -162,7 +162,7 @@ def check_same(subnets: Sequence[SubNet], model: Model) -> None:
 
     Raises:
         DipgoError: another model than ``model``, another sampler, steps or guidance than the first one's, or budgets of
-            measured time, while policies are taken at equal MACs.
+            measured time, while schedules are taken at equal MACs.
     """
     for subnet in subnets:
         check_model(subnet, model)

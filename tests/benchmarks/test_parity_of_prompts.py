@@ -13,7 +13,7 @@ import dipgo
 from benchmarks.bench.candidates import parity_failure
 from benchmarks.bench.parity import TOLERANCE, measure, verify
 from benchmarks.bench.reference import cast_pipeline, model_of
-from benchmarks.bench.subjects import PROMPTS, given_of
+from benchmarks.bench.subjects import PROMPTS, inputs_of
 from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
@@ -59,7 +59,7 @@ def test_prompts_have_the_parity_of_the_gated_pipeline(compiled: Path):
     assert (parity.images, parity.seed, parity.dtype, parity.tolerance) == (3, 5, "float32", TOLERANCE)
     assert parity.tolerance_image is None
     with dipgo.load(compiled) as program:
-        assert given_of(program, 6) == [*PROMPTS, *PROMPTS[:2]]
+        assert inputs_of(program, 6) == [*PROMPTS, *PROMPTS[:2]]
 
 
 @pytest.mark.parametrize(

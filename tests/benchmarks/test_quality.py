@@ -6,7 +6,7 @@ import pytest
 from benchmarks.bench.digit_classifier import load_digits
 from benchmarks.bench.quality import (
     CEILING_DB,
-    Made,
+    Outputs,
     bootstrap_mean,
     class_accuracy,
     compare,
@@ -48,7 +48,7 @@ def test_class_accuracy_on_real_digits():
 def test_only_digits_are_classified():
     digits = np.random.default_rng(0).random((3, 32, 32, 1), np.float32)
     assert is_digits("digits-dit", digits)
-    made = Made(np.ones((3, 4, 8, 8), np.float32), digits)
+    made = Outputs(np.ones((3, 4, 8, 8), np.float32), digits)
     assert compare(made, made, [0, 1, 2], "digits-dit").class_accuracy is not None
     assert compare(made, made, [0, 1, 2], "other").class_accuracy is None
     assert not is_digits("digits-dit", np.zeros((3, 16, 16, 3)))
@@ -69,9 +69,9 @@ def test_similarity_of_structure_and_errors_of_latents():
 def test_everything_that_can_be_judged_of_digits_is():
     digits, labels = load_digits("held-out")
     images = (digits[:40].permute(0, 2, 3, 1).numpy() + 1) / 2
-    reference, latents = Made(np.ones((40, 4, 8, 8), np.float32), images), np.full((40, 4, 8, 8), 1.01, np.float32)
-    converged = Made(reference.latents[:5] * 2, images[:5])
-    found = compare(Made(latents, images), reference, labels[:40].tolist(), "digits-dit", converged)
+    reference, latents = Outputs(np.ones((40, 4, 8, 8), np.float32), images), np.full((40, 4, 8, 8), 1.01, np.float32)
+    converged = Outputs(reference.latents[:5] * 2, images[:5])
+    found = compare(Outputs(latents, images), reference, labels[:40].tolist(), "digits-dit", converged)
     assert found.psnr_db == CEILING_DB
     assert found.ssim == pytest.approx(1)
     assert found.latent_error == pytest.approx(0.01, rel=1e-4)
@@ -82,6 +82,6 @@ def test_everything_that_can_be_judged_of_digits_is():
     assert found.frechet_low <= found.frechet <= found.frechet_high
     assert len(found.each_psnr_db) == 40
     assert found.skipped == ["CLIP score and FID: no weights were given (see benchmarks.studies.evaluate)"]
-    other = compare(Made(latents, images), reference, labels[:40].tolist(), "another")
+    other = compare(Outputs(latents, images), reference, labels[:40].tolist(), "another")
     assert other.class_accuracy is other.frechet is other.converged_images is None
     assert any("no classifier" in line for line in other.skipped)

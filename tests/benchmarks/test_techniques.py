@@ -56,7 +56,7 @@ def test_eager_torch_does_what_the_full_program_does(kind: str, request: pytest.
     eager = subject(found, "eager torch")
     program = ProgramSubject(ProgramSpec(folder=str(found.bundle), backend="onnxruntime", threads=1))
     assert latent_error(eager.loop(), program.loop()) < 1e-4
-    for own, theirs in zip(eager.made(1, 2, IMAGE_SEED), program.made(1, 2, IMAGE_SEED), strict=True):
+    for own, theirs in zip(eager.generate(1, 2, IMAGE_SEED), program.generate(1, 2, IMAGE_SEED), strict=True):
         assert own is not None
         assert theirs is not None
         assert latent_error(own, theirs) < 1e-4
@@ -78,7 +78,7 @@ def test_deep_cache_is_the_packages_own(sd: Made):
     helper = helpers.DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=3, cache_branch_id=0)
     helper.enable()
-    latents, _ = cached.made(0, 1, IMAGE_SEED)
+    latents, _ = cached.generate(0, 1, IMAGE_SEED)
     noise = cached._drawn(1, IMAGE_SEED)
     own = pipe(PROMPTS[0], num_inference_steps=STEPS, latents=noise, output_type="latent").images
     assert latent_error(latents, own.numpy()) < 1e-4

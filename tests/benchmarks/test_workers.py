@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import dipgo
-from benchmarks.bench.subjects import IMAGE_SEED, TIMING_SEED, ProgramSpec, given_of
+from benchmarks.bench.subjects import IMAGE_SEED, TIMING_SEED, ProgramSpec, inputs_of
 from benchmarks.bench.worker import Worker
 from benchmarks.progress import NotMeasuredError
 
@@ -31,9 +31,9 @@ def test_it_does_what_the_program_does(worker: Worker, bundle: Path, tmp_path: P
     assert worker.ask("sample", scope="pipeline", prepared=True)["seconds"] > 0
     assert len(worker.ask("steps")["seconds"]) == 8
     worker.ask("latents", file=str(tmp_path / "latents.npz"))
-    worker.ask("made", start=1, count=3, seed=IMAGE_SEED, file=str(tmp_path / "made.npz"))
+    worker.ask("generate", start=1, count=3, seed=IMAGE_SEED, file=str(tmp_path / "made.npz"))
     with dipgo.load(bundle, 1) as program:
-        given = given_of(program, 3)
+        given = inputs_of(program, 3)
         latent = program.denoise(program.noise(1, TIMING_SEED), program.conditions(given[:1]))
         images = program.generate(given, IMAGE_SEED)
     with np.load(tmp_path / "latents.npz") as held:
