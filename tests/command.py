@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ def dipgo(*arguments: object) -> Done:
     out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with (
         mock.patch.object(sys, "argv", ["dipgo", *map(str, arguments)]),
+        mock.patch.object(sys, "path", [*sys.path]),
+        mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -15,7 +15,7 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from dipgo.cli.main import app
+from dipgo.cli.main import application
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +39,7 @@ def commands(document):
 
 def parse(line):
     """Parse a command line as ``dipgo`` would, without running it."""
-    command, rest = get_command(app), shlex.split(line)[1:]
+    command, rest = get_command(application()), shlex.split(line)[1:]
     while isinstance(command, TyperGroup):
         _, command, rest = command.resolve_command(command.make_context("dipgo", ["x"], resilient_parsing=True), rest)
     command.make_context("dipgo", list(rest))
@@ -59,7 +59,7 @@ def test_every_command_parses(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_options_in_the_text_are_those_of_their_command(document):
-    known = get_command(app).commands
+    known = get_command(application()).commands
     for name, rest in re.findall(r"`dipgo (\w+)([^`]*)`", document.read_text()):
         assert name in known
         assert set(re.findall(r"(?<!\S)(--[\w-]+)", rest)) <= options_of(known[name]), f"dipgo {name}{rest}"

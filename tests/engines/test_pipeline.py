@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
-from typer.testing import CliRunner
 
 import dipgo
 from dipgo.base.errors import UsageError
-from dipgo.cli.main import app
 from engines.serving.limits import Limits
 from engines.serving.requests import read_rows
 from export.bundle import open_bundle
+from tests import command
 from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
 
 EMBEDDED = np.zeros((3, 77, 24), np.float32)
@@ -246,8 +245,7 @@ def test_a_program_without_conditions_and_without_a_vae_generates_too(tmp_path):
         expected = made.call(pipe, batch_size=2, generator=3)
         assert np.array_equal(pipe.generate([""] * 2, 3), expected)
     arguments = ["run", str(made.folder), "--seed", "3", "-n", "2", "-o", str(tmp_path / "x.png")]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert command.dipgo(*arguments).code == 0
     assert np.abs(np.array(Image.open(tmp_path / "x.png")) / 255 - np.hstack(expected)).max() <= 1 / 255
 
 
@@ -280,8 +278,9 @@ def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
         program.check_negative("")
         assert program.contexts.launches == 0
     arguments = ["run", str(folder), "--prompt", "a red fox", "--negative", "blue", "-o", str(tmp_path / "x.png")]
-    result = CliRunner().invoke(app, arguments)
-    assert isinstance(result.exception, UsageError)
+    result = command.dipgo(*arguments)
+    assert result.code == 2
+    assert message in result.err
     assert not (tmp_path / "x.png").exists()
 
 

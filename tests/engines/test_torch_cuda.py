@@ -1,5 +1,6 @@
 """The torch and the ONNX Runtime backends on a GPU."""
 
+import shutil
 import threading
 import warnings
 
@@ -29,9 +30,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.fixture(scope="module")
-def bundle():
+def bundle(tmp_path_factory):
+    """A copy, into which packages are built."""
     traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 4)
-    return zoo.bundle(traced, sampler, random_subnet(traced, sampler, 2, 0.5, 2, 2))
+    made = zoo.bundle(traced, sampler, random_subnet(traced, sampler, 2, 0.5, 2, 2))
+    return shutil.copytree(made, tmp_path_factory.mktemp("cuda") / "b")
 
 
 @pytest.fixture(scope="module")

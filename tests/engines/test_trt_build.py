@@ -10,10 +10,8 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from typer.testing import CliRunner
 
 from dipgo.base.errors import DipgoError
-from dipgo.cli.main import app
 from engines.cuda.runtime import find_device
 from engines.trt import loader
 from engines.trt.build import build
@@ -24,6 +22,7 @@ from engines.trt.store import graphs_of
 from export.bundle import AxisRecord, TensorRecord, open_bundle
 from export.compiler import write_bundle
 from tests import zoo
+from tests.command import dipgo
 from tests.models import random_subnet
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
@@ -119,9 +118,9 @@ def test_the_second_build_is_served_from_the_cache(bundle, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in engines_in(bundle)}
     assert not any(engine.is_new for engine in build(bundle).engines)
     assert {path: path.stat().st_mtime_ns for path in engines_in(bundle)} == before
-    result = CliRunner().invoke(app, ["build", str(bundle.folder), "--backend", "tensorrt"], catch_exceptions=False)
-    assert result.exit_code == 0
-    lines = result.output.splitlines()
+    result = dipgo("build", bundle.folder, "--backend", "tensorrt")
+    assert result.code == 0
+    lines = result.out.splitlines()
     assert sum(line.endswith("there already") for line in lines) == len(before)
     assert lines[-1] == "built, not run: no GPU can be used here"
 
@@ -276,5 +275,5 @@ def test_results_come_from_several_processes():
 
 
 def test_an_unknown_backend_builds_nothing(bundle):
-    result = CliRunner().invoke(app, ["build", str(bundle.folder), "--backend", "onnxruntime"])
-    assert str(result.exception) == "backend 'onnxruntime' builds nothing; use tensorrt or torch-aot"
+    result = dipgo("build", bundle.folder, "--backend", "onnxruntime")
+    assert (result.code, result.err) == (2, "dipgo: backend 'onnxruntime' builds nothing; use tensorrt or torch-aot\n")

@@ -32,10 +32,10 @@ REAL_RUNTIME = bindings
 
 
 @pytest.fixture(scope="module")
-def made():
-    """A bundle and its images by ONNX Runtime."""
-    traced, sampler = zoo.trace("dit"), zoo.sampler("dit", 5)
-    folder = zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=0, terms=2, channels=2))
+def made(tmp_path_factory):
+    """A bundle, into which engines are built, and its images by ONNX Runtime."""
+    traced, sampler, folder = zoo.trace("dit"), zoo.sampler("dit", 5), tmp_path_factory.mktemp("trt") / "b"
+    shutil.copytree(zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=0, terms=2, channels=2)), folder)
     with dipgo.load(folder, threads=1) as program:
         return folder, {seed: program.generate([0, 1], seed) for seed in (1, 2)}
 
