@@ -21,12 +21,13 @@ from export.axes import values_at
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
 from export.converted import Prepared, stem_of
 from export.onnx.convert import tensor_record
-from export.onnx.denoiser_graph import Tapped
+from export.onnx.denoiser_graph import DenoiserGraph
 from export.onnx.macs import node_macs, weights_read
 from export.plan.cut import SOLVER, Cut, Loop
 from export.plan.hoisting import parts
 from export.plan.launches import EPSILON, LATENT, Launch, Value
-from export.plan.layouts import LAYOUTS, Program, Work
+from export.plan.layouts import LAYOUTS
+from export.plan.program import Program, Work
 from export.plan.prologue import Prologue
 from export.plan.slots import Allocation, allocate, bytes_of, prune
 from export.plan.solver import Recurrence, recurrence
@@ -64,17 +65,17 @@ class Assembly:
     @cached_property
     def graphs(self) -> dict[str, GraphRecord]:
         return {
-            name: _graph_record(name, part, self.program, self.prepared.tapped)
+            name: _graph_record(name, part, self.program, self.prepared.denoiser)
             for name, part in self.program.cuts.items()
         }
 
     @property
     def solver(self) -> SolverRecord:
-        held = self.recurrence
+        solver = self.recurrence
         return SolverRecord(
-            kind="graph" if held else "host",
-            history=held.history if held else 0,
-            result=self.allocation.slot_of[LATENT, self.subnet.calls if held else 0],
+            kind="graph" if solver else "host",
+            history=solver.history if solver else 0,
+            result=self.allocation.slot_of[LATENT, self.subnet.calls if solver else 0],
         )
 
     @property
@@ -85,24 +86,24 @@ class Assembly:
     def parts(self) -> list[PartRecord]:
         """Parameters and MACs by binding time."""
         loop = sum(self.graphs[launch.graph].macs for launch in self.launches)
-        tapped = self.prepared.tapped
-        return parts(tapped.model.graph, tapped.row_count, loop, self.subnet.calls, tapped.best)
+        denoiser = self.prepared.denoiser
+        return parts(denoiser.model.graph, denoiser.row_count, loop, self.subnet.calls, denoiser.best)
 
     @property
     def naive_cache_bytes(self) -> int:
-        """What the cache would take if the last outputs of every site were kept."""
-        features = {name for names in self.prepared.tapped.features for name in names}
-        outputs = [value for value in self.prepared.tapped.model.graph.outputs if value.name in features]
+        """What the cache would take if the last outputs of every site were until."""
+        features = {name for names in self.prepared.denoiser.features for name in names}
+        outputs = [value for value in self.prepared.denoiser.model.graph.outputs if value.name in features]
         largest = values_at(self.prepared.sizes.axes, "max")
         return self.subnet.terms * sum(bytes_of(tensor_record(value), largest) for value in outputs)
 
 
 def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
     """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots."""
-    traced, tapped, learned = prepared.trace, prepared.tapped, bool(subnet.weights)
+    traced, denoiser, learned = prepared.trace, prepared.denoiser, bool(subnet.weights)
 
-    def live_sites(row: np.ndarray, wanted: Iterable[int]) -> set[int]:
-        return traced.live_sites(row, {*wanted, *np.flatnonzero(row)})  # graphs compute what they compute
+    def live_sites(row: np.ndarray, sites: Iterable[int]) -> set[int]:
+        return traced.live_sites(row, {*sites, *np.flatnonzero(row)})  # graphs compute what they compute
 
     plans = plan(subnet.gates, subnet.terms, live_sites)
     launched = [step for step, row in enumerate(subnet.gates) if step == 0 or not is_silent(traced, row, learned)]
@@ -112,11 +113,11 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         **_backup_tables(subnet, traced),
         **_solver_tables(sampler, solver, launched),
     }
-    hoisted = prepared.hoisted.read_by("loop")
+    earlier = prepared.hoisting.read_by("loop")
     loop = Loop(
-        tapped,
-        hoisted,
-        [name for name in hoisted if prepared.hoisted.binding[name] == "table"],
+        denoiser,
+        earlier,
+        [name for name in earlier if prepared.hoisting.binding[name] == "table"],
         subnet.weights,
         solver.history if solver else 0,
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
@@ -129,8 +130,8 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
     launches, allocation = _allocate(program, launched, subnet.calls, solver is not None, largest)
     read = {row.tensor for part in program.cuts.values() for row in part.rows.values()}
     read |= {row.tensor for part in prologues for row in part.record.rows.values()}
-    held = {name: array for name, array in tables.items() if name in read or array.dtype == np.float64}
-    return Assembly(prepared, subnet, sampler, solver, program, prologues, held, launches, allocation)
+    used = {name: array for name, array in tables.items() if name in read or array.dtype == np.float64}
+    return Assembly(prepared, subnet, sampler, solver, program, prologues, used, launches, allocation)
 
 
 def _backup_tables(subnet: SubNet, traced: Trace) -> dict[str, np.ndarray]:
@@ -161,27 +162,27 @@ def _solver_tables(sampler: Sampler, solver: Recurrence | None, launched: Sequen
 def _prologues(prepared: Prepared, cuts: Iterable[Cut], calls: int, name: str) -> list[Prologue]:
     """Cut the prologues that compute what the loop's graphs, and later prologues, read; in the order they run in."""
     read = {tensor.name for part in cuts for tensor in part.inputs}
-    found: list[Prologue] = []
+    prologues: list[Prologue] = []
     kinds: tuple[Literal["steps", "prompt"], ...] = ("steps", "prompt")
     for kind in kinds:
-        names = [value for value, binding in prepared.hoisted.binding.items() if binding == kind and value in read]
+        names = [value for value, binding in prepared.hoisting.binding.items() if binding == kind and value in read]
         part = prepared.prologue(kind, names, calls)
         if part is not None:
             part.model.graph.name = name % kind
-            found.insert(0, Prologue(part.model, part.record.model_copy(update={"file": f"{name % kind}.onnx"})))
+            prologues.insert(0, Prologue(part.model, part.record.model_copy(update={"file": f"{name % kind}.onnx"})))
             read |= {tensor.name for tensor in part.record.inputs}
-    return found
+    return prologues
 
 
 def _allocate(
     program: Program, launched: Sequence[int], calls: int, in_graph: bool, largest: Mapping[str, int]
 ) -> tuple[list[Launch], Allocation]:
     """Allocate slots for what launches hand on; every ε stays until its step ends, and the result to the end."""
-    kept: dict[Value, int] = {(EPSILON, launch.step): number for number, launch in enumerate(program.launches)}
+    until: dict[Value, int] = {(EPSILON, launch.step): number for number, launch in enumerate(program.launches)}
     end = len(program.launches)
-    kept[LATENT, calls if in_graph else 0] = end
-    launches = prune(program.launches, kept)
-    return launches, allocate(launches, _tensors(program), [(LATENT, launched[0] if in_graph else 0)], kept, largest)
+    until[LATENT, calls if in_graph else 0] = end
+    launches = prune(program.launches, until)
+    return launches, allocate(launches, _tensors(program), [(LATENT, launched[0] if in_graph else 0)], until, largest)
 
 
 def _tensors(program: Program) -> dict[str, TensorRecord]:
@@ -224,13 +225,13 @@ def _steps(sampler: Sampler, launches: Sequence[Launch], allocation: Allocation)
     return steps
 
 
-def _graph_record(name: str, part: Cut, program: Program, tapped: Tapped) -> GraphRecord:
+def _graph_record(name: str, part: Cut, program: Program, denoiser: DenoiserGraph) -> GraphRecord:
     """Describe a graph; MACs are of one row of the denoiser's batch."""
     graph = part.model.graph
     return GraphRecord(
         file=f"{name}.onnx",
         signature=program.signatures[name],
-        macs=sum(node_macs(node, tapped.best) for node in graph) // tapped.row_count,
+        macs=sum(node_macs(node, denoiser.best) for node in graph) // denoiser.row_count,
         parameters=sum(weights_read(graph).values()),
         inputs=part.inputs,
         outputs=part.outputs,

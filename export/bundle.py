@@ -179,13 +179,13 @@ class BundleRecord(Record):
     @property
     def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
         """Inputs and outputs of all graphs by file: of the loop, before it, then the text encoders and the decoder."""
-        found = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
-        found |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in self.prologues}
+        tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
+        tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in self.prologues}
         if text := self.conditioning.encoder:
-            found[text.file] = (text.inputs, text.outputs)
+            tensors[text.file] = (text.inputs, text.outputs)
         if self.decoder:
-            found[self.decoder.file] = ([self.decoder.input], [self.decoder.output])
-        return found
+            tensors[self.decoder.file] = ([self.decoder.input], [self.decoder.output])
+        return tensors
 
     @property
     def used(self) -> set[str]:

@@ -80,25 +80,25 @@ def deliver(
     check_delivery(folder, root, how, force)
     if how == "copy":
         with new_folder(folder, force, RECORD_FILE) as draft:
-            digests: Files = {}
+            records: Files = {}
             for part in weights:
                 known = {file: sha256_once(file) for file in part.files}
                 for location, digest in place(known, part.root, draft, known).items():
-                    digests[location] = FileRecord(bytes=(draft / location).stat().st_size, sha256=digest)
-            yield draft, digests
+                    records[location] = FileRecord(bytes=(draft / location).stat().st_size, sha256=digest)
+            yield draft, records
         return
-    found: Files = {}
+    records: Files = {}
     for part in weights:
         check_weights(part, root)
         for file in part.files:
-            found[file.relative_to(part.root).as_posix()] = FileRecord(
+            records[file.relative_to(part.root).as_posix()] = FileRecord(
                 bytes=file.stat().st_size, sha256=sha256_once(file)
             )
     with full_disk(folder):
         draft = Path(tempfile.mkdtemp(prefix=".bundle-", dir=folder))
     try:
         with full_disk(folder):
-            yield draft, found
+            yield draft, records
         _move_in(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -110,13 +110,13 @@ def _move_in(draft: Path, folder: Path) -> None:
     Meanwhile a list of the old names and the new ones stands in for the record, so that what a kill leaves behind
     belongs to an unfinished bundle, which the next export replaces.
     """
-    owned, drafted = _owned(folder), {path.name for path in draft.iterdir()} - {RECORD_FILE}
-    _check_free(folder, drafted, owned)
+    owned, new = _owned(folder), {path.name for path in draft.iterdir()} - {RECORD_FILE}
+    _check_free(folder, new, owned)
     with new_file(folder / RECORD_FILE) as unfinished:
-        unfinished.write_text(json.dumps({"schema": UNFINISHED, "files": dict.fromkeys(sorted(owned | drafted))}))
-    for name in drafted:
+        unfinished.write_text(json.dumps({"schema": UNFINISHED, "files": dict.fromkeys(sorted(owned | new))}))
+    for name in new:
         (draft / name).replace(folder / name)
-    for name in owned - drafted:
+    for name in owned - new:
         (folder / name).unlink()
     (draft / RECORD_FILE).replace(folder / RECORD_FILE)
 

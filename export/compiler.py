@@ -31,7 +31,8 @@ from export.bundle import (
     TensorRecord,
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
-from export.components import components_of, weights_in_place
+from export.component_weights import weights_in_place
+from export.components import components_of
 from export.config import ExportConfig
 from export.converted import Prepared, prepare
 from export.onnx import constants

@@ -15,11 +15,13 @@ from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
 from dipgo.model.models import Model
 from export.bundle import ConditioningRecord, DecoderRecord
-from export.components import VAE, components_of, decoder_to_onnx, weights_of
+from export.component_weights import weights_of
+from export.components import VAE, components_of
+from export.decoder import decoder_to_onnx
 from export.onnx.convert import tensor_record
-from export.onnx.denoiser_graph import Tapped, to_onnx
+from export.onnx.denoiser_graph import DenoiserGraph, denoiser_to_onnx
 from export.onnx.weights import Weights
-from export.plan.hoisting import Hoisted, hoisted_values
+from export.plan.hoisting import Hoisting, hoist
 from export.plan.prologue import Prologue, cut_prologue, evaluate_tables
 from export.sizes import Sizes
 from export.text import text_to_onnx
@@ -37,8 +39,8 @@ class Prepared:
         weights: where the weights of all of them lie.
     """
 
-    tapped: Tapped
-    hoisted: Hoisted
+    denoiser: DenoiserGraph
+    hoisting: Hoisting
     conditioning: ConditioningRecord
     decoder: DecoderRecord | None
     extra: Mapping[str, ir.Model]
@@ -49,25 +51,25 @@ class Prepared:
 
     @property
     def trace(self) -> Trace:
-        return self.tapped.trace
+        return self.denoiser.trace
 
     @property
     def sizes(self) -> Sizes:
-        return self.tapped.sizes
+        return self.denoiser.sizes
 
     def tables(self, timesteps: Sequence[float]) -> dict[str, np.ndarray]:
         """Return the values that depend on the timestep alone, ``[calls, …]`` each; evaluated once a sampler."""
         key = tuple(timesteps)
         if key not in self._tables:
-            names = [name for name, binding in self.hoisted.binding.items() if binding == "table"]
-            self._tables[key] = evaluate_tables(self.tapped, names, timesteps)
+            names = [name for name, binding in self.hoisting.binding.items() if binding == "table"]
+            self._tables[key] = evaluate_tables(self.denoiser, names, timesteps)
         return self._tables[key]
 
     def prologue(self, kind: Literal["steps", "prompt"], names: Sequence[str], calls: int) -> Prologue | None:
         """Return the prologue that computes ``names``; cut once."""
         key = (kind, str(calls), *names)
         if key not in self._prologues:
-            self._prologues[key] = cut_prologue(self.tapped, kind, names, self.hoisted, calls)
+            self._prologues[key] = cut_prologue(self.denoiser, kind, names, self.hoisting, calls)
         return self._prologues[key]
 
 
@@ -82,22 +84,21 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     model, dtype = traced.model, traced.dtype
     sizes = sizes or Sizes(batch, *traced.size)
     cache = cache_folder(model)
-    denoiser = weights_of(model, model.family.component, dtype, cache)
-    tapped = to_onnx(traced, denoiser, sizes)
-    weights, extra = [denoiser], dict[str, ir.Model]()
+    weights, extra = [weights_of(model, model.family.component, dtype, cache)], dict[str, ir.Model]()
+    denoiser = denoiser_to_onnx(traced, weights[0], sizes)
     decoder, encoder, tokenizers = None, None, dict[str, bytes]()
     if whole:
-        lying = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
-        weights.extend(lying.values())
-        decoded = decoder_to_onnx(model, sizes.latent(model.config["in_channels"]), dtype, lying.get(VAE))
-        if decoded is not None:
-            graph, decoder = decoded
+        parts = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
+        weights.extend(parts.values())
+        pixels = decoder_to_onnx(model, sizes.latent(model.config["in_channels"]), dtype, parts.get(VAE))
+        if pixels is not None:
+            graph, decoder = pixels
             extra[decoder.file] = graph
-        encoded = text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, lying, sizes)
-        if encoded is not None:
-            graph, encoder, tokenizers = encoded
+        text = text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, parts, sizes)
+        if text is not None:
+            graph, encoder, tokenizers = text
             extra[encoder.file] = graph
-    inputs = [tensor_record(value) for value in tapped.model.graph.inputs if value.name in tapped.condition_names]
+    inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.condition_names]
     conditioning = ConditioningRecord(
         kind=model.family.conditioned_by,
         guided=traced.guidance_scale > 1,
@@ -107,9 +108,9 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         prompts=_some(model.prompts()),
         encoder=encoder,
     )
-    names = (value.name or "" for node in tapped.symbolic.graph for value in node.outputs)
-    hoisted = hoisted_values(tapped.model.graph, names, tapped.rows)
-    return Prepared(tapped, hoisted, conditioning, decoder, extra, tokenizers, weights)
+    names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)
+    hoisting = hoist(denoiser.model.graph, names, denoiser.rows)
+    return Prepared(denoiser, hoisting, conditioning, decoder, extra, tokenizers, weights)
 
 
 def cache_folder(model: Model) -> Path:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from typing import Any
 
 import onnx_ir as ir
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from dipgo.base.errors import DipgoError
@@ -16,23 +13,14 @@ from dipgo.base.records import read_json
 from dipgo.model.families import Prompting, latent_size
 from dipgo.model.models import Model
 from export.bundle import Size, TextRecord, TokenizerRecord
-from export.components import (
-    VAE,
-    bind_component,
-    class_of,
-    component_config,
-    components_of,
-    empty_component,
-    finish,
-    own_weights,
-)
-from export.onnx.convert import convert, tensor_record
+from export.component_weights import bind_component, own_weights
+from export.components import VAE, component_config, components_of, empty_component
+from export.onnx.convert import convert_at, export_module, tensor_record
 from export.onnx.weights import Weights
 from export.sizes import Sizes
+from export.tokenizer_files import tokenizer_of
 
 FILE = "text_encoder.onnx"
-# Enough to tell tokenizers apart that cut, pad or normalise differently.
-_PROBES = ("", "a cat", "Ünïcödé  — 猫 😀", "word " * 200)
 
 
 def text_to_onnx(
@@ -60,22 +48,17 @@ def text_to_onnx(
     names = [name for name in components_of(model) if name != VAE]
     if prompting is None or not names:
         return None
-    pairs = [_tokenizer(model, prompting, name, number) for number, name in enumerate(names)]
+    pairs = [tokenizer_of(model, prompting, name, number) for number, name in enumerate(names)]
     tokenizers = [record for record, _ in pairs]
     module = _Text([empty_component(model, name, dtype) for name in names], prompting, tokenizers, dtype)
     shape = (rows, prompting.tokens)
-    graph = convert(
-        "the text encoder",
-        module,
-        [torch.ones(shape, dtype=torch.int64) for _ in module.inputs],
-        module.inputs,
-        prompting.conditions,
-        optimize=False,
-    )
+    what = "the text encoder"
+    program = export_module(what, module, [torch.ones(shape, dtype=torch.int64) for _ in module.inputs])
+    graph = convert_at(what, program, module.inputs, prompting.conditions, shape)
     for number, name in enumerate(names):
-        lying = weights[name] if weights is not None else own_weights(model, name)
-        bind_component(graph, f"encoders.{number}.", model, module.encoders[number], lying)
-    finish(graph, "text_encoder")
+        own = weights[name] if weights is not None else own_weights(model, name)
+        bind_component(graph, f"encoders.{number}.", model, module.encoders[number], own)
+    graph.graph.name, graph.producer_name = "text_encoder", "dipgo"
     _check_conditions(model, graph, rows)
     index = read_json(model.folder / "model_index.json", "model_index.json")
     record = TextRecord(
@@ -112,71 +95,11 @@ class _Text(nn.Module):
     def inputs(self) -> list[str]:
         return [*self.ids, *(mask for mask in self.masks if mask)]
 
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        values = dict(zip(self.inputs, given, strict=True))
-        masks = [values[mask] if mask else None for mask in self.masks]
-        made = self.prompting.encode(list(self.encoders), [values[ids] for ids in self.ids], masks)
-        return tuple(value.to(self.dtype) for value in made)
-
-
-def _tokenizer(model: Model, prompting: Prompting, encoder: str, number: int) -> tuple[TokenizerRecord, bytes]:
-    """Return the record and the file of an encoder's tokenizer, the pipeline's ``number``-th."""
-    name = prompting.tokenizers[prompting.encoders.index(encoder)]
-    tokenizer = _load_tokenizer(model, name)
-    suffix = f"_{number + 1}" if number else ""
-    record = TokenizerRecord(
-        file=f"{name}.json",
-        ids=f"input_ids{suffix}",
-        mask=f"attention_mask{suffix}" if prompting.masked(component_config(model, encoder)) else None,
-        length=prompting.tokens,
-        pad_token=tokenizer.pad_token,
-        pad_id=tokenizer.pad_token_id,
-    )
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    content = backend.to_str()
-    alone = Tokenizer.from_str(content)
-    alone.enable_truncation(record.length)
-    alone.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
-    for probe in _PROBES:
-        expected = tokenizer(probe, padding="max_length", max_length=record.length, truncation=True).input_ids
-        if alone.encode(probe).ids != expected:
-            raise DipgoError(f"{model.folder / name}: a tokenizer that does more than its file says; not supported")
-    return record, content.encode()
-
-
-def _load_tokenizer(model: Model, name: str) -> Any:
-    """Load a tokenizer that the ``tokenizers`` library carries.
-
-    Raises:
-        DipgoError: no such folder, files missing from it, or a tokenizer in Python alone.
-    """
-    import transformers
-
-    folder = model.folder / name
-    class_name = (class_of(model, name) or ("", "tokenizer"))[1]
-    for candidate in (class_name, f"{class_name}Fast"):
-        kind = getattr(transformers, candidate, None)
-        if kind is None:
-            continue
-        names = dict(kind.vocab_files_names)  # tokenizer.json, and what older libraries wrote in its place
-        whole = names.pop("tokenizer_file", "tokenizer.json")
-        if not (folder / whole).is_file() and not all((folder / file).is_file() for file in names.values()):
-            raise DipgoError(
-                f"{folder}: neither {whole} nor {' and '.join(names.values())} in it; download or save it again"
-            )
-        try:
-            tokenizer = kind.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # a damaged file raises many kinds, some of the tokenizers library
-            if not (folder / whole).is_file() and "spiece.model" in names.values() and not find_spec("sentencepiece"):
-                raise DipgoError(
-                    f"{folder}: only the sentencepiece library reads it; pip install sentencepiece"
-                ) from error
-            raise DipgoError(f"{folder}: not a tokenizer ({_one_line(error)}); download or save it again") from error
-        if hasattr(tokenizer, "backend_tokenizer"):
-            return tokenizer
-    raise DipgoError(f"{folder}: {class_name} is no tokenizer of the tokenizers library; not supported")
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = dict(zip(self.inputs, values, strict=True))
+        masks = [inputs[mask] if mask else None for mask in self.masks]
+        conditions = self.prompting.encode(list(self.encoders), [inputs[ids] for ids in self.ids], masks)
+        return tuple(value.to(self.dtype) for value in conditions)
 
 
 def _check_conditions(model: Model, graph: ir.Model, rows: int) -> None:
@@ -185,9 +108,9 @@ def _check_conditions(model: Model, graph: ir.Model, rows: int) -> None:
     for value in graph.graph.outputs:
         record = tensor_record(value)
         if record.name not in expected or record.shape != list(expected[record.name].shape):
-            wanted = list(expected[record.name].shape) if record.name in expected else "none"
+            shape = list(expected[record.name].shape) if record.name in expected else "none"
             raise DipgoError(
-                f"{model.folder}: the text encoder makes '{record.name}' {record.shape}, the denoiser takes {wanted}; "
+                f"{model.folder}: the text encoder makes '{record.name}' {record.shape}, the denoiser takes {shape}; "
                 "they belong to different models"
             )
 
@@ -228,7 +151,3 @@ def _vae_scale(model: Model) -> int:
     """Return how many pixels a cell of the latent has a side, as pipelines reckon it."""
     levels = component_config(model, VAE).get("block_out_channels") if VAE in components_of(model) else None
     return 2 ** (len(levels) - 1) if levels else 8
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -30,7 +30,7 @@ from dipgo.schedule.subnet import SubNet
 from engines.pipeline.pipeline import load
 from export.bundle import PartRecord
 from export.compiler import prepare, write_bundle
-from export.plan.hoisting import Hoisted
+from export.plan.hoisting import Hoisting
 
 GUIDANCE = 4.0
 TOLERANCE = 1e-4
@@ -63,7 +63,7 @@ def compile_both(name: str, steps: int, folder: Path) -> Mapping[str, Path]:
         search={"method": "full"},
     )
     hoisted = prepare(traced, whole=False)
-    inside = replace(hoisted, hoisted=Hoisted({}, {}), _tables={}, _prologues={})
+    inside = replace(hoisted, hoisting=Hoisting({}, {}), _tables={}, _prologues={})
     for where, prepared in (("inside", inside), ("hoisted", hoisted)):
         write_bundle(prepared, subnet, sampler, folder / where)
     return {where: folder / where for where in ("inside", "hoisted")}

@@ -38,10 +38,10 @@ def evaluate_node(
 
 def small_number(value: ir.Value | None) -> np.ndarray | None:
     """Return a small constant of whole numbers, else None."""
-    held = ir.convenience.get_const_tensor(value) if value is not None else None
-    if held is None or isinstance(held, ir.ExternalTensor) or held.size > _MANY or held.dtype not in _INTEGERS:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _MANY or tensor.dtype not in _INTEGERS:
         return None
-    numbers = held.numpy()
+    numbers = tensor.numpy()
     return np.array([sympy.Integer(int(number)) for number in numbers.reshape(-1)], object).reshape(numbers.shape)
 
 
@@ -78,15 +78,15 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Maker:
-    """Makes the nodes that compute sizes from the shapes of the values that ``reads`` names."""
+class SizeBuilder:
+    """Builds the nodes that compute sizes from the shapes of the values that ``reads`` names."""
 
     def __init__(self, reads: Reads, stem: str) -> None:
         self.reads, self.stem = reads, stem
         self.nodes: list[ir.Node] = []
         self._count = 0
 
-    def make(self, sizes: Sequence[sympy.Expr], one_dimensional: bool) -> ir.Value:
+    def build(self, sizes: Sequence[sympy.Expr], one_dimensional: bool) -> ir.Value:
         """Return a value of these sizes ``[n]`` int64, or of a single one without a dimension."""
         if all(not size.free_symbols for size in sizes):
             numbers = np.array(whole(np.array(sizes, object)), np.int64)

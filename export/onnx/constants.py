@@ -1,4 +1,4 @@
-"""Constants of graphs that are no weights (position embeddings, folded rows of tables), held once in one file."""
+"""Constants of graphs that are no weights (position embeddings, folded rows of tables), once in one file."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def outside(models: Iterable[ir.Model], folder: Path) -> Iterator[None]:
     inside: dict[ir.Value, Any] = {}
     for model in models:
         for value in model.graph.initializers.values():
-            held = value.const_value
-            if held is None or isinstance(held, ir.ExternalTensor) or held.nbytes < _SMALL:
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < _SMALL:
                 continue
-            data = np.frombuffer(held.tobytes(), np.uint8)
-            key = hashlib.sha256(f"{held.dtype.name}{list(held.shape)}".encode() + data.tobytes()).hexdigest()[:32]
+            data = np.frombuffer(tensor.tobytes(), np.uint8)
+            key = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode() + data.tobytes()).hexdigest()[:32]
             contents[key] = data
             places.setdefault(key, []).append(value)
-            inside[value] = held
+            inside[value] = tensor
     if contents:
         save_file(dict(sorted(contents.items())), folder / FILE)
         stored = read_file(folder / FILE)
         for key, values in places.items():
             for value in values:
-                held, at, name = inside[value], stored[key], value.name or key
+                tensor, at, name = inside[value], stored[key], value.name or key
                 value.const_value = ir.ExternalTensor(
-                    FILE, at.offset, at.length, held.dtype, shape=held.shape, name=name, base_dir=folder
+                    FILE, at.offset, at.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
                 )
     try:
         yield
     finally:
-        for value, held in inside.items():
-            value.const_value = held
+        for value, tensor in inside.items():
+            value.const_value = tensor

@@ -14,14 +14,16 @@ from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
+from torch import nn
+from torch.export import ExportedProgram
 
 from dipgo.base.errors import DipgoError
-from export.bundle import TensorRecord
-from export.onnx.passes import drop_idle_arithmetic, mend
-from export.onnx.symbols import sizes_of
+from export.bundle import Size, TensorRecord
+from export.onnx.cache import cached, digest_of_program
+from export.onnx.passes import MEND, DropIdleArithmetic, MergeConstants
+from export.onnx.symbols import name_axes, sizes_of
 
 OPSET = 23  # from 23 on attention stays one Attention node and GroupNorm one GroupNormalization
-_SMALL = 1024  # elements
 _RULES = (
     rules.collapse_slice_rule,
     rules.collapse_slice2_rule,
@@ -32,47 +34,89 @@ _RULES = (
     rules.transpose_transpose_rule,
     rules.unsqueeze_unsqueeze_rule,
 )
+_TIDY = ir.passes.Sequential(
+    passes.RemoveUnusedNodesPass(),
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    MergeConstants(),
+    passes.CommonSubexpressionEliminationPass(),
+    passes.OutputFixPass(),
+    passes.NameFixPass(),
+)
 
 
-def convert(
-    what: str,
-    program: Any,
-    args: Sequence[Any] | None,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    optimize: bool,
-    dynamic: tuple[Any, ...] | None = None,
-) -> ir.Model:
-    """Convert an exported program, or a module with example arguments, to ONNX; :mod:`export.onnx.passes` mend it.
+def convert(what: str, program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Convert an exported program to ONNX; :mod:`export.onnx.passes` mend the graph.
 
-    With ``optimize`` the graph is simplified too, which takes its weights in memory. ``dynamic`` says which sizes of a
-    module's arguments stay symbolic, as ``torch.export.export`` takes it.
+    Its parameters are initializers without values, for :func:`export.onnx.weights.bind`. What was converted before
+    comes from the disk (:mod:`export.onnx.cache`).
 
     Raises:
         DipgoError: ``what`` has no ONNX form; the message holds the exporter's first words on it.
     """
-    try:
-        with _quiet(), torch.no_grad():
-            converted = torch.onnx.export(
-                program,
-                () if args is None else tuple(args),
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes=dynamic,
-                verbose=False,
+    names = list(inputs), list(outputs)
+    return cached(["convert", digest_of_program(program), *names], lambda: _converted(what, program, *names))
+
+
+def convert_at(
+    what: str, program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], sizes: Sequence[Size]
+) -> ir.Model:
+    """Convert a program as :func:`convert` does, simplified at these sizes of its first input."""
+
+    def make() -> ir.Model:
+        model = _converted(what, program, list(inputs), list(outputs))
+        specialise(model, inputs[0], sizes)
+        return model
+
+    key = ["convert_at", digest_of_program(program), list(inputs), list(outputs), list(sizes)]
+    return cached(key, make)
+
+
+def export_module(
+    what: str, module: nn.Module, args: Sequence[torch.Tensor], dynamic: tuple[Any, ...] | None = None
+) -> ExportedProgram:
+    """Trace a module on example arguments; ``dynamic`` says which of their sizes stay symbolic, as in torch.export.
+
+    Raises:
+        DipgoError: ``what`` cannot be traced.
+    """
+    with _exporter(what):
+        return torch.export.export(module, tuple(args), dynamic_shapes=dynamic, strict=False)
+
+
+def _converted(what: str, program: ExportedProgram, inputs: list[str], outputs: list[str]) -> ir.Model:
+    with _exporter(what):
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    model = onnx_program.model
+    passes.ClearMetadataAndDocStringPass()(model)
+    for name in program.graph_signature.parameters:
+        value = model.graph.initializers.get(name)
+        if value is not None and value.const_value is not None:
+            tensor = value.const_value
+            value.const_value = ir.ExternalTensor(
+                "unbound", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
             )
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        raise DipgoError(f"{what} has no ONNX form: {detail}") from error
-    assert converted is not None
-    model = converted.model
-    mend(model)
-    if optimize:
-        simplify(model)
+    MEND(model)
     return model
+
+
+def specialise(model: ir.Model, name: str, sizes: Sequence[Size]) -> None:
+    """Fix or name the sizes of the input ``name``, and all that follow from them, and simplify, in place.
+
+    Raises:
+        DipgoError: a size that does not follow from these.
+    """
+    name_axes(model, name, sizes)
+    simplify(model)
 
 
 def simplify(model: ir.Model) -> None:
@@ -90,28 +134,10 @@ def simplify(model: ir.Model) -> None:
 
     passes.InlinePass()(model)
     fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
-    drop_idle_arithmetic(model)
+    DropIdleArithmetic()(model)
     rewrite(model, _RULES)
     fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _merge_constants(model.graph)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.OutputFixPass()(model)
-    passes.NameFixPass()(model)
-
-
-def _merge_constants(graph: ir.Graph) -> None:
-    """Keep one of each small constant that the graph itself holds."""
-    kept: dict[tuple[Any, ...], ir.Value] = {}
-    for name, value in list(graph.initializers.items()):
-        held = value.const_value
-        if held is None or isinstance(held, ir.ExternalTensor) or held.size > _SMALL or value.is_graph_output():
-            continue
-        first = kept.setdefault((held.dtype, tuple(held.shape.numpy()), held.tobytes()), value)
-        if first is not value:
-            value.replace_all_uses_with(first)
-            del graph.initializers[name]
+    _TIDY(model)
 
 
 def tensor_record(value: ir.Value) -> TensorRecord:
@@ -126,13 +152,17 @@ def tensor_record(value: ir.Value) -> TensorRecord:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _exporter(what: str) -> Iterator[None]:
+    """Silence torch, and turn whatever it raises into one line."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)  # it warns of every torchvision operator that is not installed
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise DipgoError(f"{what} has no ONNX form: {detail}") from error
     finally:
         registration.setLevel(level)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from dipgo.graph.trace import Trace
 from export.axes import values_at
 from export.bundle import Size
-from export.onnx.convert import convert, simplify
-from export.onnx.symbols import name_axes
+from export.onnx.cache import cached, digest_of_program
+from export.onnx.convert import convert, specialise
 from export.onnx.weights import Weights, bind
 from export.plan.launches import EPSILON, LATENT
 from export.sizes import Sizes
@@ -25,7 +24,7 @@ _PREFIX = "guided.denoiser."
 
 
 @dataclass(frozen=True)
-class Tapped:
+class DenoiserGraph:
     """The whole denoiser in ONNX.
 
     Attributes:
@@ -57,8 +56,8 @@ class Tapped:
     @cached_property
     def producers(self) -> Mapping[str, ir.Node]:
         """The node that computes each output of the graph."""
-        made = {value.name: value.producer() for value in self.model.graph.outputs}
-        return {name: node for name, node in made.items() if name and node is not None}
+        nodes = {value.name: value.producer() for value in self.model.graph.outputs}
+        return {name: node for name, node in nodes.items() if name and node is not None}
 
     @cached_property
     def loop_nodes(self) -> frozenset[ir.Node]:
@@ -97,7 +96,7 @@ def feature_name(site: str, output: int) -> str:
     return f"feature.{site}" + (f"#{output}" if output else "")
 
 
-def to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> Tapped:
+def denoiser_to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> DenoiserGraph:
     """Convert a trace to ONNX (opset 23), weights left where they are.
 
     Raises:
@@ -108,27 +107,21 @@ def to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> Tapped:
         tuple(feature_name(site.name, output) for output in range(len(values)))
         for site, values in zip(trace.sites, trace.outputs, strict=True)
     )
-    model = convert(
+    symbolic = convert(
         trace.model.family.denoiser_class,
         trace.program,
-        None,
         [LATENT, "timestep", *conditions],
         [EPSILON, *(name for names in features for name in names)],
-        optimize=False,
     )
+    latent = sizes.latent(trace.model.config["in_channels"])
+
+    def make() -> ir.Model:
+        model = symbolic.clone()
+        specialise(model, LATENT, latent)
+        return model
+
+    model = cached(["denoiser", digest_of_program(trace.program), features, latent], make)
     parameters = {name: name.removeprefix(_PREFIX) for name in trace.program.graph_signature.parameters}
-    bind(model, parameters, weights.tensors, weights.root)
-    ClearMetadataAndDocStringPass()(model)
-    special = model.clone()
-    specialise(special, sizes)
-    return Tapped(trace, sizes, model, special, conditions, features)
-
-
-def specialise(model: ir.Model, sizes: Sizes) -> None:
-    """Fix or name the sizes that are symbolic, and simplify."""
-    latent = next(value for value in model.graph.inputs if value.name == LATENT)
-    assert latent.shape is not None
-    channels = latent.shape[1]
-    assert isinstance(channels, int)
-    name_axes(model, LATENT, sizes.latent(channels))
-    simplify(model)
+    for graph in (symbolic, model):
+        bind(graph, parameters, weights.tensors, weights.root)
+    return DenoiserGraph(trace, sizes, symbolic, model, conditions, features)

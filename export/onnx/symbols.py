@@ -18,35 +18,35 @@ import sympy  # type: ignore[import-untyped]
 
 from dipgo.base.errors import DipgoError
 from export.bundle import Size
-from export.onnx.arithmetic import Maker, Reads, evaluate_node, small_number, whole
+from export.onnx.arithmetic import Reads, SizeBuilder, evaluate_node, small_number, whole
 
 
-def name_axes(model: ir.Model, latent: str, wanted: Sequence[Size]) -> None:
+def name_axes(model: ir.Model, latent: str, sizes: Sequence[Size]) -> None:
     """Fix or name the sizes of the input ``latent``, and with them all sizes of the graph, in place.
 
-    ``wanted`` has a number or the name of an axis for each of its dimensions.
+    ``sizes`` has a number or the name of an axis for each of its dimensions.
 
     Raises:
         DipgoError: a size that does not follow from these.
     """
     graph = model.graph
     source = next(value for value in graph.inputs if value.name == latent)
-    found: dict[sympy.Symbol, sympy.Expr] = {}
+    values: dict[sympy.Symbol, sympy.Expr] = {}
     reads: Reads = {}
-    for position, (held, size) in enumerate(zip(_symbolic(source), wanted, strict=True)):
-        if not held.free_symbols:
+    for position, (own, size) in enumerate(zip(_symbolic(source), sizes, strict=True)):
+        if not own.free_symbols:
             continue
-        (symbol,) = held.free_symbols
-        factor = int(held.coeff(symbol))
+        (symbol,) = own.free_symbols
+        factor = int(own.coeff(symbol))
         if isinstance(size, int):
-            found[symbol] = sympy.Integer(size) / factor
+            values[symbol] = sympy.Integer(size) / factor
         else:
-            found[symbol] = _symbol(size) / factor
+            values[symbol] = _symbol(size) / factor
             reads[symbol] = (source, position, sympy.Rational(1, factor))
-    fixed = {symbol: value for symbol, value in found.items() if symbol not in reads}
+    fixed = {symbol: value for symbol, value in values.items() if symbol not in reads}
     if reads:
         _settle(graph, fixed, reads)
-    _rename(graph, found, _symbolic)
+    _rename(graph, values, _symbolic)
 
 
 def sizes_of(value: ir.Value) -> list[Size]:
@@ -80,9 +80,9 @@ def read_elsewhere(graph: ir.Graph, latent: str) -> None:
         shown = _shown(graph, axis, source)
         if shown is None:
             return
-        maker = Maker({axis: shown}, f"{node.name}.other")
-        value = maker.make([axis], one_dimensional=True)
-        graph.insert_before(node, maker.nodes)
+        builder = SizeBuilder({axis: shown}, f"{node.name}.other")
+        value = builder.build([axis], one_dimensional=True)
+        graph.insert_before(node, builder.nodes)
         node.outputs[0].replace_all_uses_with(value)
         graph.remove(node, safe=True)
     graph.inputs.remove(source)
@@ -94,10 +94,10 @@ def shape_value(graph: ir.Graph, sizes: Sequence[Size], stem: str) -> tuple[ir.V
     Raises:
         DipgoError: sizes that no input of the graph shows.
     """
-    wanted = [_parse(str(size).replace("//", "/")) for size in sizes]
-    axes = {axis for size in wanted for axis in size.free_symbols}
-    maker = Maker({axis: shown for axis in axes if (shown := _shown(graph, axis)) is not None}, stem)
-    return maker.make(wanted, one_dimensional=True), maker.nodes
+    exact = [_parse(str(size).replace("//", "/")) for size in sizes]
+    axes = {axis for size in exact for axis in size.free_symbols}
+    builder = SizeBuilder({axis: shown for axis in axes if (shown := _shown(graph, axis)) is not None}, stem)
+    return builder.build(exact, one_dimensional=True), builder.nodes
 
 
 def _shown(
@@ -120,7 +120,7 @@ def _settle(graph: ir.Graph, fixed: Mapping[sympy.Symbol, sympy.Expr], reads: Re
     def sizes(value: ir.Value) -> list[sympy.Expr]:
         return [size.subs(fixed) for size in _symbolic(value)]
 
-    maker = Maker(reads, "size")
+    builder = SizeBuilder(reads, "size")
     for node in list(graph):
         result = evaluate_node(node, known, sizes)
         if result is not None:
@@ -135,17 +135,17 @@ def _settle(graph: ir.Graph, fixed: Mapping[sympy.Symbol, sympy.Expr], reads: Re
             if node.op_type == "Reshape" and position == 1 and source is not None and source.shape is not None:
                 target = _target(target, sizes(source))  # noqa: PLW2901 - what is left of it
                 node.attributes.pop("allowzero", None)
-            made = maker.make(list(target.reshape(-1)), one_dimensional=target.ndim == 1)
-            graph.insert_before(node, maker.nodes)
-            maker.nodes.clear()
-            node.replace_input_with(position, made)
+            shape = builder.build(list(target.reshape(-1)), one_dimensional=target.ndim == 1)
+            graph.insert_before(node, builder.nodes)
+            builder.nodes.clear()
+            node.replace_input_with(position, shape)
 
 
-def _target(wanted: np.ndarray, held: Sequence[sympy.Expr]) -> np.ndarray:
+def _target(sizes: np.ndarray, source: Sequence[sympy.Expr]) -> np.ndarray:
     """Return the target of a Reshape with as few sizes in it as can be: 0 takes one over, -1 stands for the last."""
-    target = list(wanted.reshape(-1))
+    target = list(sizes.reshape(-1))
     for k, size in enumerate(target):
-        if size.free_symbols and k < len(held) and sympy.expand(size - held[k]) == 0:
+        if size.free_symbols and k < len(source) and sympy.expand(size - source[k]) == 0:
             target[k] = sympy.Integer(0)
     left = [k for k, size in enumerate(target) if size.free_symbols]
     if left and -1 not in target:
@@ -153,10 +153,10 @@ def _target(wanted: np.ndarray, held: Sequence[sympy.Expr]) -> np.ndarray:
     return np.array(target, object)
 
 
-def _split(graph: ir.Graph, node: ir.Node, size: np.ndarray, held: Sequence[sympy.Expr]) -> None:
+def _split(graph: ir.Graph, node: ir.Node, size: np.ndarray, source: Sequence[sympy.Expr]) -> None:
     """Turn a split into equal parts, whose size is known only when the graph runs, into Split by their number."""
     axis = node.attributes.get_int("axis", 0)
-    parts = {sympy.simplify(held[axis] / each) for each in size.reshape(-1)}
+    parts = {sympy.simplify(source[axis] / each) for each in size.reshape(-1)}
     count = parts.pop()
     if parts or not count.is_Integer:
         raise DipgoError(f"'{node.name}' splits a size that is not known into parts that are not equal; not supported")
@@ -203,22 +203,22 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def _rename(
-    graph: ir.Graph, found: Mapping[sympy.Symbol, sympy.Expr], read: Callable[[ir.Value], list[sympy.Expr]]
+    graph: ir.Graph, values: Mapping[sympy.Symbol, sympy.Expr], read: Callable[[ir.Value], list[sympy.Expr]]
 ) -> None:
     """Replace symbols in the shapes of all values; what holds others becomes unknown."""
-    key = tuple(found.items())
+    key = tuple(values.items())
     for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([_text(size, key) for size in read(value)])
 
 
 @lru_cache(maxsize=65536)
-def _text(size: sympy.Expr, found: tuple[tuple[sympy.Symbol, sympy.Expr], ...]) -> Size | ir.SymbolicDim:
+def _text(size: sympy.Expr, values: tuple[tuple[sympy.Symbol, sympy.Expr], ...]) -> Size | ir.SymbolicDim:
     """Return a size with symbols replaced: a number, or text that :func:`export.axes.evaluate` takes."""
-    replaced = sympy.expand(size.subs(dict(found), simultaneous=True))
+    replaced = sympy.expand(size.subs(dict(values), simultaneous=True))
     if replaced.is_Integer:
         return int(replaced)
-    if not replaced.is_polynomial() or not size.free_symbols <= {symbol for symbol, _ in found}:
+    if not replaced.is_polynomial() or not size.free_symbols <= {symbol for symbol, _ in values}:
         return ir.SymbolicDim(None)
     numerator, denominator = sympy.fraction(sympy.together(replaced))
     text = str(sympy.expand(numerator))

@@ -57,13 +57,13 @@ def bind(model: ir.Model, names: Mapping[str, str], checkpoint: Mapping[str, Sto
         if value is None:
             continue
         stored = _find(checkpoint, name)
-        wanted = value.const_value if value.const_value is not None else value
-        assert wanted.shape is not None
-        assert wanted.dtype is not None
-        if tuple(wanted.shape) != stored.shape or wanted.dtype != ir.DataType(stored.dtype.onnx):
+        expected = value.const_value if value.const_value is not None else value
+        assert expected.shape is not None
+        assert expected.dtype is not None
+        if tuple(expected.shape) != stored.shape or expected.dtype != ir.DataType(stored.dtype.onnx):
             raise DipgoError(
                 f"{stored.file}: '{name}' is {stored.dtype.safetensors} {list(stored.shape)}, the graph wants "
-                f"{wanted.dtype.name} {list(wanted.shape)}; use the checkpoint of this model, in the precision of "
+                f"{expected.dtype.name} {list(expected.shape)}; use the checkpoint of this model, in the precision of "
                 "the graph"
             )
         value.const_value = _Bytes(stored, initializer, _relative(stored.file, root))
@@ -129,12 +129,12 @@ def place(files: Iterable[Path], root: Path, folder: Path, digests: Mapping[Path
     Raises:
         DipgoError: a file outside ``root``, or a full disk.
     """
-    placed = {}
+    by_path = {}
     for file in files:
         location = _relative(file, root)
         with new_file(folder / location) as draft:
-            placed[location] = _copy(file, draft, (digests or {}).get(file))
-    return placed
+            by_path[location] = _copy(file, draft, (digests or {}).get(file))
+    return by_path
 
 
 def check_in_place(files: Iterable[Path], root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cut a graph of the loop out of the tapped denoiser.
+"""Cut a graph of the loop out of the denoiser.
 
 What other graphs or earlier launches computed becomes an input, and every node that then feeds nobody goes. Where
 backups are learned, a skipped site's output becomes Σ_j coefficient_j · cache_j, computed where it is read. A graph
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from export.graphs import RowRecord, TensorRecord
 from export.onnx.convert import tensor_record
-from export.onnx.denoiser_graph import Tapped
+from export.onnx.denoiser_graph import DenoiserGraph
 from export.onnx.symbols import read_elsewhere
 from export.plan.launches import EPSILON, LATENT
 
@@ -27,16 +27,16 @@ class Loop:
     """What all graphs of a loop have in common.
 
     Attributes:
-        tapped: the denoiser.
-        hoisted: names of the values that tables and prologues hold.
+        denoiser: the denoiser.
+        earlier: names of the values that tables and prologues compute before the loop.
         tables: those of them that are tables.
         backups: the SubNet's backup tensors by name; empty where skipped sites serve their last output as it is.
         history: how many past x and ε the solver inside the graphs combines; 0 leaves the solver to the host.
         scaled: whether the sampler scales the denoiser's input.
     """
 
-    tapped: Tapped
-    hoisted: Collection[str]
+    denoiser: DenoiserGraph
+    earlier: Collection[str]
     tables: Collection[str]
     backups: Mapping[str, np.ndarray]
     history: int
@@ -61,23 +61,23 @@ class Cut:
     reads: dict[str, tuple[str, int]]
 
 
-def cut(loop: Loop, name: str, given: Collection[str], served: Collection[str], wanted: Sequence[str]) -> Cut:
-    """Cut the graph that computes the values ``wanted``, ε among them or not, from those ``given``.
+def cut(loop: Loop, name: str, begin: Collection[str], served: Collection[str], outputs: Sequence[str]) -> Cut:
+    """Cut the graph that computes the values ``outputs``, ε among them or not, from the values ``begin``.
 
-    ``served`` are those of the given values that may come from backups: with learned ones they become a weighted sum.
+    ``served`` are those of ``begin`` that may come from backups: with learned ones they become a weighted sum.
     """
-    tapped = loop.tapped
-    conditions = set(tapped.condition_names)
-    begin = dict.fromkeys([LATENT, "timestep", *conditions, *loop.hoisted, *given])
-    graph = ir.convenience.extract(tapped.model.graph, list(begin), list(wanted))
+    denoiser = loop.denoiser
+    conditions = set(denoiser.condition_names)
+    known = dict.fromkeys([LATENT, "timestep", *conditions, *loop.earlier, *begin])
+    graph = ir.convenience.extract(denoiser.model.graph, list(known), list(outputs))
     graph.name = name
     read_elsewhere(graph, LATENT)
-    taken = [value for value in graph.inputs if value.uses() or value.is_graph_output()]
+    values = [value for value in graph.inputs if value.uses() or value.is_graph_output()]
     graph.inputs.clear()
     rows: dict[str, RowRecord] = {}
     reads: dict[str, tuple[str, int]] = {}
     editor = _Editor(graph, rows, reads)
-    for value in taken:
+    for value in values:
         key = value.name or ""
         weights = loop.backups.get(key.replace("feature.", "backup.", 1)) if key in served else None
         if key == LATENT:
@@ -86,15 +86,15 @@ def cut(loop: Loop, name: str, given: Collection[str], served: Collection[str], 
             graph.inputs.append(value)
             rows[key] = RowRecord(tensor=key)
         elif weights is not None:
-            editor.serve(value, weights, tapped.channel_axes[key])
+            editor.serve(value, weights, denoiser.channel_axes[key])
         else:
             graph.inputs.append(value)
-            if key not in conditions and key not in loop.hoisted and key != "timestep":
+            if key not in conditions and key not in loop.earlier and key != "timestep":
                 reads[key] = (key, 0)
-    if EPSILON in wanted and loop.history:
+    if EPSILON in outputs and loop.history:
         editor.solve(loop.history)
     return Cut(
-        ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo"),
+        ir.Model(graph, ir_version=denoiser.model.ir_version, producer_name="dipgo"),
         [tensor_record(value) for value in graph.inputs],
         [tensor_record(value) for value in graph.outputs],
         rows,

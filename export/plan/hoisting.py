@@ -35,7 +35,7 @@ def binding_of(sources: Iterable[str]) -> Binding:
 
 
 @dataclass(frozen=True)
-class Hoisted:
+class Hoisting:
     """What is computed before it is read: the binding time of each value by name, and who reads it.
 
     ``readers`` holds the binding times of the nodes that read the value.
@@ -49,7 +49,7 @@ class Hoisted:
         return [name for name in self.binding if reader in self.readers[name]]
 
 
-def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[Size]) -> Hoisted:
+def hoist(graph: ir.Graph, known: Iterable[str], rows: Iterable[Size]) -> Hoisting:
     """Return the values that nodes read from an earlier binding time than their own.
 
     Args:
@@ -73,7 +73,7 @@ def hoisted_values(graph: ir.Graph, known: Iterable[str], rows: Iterable[Size]) 
                 continue
             binding[value.name] = theirs
             readers.setdefault(value.name, set()).add(own)
-    return Hoisted(binding, {name: frozenset(times) for name, times in readers.items()})
+    return Hoisting(binding, {name: frozenset(times) for name, times in readers.items()})
 
 
 def _first(shape: ir.Shape) -> Size | None:
@@ -112,13 +112,13 @@ def parts(graph: ir.Graph, rows: int, loop: int, calls: int, values: Mapping[str
         if own != "constant":
             nodes[own].append(node)
     counted: set[str] = set()
-    found = []
+    counts = []
     for part in reversed(order):
         parameters = {name: size for name, size in weights_read(graph, nodes[part]).items() if name not in counted}
         counted |= parameters.keys()
-        found.append((part, sum(parameters.values()), sum(node_macs(node, values) for node in nodes[part]) // rows))
+        counts.append((part, sum(parameters.values()), sum(node_macs(node, values) for node in nodes[part]) // rows))
     times = {"table": calls, "prompt": 1, "steps": calls}
     return [
         PartRecord(part=part, parameters=size, macs=loop if part == "loop" else own * times[part])
-        for part, size, own in reversed(found)
+        for part, size, own in reversed(counts)
     ]

@@ -17,11 +17,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.graphs import PrologueRecord, RowRecord
-from export.onnx.convert import tensor_record
-from export.onnx.denoiser_graph import Tapped, specialise
+from export.onnx.convert import specialise, tensor_record
+from export.onnx.denoiser_graph import DenoiserGraph
 from export.onnx.macs import node_macs, weights_read
 from export.onnx.symbols import read_elsewhere, scale_batch
-from export.plan.hoisting import TIMESTEP, Hoisted
+from export.plan.hoisting import TIMESTEP, Hoisting
 from export.plan.launches import LATENT
 from export.sizes import Sizes
 
@@ -39,7 +39,7 @@ class Prologue:
 
 
 def cut_prologue(
-    tapped: Tapped, kind: Literal["steps", "prompt"], names: Sequence[str], hoisted: Hoisted, calls: int
+    denoiser: DenoiserGraph, kind: Literal["steps", "prompt"], names: Sequence[str], hoisting: Hoisting, calls: int
 ) -> Prologue | None:
     """Cut the prologue that computes ``names``, or None where there is nothing to compute.
 
@@ -48,79 +48,79 @@ def cut_prologue(
     if not names:
         return None
     times = calls if kind == "steps" else 1
-    batch = tapped.sizes.batch
-    images = replace(tapped.sizes, batch=batch * times) if isinstance(batch, int) else tapped.sizes
-    model = _cut(tapped, names, hoisted.read_by(kind), images)
+    batch = denoiser.sizes.batch
+    images = replace(denoiser.sizes, batch=batch * times) if isinstance(batch, int) else denoiser.sizes
+    model = _cut(denoiser, names, hoisting.read_by(kind), images)
     graph = model.graph
     if not isinstance(batch, int):
         scale_batch(model, "batch", times)
     record = PrologueRecord(
         file="",
         kind=kind,
-        macs=sum(node_macs(node, tapped.best) for node in graph) // (times * tapped.row_count),
+        macs=sum(node_macs(node, denoiser.best) for node in graph) // (times * denoiser.row_count),
         parameters=sum(weights_read(graph).values()),
         inputs=[tensor_record(value) for value in graph.inputs],
         outputs=[tensor_record(value) for value in graph.outputs],
         rows={
             value.name: RowRecord(tensor=value.name)
             for value in graph.inputs
-            if value.name and hoisted.binding.get(value.name) == "table"
+            if value.name and hoisting.binding.get(value.name) == "table"
         },
     )
     return Prologue(model, record)
 
 
-def evaluate_tables(tapped: Tapped, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
+def evaluate_tables(denoiser: DenoiserGraph, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
     """Compute values that depend on the timestep alone: ``[calls, …]`` each.
 
     They are computed in float32 whatever the graph's dtype, and stay so: who reads a row rounds it.
     """
     values: dict[str, np.ndarray] = {}
     for start in range(0, len(names), _AT_ONCE):
-        values |= _evaluate(tapped, names[start : start + _AT_ONCE], timesteps)
+        values |= _evaluate(denoiser, names[start : start + _AT_ONCE], timesteps)
     return values
 
 
-def _evaluate(tapped: Tapped, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
+def _evaluate(denoiser: DenoiserGraph, names: Sequence[str], timesteps: Sequence[float]) -> dict[str, np.ndarray]:
     import onnxruntime
 
     calls = len(timesteps)
-    model = _cut(tapped, names, (), replace(tapped.sizes, batch=calls))
+    model = _cut(denoiser, names, (), replace(denoiser.sizes, batch=calls))
     weights = _widen(model)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # with it, weights would be copied
     # Folding constants would read the file below.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
-    for name, value in held.items():
+    initializers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+    for name, value in initializers.items():
         options.add_initializer(name, value)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _ELSEWHERE).touch()  # must exist, and is not read: the weights are those above
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         proto = ir.to_proto(model).SerializeToString()
         session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    rows = np.tile(np.array(timesteps, np.float32), tapped.trace.rows)  # guidance asks for both halves
+    rows = np.tile(np.array(timesteps, np.float32), denoiser.trace.rows)  # guidance asks for both halves
     values = session.run(list(names), {"timestep": rows})
     return {name: value[:calls] for name, value in zip(names, values, strict=True)}
 
 
-def _cut(tapped: Tapped, names: Sequence[str], given: Sequence[str], sizes: Sizes) -> ir.Model:
-    """Cut the graph from what is given to ``names``, at a number of images.
+def _cut(denoiser: DenoiserGraph, names: Sequence[str], begin: Sequence[str], sizes: Sizes) -> ir.Model:
+    """Cut the graph from the values ``begin`` to ``names``, at a number of images.
 
-    In two cuts: equal values become one only when the graph is simplified, so it is then that it is cut at what is
-    given, by the names that the loop's graph has too.
+    In two cuts: equal values become one only when the graph is simplified, so it is then that it is cut at
+    ``begin``, by the names that the loop's graph has too.
     """
     # Shapes are read off latent and timestep too, until the number of images is fixed; then those inputs go unused.
-    by_row = _timestep_by_row(tapped.symbolic)
-    inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *tapped.condition_names]))
-    graph = ir.convenience.extract(tapped.symbolic.graph, inputs, list(names))
-    model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
-    specialise(model, sizes)
+    by_row = _timestep_by_row(denoiser.symbolic)
+    inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *denoiser.condition_names]))
+    graph = ir.convenience.extract(denoiser.symbolic.graph, inputs, list(names))
+    model = ir.Model(graph, ir_version=denoiser.model.ir_version, producer_name="dipgo")
+    specialise(model, LATENT, sizes.latent(denoiser.trace.model.config["in_channels"]))
     RemoveUnusedNodesPass()(model)
-    if given:
-        made = {value.name for node in graph for value in node.outputs}
-        graph = ir.convenience.extract(graph, [*inputs, *(name for name in given if name in made)], list(names))
-        model = ir.Model(graph, ir_version=tapped.model.ir_version, producer_name="dipgo")
+    if begin:
+        inside = {value.name for node in graph for value in node.outputs}
+        graph = ir.convenience.extract(graph, [*inputs, *(name for name in begin if name in inside)], list(names))
+        model = ir.Model(graph, ir_version=denoiser.model.ir_version, producer_name="dipgo")
     read_elsewhere(graph, LATENT)
     for unused in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
         graph.inputs.remove(unused)
@@ -142,17 +142,17 @@ def _widen(model: ir.Model) -> dict[str, np.ndarray]:
     """Turn a graph into a float32 one; returns the weights that lie outside it, mapped where they need no rounding."""
     weights = {}
     for name, value in model.graph.initializers.items():
-        held = value.const_value
-        if held is None:
+        tensor = value.const_value
+        if tensor is None:
             continue
-        array = np.asarray(held.numpy())
-        if held.dtype in _HALF:
+        array = np.asarray(tensor.numpy())
+        if tensor.dtype in _HALF:
             array = array.astype(np.float32)
-        if isinstance(held, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor):
             weights[name] = array
             kind = ir.DataType.from_numpy(array.dtype)
             value.const_value = ir.ExternalTensor(
-                _ELSEWHERE, 0, array.nbytes, kind, shape=held.shape, name=name, base_dir=""
+                _ELSEWHERE, 0, array.nbytes, kind, shape=tensor.shape, name=name, base_dir=""
             )
         else:
             value.const_value = ir.tensor(array, name=name)

@@ -25,9 +25,9 @@ class Allocation:
     slots: list[SlotRecord]
 
 
-def prune(launches: Sequence[Launch], kept: Mapping[Value, int]) -> list[Launch]:
-    """Leave out the writes that no launch reads, but for the values ``kept``."""
-    read = set(kept).union(*(launch.reads.values() for launch in launches))
+def prune(launches: Sequence[Launch], until: Mapping[Value, int]) -> list[Launch]:
+    """Leave out the writes that no launch reads, but for the values ``until`` names."""
+    read = set(until).union(*(launch.reads.values() for launch in launches))
     return [
         replace(launch, writes={name: value for name, value in launch.writes.items() if value in read})
         for launch in launches
@@ -37,19 +37,19 @@ def prune(launches: Sequence[Launch], kept: Mapping[Value, int]) -> list[Launch]
 def allocate(
     launches: Sequence[Launch],
     tensors: Mapping[str, TensorRecord],
-    given: Sequence[Value] = (),
-    kept: Mapping[Value, int] | None = None,
+    initial: Sequence[Value] = (),
+    until: Mapping[Value, int] | None = None,
     largest: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Allocate slots greedily by lifetime.
 
     Args:
         tensors: what each value is, by its name.
-        given: values that are there before the first launch.
-        kept: values that must stay readable up to a launch, by its number, whether or not it reads them.
+        initial: values that are there before the first launch.
+        until: values that must stay readable up to a launch, by its number, whether or not it reads them.
         largest: values of the axes, at which bytes are counted.
     """
-    last = dict(kept or {})
+    last = dict(until or {})
     for number, launch in enumerate(launches):
         for value in launch.reads.values():
             last[value] = max(number, last.get(value, 0))
@@ -60,15 +60,15 @@ def allocate(
 
     def place(value: Value, number: int) -> None:
         tensor = tensors[value[0]]
-        wanted = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=bytes_of(tensor, largest))
-        slot = next((k for k, held in enumerate(slots) if held == wanted and free_from[k] <= number), len(slots))
+        record = SlotRecord(dtype=tensor.dtype, shape=tensor.shape, bytes=bytes_of(tensor, largest))
+        slot = next((k for k, slot in enumerate(slots) if slot == record and free_from[k] <= number), len(slots))
         if slot == len(slots):
-            slots.append(wanted)
+            slots.append(record)
             free_from.append(0)
         free_from[slot] = last[value] + 1
         slot_of[value] = slot
 
-    for value in given:
+    for value in initial:
         place(value, 0)
     for number, launch in enumerate(launches):
         for value in launch.writes.values():

@@ -14,7 +14,7 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.model.families import family_of
 from dipgo.model.models import architectures, find_model
 from dipgo.searching.task import make_task
-from export.components import own_weights
+from export.component_weights import own_weights
 from tests import zoo
 
 # DiP-GO's figures, tables 1 to 4 and 8. All but DiT's leave out the products inside attention; PixArt's count guidance.

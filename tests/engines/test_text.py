@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.model.models import find_model
 from engines.pipeline.text import TextEncoder
-from export.components import components_of, weights_of
+from export.component_weights import weights_of
+from export.components import components_of
 from export.text import text_to_onnx
 from tests import zoo
 

@@ -16,16 +16,10 @@ from tokenizers import Tokenizer
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
-from export.components import (
-    VAE,
-    component_dtype,
-    components_of,
-    decoder_to_onnx,
-    empty_component,
-    parameters_of,
-    weights_of,
-)
+from export.component_weights import weights_of
+from export.components import VAE, component_dtype, components_of, empty_component, parameters_of
 from export.converted import prepare
+from export.decoder import decoder_to_onnx
 from export.text import text_to_onnx
 from tests import zoo
 

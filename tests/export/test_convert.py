@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser
 from dipgo.model.models import find_model
-from export.onnx.convert import convert, simplify
-from export.onnx.passes import mend
+from export.onnx.convert import convert, convert_at, export_module, simplify
+from export.onnx.passes import MEND
 from tests import zoo
 
 PREFIX = "guided.denoiser."
@@ -44,9 +44,7 @@ def convert_in(model, kind, guidance, dtype):
     traced = zoo.trace(kind, guidance=guidance, dtype=dtype)
     conditions = list(model.family.example(model.config, 1))
     features = [f"feature.{index}" for index in range(sum(map(len, traced.outputs)))]
-    symbolic = convert(
-        "denoiser", traced.program, None, ["latent", "timestep", *conditions], ["epsilon", *features], optimize=False
-    )
+    symbolic = convert("denoiser", traced.program, ["latent", "timestep", *conditions], ["epsilon", *features])
     file = model.weights_files[0]
     if dtype != torch.float32:
         weights = {name: value.to(dtype) for name, value in load_file(file).items()}
@@ -215,7 +213,8 @@ class _Tiny(torch.nn.Module):
 
 
 def test_tiny_addends_and_idle_squeezes():
-    model = convert("tiny", _Tiny().eval(), [torch.ones(2, 3)], ["x"], ["a", "b", "c"], optimize=True)
+    program = export_module("tiny", _Tiny().eval(), [torch.ones(2, 3)])
+    model = convert_at("tiny", program, ["x"], ["a", "b", "c"], (2, 3))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -230,6 +229,6 @@ def test_tiny_addends_and_idle_squeezes():
 def test_mending_twice_changes_nothing(converted):
     _, symbolic, _ = converted("pixart-512", 4.0)
     before = [node.op_type for node in symbolic.graph]
-    mend(symbolic)
+    MEND(symbolic)
     assert [node.op_type for node in symbolic.graph] == before
     assert "Expand" in before

@@ -7,7 +7,7 @@ from torch import nn
 
 from export.compiler import write_bundle
 from export.config import ExportConfig
-from export.onnx.convert import convert, simplify
+from export.onnx.convert import convert, export_module, simplify
 from export.plan.layouts import LAYOUTS
 from tests import zoo
 from tests.models import random_subnet
@@ -47,7 +47,7 @@ def test_the_parser_would_say_so(tmp_path):
             a, b = x.chunk(2, -1)
             return a * b
 
-    model = convert("halves", Halves().eval(), [torch.ones(2, 8)], ["x"], ["y"], optimize=False)
+    model = convert("halves", export_module("halves", Halves().eval(), [torch.ones(2, 8)]), ["x"], ["y"])
     ir.save(model, tmp_path / "raw.onnx")
     assert any("Sequence" in problem for problem in problems(tmp_path / "raw.onnx"))
     simplify(model)
