@@ -16,7 +16,8 @@ from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from export.bundle import open_bundle
 from export.compiler import compile_subnet, prepare, write_bundle
-from export.components import components_of, weights_of
+from export.component_weights import weights_of
+from export.components import components_of
 from export.config import ExportConfig
 from export.converted import cache_folder
 from tests import zoo
@@ -39,8 +40,8 @@ def converted(model, dtype):
     prepared = zoo.converted(zoo.trace("dit", dtype=dtype))
     parts = (model.family.component, *components_of(model))
     weights = [weights_of(model, part, dtype, cache_folder(model)) for part in parts]
-    tapped = replace(prepared.tapped, trace=replace(prepared.trace, model=model))
-    return replace(prepared, tapped=tapped, weights=weights)
+    denoiser = replace(prepared.denoiser, trace=replace(prepared.trace, model=model))
+    return replace(prepared, denoiser=denoiser, weights=weights)
 
 
 def compiled(model, folder, options=ExportConfig(), dtype=torch.float32, seed=0, force=False):
