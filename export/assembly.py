@@ -14,8 +14,7 @@ from dipgo.base.dtypes import Dtype
 from dipgo.graph.liveness import plan
 from dipgo.graph.trace import Trace
 from dipgo.model.sampler import Sampler
-from dipgo.schedule.backup_names import backup_name
-from dipgo.schedule.cost import is_silent
+from dipgo.schedule.schedule import backup_outputs
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
@@ -94,18 +93,18 @@ class Assembly:
         features = {name for names in self.prepared.tapped.features for name in names}
         outputs = [value for value in self.prepared.tapped.model.graph.outputs if value.name in features]
         largest = values_at(self.prepared.sizes.axes, "max")
-        return self.subnet.terms * sum(bytes_of(tensor_record(value), largest) for value in outputs)
+        return self.subnet.schedule.history * sum(bytes_of(tensor_record(value), largest) for value in outputs)
 
 
 def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
     """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots."""
-    traced, tapped, learned = prepared.trace, prepared.tapped, bool(subnet.weights)
+    traced, tapped, schedule = prepared.trace, prepared.tapped, subnet.schedule
 
     def live_sites(row: np.ndarray, wanted: Iterable[int]) -> set[int]:
         return traced.live_sites(row, {*wanted, *np.flatnonzero(row)})  # graphs compute what they compute
 
-    plans = plan(subnet.gates, subnet.terms, live_sites)
-    launched = [step for step, row in enumerate(subnet.gates) if step == 0 or not is_silent(traced, row, learned)]
+    plans = plan(schedule.gates, schedule.history, live_sites)
+    launched = schedule.launches(traced)
     solver = recurrence(sampler, launched)
     tables = {
         **prepared.tables(sampler.timesteps),
@@ -117,7 +116,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         tapped,
         hoisted,
         [name for name in hoisted if prepared.hoisted.binding[name] == "table"],
-        subnet.weights,
+        schedule.backups,
         solver.history if solver else 0,
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
@@ -135,15 +134,13 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
 
 def _backup_tables(subnet: SubNet, traced: Trace) -> dict[str, np.ndarray]:
     """Return the backup weights with the rows of computed steps filled in: the output that was just computed."""
-    tables = {}
-    for index, site in enumerate(subnet.sites):
-        for output in range(len(traced.outputs[index])):
-            array = subnet.weights.get(backup_name(site.name, output))
-            if array is not None:
-                table = array.copy()
-                table[subnet.gates[:, index]] = 0
-                table[subnet.gates[:, index], 0] = 1
-                tables[backup_name(site.name, output)] = table
+    tables, gates = {}, subnet.gates
+    for name, site, _ in backup_outputs(traced):
+        if name in subnet.schedule.backups:
+            table = subnet.schedule.backups[name].copy()
+            table[gates[:, site]] = 0
+            table[gates[:, site], 0] = 1
+            tables[name] = table
     return tables
 
 

@@ -107,7 +107,7 @@ def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path, monkeypatc
     command += [*quick, "--set=backup_iterations=0", "--set=drops_on=1", "--set=pool=0"]
     code, _, err = run(monkeypatch, capsys, *command, "-o", tmp_path / "s.json")
     assert code == 0, err
-    assert "given 1" in load_subnet(tmp_path / "s.json").search["held_out_psnr_db"]
+    assert "given 1" in load_subnet(tmp_path / "s.json").search.held_out_psnr_db
 
 
 @pytest.mark.parametrize("negative", [None, "blue"])
@@ -144,8 +144,7 @@ def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
     subnet = load_subnet(output)
     one_site = subnet.sites[0].macs / subnet.cost.full
     assert 0.6 - one_site <= subnet.cost.ratio <= 0.6
-    scores = subnet.search["held_out_psnr_db"]
-    assert scores[subnet.search["chosen"]] == max(scores.values())
+    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
 
 
 def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monkeypatch, capsys):
@@ -176,7 +175,7 @@ def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monke
     config = read_recipe(file, ["search.sharpness=3"], WiderRecipe).search
     assert config.sharpness == 3
     small = {"held_out": 2, "drops": 0, "drops_on": 1, "contenders": 1, "trial_iterations": 0, "backup_iterations": 0}
-    assert search(task, config.changed(**small)).search["settings"]["sharpness"] == 3
+    assert search(task, config.changed(**small)).search.settings["sharpness"] == 3
 
 
 def test_help_names_every_command(monkeypatch, capsys):

@@ -149,7 +149,7 @@ def bundle(
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
     digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.size, traced.free, size, whole)).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
-    for name, weights in sorted(subnet.weights.items()):
+    for name, weights in sorted(subnet.schedule.backups.items()):
         digest.update(repr((name, weights.shape)).encode() + weights.tobytes())
     dtype = str(traced.dtype).removeprefix("torch.")
     batch_name = str(batch).replace(":", "-")

@@ -21,6 +21,9 @@ from dipgo.model.models import Model
 from dipgo.model.prompts import read_prompts
 from dipgo.model.sampler import Sampler, make_scheduler, tabulate
 from dipgo.model.vae import to_vae
+from dipgo.schedule.schedule import Schedule
+from dipgo.schedule.search_record import SearchRecord
+from dipgo.schedule.subnet import SubNet, make_subnet
 from dipgo.searching.distributed import ALONE, Processes
 
 
@@ -64,6 +67,10 @@ class Task:
     def with_trajectory(self, **changes: Any) -> Task:
         """Return the same task with attributes of its trajectory changed: ``precision``, ``recompute``, …"""
         return replace(self, trajectory=replace(self.trajectory, **changes))
+
+    def subnet(self, schedule: Schedule, **record: Any) -> SubNet:
+        """Return the SubNet that a canonical schedule is here; ``record`` is what its search record says."""
+        return make_subnet(self.trace, self.identity, schedule, SearchRecord(**record))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes.
@@ -214,10 +221,10 @@ class Pool:
             if not self.rows:
                 self._chunks.clear()
             seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            drawn = self.task.sampling.draw(self.depth * self.columns, seed)
+            images_of_all = self.task.sampling.draw(self.depth * self.columns, seed)
             places = torch.arange(self.depth * self.columns).view(self.depth, self.columns)
             first = self.processes.rank * self.batch
-            own = select(drawn, places[:, first : first + self.batch].flatten())
+            own = select(images_of_all, places[:, first : first + self.batch].flatten())
             latents = self.task.trajectory.full(own.noise, own.conditions)
             images = [
                 _Image(select(own, torch.tensor([index])), [latent[index : index + 1] for latent in latents])
@@ -234,7 +241,7 @@ class _Image:
 
 
 def _join(batches: list[Batch]) -> Batch:
-    """Stack batches of one image each; the halves of their conditions stay halves."""
+    """Stack batches of one image each; the conditions of each pass of guidance stay together."""
     conditions = {
         name: torch.stack([batch.conditions[name] for batch in batches], dim=1).flatten(0, 1)
         for name in batches[0].conditions

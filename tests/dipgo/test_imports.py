@@ -17,7 +17,7 @@ from dipgo.eager.gating import gated
 from dipgo.importers.deepcache import full_steps, read_deepcache
 from dipgo.importers.importer import apply, import_subnet, read_schedule
 from dipgo.model.sampler import make_scheduler, tabulate
-from dipgo.schedule.cost import cost_of
+from dipgo.schedule.search_record import Cost
 from dipgo.schedule.subnet import load_subnet
 from tests import zoo
 from tests.dipgo.test_sampler import BASE
@@ -108,7 +108,7 @@ def test_both_forms_give_one_subnet_and_what_nobody_reads_is_off(tmp_path, block
             given = gates[step, [MODULES.index(site.name) for site in subnet.sites]]
             assert blocks.live_sites(row) == blocks.live_sites(given)
             assert set(np.flatnonzero(row)) <= blocks.live_sites(row, range(len(row)))
-        assert subnet.cost == cost_of(blocks, subnet.gates)
+        assert subnet.cost == Cost.of(subnet.schedule, blocks.macs)
 
 
 class Reduced:
@@ -361,7 +361,7 @@ def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path, monkeypatch,
     assert "a step mask: 10 of 20 gates, 2 signatures, 2 empty steps; keeps 50.00%" in out
     subnet = load_subnet(output)
     assert subnet.sampler.guidance_scale == 4.0
-    assert subnet.search["file"] == "mask.json"
+    assert subnet.search.file == "mask.json"
     code, out, err = run(monkeypatch, capsys, "import", path, "--model", tiny_dit, "-o", output)
     assert (code, "--force" in err) == (2, True)
 
