@@ -106,7 +106,7 @@ def task(
 ) -> Task:
     """Return a search's task with a pipeline of its own; the trace is shared. ``options`` are those of make_task."""
     traced = trace(kind, sites, guidance)
-    return make_task(traced.model, steps, sampler, guidance_scale=traced.guidance_scale, traced=traced, **options)
+    return make_task(traced.model, steps, sampler, traced, traced.guidance_scale, **options)
 
 
 @cache

@@ -32,7 +32,7 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching import judge as noise
 from dipgo.searching.context import drift_of
 from dipgo.searching.run_folder import Run
-from dipgo.searching.task import Task, make_task
+from dipgo.searching.task import Choices, Task, make_task
 from export.compiler import check_model
 
 PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
@@ -220,7 +220,8 @@ def main(words: Words | None = None) -> None:
     first, model = searched[0], find_model(searched[0].model.name)
     check_same([*searched, *paper], model)
     sampler, sites = first.sampler, ",".join(site.name for site in first.sites)
-    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, prompts=options.prompts)
+    choices = Choices(options.prompts)
+    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, choices=choices)
     judge = Judge(task, options.images, options.converged)
     table = []
     for cell in cells(judge, searched, paper, earlier):

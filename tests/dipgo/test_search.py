@@ -20,7 +20,7 @@ from dipgo.searching.losses import final_latent, psnr
 from dipgo.searching.pruner import Pruner, straight_through
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool
+from dipgo.searching.task import Choices, Pool
 from dipgo.searching.training_loop import Descent, Training
 from tests import zoo
 
@@ -215,7 +215,7 @@ def test_learning_begins_no_worse_than_the_fixed_schedule_of_the_same_gates(task
 
 def test_a_subnet_says_what_it_was_searched_on(task):
     config = TINY.changed(backup_iterations=0, drops=0)
-    one_class = zoo.task("dit", STEPS, classes="1")
+    one_class = zoo.task("dit", STEPS, choices=Choices(classes="1"))
     first, second = (search(part, config) for part in (task, one_class))
     start = search(task, config, starts=[first])
     choices = first.search.choices
