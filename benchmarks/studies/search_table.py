@@ -184,7 +184,7 @@ def load_folder(folder: Path) -> list[SubNet]:
     subnets = [load_subnet(path) for path in sorted(folder.glob("*.json")) if path.stem[:1].isdigit()]
     if not subnets:
         raise DipgoError(f"{folder}: no SubNet in it; write some with dipgo search --budget 0.5,0.25 -o {folder}")
-    return sorted(subnets, key=lambda subnet: -subnet.search.budget or 0.0)
+    return sorted(subnets, key=lambda subnet: -(subnet.search.budget or 0.0))
 
 
 def read_table(path: Path) -> TableRecord:

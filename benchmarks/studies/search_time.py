@@ -62,7 +62,7 @@ def times(subnets: Sequence[SubNet], run: Path) -> list[SearchTime]:
     """Return what the journal of a run and the SubNets that it found tell of each budget, the largest first."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     found = []
-    for subnet in sorted(subnets, key=lambda subnet: -subnet.search.budget or 0.0):
+    for subnet in sorted(subnets, key=lambda subnet: -(subnet.search.budget or 0.0)):
         budget, record = subnet.search.budget or 0.0, subnet.search
         own = [line for line in lines if line["phase"].split("-")[1] == f"{budget:g}"]
         found.append(
