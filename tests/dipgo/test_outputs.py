@@ -152,7 +152,7 @@ def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path, monke
         )
         return measured[-1]
 
-    monkeypatch.setattr("benchmarks.studies.latency.measure_latency", measure)
+    monkeypatch.setattr("benchmarks.latency.measure_latency", measure)
     options = {"cost": "latency", "run_folder": tmp_path / "run"}
     with pytest.raises(Stopped):
         ask(tiny_dit, tmp_path / "s.json", report=stopping("backups-0.6"), **options)
