@@ -67,7 +67,7 @@ def once(name: str, make: Callable[[Path], Any]) -> Path:
 
 def pipeline(kind: str) -> str:
     """Return the folder of a small diffusers pipeline with random weights."""
-    return str(once(f"pipelines/{kind}", PIPELINES[kind]))
+    return str(once(f"pipelines/tiny-{kind}", PIPELINES[kind]))
 
 
 def model(kind: str) -> Model:
