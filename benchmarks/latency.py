@@ -14,11 +14,8 @@ import numpy as np
 from benchmarks.environment import cpu_model
 from benchmarks.progress import Progress, silent
 from dipgo.graph.latency import LatencyProfile, SiteLatency
-from dipgo.graph.liveness import canonical
 from dipgo.model.sampler import make_scheduler
-from dipgo.schedule.cost import is_silent
-from dipgo.schedule.policies import Policy
-from dipgo.searching.search import policy_subnet
+from dipgo.schedule.schedule import Schedule
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
@@ -39,15 +36,15 @@ def measure_latency(
     gates[2 : count + 2][np.eye(count, dtype=bool)] = False
     gates[count + 2] = False
     gates[count + 2, trace.output_sites()] = True
-    gates = canonical(gates, 1, trace.live_sites)
-    own = task.with_sampler(make_scheduler("ddim", task.pipe.scheduler), len(gates))
-    subnet = policy_subnet(own, Policy("latency profile", gates, {}))
+    schedule = Schedule(gates).canonical(trace)
+    own = task.with_sampler(make_scheduler("ddim", task.pipe.scheduler), schedule.calls)
+    subnet = own.subnet(schedule, method="latency profile")
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(prepare(trace), subnet, own.sampler, Path(folder) / "bundle")
         seconds = _step_seconds(Path(folder) / "bundle", repeats, threads, progress)
 
-    measured = [step for step in range(1, len(gates)) if not is_silent(trace, gates[step], learned=False)]
-    rows = np.column_stack([np.ones(len(measured)), gates[measured]])
+    measured = schedule.launches(trace)[1:]
+    rows = np.column_stack([np.ones(len(measured)), schedule.gates[measured]])
     solved = np.linalg.lstsq(rows, np.median(seconds, axis=0)[measured], rcond=None)[0].clip(min=0)
     base, *sites = (int(value * 1e9) for value in solved)
     return LatencyProfile(

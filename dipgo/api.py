@@ -185,7 +185,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
     from dipgo.searching.distributed import processes
     from dipgo.searching.run_folder import begun_with
     from dipgo.searching.search import sweep
-    from dipgo.searching.task import make_task
+    from dipgo.searching.task import Choices, make_task
 
     profile = None if config.cost in ("macs", "latency") else read_profile(Path(config.cost))
     starts = [load_subnet(file) for file in config.start]
@@ -200,8 +200,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
             config.sites,
             config.guidance,
             device=config.device,
-            prompts=config.prompts,
-            classes=config.classes,
+            choices=Choices(config.prompts, config.classes),
         )
 
     def measured() -> LatencyProfile:

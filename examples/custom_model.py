@@ -9,8 +9,7 @@ from pathlib import Path
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import dipgo
-from dipgo.schedule.policies import policies
-from dipgo.searching.search import policy_subnet
+from dipgo.schedule.fixed_schedules import Rule, spaced
 from dipgo.searching.task import make_task
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/custom_model")
@@ -25,7 +24,8 @@ DDIMPipeline(unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "m
 
 model = dipgo.find_model(str(folder / "model"))
 task = make_task(model, steps=10, sites="down_blocks.*,mid_block,up_blocks.*")
-subnet = policy_subnet(task, policies(task.trace, task.sampler.calls, budget=0.5)[0])
+rule = Rule()
+subnet = task.subnet(spaced(task.trace.macs, task.sampler.calls, 0.5, rule), method=rule.name)
 dipgo.export(subnet, folder / "bundle", force=True)
 with dipgo.load(folder / "bundle") as pipe:
     pipe(batch_size=1, generator=0).images[0].save(folder / "image.png")

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 import dipgo
-from dipgo.schedule.policies import policies
-from dipgo.searching.search import policy_subnet
+from dipgo.schedule.fixed_schedules import Rule, spaced
 from dipgo.searching.task import make_task
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/drop_in")
 model = dipgo.find_model("digits-dit")
 task = make_task(model, steps=20)
-subnet = policy_subnet(task, policies(task.trace, task.sampler.calls, budget=0.5)[0])  # by rule, for want of a search
+rule = Rule()  # for want of a search
+subnet = task.subnet(spaced(task.trace.macs, task.sampler.calls, 0.5, rule), method=rule.name)
 dipgo.export(subnet, folder / "bundle", force=True)
 
 pipe = task.pipe  # any DiffusionPipeline.from_pretrained(…) of the model

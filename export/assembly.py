@@ -14,8 +14,7 @@ from dipgo.base.dtypes import Dtype
 from dipgo.graph.liveness import plan
 from dipgo.graph.trace import Trace
 from dipgo.model.sampler import Sampler
-from dipgo.schedule.backup_names import backup_name
-from dipgo.schedule.cost import is_silent
+from dipgo.schedule.schedule import backup_outputs
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
 from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
@@ -91,22 +90,22 @@ class Assembly:
 
     @property
     def naive_cache_bytes(self) -> int:
-        """What the cache would take if the last outputs of every site were until."""
+        """What the cache would take if the last outputs of every site were kept."""
         features = {name for names in self.prepared.denoiser.features for name in names}
         outputs = [value for value in self.prepared.denoiser.model.graph.outputs if value.name in features]
         largest = values_at(self.prepared.sizes.axes, "max")
-        return self.subnet.terms * sum(bytes_of(tensor_record(value), largest) for value in outputs)
+        return self.subnet.schedule.history * sum(bytes_of(tensor_record(value), largest) for value in outputs)
 
 
 def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
     """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots."""
-    traced, denoiser, learned = prepared.trace, prepared.denoiser, bool(subnet.weights)
+    traced, denoiser, schedule = prepared.trace, prepared.denoiser, subnet.schedule
 
     def live_sites(row: np.ndarray, sites: Iterable[int]) -> set[int]:
         return traced.live_sites(row, {*sites, *np.flatnonzero(row)})  # graphs compute what they compute
 
-    plans = plan(subnet.gates, subnet.terms, live_sites)
-    launched = [step for step, row in enumerate(subnet.gates) if step == 0 or not is_silent(traced, row, learned)]
+    plans = plan(schedule.gates, schedule.history, live_sites)
+    launched = schedule.launches(traced)
     solver = recurrence(sampler, launched)
     tables = {
         **prepared.tables(sampler.timesteps),
@@ -118,7 +117,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         denoiser,
         earlier,
         [name for name in earlier if prepared.hoisting.binding[name] == "table"],
-        subnet.weights,
+        schedule.backups,
         solver.history if solver else 0,
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
@@ -136,15 +135,13 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
 
 def _backup_tables(subnet: SubNet, traced: Trace) -> dict[str, np.ndarray]:
     """Return the backup weights with the rows of computed steps filled in: the output that was just computed."""
-    tables = {}
-    for index, site in enumerate(subnet.sites):
-        for output in range(len(traced.outputs[index])):
-            array = subnet.weights.get(backup_name(site.name, output))
-            if array is not None:
-                table = array.copy()
-                table[subnet.gates[:, index]] = 0
-                table[subnet.gates[:, index], 0] = 1
-                tables[backup_name(site.name, output)] = table
+    tables, gates = {}, subnet.gates
+    for name, site, _ in backup_outputs(traced):
+        if name in subnet.schedule.backups:
+            table = subnet.schedule.backups[name].copy()
+            table[gates[:, site]] = 0
+            table[gates[:, site], 0] = 1
+            tables[name] = table
     return tables
 
 

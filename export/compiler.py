@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
@@ -15,13 +13,10 @@ from safetensors.numpy import save_file
 from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of
-from dipgo.graph.liveness import canonical
 from dipgo.graph.trace import Trace, trace
 from dipgo.model.families import latent_size
 from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler, tabulate
-from dipgo.schedule.backup_names import backup_name
-from dipgo.schedule.cost import cost_of
 from dipgo.schedule.subnet import SubNet, save_subnet
 from export.assembly import assemble
 from export.bundle import (
@@ -195,17 +190,8 @@ def scheduler_of(subnet: SubNet) -> Any:
 
 
 def normalise(subnet: SubNet, traced: Trace) -> SubNet:
-    """Return the canonical form: dead gates off, weights of missing terms zero, cost as the graph has it."""
-    gates = canonical(subnet.gates, subnet.terms, traced.live_sites)
-    weights = {name: array.copy() for name, array in subnet.weights.items()}
-    computed_before = np.cumsum(gates, axis=0) - gates
-    for index, site in enumerate(subnet.sites):
-        for output in range(len(traced.outputs[index])):
-            array = weights.get(backup_name(site.name, output))
-            if array is not None:
-                for term in range(subnet.terms):
-                    array[computed_before[:, index] <= term, term] = 0
-    return replace(subnet, gates=gates, weights=weights, cost=cost_of(traced, gates, bool(weights)))
+    """Return the canonical form: dead gates off, weights of missing outputs zero, cost as the graph has it."""
+    return subnet.under(subnet.schedule.canonical(traced), traced)
 
 
 def sites_of(subnet: SubNet) -> str:

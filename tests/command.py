@@ -7,14 +7,13 @@ import io
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 from dipgo.cli.main import main
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     code: int
     out: str
     err: str

@@ -43,9 +43,9 @@ from transformers import (
 
 from dipgo.graph.trace import Trace
 from dipgo.model.sampler import Sampler
-from dipgo.schedule.backup_names import backup_name
-from dipgo.schedule.cost import cost_of
-from dipgo.schedule.subnet import SubNet
+from dipgo.schedule.schedule import Schedule, backup_outputs
+from dipgo.schedule.search_record import SearchRecord
+from dipgo.schedule.subnet import SubNet, make_subnet
 
 
 def _stirred(module: nn.Module) -> nn.Module:
@@ -290,19 +290,14 @@ def tiny_sana(folder: Path) -> str:
 def random_subnet(
     trace: Trace, sampler: Sampler, seed: int, keep: float = 0.5, terms: int = 1, channels: int | None = None
 ) -> SubNet:
-    """Draw gates, and with ``channels`` backup weights: scalars (0), per channel (1), per half of guidance too (2)."""
+    """Draw gates, and with ``channels`` backup weights: scalars (0), per channel (1), per pass of guidance too (2)."""
     generator = np.random.default_rng(seed)
     gates = generator.random((sampler.calls, len(trace.sites))) < keep
     gates[0] = True
     weights: dict[str, np.ndarray] = {}
-    if channels is not None:
-        for site, outputs in zip(trace.sites, trace.outputs, strict=True):
-            for output, name in enumerate(outputs):
-                width = [trace.shape(name, 1)[site.channel_axis]] if channels else []
-                halves = [2] if channels == 2 and trace.guidance_scale > 1 else []
-                drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *halves, *width))
-                weights[backup_name(site.name, output)] = drawn.astype(np.float32)
-    identity = sampler.identity(trace.guidance_scale)
-    return SubNet(
-        trace.model.identity(), identity, trace.sites, gates, cost_of(trace, gates, bool(weights)), terms, weights
-    )
+    for name, site, node in backup_outputs(trace) if channels is not None else ():
+        width = [trace.shape(node, 1)[trace.sites[site].channel_axis]] if channels else []
+        passes = [2] if channels == 2 and trace.guidance_scale > 1 else []
+        drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *passes, *width))
+        weights[name] = drawn.astype(np.float32)
+    return make_subnet(trace, sampler.identity(trace.guidance_scale), Schedule(gates, weights), SearchRecord())

@@ -28,16 +28,6 @@ from tests.models import random_subnet
 SEARCH = ("search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "OUT")
 
 
-def run(monkeypatch, capsys, *args):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["dipgo", *map(str, args)])
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # the command sets it
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    captured = capsys.readouterr()
-    return exited.value.code, captured.out, captured.err
-
-
 @pytest.fixture(scope="module")
 def task():
     return zoo.task("dit", 4)
@@ -68,55 +58,55 @@ def prompted(tmp_path_factory):
     return task.pipe, subnet, folder / "bundle"
 
 
-def test_export_verify_run_inspect(bundle, tmp_path, monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "verify", bundle)
+def test_export_verify_run_inspect(bundle, tmp_path):
+    code, out, _ = dipgo("verify", bundle)
     assert code == 0
     assert out.startswith("parity holds: relative error")
-    code, out, _ = run(monkeypatch, capsys, "run", bundle, "--class", "dog", "-n", 3, "-o", tmp_path / "x.png")
+    code, out, _ = dipgo("run", bundle, "--class", "dog", "-n", 3, "-o", tmp_path / "x.png")
     assert code == 0
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (32, 32)  # three pictures of 16x16, two by two
-    code, out, _ = run(monkeypatch, capsys, "inspect", bundle)
+    code, out, _ = dipgo("inspect", bundle)
     assert code == 0
     assert "transformer_blocks.1.ff" in out
     assert "slots" in out
 
 
 @pytest.mark.parametrize(("given", "written"), [("a_0.5", "a_0.5.png"), ("b.PNG", "b.PNG"), ("c.jpg", "c.jpg.png")])
-def test_pictures_keep_the_name_that_they_are_given(bundle, tmp_path, monkeypatch, capsys, given, written):
-    code, out, err = run(monkeypatch, capsys, "run", bundle, "--class", "dog", "-o", tmp_path / given)
+def test_pictures_keep_the_name_that_they_are_given(bundle, tmp_path, given, written):
+    code, out, err = dipgo("run", bundle, "--class", "dog", "-o", tmp_path / given)
     assert code == 0, err
     assert [path.name for path in tmp_path.iterdir()] == [written]
     assert written in out
 
 
-def test_merged_graphs_are_told_by_share(prompted, tmp_path, monkeypatch, capsys):
+def test_merged_graphs_are_told_by_share(prompted, tmp_path):
     """The bundle has another size than the search had, so MACs in all are not to be compared."""
     subnet_file = prompted[-1].parent / "subnet.json"
     command = ["export", subnet_file, "--size", 32, "--max-graphs", 1, "--denoiser", "-o", tmp_path / "one"]
-    code, out, err = run(monkeypatch, capsys, *command)
+    code, out, err = dipgo(*command)
     assert code == 0, err
     told = re.fullmatch(r"graphs: 1, (.*)% of the MACs; the SubNet: (.*)%", out.splitlines()[0])
     assert told
     assert float(told[2]) < float(told[1]) <= 100
 
 
-def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path, monkeypatch, capsys):
+def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path):
     command = ["search", tiny_dit, "--steps", 4, "--budget", 1, "--start", subnet_file]
     quick = [f"--set={setting}" for setting in ("drops=0", "contenders=1", "trial_iterations=0", "held_out=2")]
     command += [*quick, "--set=backup_iterations=0", "--set=drops_on=1", "--set=pool=0"]
-    code, _, err = run(monkeypatch, capsys, *command, "-o", tmp_path / "s.json")
+    code, _, err = dipgo(*command, "-o", tmp_path / "s.json")
     assert code == 0, err
-    assert "given 1" in load_subnet(tmp_path / "s.json").search["held_out_psnr_db"]
+    assert "given 1" in load_subnet(tmp_path / "s.json").search.held_out_psnr_db
 
 
 @pytest.mark.parametrize("negative", [None, "blue"])
-def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, monkeypatch, capsys, negative):
+def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, negative):
     pipe, subnet, bundle = prompted
-    code, out, _ = run(monkeypatch, capsys, "verify", bundle)
+    code, out, _ = dipgo("verify", bundle)
     assert code == 0, out
     arguments = ["run", bundle, "--prompt", "a red fox", "-n", 2, "--seed", 3, "-o", tmp_path / "x.png"]
-    code, out, _ = run(monkeypatch, capsys, *arguments, *(["--negative", negative] if negative else []))
+    code, out, _ = dipgo(*arguments, *(["--negative", negative] if negative else []))
     assert code == 0, out
     pipe.set_progress_bar_config(disable=True)
     with gated(pipe.unet, subnet):
@@ -136,19 +126,18 @@ def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, monkeypat
     assert expected.std() > 1
 
 
-def test_search_keeps_the_budget(tiny_dit, tmp_path, monkeypatch, capsys):
+def test_search_keeps_the_budget(tiny_dit, tmp_path):
     output = tmp_path / "s.json"
     arguments = ("search", tiny_dit, "--steps", 5, "--budget", 0.6, "--preset", "quick", "-o", output)
-    code, out, _ = run(monkeypatch, capsys, *arguments)
+    code, out, _ = dipgo(*arguments)
     assert code == 0, out
     subnet = load_subnet(output)
     one_site = subnet.sites[0].macs / subnet.cost.full
     assert 0.6 - one_site <= subnet.cost.ratio <= 0.6
-    scores = subnet.search["held_out_psnr_db"]
-    assert scores[subnet.search["chosen"]] == max(scores.values())
+    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
 
 
-def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monkeypatch, capsys):
+def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monkeypatch):
     """Written once: in help, in a recipe, in the record of a search, and checked in each."""
 
     class Wider(SearchConfig):
@@ -163,12 +152,12 @@ def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monke
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command()(with_options(command))
     monkeypatch.setattr(cli, "application", lambda: app)
-    code, out, _ = run(monkeypatch, capsys, "--help")
+    code, out, _ = dipgo("--help")
     assert code == 0
     assert re.search(r"--sharpness FLOAT +How sharp. \[0<=x\] \[default: 0.5\]", out)
     options = ("--steps", 4, "--budget", 0.5, "--sharpness")
-    assert run(monkeypatch, capsys, *options, 2)[:2] == (0, "2.0\n")
-    code, _, err = run(monkeypatch, capsys, *options, -1)
+    assert dipgo(*options, 2)[:2] == (0, "2.0\n")
+    code, _, err = dipgo(*options, -1)
     assert (code, err) == (2, "dipgo: --sharpness -1: should be greater than or equal to 0\n")
 
     file = tmp_path / "mine.yaml"
@@ -176,11 +165,11 @@ def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monke
     config = read_recipe(file, ["search.sharpness=3"], WiderRecipe).search
     assert config.sharpness == 3
     small = {"held_out": 2, "drops": 0, "drops_on": 1, "contenders": 1, "trial_iterations": 0, "backup_iterations": 0}
-    assert search(task, config.changed(**small)).search["settings"]["sharpness"] == 3
+    assert search(task, config.changed(**small)).search.settings["sharpness"] == 3
 
 
-def test_help_names_every_command(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "--help")
+def test_help_names_every_command():
+    code, out, _ = dipgo("--help")
     assert code == 0
     for command in ("models", "search", "import", "export", "verify", "run", "bench", "inspect", "compile", "recipe"):
         assert f"\n  {command} " in out
@@ -252,12 +241,10 @@ def test_help_names_every_command(monkeypatch, capsys):
         (["nonsense"], 2, "nonsense"),
     ],
 )
-def test_bad_input_is_one_line(
-    arguments, code, message, tiny_dit, subnet_file, bundle, prompted, tmp_path, monkeypatch, capsys
-):
+def test_bad_input_is_one_line(arguments, code, message, tiny_dit, subnet_file, bundle, prompted, tmp_path):
     places = {"MODEL": tiny_dit, "OUT": tmp_path / "out.json", "SUBNET": subnet_file, "BUNDLE": bundle}
     places["PROMPTED"] = prompted[-1]
-    got, _, err = run(monkeypatch, capsys, *(places.get(a, a) if isinstance(a, str) else a for a in arguments))
+    got, _, err = dipgo(*(places.get(a, a) if isinstance(a, str) else a for a in arguments))
     lines = [line for line in err.splitlines() if line.startswith("dipgo: ")]
     assert got == code
     assert len(lines) == 1
@@ -278,14 +265,14 @@ def test_bad_input_is_one_line(
     ],
 )
 def test_force_replaces_what_dipgo_made_alone(
-    arguments, folder, known_by, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch, capsys
+    arguments, folder, known_by, tiny_dit, subnet_file, bundle, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("dipgo.api.search_into", None)  # nothing is searched first
     mine = tmp_path / folder / "photo"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     places = {"MODEL": tiny_dit, "OUT": tmp_path / "out", "SUBNET": subnet_file, "BUNDLE": bundle}
-    code, _, err = run(monkeypatch, capsys, *(places.get(argument, argument) for argument in arguments), "--force")
+    code, _, err = dipgo(*(places.get(argument, argument) for argument in arguments), "--force")
     assert code == 2
     assert f"{mine.parent}: holds no {known_by}, so --force does not replace it" in err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]

@@ -11,35 +11,32 @@ import pytest
 from PIL import Image
 
 from dipgo.base.errors import DipgoError
-from dipgo.cli import main as cli
 from dipgo.cli.recipe_file import FOLDER, read_recipe, shipped
 from dipgo.schedule.subnet import load_subnet
 from dipgo.searching.config import SearchConfig
+from tests.command import dipgo
 
 HEAD = "schema: dipgo.recipe/1\nabout: mine\nmodel: digits-dit\noutput: out\n"
 SMALL = ("pool=2", "held_out=2", "drops_on=1", "backup_iterations=1", "backup_warmup=0", "batch=1")
 
 
-def run(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["dipgo", "recipe", *map(str, args)])
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # the command sets it
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    return exited.value.code, *capsys.readouterr()
+def run(*arguments):
+    """Run ``dipgo recipe`` in this process; returns exit code, stdout, stderr."""
+    return dipgo("recipe", *arguments)
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_those_that_ship_make_sense_and_begin_with_their_command(name, tmp_path, monkeypatch, capsys):
+def test_those_that_ship_make_sense_and_begin_with_their_command(name, tmp_path, monkeypatch):
     first = (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
     command, recipe, verb, file = shlex.split(first.removeprefix("# "))
     assert (command, recipe, verb) == ("dipgo", "recipe", "run")
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, capsys, "cp", name)[:2] == (0, f"recipe: {file}\n")
-    assert run(monkeypatch, capsys, "cp", name)[0] == 2, "a recipe that was changed is not replaced"
-    code, out, _ = run(monkeypatch, capsys, "validate", file)
+    assert run("cp", name)[:2] == (0, f"recipe: {file}\n")
+    assert run("cp", name)[0] == 2, "a recipe that was changed is not replaced"
+    code, out, _ = run("validate", file)
     assert code == 0
     assert out.startswith(f"{file}: ")
-    code, out, _ = run(monkeypatch, capsys, "ls")
+    code, out, _ = run("ls")
     assert any(line.split()[0] == name for line in out.splitlines())
 
 
@@ -72,17 +69,17 @@ def test_emoji_sd_has_the_settings_of_the_published_subnet():
 
 
 @pytest.mark.parametrize("name", ["digits-dit", "emoji-sd"])
-def test_those_of_the_built_in_models_run(name, tmp_path, monkeypatch, capsys):
+def test_those_of_the_built_in_models_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so prompts are found where dipgo is installed
     small = [f"search.{setting}" for setting in SMALL]
     more = ["search.steps=3", "search.budget=0.7", "verify.images=1", "bench=null", "run.number=2", "output=here"]
-    code, out, err = run(monkeypatch, capsys, "run", name, *small, *more)
+    code, out, err = run("run", name, *small, *more)
     assert code == 0, err
     assert "parity holds" in out
     assert load_subnet(Path("here/subnet.json")).cost.ratio <= 0.7
     with Image.open("here/images.png") as picture:
         assert np.asarray(picture).std() > 1
-    code, _, err = run(monkeypatch, capsys, "run", name, *small, *more)
+    code, _, err = run("run", name, *small, *more)
     assert code == 2
     assert "exists; give another path, or --force" in err
 

@@ -67,7 +67,7 @@ def once(name: str, make: Callable[[Path], Any]) -> Path:
 
 def pipeline(kind: str) -> str:
     """Return the folder of a small diffusers pipeline with random weights."""
-    return str(once(f"pipelines/{kind}", PIPELINES[kind]))
+    return str(once(f"pipelines/tiny-{kind}", PIPELINES[kind]))
 
 
 def model(kind: str) -> Model:
@@ -106,7 +106,7 @@ def task(
 ) -> Task:
     """Return a search's task with a pipeline of its own; the trace is shared. ``options`` are those of make_task."""
     traced = trace(kind, sites, guidance)
-    return make_task(traced.model, steps, sampler, guidance_scale=traced.guidance_scale, traced=traced, **options)
+    return make_task(traced.model, steps, sampler, traced, traced.guidance_scale, **options)
 
 
 @cache
@@ -149,7 +149,7 @@ def bundle(
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
     digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.size, traced.free, size, whole)).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
-    for name, weights in sorted(subnet.weights.items()):
+    for name, weights in sorted(subnet.schedule.backups.items()):
         digest.update(repr((name, weights.shape)).encode() + weights.tobytes())
     dtype = str(traced.dtype).removeprefix("torch.")
     batch_name = str(batch).replace(":", "-")

@@ -18,10 +18,10 @@ from benchmarks.progress import Progress, one_line, silent
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.sampler import make_scheduler
-from dipgo.schedule.policies import SPACINGS, Policy, extrapolation, policies, spaced
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, fixed_schedules, spaced
+from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.context import drift_of
-from dipgo.searching.search import policy_subnet
 from dipgo.searching.task import Task
 from export.bundle import open_bundle
 from export.compiler import check_model, prepare, sites_of, write_bundle
@@ -44,7 +44,7 @@ class Compiled:
 def full(task: Task, ratio: float) -> tuple[Task, SubNet]:
     """Every gate 1: the full model, the reference of speed and quality."""
     gates = np.ones((task.sampler.calls, len(task.trace.sites)), bool)
-    return task, policy_subnet(task, Policy("full", gates, {}))
+    return task, task.subnet(Schedule(gates), method="full")
 
 
 def fewer_steps(task: Task, ratio: float) -> tuple[Task, SubNet]:
@@ -60,14 +60,13 @@ def dpm_fewer_steps(task: Task, ratio: float) -> tuple[Task, SubNet]:
 
 def uniform_reuse(task: Task, ratio: float) -> tuple[Task, SubNet]:
     """Whole steps at even intervals; the steps between serve the last outputs."""
-    gates = spaced(task.trace, task.sampler.calls, ratio, SPACINGS["uniform"])
-    return task, policy_subnet(task, Policy("uniform reuse", gates, {}))
+    return task, task.subnet(spaced(task.trace.macs, task.sampler.calls, ratio, Rule()), method="uniform reuse")
 
 
 def uniform_extrapolation(task: Task, ratio: float) -> tuple[Task, SubNet]:
     """Whole steps at even intervals; the steps between extrapolate the last two outputs linearly."""
-    gates = spaced(task.trace, task.sampler.calls, ratio, SPACINGS["uniform"], learned=True)
-    return task, policy_subnet(task, Policy("uniform extrapolation", gates, extrapolation(task.trace, gates)))
+    schedule = spaced(task.trace.macs, task.sampler.calls, ratio, Rule(history=EXTRAPOLATION))
+    return task, task.subnet(schedule, method="uniform extrapolation")
 
 
 def published(task: Task, ratio: float) -> tuple[Task, SubNet]:
@@ -95,22 +94,19 @@ def from_file(task: Task, ratio: float, path: Path, same_weights: bool = True) -
     return task, replace(subnet, sampler=task.identity, sites=task.trace.sites)
 
 
-def best_policy(task: Task, ratio: float, searched: SubNet, prefix: str = "") -> tuple[Task, SubNet]:
-    """Of all fixed policies at this share (whose names begin so), the one that did best when the SubNet was searched.
+def best_fixed(task: Task, ratio: float, searched: SubNet, prefix: str = "") -> tuple[Task, SubNet]:
+    """Of all fixed schedules at this share (whose names begin so), the one that did best when the SubNet was searched.
 
     Raises:
-        DipgoError: the search noted no scores, or none of such a policy.
+        DipgoError: the search noted no scores, or none of such a schedule.
     """
-    scores = searched.search.get("held_out_psnr_db", {})
-    drift = drift_of(task, searched.search.get("seed", 0))
-    found = [
-        policy
-        for policy in policies(task.trace, task.sampler.calls, ratio, drift)
-        if policy.name in scores and policy.name.startswith(prefix)
-    ]
-    if not found:
-        raise DipgoError("the bundle's SubNet notes no scores of such policies; it was not found by 'dipgo search'")
-    return task, policy_subnet(task, max(found, key=lambda policy: float(scores[policy.name])))
+    scores = searched.search.held_out_psnr_db
+    fixed = fixed_schedules(task.trace.macs, task.sampler.calls, ratio, drift_of(task, searched.search.seed))
+    names = [name for name in fixed if name in scores and name.startswith(prefix)]
+    if not names:
+        raise DipgoError("the bundle's SubNet notes no scores of such schedules; it was not found by 'dipgo search'")
+    best = max(names, key=lambda name: scores[name])
+    return task, task.subnet(fixed[best], method=best)
 
 
 BASELINES: Mapping[str, Baseline] = {
@@ -133,12 +129,11 @@ def baselines_for(names: list[str], subnets: Mapping[str, str], searched: SubNet
     known: dict[str, Baseline] = {
         **BASELINES,
         PUBLISHED_NAME: published,
-        BEST_NAME: partial(best_policy, searched=searched),
-        DEEP_NAME: partial(best_policy, searched=searched, prefix="DeepCache"),
+        BEST_NAME: partial(best_fixed, searched=searched),
+        DEEP_NAME: partial(best_fixed, searched=searched, prefix="DeepCache"),
     }
     chosen = {name: known[name] for name in [FULL, *names] if name in known}
-    budget = searched.search.get("budget")
-    budget = f"{budget:g}" if isinstance(budget, int | float) else "unknown"
+    budget = "unknown" if searched.search.budget is None else f"{searched.search.budget:g}"
     for name, file in subnets.items():
         chosen[name] = partial(from_file, path=Path(file.replace("{budget}", budget)))
     return chosen

@@ -28,7 +28,6 @@ from benchmarks.environment import clock, environment, load_average
 from benchmarks.progress import Bars, Progress
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
-from dipgo.searching.search import describe
 from export.bundle import BundleRecord, open_bundle
 
 AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
@@ -86,8 +85,8 @@ def bench(
         seeds={"parity": PARITY_SEED, "timing": TIMING_SEED, "images": IMAGE_SEED},
         model=record.model,
         sampler=record.sampler,
-        search=describe(subnet.search),
-        budget=subnet.search.get("budget"),
+        search=subnet.search.describe(),
+        budget=subnet.search.budget,
         cost=subnet.cost,
         scope=scope,
         rounds=len(outcomes[SUBJECT].samples["loop"]),

@@ -183,11 +183,10 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance_scale)
     shape = (len(inputs), *latent_shape(program.record)[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
     conditions = conditions_in(pipe, inputs, guided.guided)
     trajectory = Trajectory(guided, subnet.sites, sampler)
     with torch.no_grad():
-        latent = trajectory.gated(noise, conditions, subnet.gates, weights, subnet.terms)[-1]
+        latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
         if program.record.decoder is None:
             return latent.numpy(), _pixels(latent)
         return latent.numpy(), decode_latents(pipe.vae, latent).numpy()

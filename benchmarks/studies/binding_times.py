@@ -25,8 +25,9 @@ from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
-from dipgo.schedule.cost import cost_of
-from dipgo.schedule.subnet import SubNet
+from dipgo.schedule.schedule import Schedule
+from dipgo.schedule.search_record import SearchRecord
+from dipgo.schedule.subnet import make_subnet
 from engines.pipeline.pipeline import load
 from export.bundle import PartRecord
 from export.compiler import prepare, write_bundle
@@ -51,17 +52,8 @@ def compile_both(name: str, steps: int, folder: Path) -> Mapping[str, Path]:
     model = find_model(name, random_weights=True)
     traced = trace(model, "block", GUIDANCE)
     sampler = tabulate(DDIMScheduler(clip_sample=False), steps, model.family.scales_noise)
-    gates = np.ones((sampler.calls, len(traced.sites)), bool)
-    subnet = SubNet(
-        model=model.identity(),
-        sampler=sampler.identity(GUIDANCE),
-        sites=traced.sites,
-        gates=gates,
-        cost=cost_of(traced, gates, False),
-        terms=1,
-        weights={},
-        search={"method": "full"},
-    )
+    full = Schedule(np.ones((sampler.calls, len(traced.sites)), bool))
+    subnet = make_subnet(traced, sampler.identity(GUIDANCE), full, SearchRecord(method="full"))
     hoisted = prepare(traced, whole=False)
     inside = replace(hoisted, hoisting=Hoisting({}, {}), _tables={}, _prologues={})
     for where, prepared in (("inside", inside), ("hoisted", hoisted)):

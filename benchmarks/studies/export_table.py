@@ -83,8 +83,9 @@ def subnet_of(model: Model) -> SubNet:
     from dipgo.graph.trace import trace
     from dipgo.model.families import default_guidance
     from dipgo.model.sampler import make_scheduler, tabulate
-    from dipgo.schedule.policies import SPACINGS, spaced
-    from dipgo.schedule.subnet import Cost
+    from dipgo.schedule.fixed_schedules import Rule, spaced
+    from dipgo.schedule.search_record import SearchRecord
+    from dipgo.schedule.subnet import make_subnet
 
     if model.folder.name == "sd-1.5":
         return replace(load_subnet(PUBLISHED), model=model.identity())
@@ -94,8 +95,8 @@ def subnet_of(model: Model) -> SubNet:
     scale = default_guidance(getattr(diffusers, index["_class_name"]))
     traced = trace(model, "block", scale)
     sampler = tabulate(make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=False)), STEPS)
-    gates = spaced(traced, sampler.calls, RATIO, SPACINGS["uniform"])
-    return SubNet(model.identity(), sampler.identity(scale), traced.sites, gates, Cost(full=1, subnet=1, ratio=1))
+    schedule = spaced(traced.macs, sampler.calls, RATIO, Rule())
+    return make_subnet(traced, sampler.identity(scale), schedule, SearchRecord())
 
 
 def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Path) -> dict[str, float]:

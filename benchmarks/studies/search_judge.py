@@ -45,11 +45,11 @@ class Judge:
     def found(self, subnet: SubNet) -> np.ndarray:
         """Return the images of a SubNet."""
         trajectory = self.on_sites_of(subnet).trajectory
-        tensors = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+        backups = subnet.schedule.tensors()
         found = []
         with torch.no_grad():
             for batch in self.batches:
-                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, tensors, subnet.terms)
+                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, backups)
                 found.append(self._images(latents[-1]))
         return np.concatenate(found)
 

@@ -25,15 +25,15 @@ from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.process_memory import resident, resident_peak
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
-from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.gate_training import paper_scores
 from dipgo.searching.losses import final_latent
-from dipgo.searching.memory import MemoryEstimate, memory_estimate
+from dipgo.searching.memory import Iteration, MemoryEstimate, memory_estimate
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
 from dipgo.searching.task import Pool, Task, make_task
-from dipgo.searching.training_loop import Descent
+from dipgo.searching.training_loop import Descent, Training
 
 FULL_STEPS, FULL_POOL = 50, 512
 GIGA = 1e9
@@ -84,14 +84,18 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
     task = make_task(model, steps, sites=sites)
     pool = Pool(task, 1, 1, seed=0, chunk=1)
     _ = pool[0]
-    gates = spaced(task.trace, task.sampler.calls, 0.6, SPACINGS["uniform"], "inside", learned=True)
+    schedule = spaced(task.trace.macs, task.sampler.calls, 0.6, Rule(history=EXTRAPOLATION))
     for recompute in ways:
         changed = task.with_trajectory(recompute=recompute)
         pruner = Pruner(task.sampler.calls, len(task.trace.sites))
-        backups = Backups(task.trace, gates)
+        backups = Backups(task.trace, schedule)
         for name, estimate, training in (
             ("SuperNet", _estimate(task, recompute, None, pruner), _supernet(changed, pool, pruner)),
-            ("learned backups", _estimate(task, recompute, gates, backups), _backup_fit(changed, pool, backups)),
+            (
+                "learned backups",
+                _estimate(task, recompute, schedule.gates, backups),
+                _backup_fit(changed, pool, backups),
+            ),
         ):
             started = time.perf_counter()
             peak = _peak_above(training)
@@ -109,26 +113,19 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
 
 def _supernet(task: Task, pool: Pool, pruner: Pruner) -> Callable[[], object]:
     descent = Descent(2, 0.1, "sgd", clip=1.0)
-    phase = Run().phase("gates")
-    return lambda: paper_scores(pruner, task.trace, task.trajectory, pool, descent, final_latent, phase)
+    training = Training(task.trajectory, pool, final_latent, descent, Run().phase("gates"))
+    return lambda: paper_scores(pruner, task.trace.macs, training)
 
 
 def _backup_fit(task: Task, pool: Pool, backups: Backups) -> Callable[[], object]:
-    phase = Run().phase("backups")
-    return lambda: learn_backups(backups, task.trajectory, pool, Descent(2, 1e-2), final_latent, phase)
+    training = Training(task.trajectory, pool, final_latent, Descent(2, 1e-2), Run().phase("backups"))
+    return lambda: learn_backups(backups, training)
 
 
 def _estimate(task: Task, recompute: bool, gates: np.ndarray | None, module: torch.nn.Module) -> MemoryEstimate:
-    return memory_estimate(
-        task.model,
-        task.trace,
-        task.sampler.calls,
-        gates=gates,
-        terms=2,
-        recompute=recompute,
-        learned=sum(parameter.numel() for parameter in module.parameters()),
-        adam=gates is not None,
-    )
+    learned = sum(parameter.numel() for parameter in module.parameters())
+    iteration = Iteration(gates=gates, history=2, recompute=recompute, learned=learned, adam=gates is not None)
+    return memory_estimate(task.trace, task.sampler.calls, iteration)
 
 
 def _full_size(model: Model, sites: str) -> dict[str, Any]:
@@ -139,9 +136,8 @@ def _full_size(model: Model, sites: str) -> dict[str, Any]:
     )  # queries and heads
     estimates = {}
     for name, precision in (("float32", None), ("half precision", torch.bfloat16)):
-        estimate = memory_estimate(
-            model, traced, FULL_STEPS, precision=precision, loss="ssim", learned=pruner, pool=FULL_POOL
-        )
+        iteration = Iteration(precision=precision, loss="ssim", learned=pruner, pool=FULL_POOL)
+        estimate = memory_estimate(traced, FULL_STEPS, iteration)
         estimates[name] = {**asdict(estimate), "total": estimate.total}
     return {
         "steps": FULL_STEPS,

@@ -26,13 +26,13 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
-from dipgo.schedule.policies import Policy, policies
+from dipgo.schedule.fixed_schedules import fixed_schedules
+from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching import judge as noise
 from dipgo.searching.context import drift_of
 from dipgo.searching.run_folder import Run
-from dipgo.searching.search import policy_subnet
-from dipgo.searching.task import Task, make_task
+from dipgo.searching.task import Choices, Task, make_task
 from export.compiler import check_model
 
 PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
@@ -49,7 +49,7 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: Table
     """
     for subnet in found:
         task = judge.on_sites_of(subnet)
-        budget = float(subnet.search["budget"])
+        budget = subnet.search.budget or 0.0
         steps = max(2, round(task.sampler.steps * budget))
         ratio = steps / task.sampler.calls
         same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
@@ -62,15 +62,15 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: Table
         else:
             yield from fixed_cells(judge, task, subnet, budget)
         for one in paper:
-            if float(one.search["budget"]) == budget:
-                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search["chosen"])
+            if one.search.budget == budget:
+                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search.chosen)
         yield judge.cell(
             DIPGO,
             budget,
             subnet.cost.ratio,
             judge.found(subnet),
-            what=subnet.search["chosen"],
-            search_seconds=subnet.search["seconds"],
+            what=subnet.search.chosen,
+            search_seconds=subnet.search.seconds,
         )
 
 
@@ -85,9 +85,9 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     judged: dict[str, Cell] = {}
     blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]
     for own, where in [(task, ""), *((block, ", by block") for block in blocks)]:
-        fixed = _policies(own, searched, budget)
-        for name in tqdm(_wanted(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
-            judged[f"{name}{where}"] = _judged(judge, own, fixed[name], budget, where)
+        fixed = _fixed(own, searched, budget)
+        for name in tqdm(_in_question(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
+            judged[f"{name}{where}"] = _judged(judge, own, fixed, name, budget, where)
     for name, row in PLAIN_ROWS.items():
         if name in judged:
             yield judged[name].model_copy(update={"row": row})
@@ -104,8 +104,8 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
         DipgoError: a table without them, or of other noise, prompts or sites: the first schedule in it has other images
             now.
     """
-    fixed = _policies(task, searched, budget)
-    known = {row: fixed[name] for name, row in PLAIN_ROWS.items() if name in fixed}
+    fixed = _fixed(task, searched, budget)
+    known = {row: name for name, row in PLAIN_ROWS.items() if name in fixed}
     rows = {*PLAIN_ROWS.values(), DEEP_ROW, BEST}
     found = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
     checked = next((cell for cell in found if cell.row in known), None)
@@ -117,7 +117,7 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
             f"the earlier table holds the PSNR of {then} images at {budget:g}, this one is of {len(judge.reference)}; "
             "give the same --images, or leave out --policies-of"
         )
-    now = _judged(judge, task, known[checked.row], budget).image_psnr_db
+    now = _judged(judge, task, fixed, known[checked.row], budget).image_psnr_db
     if abs(now - checked.image_psnr_db) > SAME_DB:
         raise DipgoError(
             f"at {budget:g} '{checked.row}' has {now:.2f} dB, in the earlier table {checked.image_psnr_db:.2f} dB; "
@@ -126,22 +126,21 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
     return found
 
 
-def _policies(task: Task, searched: SubNet, budget: float) -> dict[str, Policy]:
-    drift = drift_of(task, searched.search.get("seed", 0))
-    return {policy.name: policy for policy in policies(task.trace, task.sampler.calls, budget, drift)}
+def _fixed(task: Task, searched: SubNet, budget: float) -> dict[str, Schedule]:
+    return fixed_schedules(task.trace.macs, task.sampler.calls, budget, drift_of(task, searched.search.seed))
 
 
-def _wanted(task: Task, fixed: Mapping[str, Policy]) -> list[str]:
-    """Return the policies that rows name, and those that might be the best of all."""
+def _in_question(task: Task, fixed: Mapping[str, Schedule]) -> list[str]:
+    """Return the fixed schedules that rows name, and those that might be the best of all."""
     first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
-    seen = {name: first.psnr(policy.gates, policy.weights) for name, policy in fixed.items()}
+    seen = {name: first.psnr(schedule) for name, schedule in fixed.items()}
     least = max(seen.values(), default=0.0) - CLOSE_DB
     return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or seen[name] >= least]
 
 
-def _judged(judge: Judge, task: Task, policy: Policy, budget: float, where: str = "") -> Cell:
-    subnet = policy_subnet(task, policy)
-    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{policy.name}{where}")
+def _judged(judge: Judge, task: Task, fixed: Mapping[str, Schedule], name: str, budget: float, where: str = "") -> Cell:
+    subnet = task.subnet(fixed[name], method=name)
+    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{name}{where}")
 
 
 def _best(judged: Sequence[Cell], row: str) -> Cell:
@@ -166,7 +165,7 @@ def check_same(subnets: Sequence[SubNet], model: Model) -> None:
     """
     for subnet in subnets:
         check_model(subnet, model)
-        if subnet.search.get("cost", {}).get("kind", "macs") != "macs":
+        if subnet.search.cost.kind != "macs":
             raise DipgoError("a SubNet whose budget is of latency; a table is at equal MACs, search with --cost macs")
         if subnet.sampler != subnets[0].sampler:
             raise DipgoError(
@@ -185,7 +184,7 @@ def load_folder(folder: Path) -> list[SubNet]:
     subnets = [load_subnet(path) for path in sorted(folder.glob("*.json")) if path.stem[:1].isdigit()]
     if not subnets:
         raise DipgoError(f"{folder}: no SubNet in it; write some with dipgo search --budget 0.5,0.25 -o {folder}")
-    return sorted(subnets, key=lambda subnet: -float(subnet.search["budget"]))
+    return sorted(subnets, key=lambda subnet: -(subnet.search.budget or 0.0))
 
 
 def read_table(path: Path) -> TableRecord:
@@ -221,7 +220,8 @@ def main(words: Words | None = None) -> None:
     first, model = searched[0], find_model(searched[0].model.name)
     check_same([*searched, *paper], model)
     sampler, sites = first.sampler, ",".join(site.name for site in first.sites)
-    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, prompts=options.prompts)
+    choices = Choices(options.prompts)
+    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, choices=choices)
     judge = Judge(task, options.images, options.converged)
     table = []
     for cell in cells(judge, searched, paper, earlier):

@@ -62,17 +62,17 @@ def times(subnets: Sequence[SubNet], run: Path) -> list[SearchTime]:
     """Return what the journal of a run and the SubNets that it found tell of each budget, the largest first."""
     lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     found = []
-    for subnet in sorted(subnets, key=lambda subnet: -float(subnet.search["budget"])):
-        budget, record = float(subnet.search["budget"]), subnet.search
+    for subnet in sorted(subnets, key=lambda subnet: -(subnet.search.budget or 0.0)):
+        budget, record = subnet.search.budget or 0.0, subnet.search
         own = [line for line in lines if line["phase"].split("-")[1] == f"{budget:g}"]
         found.append(
             SearchTime(
                 budget=budget,
-                seconds=record["seconds"],
+                seconds=record.seconds,
                 iterations=len(own),
                 gradient_seconds=round(sum(line["seconds"] for line in own), 1),
                 peak_bytes=max(line["peak_memory"] for line in own),
-                held_out_psnr_db=record["held_out_psnr_db"][record["chosen"]],
+                held_out_psnr_db=record.psnr_db,
             )
         )
     return found

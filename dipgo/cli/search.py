@@ -48,9 +48,7 @@ def search(
 
 
 def subnet_line(file: Path, subnet: SubNet) -> str:
-    from dipgo.searching.search import describe
-
-    return f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {describe(subnet.search)}"
+    return f"SubNet: {file}, keeps {subnet.cost.ratio:.2%} of the MACs; {subnet.search.describe()}"
 
 
 def import_(

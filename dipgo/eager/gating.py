@@ -15,7 +15,7 @@ from torch import nn
 
 from dipgo.graph.outputs import Rebuild, take_apart
 from dipgo.model.families import FAMILIES
-from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.schedule import backup_name
 from dipgo.schedule.subnet import SubNet
 
 Intercept = Callable[[int, Callable[[], Any]], Any]
@@ -47,7 +47,7 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
     """Return Σ_j weights[j] · history[j], newest first.
 
     ``weights`` is ``[K]``, ``[K, channels]`` or ``[K, 2, channels]``: the channels along ``channel_axis`` of the
-    outputs, the two halves of guidance along their batch, the unconditional first. A history shorter than K stands for
+    outputs, the two passes of guidance along their batch, the unconditional first. A history shorter than K stands for
     zeros.
     """
     total: torch.Tensor | None = None
@@ -57,8 +57,8 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
             shape[channel_axis] = weight.shape[-1]
         factor = weight.to(output.device, output.dtype)
         if weight.ndim == 2:
-            halves = output.unflatten(0, (len(weight), -1)) * factor.view(len(weight), *shape)
-            term = halves.flatten(0, 1)
+            passes = output.unflatten(0, (len(weight), -1)) * factor.view(len(weight), *shape)
+            term = passes.flatten(0, 1)
         else:
             term = output * factor.view(shape)
         total = term if total is None else total + term
@@ -70,33 +70,33 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
 def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
     """Run ``denoiser`` under ``subnet``: the k-th call within the context is step k of the trajectory.
 
-    The halves of guidance lie in the batch as the class's own pipeline has them. Skipped sites are not executed; they
-    serve their backup. After the last step the count starts again, with empty histories, so one context may hold
+    The passes of guidance lie in the batch as the class's own pipeline has them. Skipped sites are not executed; they
+    serve their backup. After the last step the count starts again, with empty caches, so one context may hold
     several trajectories.
     """
     names = [site.name for site in subnet.sites]
-    weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+    weights, history = subnet.schedule.tensors(), subnet.schedule.history
     if any(family.conditional_first for family in FAMILIES if family.denoiser_class == subnet.model.class_name):
         weights = {name: array.flip(2) if array.ndim == 4 else array for name, array in weights.items()}
-    histories: list[list[list[torch.Tensor]]] = [[] for _ in names]
+    caches: list[list[list[torch.Tensor]]] = [[] for _ in names]  # by site, newest first
     step = -1
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal step
         step = (step + 1) % subnet.calls
         if step == 0:
-            for history in histories:
-                history.clear()
+            for cache in caches:
+                cache.clear()
 
     def intercept(site: int, compute: Callable[[], Any]) -> Any:
         if subnet.gates[step, site]:
             output = compute()
             tensors, rebuilds[site] = take_apart(output)
-            histories[site].insert(0, tensors)
-            del histories[site][subnet.terms :]
+            caches[site].insert(0, tensors)
+            del caches[site][history:]
             return output
-        outputs = list(zip(*histories[site], strict=True))  # outputs x terms
-        if not subnet.weights:
+        outputs = list(zip(*caches[site], strict=True))  # outputs x history
+        if not weights:
             return rebuilds[site]([output[0] for output in outputs])
         served = [
             combine(output, weights[backup_name(names[site], k)][step], subnet.sites[site].channel_axis)

@@ -26,9 +26,10 @@ from dipgo.graph.outputs import Rebuild, take_apart
 from dipgo.graph.sites import Site
 from dipgo.model.families import Conditions, GuidedDenoiser, join
 from dipgo.model.sampler import Sampler
-from dipgo.schedule.backup_names import backup_name
+from dipgo.schedule.schedule import backup_name
 
-Weights = Mapping[str, torch.Tensor]
+Backups = Mapping[str, torch.Tensor]
+"""Weights of backups by name, shaped as in a :class:`~dipgo.schedule.schedule.Schedule`."""
 Past = list[list[torch.Tensor]]
 """The cached outputs that a site reads, newest first."""
 Reads = list[dict[int, tuple[int, ...]]]
@@ -37,7 +38,7 @@ Rule = Callable[[int, int, Past, Callable[[], list[torch.Tensor]]], list[torch.T
 """``(step, site, past, compute)`` to what the site hands on, which is what later steps find; None where it is dead."""
 
 
-def every_site(row: np.ndarray, wanted: Iterable[int] = ()) -> set[int]:
+def every_site(row: np.ndarray, stored: Iterable[int] = ()) -> set[int]:
     """Stand in for ``Trace.live_sites`` where there is no trace: take every site as read."""
     return set(range(len(row)))
 
@@ -98,71 +99,56 @@ class Trajectory:
             self.integrate(noise, denoise)
 
     def gated(
-        self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, weights: Weights, terms: int
+        self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, backups: Backups
     ) -> list[torch.Tensor]:
         """Run under hard gates, executing only what they keep; returns the latents after 0, 1, … calls.
 
         Args:
             gates: bool ``[calls, sites]``.
-            weights: backup tensors by name, shaped as in a SubNet, through which gradient flows; empty serves the last
-                output as it is.
-            terms: K.
+            backups: weights through which gradient flows; none serves the last output as it is.
 
         Raises:
             DipgoError: a site whose output changes its shape from step to step.
         """
-        reads = _reads(np.asarray(gates, bool).tobytes(), len(gates), terms if weights else 1, self.live_sites)
+        history = next((weights.shape[1] for weights in backups.values()), 1)
+        reads = _reads(np.asarray(gates, bool).tobytes(), len(gates), history, self.live_sites)
 
         def rule(step: int, site: int, past: Past, compute: Callable[[], list[torch.Tensor]]) -> Any:
             if gates[step, site]:
                 return compute()
-            return self.backup(site, step, past, weights) if past else None
+            return self.backup(site, step, past, backups) if past else None
 
         return self._intercepted(noise, conditions, reads, rule)
 
-    def supernet(
-        self,
-        noise: torch.Tensor,
-        conditions: Conditions,
-        gates: torch.Tensor,
-        weights: Weights,
-        terms: int,
-    ) -> list[torch.Tensor]:
+    def supernet(self, noise: torch.Tensor, conditions: Conditions, gates: torch.Tensor) -> list[torch.Tensor]:
         """Run the SuperNet (paper, section 3.1): both branches of every site, mixed by its gate.
 
         ``gates`` is float ``[calls, sites]`` with hard values 0 and 1 (straight-through: they carry gradient). A site
-        hands on ``gate · output + (1 - gate) · backup``. As in the paper the newest cached output is the mixed one,
-        so that gradient reaches the gates through later steps too; the first step is always computed.
+        hands on ``gate · output + (1 - gate) · last output``. As in the paper the last output is the mixed one, so that
+        gradient reaches the gates through later steps too; the first step is always computed.
         """
-        hard = gates.detach().cpu().numpy() > 0.5
-        hard[0] = True
-        if terms == 1:
-            hard[:] = True
-        sites = range(len(self.sites))
-        reads: Reads = [
-            {site: tuple(int(past) for past in np.flatnonzero(hard[:step, site])[::-1][:terms]) for site in sites}
-            for step in range(len(hard))
-        ]
+        calls, sites = gates.shape
+        reads: Reads = [dict.fromkeys(range(sites), (step - 1,)) if step else {} for step in range(calls)]
         gates = gates.to(self.device)
 
         def rule(step: int, site: int, past: Past, compute: Callable[[], list[torch.Tensor]]) -> Any:
             computed = compute()
             if step == 0:
                 return computed
-            gate, served = gates[step, site], self.backup(site, step, past, weights)
-            return [gate * new + (1 - gate) * old for new, old in zip(computed, served, strict=True)]
+            gate = gates[step, site]
+            return [gate * new + (1 - gate) * old for new, old in zip(computed, past[0], strict=True)]
 
         return self._intercepted(noise, conditions, reads, rule)
 
     def backup(
-        self, site: int, step: int, past: Sequence[Sequence[torch.Tensor]], weights: Weights
+        self, site: int, step: int, past: Sequence[Sequence[torch.Tensor]], backups: Backups
     ) -> list[torch.Tensor]:
         """Return what a skipped site serves: for each of its outputs, its weighted history (newest first)."""
-        if not weights:
+        if not backups:
             return list(past[0])
         record = self.sites[site]
         return [
-            combine(entries, weights[backup_name(record.name, output)][step].to(self.device), record.channel_axis)
+            combine(entries, backups[backup_name(record.name, output)][step].to(self.device), record.channel_axis)
             for output, entries in enumerate(zip(*past, strict=True))
         ]
 
@@ -172,7 +158,7 @@ class Trajectory:
         cache: dict[tuple[int, int], list[torch.Tensor]] = {}
         rebuilds: dict[int, Rebuild] = {}
         shapes: dict[int, tuple[int, list[torch.Size]]] = {}
-        kinds: dict[int, list[torch.dtype]] = {}
+        dtypes: dict[int, list[torch.dtype]] = {}
 
         def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             pasts = {site: [cache[source, site] for source in sources] for site, sources in reads[step].items()}
@@ -183,20 +169,18 @@ class Trajectory:
                 def intercept(site: int, compute: Callable[[], Any]) -> Any:
                     def computed() -> list[torch.Tensor]:
                         tensors, rebuilds[site] = take_apart(compute())
-                        found = [tensor.shape for tensor in tensors]
-                        first, known = shapes.setdefault(site, (step, found))
-                        kinds.setdefault(site, [tensor.dtype for tensor in tensors])
-                        if found != known:
-                            raise DipgoError(_changed(self.names[site], first, known, step, found))
+                        now = [tensor.shape for tensor in tensors]
+                        first, then = shapes.setdefault(site, (step, now))
+                        dtypes.setdefault(site, [tensor.dtype for tensor in tensors])
+                        if now != then:
+                            raise DipgoError(_changed(self.names[site], first, then, step, now))
                         return tensors
 
                     tensors = rule(step, site, pasts.get(site, []), computed)
-                    if (
-                        tensors is None
-                    ):  # nobody reads it, so nothing of it was kept; only its shape and dtype are needed
+                    if tensors is None:  # nobody reads it, so nothing of it was kept; only shape and dtype matter
                         tensors = [
                             latent.new_zeros((), dtype=dtype).expand(shape)
-                            for shape, dtype in zip(shapes[site][1], kinds[site], strict=True)
+                            for shape, dtype in zip(shapes[site][1], dtypes[site], strict=True)
                         ]
                     elif (step, site) in last:
                         fresh[site] = tensors
@@ -226,6 +210,7 @@ class Trajectory:
     def integrate(
         self, noise: torch.Tensor, denoise: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
+        """Apply the sampler's table to ``denoise(step, latent, timestep)``; returns the latents after 0, 1, … calls."""
         rows = torch.tensor(self.sampler.rows, dtype=noise.dtype, device=noise.device)
         basis = [noise]
         latents = [noise * rows[0, 0]]
@@ -238,31 +223,31 @@ class Trajectory:
 
 
 @lru_cache(maxsize=16)  # learning backups runs the same gates at every iteration
-def _reads(gates: bytes, calls: int, terms: int, live_sites: LiveSites) -> Reads:
+def _reads(gates: bytes, calls: int, history: int, live_sites: LiveSites) -> Reads:
     table = np.frombuffer(gates, bool).reshape(calls, -1)
-    return [entry.served for entry in plan(table, terms, live_sites)]
+    return [entry.served for entry in plan(table, history, live_sites)]
 
 
-def _changed(name: str, first: int, known: Sequence[Any], step: int, found: Sequence[Any]) -> str:
-    then, now = (" and ".join(str(list(shape)) for shape in shapes) for shapes in (known, found))
+def _changed(name: str, first: int, then: Sequence[Any], step: int, now: Sequence[Any]) -> str:
+    before, after = (" and ".join(str(list(shape)) for shape in shapes) for shapes in (then, now))
     return (
-        f"site '{name}' hands on {then} at step {first} but {now} at step {step}, so no step can serve another's "
+        f"site '{name}' hands on {before} at step {first} but {after} at step {step}, so no step can serve another's "
         "output; leave it out with --sites"
     )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Initial noise and conditions of some images, the unconditional half of the conditions first."""
+    """Initial noise and conditions of some images, those of the unconditional pass first."""
 
     noise: torch.Tensor
     conditions: Conditions
 
 
 def select(batch: Batch, picks: torch.Tensor) -> Batch:
-    """Return the images ``picks`` of a batch, each with its row of either half of the conditions."""
+    """Return the images ``picks`` of a batch, each with its conditions in either pass of guidance."""
     conditions = {
-        name: torch.cat([half[picks] for half in value.split(len(batch.noise))])
+        name: torch.cat([rows[picks] for rows in value.split(len(batch.noise))])
         for name, value in batch.conditions.items()
     }
     return Batch(batch.noise[picks], conditions)
@@ -300,9 +285,9 @@ class Sampling:
     def _encode(self, pick: int) -> Conditions:
         if pick not in self._encoded:
             with torch.no_grad():
-                halves = self.family.conditions(self.pipe, [self.choices[pick]])
-            # The unconditional half is the same for every choice.
+                both = self.family.conditions(self.pipe, [self.choices[pick]])
+            # The unconditional conditions are the same for every choice.
             self._unconditional, self._encoded[pick] = (
-                {name: value.cpu() for name, value in half.items()} for half in halves
+                {name: value.cpu() for name, value in conditions.items()} for conditions in both
             )
         return self._encoded[pick]

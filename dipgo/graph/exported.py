@@ -35,8 +35,8 @@ def in_dtype(family: Family, dtype: torch.dtype) -> Family:
     if dtype == torch.float32:
         return family
 
-    def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
-        return family.call(denoiser, sample.to(dtype), timestep, given).to(torch.float32)
+    def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, values: Conditions) -> torch.Tensor:
+        return family.call(denoiser, sample.to(dtype), timestep, values).to(torch.float32)
 
     def example(config: Any, rows: int) -> Conditions:
         return {
@@ -116,10 +116,10 @@ class _OpenSizes(TorchFunctionMode):
     """Leave out ``output_size`` of ``repeat_interleave``, a mere hint: torch 2.11 takes it for a constant."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        options = dict(kwargs or {})
         if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
-            given = {name: value for name, value in given.items() if name != "output_size"}
-        return function(*args, **given)
+            options.pop("output_size", None)
+        return function(*args, **options)
 
 
 def _untraceable(denoiser: nn.Module, error: Exception) -> str:

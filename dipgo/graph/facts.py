@@ -68,8 +68,8 @@ def _line(name: str, facts: ModelFacts) -> str:
 
 def counted(model: Model) -> ModelFacts:
     """Count a model's parameters, MACs and sites; no weights are read."""
+    from dipgo.graph.macs import call_macs
     from dipgo.graph.sites import site_names
-    from dipgo.graph.trace import call_macs
 
     denoiser, family = model.empty_denoiser(), model.family
     return ModelFacts(

@@ -1,19 +1,22 @@
 """Latency as the cost of a search: measured time a site, in the place of MACs.
 
-A profile is measured from an engine on one machine (``benchmarks/latency.py``); here it prices a trace, so that
-whatever asks the trace for costs (budgets, policies, post-processing) asks for nanoseconds instead.
+A profile is measured from an engine on one machine (``benchmarks/latency.py``). It gives the costs of a traced
+graph, as the trace itself gives MACs.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import ModelIdentity, Record, read_json, validated
-from dipgo.graph.trace import Trace
+from dipgo.graph.costs import Costs
+
+if TYPE_CHECKING:  # a profile is read without torch
+    from dipgo.graph.trace import Trace
 
 SCHEMA = "dipgo.latency/1"
 GIVE = "one that was searched with --cost latency, or measure with --cost latency"
@@ -37,6 +40,21 @@ class LatencyProfile(Record):
     base_nanoseconds: int = Field(ge=0)
     sites: list[SiteLatency]
 
+    def costs(self, trace: Trace) -> Costs:
+        """Return costs in nanoseconds: each site's at its output, the base at ε.
+
+        Raises:
+            DipgoError: a profile of other sites, or of another model.
+        """
+        if [site.name for site in self.sites] != [site.name for site in trace.sites]:
+            raise DipgoError("the latency profile is of other sites than this search's; measure it again")
+        identity = trace.model.identity()
+        if (self.model.config_sha256, self.guidance_scale > 1) != (identity.config_sha256, trace.guidance_scale > 1):
+            raise DipgoError(f"the latency profile is of another model ({self.model.name}); measure it again")
+        nodes = {outputs[0]: site.nanoseconds for outputs, site in zip(trace.outputs, self.sites, strict=True)}
+        nodes[trace.epsilon] = nodes.get(trace.epsilon, 0) + self.base_nanoseconds
+        return Costs(trace, "ns", nodes)
+
 
 def read_profile(path: Path) -> LatencyProfile:
     """Read a profile, of a file of its own or of a SubNet that was searched with one.
@@ -56,20 +74,3 @@ def read_profile(path: Path) -> LatencyProfile:
 def check_profile(raw: Any, path: Path) -> LatencyProfile:
     """Return what was read from ``path`` as a profile; DipgoError where it is none."""
     return validated(raw, path, LatencyProfile, SCHEMA, f"give {GIVE}")
-
-
-def timed(trace: Trace, profile: LatencyProfile) -> Trace:
-    """Return the trace with nanoseconds for MACs: each site's at its output, the base at ε.
-
-    Raises:
-        DipgoError: a profile of other sites, or of another model.
-    """
-    names = [site.name for site in trace.sites]
-    if [site.name for site in profile.sites] != names:
-        raise DipgoError("the latency profile is of other sites than this search's; measure it again")
-    identity = trace.model.identity()
-    if (profile.model.config_sha256, profile.guidance_scale > 1) != (identity.config_sha256, trace.guidance_scale > 1):
-        raise DipgoError(f"the latency profile is of another model ({profile.model.name}); measure it again")
-    costs = {outputs[0]: site.nanoseconds for outputs, site in zip(trace.outputs, profile.sites, strict=True)}
-    costs[trace.epsilon] = costs.get(trace.epsilon, 0) + profile.base_nanoseconds
-    return trace.with_costs(costs)

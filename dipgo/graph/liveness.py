@@ -29,35 +29,35 @@ class StepPlan:
     stored: frozenset[int]
 
 
-def plan(gates: np.ndarray, terms: int, live_sites: LiveSites) -> list[StepPlan]:
+def plan(gates: np.ndarray, history: int, live_sites: LiveSites) -> list[StepPlan]:
     """Return the plan of every step.
 
     Args:
         gates: bool ``[calls, sites]``, the first row all True.
-        terms: K, how many computed outputs a backup combines.
+        history: K, how many computed outputs a backup combines.
         live_sites: ``Trace.live_sites``.
     """
-    wanted: list[set[int]] = [set() for _ in gates]  # outputs that later steps read, by step
+    stored: list[set[int]] = [set() for _ in gates]  # sites whose outputs later steps read, by step
     plans: list[StepPlan] = []
     for step in range(len(gates) - 1, -1, -1):
         row = gates[step]
-        live = live_sites(row, wanted[step])
+        live = live_sites(row, stored[step])
         served = {
-            site: tuple(int(past) for past in np.flatnonzero(gates[:step, site])[::-1][:terms])
+            site: tuple(int(past) for past in np.flatnonzero(gates[:step, site])[::-1][:history])
             for site in sorted(live)
             if not row[site]
         }
         for site, sources in served.items():
             for source in sources:
-                wanted[source].add(site)
+                stored[source].add(site)
         computed = frozenset(site for site in live if row[site])
-        plans.append(StepPlan(computed, served, frozenset(wanted[step])))
+        plans.append(StepPlan(computed, served, frozenset(stored[step])))
     return plans[::-1]
 
 
-def canonical(gates: np.ndarray, terms: int, live_sites: LiveSites) -> np.ndarray:
+def canonical(gates: np.ndarray, history: int, live_sites: LiveSites) -> np.ndarray:
     """Return the gates with everything that is computed for nobody switched off (bool ``[calls, sites]``)."""
     result = np.zeros_like(gates, dtype=bool)
-    for step, entry in enumerate(plan(np.asarray(gates, bool), terms, live_sites)):
+    for step, entry in enumerate(plan(np.asarray(gates, bool), history, live_sites)):
         result[step, list(entry.computed)] = True
     return result

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo.importers.published import Published
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -33,7 +35,7 @@ _KEYS = {
 
 
 @dataclass(frozen=True)
-class DeepCache:
+class DeepCache(Published):
     """How many steps lie between full ones, and where the others enter.
 
     Attributes:
@@ -46,26 +48,21 @@ class DeepCache:
     branch: int
     curve: tuple[float, int] | None
     format = "DeepCache"
-    steps = None
-    model = None
-    sampler = None
 
     def sites(self, denoiser: nn.Module) -> str:
-        return _kept(denoiser, self.branch)[0]
+        return _same_features(denoiser, self.branch)[0]
 
     def columns(
         self, names: Sequence[str], denoiser: nn.Module, timesteps: Sequence[float]
     ) -> Mapping[str, np.ndarray]:
         order = list(timesteps)
-        numbers = [
-            order.index(timestep) for timestep in timesteps
-        ]  # as DeepCache does: PNDM's second call is the first
+        numbers = [order.index(timestep) for timestep in timesteps]  # as DeepCache: PNDM's second call is the first
         full = full_steps(len(timesteps), self.interval, self.curve)
-        kept = _kept(denoiser, self.branch)
-        site = next((name for name in kept if name in names), kept[0])
+        same = _same_features(denoiser, self.branch)
+        site = next((name for name in same if name in names), same[0])
         return {site: np.isin(numbers, full)}
 
-    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
+    def record(self, trace: Trace, gates: np.ndarray) -> dict[str, Any]:
         return {"cache_interval": self.interval, "cache_branch_id": self.branch, "curve": self.curve}
 
 
@@ -94,8 +91,8 @@ def full_steps(steps: int, interval: int, curve: tuple[float, int] | None) -> li
     raise ValueError(f"no schedule of {count} steps out of {steps} with pow {curve[0]:g} and center {center}")
 
 
-def _kept(denoiser: nn.Module, branch: int) -> list[str]:
-    """Return the module whose output is the kept feature, and others with the same output."""
+def _same_features(denoiser: nn.Module, branch: int) -> list[str]:
+    """Return the module whose output DeepCache keeps, and others with the same output."""
     ups: Any = getattr(denoiser, "up_blocks", None)
     if ups is None:
         raise ValueError(f"DeepCache is for UNets, and {type(denoiser).__name__} is none; give another --model")
@@ -148,10 +145,10 @@ def _branch(document: Mapping[str, Any]) -> int:
 
 
 def _curve(document: Mapping[str, Any]) -> tuple[float, int] | None:
-    given = {"pow", "center"} & document.keys()
+    curve = {"pow", "center"} & document.keys()
     if document.get("uniform", True):
-        if given:
-            raise ValueError(f"'{min(given)}' has no effect unless uniform is false; leave it out, or say so")
+        if curve:
+            raise ValueError(f"'{min(curve)}' has no effect unless uniform is false; leave it out, or say so")
         return None
     power = document.get("pow")
     if isinstance(power, bool) or not isinstance(power, int | float) or not 1 < power < 100:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dipgo.importers.pickles import PERSISTENT, Call, Name, read_pickle
-from dipgo.importers.schedule import by_call, is_mask
-from dipgo.schedule.subnet import Cost
+from dipgo.importers.published import Published, by_call, is_mask
+from dipgo.schedule.search_record import Cost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class DipgoGates:
+class DipgoGates(Published):
     """Gates by block key, bool ``[steps, blocks]``, and where they come from.
 
     The default model and sampler are those of the one file that was published.
@@ -67,20 +67,21 @@ class DipgoGates:
         rows = by_call(self.gates, timesteps, "the list of gates")
         return dict(zip(self.modules, rows.T, strict=True))
 
-    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
-        return {"source": self.source, "published_macs": published_cost(traced, gates).model_dump()}
+    def record(self, trace: Trace, gates: np.ndarray) -> dict[str, Any]:
+        return {"source": self.source, "published_macs": published_cost(trace, gates)}
 
 
-def published_cost(traced: Trace, gates: np.ndarray) -> Cost:
+def published_cost(trace: Trace, gates: np.ndarray) -> Cost:
     """MACs as the paper counts them: layers only, each site by its gate, what lies outside of sites at every call.
 
     The SubNet's own cost also counts attention products, and nothing for a step that computes nothing.
     """
-    layers = traced.by_layer()
-    sites = np.array([site.macs for site in layers.sites])
-    full = layers.full_macs * len(gates)
-    kept = full - int((~gates @ sites).sum())
-    return Cost(full=full, subnet=kept, ratio=kept / full)
+    from dipgo.graph.macs import layer_macs
+
+    layers = layer_macs(trace)
+    full = layers.full * len(gates)
+    subnet = full - int((~gates @ np.array(layers.sites)).sum())
+    return Cost(full=full, subnet=subnet, ratio=subnet / full)
 
 
 def read_fact_sheet(document: Any) -> DipgoGates | None:
@@ -109,7 +110,7 @@ def read_gates_pickle(data: bytes) -> DipgoGates:
     """
     steps = read_pickle(io.BytesIO(data), _GLOBALS)
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) and step for step in steps):
-        raise ValueError("the pickle is not a list of dicts, one a step")
+        raise ValueError("the pickle is not a list of dicts, one per step")
     keys = tuple(steps[0])
     if not all(isinstance(key, tuple) for key in keys) or any(step.keys() != steps[0].keys() for step in steps):
         raise ValueError("the pickle's steps do not have the same blocks as keys")

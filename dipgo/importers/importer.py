@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,11 @@ from dipgo.base.records import read_json
 from dipgo.importers.deepcache import read_deepcache
 from dipgo.importers.dipgo_gates import read_fact_sheet, read_gates_pickle
 from dipgo.importers.masks import read_step_mask
-from dipgo.importers.schedule import Schedule
+from dipgo.importers.published import Published
 from dipgo.importers.smoothcache import read_smoothcache
-from dipgo.schedule.subnet import SubNet
+from dipgo.schedule.schedule import Schedule
+from dipgo.schedule.search_record import SearchRecord
+from dipgo.schedule.subnet import SubNet, make_subnet
 
 if TYPE_CHECKING:  # a file is refused before torch is loaded
     from torch import nn
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # a file is refused before torch is loaded
     from dipgo.model.models import Model
     from dipgo.model.sampler import Sampler
 
-FORMATS: tuple[Callable[[Any], Schedule | None], ...] = (
+FORMATS: tuple[Callable[[Any], Published | None], ...] = (
     read_fact_sheet,
     read_deepcache,
     read_step_mask,
@@ -40,7 +41,7 @@ KNOWN = (
 _LARGEST = 64 * 2**20  # bytes; the published gates are 0.2 MB
 
 
-def read_schedule(path: Path) -> Schedule:
+def read_schedule(path: Path) -> Published:
     """Recognise a file by its content and read it. No code in it runs.
 
     Raises:
@@ -55,13 +56,12 @@ def read_schedule(path: Path) -> Schedule:
     if data is None:
         raise DipgoError(f"{path}: larger than any schedule; {KNOWN}")
     try:
-        schedule = read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
+        return read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
     except ValueError as error:
         raise DipgoError(f"{path}: {error}; {KNOWN}") from error
-    return schedule
 
 
-def _read_text(data: bytes) -> Schedule:
+def _read_text(data: bytes) -> Published:
     try:
         document = json.loads(data.decode())
     except UnicodeDecodeError as error:
@@ -69,9 +69,9 @@ def _read_text(data: bytes) -> Schedule:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError("neither JSON nor a pickle of gates") from error
     for read in FORMATS:
-        schedule = read(document)
-        if schedule is not None:
-            return schedule
+        published = read(document)
+        if published is not None:
+            return published
     raise ValueError("a format that is not known")
 
 
@@ -98,13 +98,13 @@ def import_subnet(
     Raises:
         DipgoError, UsageError: a file that is refused, or that does not fit the model, sampler, steps or sites.
     """
-    schedule = read_schedule(path)
-    name = model or schedule.model
+    published = read_schedule(path)
+    name = model or published.model
     if name is None:
-        raise UsageError(f"{path} is {schedule.format}, which does not say for which model; give --model")
-    count = steps or schedule.steps
+        raise UsageError(f"{path} is {published.format}, which does not say for which model; give --model")
+    count = steps or published.steps
     if count is None:
-        raise UsageError(f"{path} is {schedule.format}, which fits any number of steps; give --steps")
+        raise UsageError(f"{path} is {published.format}, which fits any number of steps; give --steps")
 
     import diffusers
 
@@ -113,65 +113,57 @@ def import_subnet(
     from dipgo.model.models import find_model
     from dipgo.model.sampler import make_scheduler, tabulate
 
-    found = find_model(name)
-    index = read_json(found.folder / "model_index.json", "model_index.json")
-    scheduler = make_scheduler(sampler or schedule.sampler, _own_scheduler(found, index))
-    table = tabulate(scheduler, count, found.family.scales_noise)
+    own = find_model(name)
+    index = read_json(own.folder / "model_index.json", "model_index.json")
+    scheduler = make_scheduler(sampler or published.sampler, _own_scheduler(own, index))
+    table = tabulate(scheduler, count, own.family.scales_noise)
     if guidance_scale is None:
         guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))
     try:
-        denoiser = found.empty_denoiser()
-        spec = sites or schedule.sites(denoiser)
-        subnet = apply(schedule, trace(found, spec, guidance_scale), table, denoiser)
+        denoiser = own.empty_denoiser()
+        traced = trace(own, sites or published.sites(denoiser), guidance_scale)
+        return apply(published, traced, table, denoiser, file=path.name, sha256=sha256_of(path))
     except ValueError as error:
         raise DipgoError(f"{path}: {error}") from error
-    return replace(subnet, search={**subnet.search, "file": path.name, "sha256": sha256_of(path)})
 
 
-def apply(schedule: Schedule, traced: Trace, sampler: Sampler, denoiser: nn.Module | None = None) -> SubNet:
-    """Return the SubNet that a schedule is on a traced model under a sampler.
+def apply(
+    published: Published, traced: Trace, sampler: Sampler, denoiser: nn.Module | None = None, **record: str
+) -> SubNet:
+    """Return the SubNet that a published schedule is on a traced model under a sampler.
 
-    Sites of which the schedule says nothing are computed, and what is computed for nobody is switched off.
-    ``denoiser`` is the traced model's, where it was built before: it is large.
+    Sites of which the file says nothing are computed, and what is computed for nobody is switched off.
+    ``denoiser`` is the traced model's, where it was built before: it is large. ``record`` goes into the search record.
 
     Raises:
         ValueError: the schedule does not fit, or skips something at step 0.
         UsageError: it speaks of modules that are no sites.
     """
-    from dipgo.graph.liveness import canonical
-    from dipgo.schedule.cost import cost_of
-
     names = [site.name for site in traced.sites]
-    columns = schedule.columns(names, denoiser or traced.model.empty_denoiser(), sampler.timesteps)
+    columns = published.columns(names, denoiser or traced.model.empty_denoiser(), sampler.timesteps)
     strange = [name for name in columns if name not in names]
     if strange:
-        raise UsageError(f"{schedule.format} gates '{strange[0]}', which is no site; leave --sites out, or add it")
+        raise UsageError(f"{published.format} gates '{strange[0]}', which is no site; leave --sites out, or add it")
     gates = np.ones((sampler.calls, len(names)), bool)
     for name, column in columns.items():
         gates[:, names.index(name)] = column
     if not gates[0].all():
         raise ValueError("step 0 is not computed in full, but nothing is cached yet")
-    gates = canonical(gates, 1, traced.live_sites)
-    return SubNet(
-        model=traced.model.identity(),
-        sampler=sampler.identity(traced.guidance_scale),
-        sites=traced.sites,
-        gates=gates,
-        cost=cost_of(traced, gates),
-        search={"method": f"import of {schedule.format}", **schedule.record(traced, gates)},
-    )
+    schedule = Schedule(gates).canonical(traced)
+    said = published.record(traced, schedule.gates)
+    search = SearchRecord(method=f"import of {published.format}", **said, **record)
+    return make_subnet(traced, sampler.identity(traced.guidance_scale), schedule, search)
 
 
 def summary(subnet: SubNet) -> str:
-    """Return one line on what an import found."""
-    published = subnet.search.get("published_macs")
-    beside = ""
+    """Return one line on an imported SubNet."""
+    published, beside = subnet.search.published_macs, ""
     if published:
-        beside = f" ({published['ratio']:.2%} of {published['full'] / subnet.calls / 1e9:.2f} G a call as published)"
+        beside = f" ({published.ratio:.2%} of {published.full / subnet.calls / 1e9:.2f} G a call as published)"
     signatures = len(np.unique(subnet.gates, axis=0))
     empty = int((~subnet.gates.any(axis=1)).sum())
     return (
-        f"{subnet.search['method']}: {subnet.gates.sum()} of {subnet.gates.size} gates, {signatures} signatures, "
+        f"{subnet.search.method}: {subnet.gates.sum()} of {subnet.gates.size} gates, {signatures} signatures, "
         f"{empty} empty steps; keeps {subnet.cost.ratio:.2%} of the MACs{beside}"
     )
 

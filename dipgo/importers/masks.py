@@ -1,4 +1,4 @@
-"""Step masks: a JSON list of 0 and 1, one a step: compute the whole step, or serve the last output for it.
+"""Step masks: a JSON list of 0 and 1, one per step: compute the whole step, or serve the last output for it.
 
 What is skipped is every site; where one of the sites is the denoiser's output (a UNet's last block, a DiT's
 projection), such a step launches nothing.
@@ -12,37 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo.importers.schedule import by_call, is_mask
+from dipgo.importers.published import Published, by_call, is_mask
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dipgo.graph.trace import Trace
-
 
 @dataclass(frozen=True)
-class StepMask:
+class StepMask(Published):
     """``mask`` is bool ``[steps]``, True = compute."""
 
     mask: np.ndarray
     format = "a step mask"
-    model = None
-    sampler = None
 
     @property
     def steps(self) -> int:
         return len(self.mask)
 
-    def sites(self, denoiser: nn.Module) -> None:
-        return None
-
     def columns(
         self, names: Sequence[str], denoiser: nn.Module, timesteps: Sequence[float]
     ) -> Mapping[str, np.ndarray]:
         return dict.fromkeys(names, by_call(self.mask, timesteps, "the step mask"))
-
-    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
-        return {}
 
 
 def read_step_mask(document: Any) -> StepMask | None:

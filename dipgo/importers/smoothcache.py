@@ -1,4 +1,4 @@
-"""SmoothCache's schedules (Liu et al. 2024): JSON, ``{"attn1": [1, 0, …], "ff": […]}``, one list a layer type.
+"""SmoothCache's schedules (Liu et al. 2024): JSON, ``{"attn1": [1, 0, …], "ff": […]}``, one list per layer type.
 
 1 computes and 0 serves the last output, in every transformer block; ``"attn1-3"`` is for block 3 alone and goes before
 ``"attn1"``. The names ``attn`` and ``mlp``, of the original DiT code, are diffusers' ``attn1`` and ``ff``. A layer of
@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo.importers.schedule import by_call, is_mask
+from dipgo.importers.published import Published, by_call, is_mask
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from dipgo.graph.trace import Trace
 
 Key = tuple[str, str | None]
 
@@ -28,13 +26,11 @@ _DIFFUSERS = {"attn": "attn1", "mlp": "ff"}
 
 
 @dataclass(frozen=True)
-class SmoothCache:
+class SmoothCache(Published):
     """Masks, bool ``[steps]``, by layer type and, where given, block: ``("ff", None)``, ``("ff", "3")``."""
 
     masks: Mapping[Key, np.ndarray]
     format = "SmoothCache"
-    model = None
-    sampler = None
 
     @property
     def steps(self) -> int:
@@ -49,23 +45,20 @@ class SmoothCache:
         rows = {key: by_call(mask, timesteps, f"'{_text(key)}'") for key, mask in self.masks.items()}
         return {name: rows[key] for name, key in self._keys(denoiser).items()}
 
-    def record(self, traced: Trace, gates: np.ndarray) -> dict[str, Any]:
-        return {}
-
     def _keys(self, denoiser: nn.Module) -> dict[str, Key]:
         """Return the modules that the file speaks of (``….<block>.<layer type>``), each with its key."""
-        found: dict[str, Key] = {}
+        modules: dict[str, Key] = {}
         used: set[Key] = set()
         for name, _ in denoiser.named_modules():
             block, layer = f".{name}".rsplit(".", 2)[-2:]
             keys = [key for key in ((layer, block), (layer, None)) if block.isdigit() and key in self.masks]
             if keys:
-                found[name] = keys[0]
+                modules[name] = keys[0]
                 used.update(keys)
         idle = [key for key in self.masks if key not in used]
         if idle:
             raise ValueError(f"'{_text(idle[0])}' is no layer in the transformer blocks of {type(denoiser).__name__}")
-        return found
+        return modules
 
 
 def read_smoothcache(document: Any) -> SmoothCache | None:

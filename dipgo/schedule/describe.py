@@ -8,11 +8,12 @@ from dipgo.schedule.subnet import SubNet
 
 
 def subnet_text(subnet: SubNet) -> str:
-    """Identity, cost and gate map of a SubNet: a row a site, a column a step; █ computed, · served from its backup."""
+    """Identity, cost and gate map of a SubNet: a row per site, a column per step; █ computed, · served."""
     cost, sampler = subnet.cost, subnet.sampler
     signatures = len(np.unique(subnet.gates, axis=0))
     empty = int((~subnet.gates.any(axis=1)).sum())
-    served = f"the last {subnet.terms} outputs, weighted" if subnet.weights else "the last output"
+    schedule = subnet.schedule
+    served = f"the last {schedule.history} outputs, weighted" if schedule.learned else "the last output"
     width = max(len(site.name) for site in subnet.sites)
     total = sum(site.macs for site in subnet.sites)
     rows = [

@@ -7,10 +7,9 @@ needed to refuse a mismatched request; learned backup weights lie in ``NAME.safe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +20,11 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of
 from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.graph.sites import Site
+from dipgo.schedule.schedule import Schedule, backup_name, site_of_backup
+from dipgo.schedule.search_record import Cost, SearchRecord
+
+if TYPE_CHECKING:  # SubNets are read without torch
+    from dipgo.graph.trace import Trace
 
 SCHEMA = "dipgo.subnet/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "schemas" / "subnet-1.json"
@@ -41,15 +45,6 @@ class BackupRecord(Record):
     sha256: str
 
 
-class Cost(Record):
-    """Multiply-accumulates of one trajectory at batch 1, attention products included: all gates 1, and as gated."""
-
-    kind: Literal["macs"] = "macs"
-    full: int = Field(gt=0)
-    subnet: int = Field(ge=0)
-    ratio: float
-
-
 class SubNetRecord(Record):
     """The JSON file."""
 
@@ -60,7 +55,7 @@ class SubNetRecord(Record):
     gates: list[list[Annotated[int, Field(ge=0, le=1)]]] = Field(description="[steps][sites], 1 = compute")
     backup: BackupRecord | None
     cost: Cost
-    search: dict[str, Any]
+    search: SearchRecord
 
 
 def json_schema() -> dict[str, Any]:
@@ -70,64 +65,72 @@ def json_schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SubNet:
-    """Gates, backups and the identity of what they were searched on.
-
-    Attributes:
-        gates: bool ``[calls, sites]``, True = compute.
-        weights: backup tensors by name (:mod:`dipgo.schedule.backup_names`), float32 ``[calls, K]``,
-            ``[calls, K, channels]`` or, where the two halves of guidance have weights of their own (the
-            unconditional first), ``[calls, K, 2, channels]``, with 1 for channels that all have the same; empty
-            means that a skipped site serves its last output as it is.
-        terms: K; 1 where ``weights`` is empty.
-    """
+    """A schedule, the identity of what it was searched on, and what the search says of it."""
 
     model: ModelIdentity
     sampler: SamplerIdentity
     sites: tuple[Site, ...]
-    gates: np.ndarray
+    schedule: Schedule
     cost: Cost
-    terms: int = 1
-    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
-    search: Mapping[str, Any] = field(default_factory=dict)
+    search: SearchRecord = field(default_factory=SearchRecord)
+
+    @property
+    def gates(self) -> np.ndarray:
+        """The schedule's gates, bool ``[calls, sites]``, True = compute."""
+        return self.schedule.gates
 
     @property
     def calls(self) -> int:
         """Calls of the denoiser in one trajectory (more than ``sampler.steps`` for some solvers)."""
-        return len(self.gates)
+        return self.schedule.calls
+
+    def under(self, schedule: Schedule, trace: Trace) -> SubNet:
+        """Return the SubNet with another schedule, at its cost in the traced graph."""
+        return replace(self, schedule=schedule, cost=Cost.of(schedule, trace.macs))
 
 
-def check(subnet: SubNet) -> None:
+def make_subnet(trace: Trace, sampler: SamplerIdentity, schedule: Schedule, search: SearchRecord) -> SubNet:
+    """Return the SubNet that a canonical schedule is on a traced model under a sampler."""
+    cost = Cost.of(schedule, trace.macs)
+    return SubNet(trace.model.identity(), sampler, trace.sites, schedule, cost, search)
+
+
+def check(subnet: SubNet, history: int | None = None) -> None:
     """Check what the schema cannot: shapes, finite weights, a first step that computes everything.
+
+    Args:
+        history: K, where it is known apart from the weights.
 
     Raises:
         ValueError: with one line that says what is wrong.
     """
     calls, count = len(subnet.sampler.timesteps), len(subnet.sites)
-    if subnet.gates.shape != (calls, count):
-        raise ValueError(f"gates are {list(subnet.gates.shape)}, expected [{calls} timesteps, {count} sites]")
-    if not subnet.gates[0].all():
+    gates, backups = subnet.gates, subnet.schedule.backups
+    history = history or subnet.schedule.history
+    guidance = subnet.sampler.guidance_scale
+    if gates.shape != (calls, count):
+        raise ValueError(f"gates are {list(gates.shape)}, expected [{calls} timesteps, {count} sites]")
+    if not gates[0].all():
         raise ValueError("step 0 skips a site, but nothing is cached yet; the first row of gates must be all 1")
     names = {site.name for site in subnet.sites}
-    for name, weights in subnet.weights.items():
-        site = name.removeprefix("backup.").partition("#")[0]
-        if not name.startswith("backup.") or site not in names:
+    for name, weights in backups.items():
+        if site_of_backup(name) not in names:
             raise ValueError(f"backup tensor '{name}' belongs to no site")
-        if weights.ndim not in (2, 3, 4) or weights.shape[:2] != (calls, subnet.terms):
+        if weights.ndim not in (2, 3, 4) or weights.shape[:2] != (calls, history):
             raise ValueError(
-                f"'{name}' is {list(weights.shape)}, expected [{calls}, {subnet.terms}], with channels after it, or 2 "
+                f"'{name}' is {list(weights.shape)}, expected [{calls}, {history}], with channels after it, or 2 "
                 "and channels"
             )
-        if weights.ndim == 4 and (weights.shape[2] != 2 or subnet.sampler.guidance_scale <= 1):
+        if weights.ndim == 4 and (weights.shape[2] != 2 or guidance <= 1):
             raise ValueError(
-                f"'{name}' has weights for {weights.shape[2]} halves of guidance, but guidance "
-                f"{subnet.sampler.guidance_scale:g} has {2 if subnet.sampler.guidance_scale > 1 else 1}"
+                f"'{name}' has weights for {weights.shape[2]} passes of guidance, but guidance {guidance:g} has "
+                f"{2 if guidance > 1 else 1}"
             )
         if not np.isfinite(weights).all():
             raise ValueError(f"'{name}' holds NaN or infinite coefficients")
-    if subnet.weights:
-        missing = [site.name for site in subnet.sites if f"backup.{site.name}" not in subnet.weights]
-        if missing:
-            raise ValueError(f"site '{missing[0]}' has no backup tensor")
+    missing = [site.name for site in subnet.sites if backups and backup_name(site.name) not in backups]
+    if missing:
+        raise ValueError(f"site '{missing[0]}' has no backup tensor")
 
 
 def save_subnet(subnet: SubNet, path: Path, force: bool = False) -> None:
@@ -136,20 +139,20 @@ def save_subnet(subnet: SubNet, path: Path, force: bool = False) -> None:
     The weights go first: a new JSON is always complete, and one that was to be replaced tells by its checksum.
     """
     check(subnet)
-    backup = None
-    if subnet.weights:
+    schedule, backup = subnet.schedule, None
+    if schedule.learned:
         beside = weights_file(path)
         with new_file(beside, force) as draft:
-            save_file({name: np.ascontiguousarray(array) for name, array in subnet.weights.items()}, draft)
-        backup = BackupRecord(terms=subnet.terms, file=beside.name, sha256=sha256_of(beside))
+            save_file({name: np.ascontiguousarray(array) for name, array in schedule.backups.items()}, draft)
+        backup = BackupRecord(terms=schedule.history, file=beside.name, sha256=sha256_of(beside))
     record = SubNetRecord(
         model=subnet.model,
         sampler=subnet.sampler,
         sites=[SiteRecord(**vars(site)) for site in subnet.sites],
-        gates=subnet.gates.astype(int).tolist(),
+        gates=schedule.gates.astype(int).tolist(),
         backup=backup,
         cost=subnet.cost,
-        search=dict(subnet.search),
+        search=subnet.search,
     )
     with new_file(path, force) as draft:
         draft.write_text(_one_row_a_line(record.model_dump(mode="json", by_alias=True)) + "\n")
@@ -179,18 +182,11 @@ def load_subnet(path: Path) -> SubNet:
         except SafetensorError as error:
             raise DipgoError(f"{beside}: not a safetensors file ({error}); search again") from error
     ragged = len({len(row) for row in record.gates}) != 1
-    subnet = SubNet(
-        model=record.model,
-        sampler=record.sampler,
-        sites=tuple(Site(**site.model_dump()) for site in record.sites),
-        gates=np.zeros((len(record.gates), 0), bool) if ragged else np.array(record.gates, bool),
-        cost=record.cost,
-        terms=record.backup.terms if record.backup else 1,
-        weights=weights,
-        search=record.search,
-    )
+    gates = np.zeros((len(record.gates), 0), bool) if ragged else np.array(record.gates, bool)
+    sites = tuple(Site(**site.model_dump()) for site in record.sites)
+    subnet = SubNet(record.model, record.sampler, sites, Schedule(gates, weights), record.cost, record.search)
     try:
-        check(subnet)
+        check(subnet, record.backup.terms if record.backup else None)
     except ValueError as error:
         raise DipgoError(f"{path}: {error}; search again, or mend the file") from error
     return subnet

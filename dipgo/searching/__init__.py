@@ -1,1 +1,1 @@
-"""The search: fixed policies, the pruner, post-processing, learned backups, and the procedure that joins them."""
+"""The search: fixed schedules, the pruner, learned backups, and the procedure that joins them."""

@@ -1,111 +1,175 @@
-"""Gates that are worth learning backups for: the best fixed policies, and such as no rule gives."""
+"""Schedules that are worth learning backups for: the best by rule, SubNets to begin with, and such as no rule gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from dipgo.graph.liveness import canonical
-from dipgo.schedule.cost import trajectory_macs
-from dipgo.schedule.policies import extrapolation, policies, thinned
-from dipgo.searching.context import Work
-from dipgo.searching.judge import Candidate
-from dipgo.searching.measured import best_slope, measured_schedules
+from dipgo.schedule.fixed_schedules import (
+    EXTRAPOLATION,
+    REUSE,
+    SERVINGS,
+    SLOPES,
+    SPACINGS,
+    Rule,
+    extrapolation,
+    fixed_schedules,
+    thinned,
+)
+from dipgo.schedule.schedule import Schedule
+from dipgo.searching.context import SearchContext
+from dipgo.searching.greedy_prune import drop_cheapest
 
 
-def contenders(work: Work, budget: float, last: np.ndarray | None) -> tuple[list[Candidate], list[Candidate]]:
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule, the judge's verdict in dB, and whether it is a fixed one."""
+
+    name: str
+    schedule: Schedule
+    psnr: float
+    fixed: bool = False
+
+
+def candidates(context: SearchContext, budget: float, last: Schedule | None) -> tuple[list[Candidate], list[Candidate]]:
     """Judge everything that needs no learned backups.
 
     Args:
-        last: the gates that were found for the budget before this one.
+        last: what was chosen for the budget before this one.
 
-    A SubNet that the search was given is judged as it is where it fits the budget, and its backups learn on; where its
-    gates cost too much they are thinned out.
+    A SubNet that the search begins with is judged as it is where it fits the budget, and its backups learn on; where
+    its gates cost too much they are thinned out.
 
     Returns:
         All candidates, and those that learning may begin with, with different gates, the best first.
     """
-    fixed = _policies(work, budget)
-    schedules = _schedules(work, budget, fixed)
-    given = _given(work, budget)
-    named = _proposed(work, budget, fixed, last)
-    named |= dict(list(schedules.items())[: work.settings.contenders])
-    different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
-    learned = [candidate for candidate in given if candidate.weights]
-    for candidate in learned:
-        different.pop(candidate.gates.tobytes(), None)
-    sloped = [_sloped(work, budget, name, gates, fixed) for name, gates in different.values()]
-    return [*fixed, *given, *sloped], sorted([*learned, *sloped], key=lambda candidate: -candidate.psnr)
-
-
-def _given(work: Work, budget: float) -> list[Candidate]:
-    """Judge the SubNets that the search was given, as they are."""
-    return [
-        work.judge(f"given {number}", start.gates, start.weights)
-        for number, start in enumerate(work.starts, 1)
-        if _fits(work, budget, start.gates, bool(start.weights))
+    fixed = _fixed(context, budget)
+    starts = [
+        Candidate(f"given {number}", start.schedule, context.judge(start.schedule))
+        for number, start in enumerate(context.starts, 1)
+        if start.schedule.fits(context.costs, budget)
     ]
+    named = _without_rule(context, budget, fixed, last) | _best_of_fixed(context, budget, fixed)
+    different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
+    learned = [candidate for candidate in starts if candidate.schedule.learned]
+    for candidate in learned:
+        different.pop(candidate.schedule.gates.tobytes(), None)
+    sloped = [_sloped(context, budget, name, gates, fixed) for name, gates in different.values()]
+    return [*fixed, *starts, *sloped], ranked([*learned, *sloped])
 
 
-def _policies(work: Work, budget: float) -> list[Candidate]:
-    """Judge the fixed policies."""
-    run = work.run
-    fixed = policies(work.task.trace, work.task.sampler.calls, budget, work.drift)
+def ranked(judged: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates, the best first."""
+    return sorted(judged, key=lambda candidate: -candidate.psnr)
+
+
+def _fixed(context: SearchContext, budget: float) -> list[Candidate]:
+    """Judge the fixed schedules."""
+    run = context.run
+    fixed = fixed_schedules(context.costs, context.task.sampler.calls, budget, context.drift)
 
     def judged() -> dict[str, np.ndarray]:
-        scores = []
-        for number, policy in enumerate(fixed):
-            scores.append(work.judge.psnr(policy.gates, policy.weights))
-            run.report(f"policies {budget:g}", number + 1, len(fixed), f"{policy.name} {scores[-1]:.2f} dB")
+        scores: list[float] = []
+        for name, schedule in fixed.items():
+            scores.append(context.judge.psnr(schedule))
+            run.report(f"fixed schedules {budget:g}", len(scores), len(fixed), f"{name} {scores[-1]:.2f} dB")
         return {"psnr": np.array(scores)}
 
-    scores = run.once(f"policies-{budget:g}", judged)["psnr"]
-    return [Candidate(p.name, p.gates, p.weights, float(db), fixed=True) for p, db in zip(fixed, scores, strict=True)]
+    scores = run.once(f"fixed-{budget:g}", judged)["psnr"]
+    return [Candidate(*item, float(db), fixed=True) for item, db in zip(fixed.items(), scores, strict=True)]
 
 
-def _schedules(work: Work, budget: float, fixed: Sequence[Candidate]) -> dict[str, np.ndarray]:
-    """Return the gates of the policies with two cached outputs to combine, the best first: bool ``[calls, sites]``."""
-    best = sorted(fixed, key=lambda candidate: -candidate.psnr)
-    found = {policy.name: canonical(policy.gates, 2, work.task.trace.live_sites) for policy in best}
-    return {name: gates for name, gates in found.items() if _fits(work, budget, gates)}
+def _best_of_fixed(context: SearchContext, budget: float, fixed: Sequence[Candidate]) -> dict[str, np.ndarray]:
+    """Return the gates of the best fixed schedules with two cached outputs to combine: bool ``[calls, sites]``."""
+    gates = {candidate.name: _extrapolating(context, candidate.schedule) for candidate in ranked(fixed)}
+    fitting = [name for name in gates if context.costs.fits(gates[name], budget, learned=True)]
+    return {name: gates[name] for name in fitting[: context.settings.contenders]}
 
 
-def _fits(work: Work, budget: float, gates: np.ndarray, learned: bool = True) -> bool:
-    trace = work.task.trace
-    return trajectory_macs(trace, gates, learned) <= budget * trace.full_macs * len(gates)
+def _extrapolating(context: SearchContext, schedule: Schedule) -> np.ndarray:
+    return canonical(schedule.gates, EXTRAPOLATION, context.trace.live_sites)
 
 
-def _proposed(work: Work, budget: float, fixed: Sequence[Candidate], last: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Propose gates that no rule gives: given ones, the last budget's, and by measured drops."""
-    trace, settings = work.task.trace, work.settings
+def _without_rule(
+    context: SearchContext, budget: float, fixed: Sequence[Candidate], last: Schedule | None
+) -> dict[str, np.ndarray]:
+    """Propose gates that no rule gives: those of SubNets to begin with, the last budget's, and by measured drops."""
+    costs = context.costs
     proposals = {}
-    for number, given in enumerate(work.starts, 1):
-        gates = canonical(given.gates, 2, trace.live_sites)
-        if _fits(work, budget, gates):
+    for number, start in enumerate(context.starts, 1):
+        gates = _extrapolating(context, start.schedule)
+        if costs.fits(gates, budget, learned=True):
             proposals[f"given {number}'s gates"] = gates
         else:
-            proposals[f"given {number}, thinned"] = thinned(trace, gates, work.drift, budget)
+            proposals[f"given {number}, thinned"] = thinned(costs, gates, context.drift, budget)
     if last is not None:
-        proposals["thinned"] = thinned(trace, last, work.drift, budget)
-    if settings.drops:
-        found = measured_schedules(work, budget, fixed)
-        proposals |= {name: gates for name, gates in found if _fits(work, budget, gates)}
+        proposals["thinned"] = thinned(costs, last.gates, context.drift, budget)
+    if context.settings.drops:
+        pruned = _pruned(context, budget, fixed)
+        proposals |= {name: gates for name, gates in pruned if costs.fits(gates, budget, learned=True)}
     return proposals
 
 
-def _sloped(work: Work, budget: float, name: str, gates: np.ndarray, fixed: Sequence[Candidate]) -> Candidate:
+def _pruned(context: SearchContext, budget: float, fixed: Sequence[Candidate]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield all spacings with one step more than fits, less what is missed least."""
+    scores = {candidate.name: candidate.psnr for candidate in fixed}
+
+    def score(spacing: str, serving: str) -> float:
+        rules = [Rule(spacing, serving, history) for history in (REUSE, EXTRAPOLATION)]
+        return max(scores.get(rule.name, -np.inf) for rule in rules)
+
+    for spacing in SPACINGS:
+        serving = max(SERVINGS, key=partial(score, spacing))
+        if score(spacing, serving) > -np.inf:
+            rule = Rule(spacing, serving, EXTRAPOLATION)
+            yield f"{spacing}, {serving}, dropped", _dropped(context, budget, rule)
+
+
+def _dropped(context: SearchContext, budget: float, rule: Rule) -> np.ndarray:
+    """Return the gates of one computed step more than fits, less what is missed least."""
+    trace, settings, calls = context.trace, context.settings, context.task.sampler.calls
+    _, steps = rule.whole_steps(context.costs, calls, budget)
+    above = rule.gates(trace, calls, steps)
+
+    def report(measured: int, left: float) -> None:
+        total = max(measured, settings.drops)
+        context.run.report(f"drops {budget:g}, {rule.spacing}", measured, total, f"{left:.2f} dB")
+
+    def dropped() -> dict[str, np.ndarray]:
+        slope = _best_slope(context, above)
+
+        def score(gates: np.ndarray) -> float:
+            return context.ground.psnr(extrapolation(trace, gates, slope))
+
+        gates = drop_cheapest(context.costs, above, budget, score, settings.drops, context.seed, report)
+        return {"gates": gates.astype(np.uint8)}
+
+    return context.run.once(f"drops-{budget:g}-{rule.spacing}", dropped)["gates"].astype(bool)
+
+
+def _sloped(
+    context: SearchContext, budget: float, name: str, gates: np.ndarray, fixed: Sequence[Candidate]
+) -> Candidate:
     """Judge the gates with backups that follow as much of the straight line as serves them best.
 
-    Few noises choose how much. Where a fixed policy of these gates does better on held-out noise, its slope counts.
+    Few noises choose how much. Where a fixed schedule of these gates does better on held-out noise, its slope counts.
     """
-    trace = work.task.trace
     phase = f"slope-{budget:g}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
-    slope = work.run.once(phase, lambda: {"slope": np.array(best_slope(work, gates))})["slope"].item()
+    slope = context.run.once(phase, lambda: {"slope": np.array(_best_slope(context, gates))})["slope"].item()
 
-    def begun(slope: float) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
-        return f"{name}, slope {slope:g}", gates, extrapolation(trace, gates, slope)
+    def candidate(slope: float, psnr: float | None = None) -> Candidate:
+        schedule = extrapolation(context.trace, gates, slope)
+        return Candidate(f"{name}, slope {slope:g}", schedule, context.judge(schedule) if psnr is None else psnr)
 
-    same = [policy for policy in fixed if np.array_equal(canonical(policy.gates, 2, trace.live_sites), gates)]
-    as_they_are = [Candidate(*begun(1.0 if policy.weights else 0.0), policy.psnr) for policy in same]
-    return max([work.judge(*begun(slope)), *as_they_are], key=lambda candidate: candidate.psnr)
+    same = [one for one in fixed if np.array_equal(_extrapolating(context, one.schedule), gates)]
+    as_they_are = [candidate(1.0 if one.schedule.learned else 0.0, one.psnr) for one in same]
+    return max([candidate(slope), *as_they_are], key=lambda one: one.psnr)
+
+
+def _best_slope(context: SearchContext, gates: np.ndarray) -> float:
+    """Return the best of :data:`SLOPES`, as measured."""
+    return max(SLOPES, key=lambda slope: context.ground.psnr(extrapolation(context.trace, gates, slope)))

@@ -9,23 +9,31 @@ from functools import cached_property
 import numpy as np
 
 from dipgo.eager.drift import measure_drift
+from dipgo.graph.costs import Costs
+from dipgo.graph.trace import Trace
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import Loss
-from dipgo.searching.pruner import Pruner
-from dipgo.searching.run_folder import Run
+from dipgo.searching.run_folder import Phase, Run
 from dipgo.searching.task import Pool, Task
+from dipgo.searching.training_loop import Descent, Training
 
 
 @dataclass(frozen=True)
-class Work:
+class SearchContext:
     """What every phase of a search needs.
 
-    ``ground`` is the noise for drops and slopes, apart from the judge's; ``starts`` are SubNets to begin with.
+    Attributes:
+        costs: what budgets are a share of.
+        pool: what is learned from.
+        judge: compares candidates, on noise of its own.
+        ground: the noise for drops and slopes, apart from the judge's.
+        starts: SubNets to begin with.
     """
 
     task: Task
+    costs: Costs
     settings: SearchConfig
     seed: int
     run: Run
@@ -35,29 +43,18 @@ class Work:
     loss: Loss
     starts: Sequence[SubNet] = ()
 
+    @property
+    def trace(self) -> Trace:
+        return self.task.trace
+
     @cached_property
     def drift(self) -> np.ndarray:
         """How far every site moves from step to step; measured once, when first needed."""
+        return self.run.once("drift", lambda: {"drift": drift_of(self.task, self.seed)})["drift"]
 
-        def measured() -> dict[str, np.ndarray]:
-            return {"drift": drift_of(self.task, self.seed)}
-
-        return self.run.once("drift", measured)["drift"]
-
-    def pruner(self, start: np.ndarray | None) -> Pruner:
-        """Return a new pruner that begins at the gates ``start``, or with everything kept."""
-        settings = self.settings
-        return Pruner(
-            self.task.sampler.calls,
-            len(self.task.trace.sites),
-            settings.width,
-            settings.layers,
-            settings.heads,
-            settings.hidden,
-            settings.attention,
-            start,
-            confidence=1.0 if start is None else 0.5,
-        )
+    def training(self, descent: Descent, phase: Phase) -> Training:
+        """Return what a phase learns with."""
+        return Training(self.task.trajectory, self.pool, self.loss, descent, phase)
 
 
 def drift_of(task: Task, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Local search on the gates: from a schedule that costs too much, drop the sites that are missed least.
+"""Greedy pruning of gates: from a schedule that costs too much, drop the sites that are missed least.
 
 To serve a site instead of computing it in a step costs nothing or several dB, and only a run tells which: the gradient
 at the gates, how far a site's output drifts, and its place in the model rank otherwise.
@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dipgo.graph.costs import Costs
 from dipgo.graph.liveness import canonical
-from dipgo.graph.trace import Trace
-from dipgo.schedule.cost import trajectory_macs
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION
 
 
 def drop_cheapest(
-    trace: Trace,
+    costs: Costs,
     gates: np.ndarray,
     budget: float,
     score: Callable[[np.ndarray], float],
@@ -25,7 +25,7 @@ def drop_cheapest(
     seed: int,
     after: Callable[[int, float], None] = lambda measured, best: None,
 ) -> np.ndarray:
-    """Return ``gates`` without the gates whose loss per MAC is lowest, as many as must go to meet ``budget``.
+    """Return ``gates`` without the gates whose loss per cost is lowest, as many as must go to meet ``budget``.
 
     Lazy greedy (Minoux 1978): what each drop costs is measured alone at first; the cheapest is measured again on what
     is left, and goes once it is still the cheapest. Skipped sites extrapolate, with weights that follow the gates, so
@@ -35,33 +35,33 @@ def drop_cheapest(
     Args:
         gates: bool ``[calls, sites]``, canonical.
         score: of gates, higher is better, in dB.
-        singles: how many gates, drawn at random, are measured at first; more are where these are not enough.
+        singles: how many gates, chosen at random, are measured at first; more are where these are not enough.
         after: called with the number of measurements so far and the score of what is left.
     """
-    limit = budget * trace.full_macs * len(gates)
+    trace, limit = costs.trace, costs.limit(budget, len(gates))
     outputs = set(trace.output_sites())
     droppable = [(int(step), int(site)) for step, site in np.argwhere(gates) if step > 0 and site not in outputs]
     waiting = [droppable[place] for place in np.random.default_rng(seed).permutation(len(droppable))]
-    best, macs, found = gates, trajectory_macs(trace, gates, learned=True), score(gates)
+    best, cost, quality = gates, costs.trajectory(gates, learned=True), score(gates)
     heap: list[tuple[float, int, tuple[int, int], float]] = []
     drops, measured = 0, 0
 
     def without(gate: tuple[int, int]) -> np.ndarray:
         left = best.copy()
         left[gate] = False
-        return canonical(left, 2, trace.live_sites)
+        return canonical(left, EXTRAPOLATION, trace.live_sites)
 
     def measure(gate: tuple[int, int]) -> None:
         nonlocal measured
         left = without(gate)
-        saved = macs - trajectory_macs(trace, left, learned=True)
+        saved = cost - costs.trajectory(left, learned=True)
         measured += 1
         if saved > 0:
             scored = score(left)
-            heapq.heappush(heap, ((found - scored) / saved, drops, gate, scored))
-        after(measured, found)
+            heapq.heappush(heap, ((quality - scored) / saved, drops, gate, scored))
+        after(measured, quality)
 
-    while macs > limit and (heap or waiting):
+    while cost > limit and (heap or waiting):
         while waiting and (measured < singles or not heap):
             measure(waiting.pop())
         if not heap:
@@ -72,6 +72,6 @@ def drop_cheapest(
         if known < drops:
             measure(gate)
             continue
-        best, found, drops = without(gate), scored, drops + 1
-        macs = trajectory_macs(trace, best, learned=True)
+        best, quality, drops = without(gate), scored, drops + 1
+        cost = costs.trajectory(best, learned=True)
     return best

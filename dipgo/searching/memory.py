@@ -57,54 +57,60 @@ class MemoryEstimate:
         return sum(asdict(self).values())
 
 
-def memory_estimate(
-    model: Model,
-    trace: Trace,
-    calls: int,
-    batch: int = 1,
-    gates: np.ndarray | None = None,
-    terms: int = 1,
-    precision: torch.dtype | None = None,
-    recompute: bool = True,
-    loss: str = "latent",
-    learned: int = 0,
-    adam: bool = False,
-    pool: int = 0,
-) -> MemoryEstimate:
-    """Estimate the memory of an iteration.
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration computes and holds.
 
-    Args:
-        trace: of ``model``, which gives sites and guidance; the latent has the size in the model's configuration.
+    Attributes:
+        batch: images.
         gates: bool ``[calls, sites]``, for learned backups (activations are counted as if each step computed
             everything); None estimates the SuperNet, where every site is cached at every step.
-        terms: K.
+        history: K of the backups.
         precision: of autocast; None is float32. CUDA keeps normalisations in float32 under autocast where the CPU
             does not, so there the float32 estimate is the upper bound.
+        recompute: keep no activations between steps.
+        loss: its terms.
         learned: number of learned parameters.
+        adam: whether Adam learns them, else SGD.
         pool: images whose full trajectories are kept.
+    """
+
+    batch: int = 1
+    gates: np.ndarray | None = None
+    history: int = 1
+    precision: torch.dtype | None = None
+    recompute: bool = True
+    loss: str = "latent"
+    learned: int = 0
+    adam: bool = False
+    pool: int = 0
+
+
+def memory_estimate(trace: Trace, calls: int, iteration: Iteration) -> MemoryEstimate:
+    """Estimate the memory of an iteration; the latent has the size in the traced model's configuration.
 
     The text encoder, the allocator's own losses and the buffers of libraries are not counted.
     """
-    shape = model.latent_shape(batch)
+    model = trace.model
+    shape = model.latent_shape(iteration.batch)
     latent = FLOAT * int(np.prod(shape))
-    step = _step(model, trace, batch, precision)
-    per_site = step.outputs
-    if gates is None:
-        caches = calls * sum(per_site)
+    step = _step(trace, iteration)
+    if iteration.gates is None:
+        caches = calls * sum(step.outputs)
     else:
-        stored = [site for entry in plan(gates, terms, trace.live_sites) for site in entry.stored]
-        caches = sum(per_site[site] for site in stored) + sum(per_site)
-    on_images = any(name != "latent" for _, name in loss_terms(loss))
-    decoded = _decoder(model, shape) if on_images else _Saved(0, 0, 0)
-    held = step.saved * (1 if recompute else calls - 1)
+        plans = plan(iteration.gates, iteration.history, trace.live_sites)
+        caches = sum(step.outputs[site] for entry in plans for site in entry.stored) + sum(step.outputs)
+    decodes = any(name != "latent" for _, name in loss_terms(iteration.loss))
+    decoder = _decoder(model, shape) if decodes else _Saved(0, 0, 0)
+    steps_held = 1 if iteration.recompute else calls - 1
     return MemoryEstimate(
-        weights=step.parameters + decoded.parameters,
+        weights=step.parameters + decoder.parameters,
         latents=4 * (calls + 1) * latent,
         caches=caches,
-        activations=max(held, decoded.saved),
-        working=4 * max(step.largest, decoded.largest),
-        learned=FLOAT * learned * (4 if adam else 2),
-        pool=pool * (calls + 1) * latent // batch,
+        activations=max(step.saved * steps_held, decoder.saved),
+        working=4 * max(step.largest, decoder.largest),
+        learned=FLOAT * iteration.learned * (4 if iteration.adam else 2),
+        pool=iteration.pool * (calls + 1) * latent // iteration.batch,
     )
 
 
@@ -118,11 +124,12 @@ class _Saved:
     outputs: tuple[int, ...] = ()
 
 
-def _step(model: Model, trace: Trace, batch: int, precision: torch.dtype | None) -> _Saved:
+def _step(trace: Trace, iteration: Iteration) -> _Saved:
     """Run one step of the SuperNet on fake tensors."""
+    model, batch, precision = trace.model, iteration.batch, iteration.precision
     names = [site.name for site in trace.sites]
     outputs = [0] * len(names)
-    cached: list[torch.Tensor] = []  # counted apart
+    caches: list[torch.Tensor] = []  # counted apart
     with FakeTensorMode():
         denoiser = _empty(model.family.denoiser_class, model.config)
         guided = GuidedDenoiser(denoiser, model.family, trace.guidance_scale)
@@ -132,18 +139,18 @@ def _step(model: Model, trace: Trace, batch: int, precision: torch.dtype | None)
 
         def intercept(site: int, compute: Callable[[], object]) -> object:
             tensors, rebuild = take_apart(compute())
-            cached.extend(torch.empty_like(tensor) for tensor in tensors)
-            mixed = [gate * new + (1 - gate) * old for new, old in zip(tensors, cached[-len(tensors) :], strict=True)]
+            caches.extend(torch.empty_like(tensor) for tensor in tensors)
+            mixed = [gate * new + (1 - gate) * old for new, old in zip(tensors, caches[-len(tensors) :], strict=True)]
             outputs[site] = sum(tensor.nbytes for tensor in mixed)
             return rebuild(mixed)
 
-        half = torch.autocast("cpu", dtype=precision) if precision else nullcontext()
+        autocast = torch.autocast("cpu", dtype=precision) if precision else nullcontext()
 
         def forward() -> torch.Tensor:
-            with half, intercepting(denoiser, names, intercept):
+            with autocast, intercepting(denoiser, names, intercept):
                 return guided(latent, torch.ones(batch), conditions)
 
-        saved, largest = _saved_bytes(forward, denoiser, cached)
+        saved, largest = _saved_bytes(forward, denoiser, caches)
     return _Saved(saved, largest, _bytes_of(denoiser), tuple(outputs))
 
 
@@ -168,16 +175,16 @@ def _saved_bytes(
     forward: Callable[[], torch.Tensor], module: torch.nn.Module, aside: Sequence[torch.Tensor] = ()
 ) -> tuple[int, int]:
     """Return the bytes that autograd saves in a call, parameters and ``aside`` left out, and the largest tensor's."""
-    kept: list[torch.Tensor] = []
+    held: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        held.append(tensor)
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
     own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers(), *aside]}
-    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
     del result
     sizes = {key: size for key, size in sizes.items() if key not in own}
     return sum(sizes.values()), max(sizes.values())

@@ -28,7 +28,7 @@ class Outputs:
 
     def save(self, subnet: SubNet) -> Path:
         """Write a SubNet that was found; returns its file."""
-        file = self.file(float(subnet.search["budget"]))
+        file = self.file(subnet.search.budget or self.config.budget[0])
         save_subnet(subnet, file, self.force or self.config.resume)
         return file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,8 +24,7 @@ class Pruner(nn.Module):
     Queries ``[steps x sites, D]`` pass a transformer encoder that attends within a step (``attention="step"``), over
     the steps of a site (``"site"``), or ``"both"`` in turn, then one small head per gate with two logits and a
     softmax. Defaults are the paper's: D = 512, one layer, within a step. At the start the last linear of each head is
-    zero and its bias says what to keep, so the first SubNet is the warm start itself (keep everything, as in the
-    paper, where none is given).
+    zero and its bias says to keep, so the first SubNet keeps everything, as in the paper.
 
     The public code discards its encoder's output, so there the attention has no effect; here gradient reaches every
     parameter once the heads have left zero.
@@ -36,8 +34,6 @@ class Pruner(nn.Module):
         layers: of the encoder; with ``"both"`` each is two, one a direction.
         heads: of the attention; they divide D.
         hidden: width of the feed-forward layers and of the prediction heads.
-        start: bool ``[steps, sites]``, the SubNet to start from.
-        confidence: the difference of the two logits at the start.
 
     Raises:
         UsageError: dimensions that make no network.
@@ -52,8 +48,6 @@ class Pruner(nn.Module):
         heads: int = 1,
         hidden: int = 128,
         attention: str = "step",
-        start: np.ndarray | None = None,
-        confidence: float = 1.0,
     ) -> None:
         super().__init__()
         check_dimensions(width, layers, heads, hidden, attention)
@@ -68,12 +62,9 @@ class Pruner(nn.Module):
         self.first = _PerGateLinear(gates, width, hidden)
         self.second = _PerGateLinear(gates, hidden, hidden)
         self.last = _PerGateLinear(gates, hidden, 2)
-        kept = torch.ones(steps, sites) if start is None else torch.from_numpy(start.astype(np.float32))
         with torch.no_grad():
             self.last.weight.zero_()
-            self.last.bias.zero_()
-            self.last.bias[:, 1] = confidence * kept.flatten()
-            self.last.bias[:, 0] = confidence * (1 - kept.flatten())
+            self.last.bias.copy_(torch.tensor([0.0, 1.0]))
 
     def forward(self) -> torch.Tensor:
         """Return the probability to keep, ``[steps, sites]``."""

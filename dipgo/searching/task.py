@@ -21,6 +21,9 @@ from dipgo.model.models import Model
 from dipgo.model.prompts import read_prompts
 from dipgo.model.sampler import Sampler, make_scheduler, tabulate
 from dipgo.model.vae import to_vae
+from dipgo.schedule.schedule import Schedule
+from dipgo.schedule.search_record import SearchRecord
+from dipgo.schedule.subnet import SubNet, make_subnet
 from dipgo.searching.distributed import ALONE, Processes
 
 
@@ -65,6 +68,10 @@ class Task:
         """Return the same task with attributes of its trajectory changed: ``precision``, ``recompute``, …"""
         return replace(self, trajectory=replace(self.trajectory, **changes))
 
+    def subnet(self, schedule: Schedule, **record: Any) -> SubNet:
+        """Return the SubNet that a canonical schedule is here; ``record`` is what its search record says."""
+        return make_subnet(self.trace, self.identity, schedule, SearchRecord(**record))
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode final latents to images in [-1, 1], not clamped; float32, and gradient passes.
 
@@ -74,30 +81,42 @@ class Task:
         return latents if vae is None else vae.decode(to_vae(latents, vae.config), return_dict=False)[0]
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What noise is paired with.
+
+    Attributes:
+        prompts: a file with one prompt a line, to draw from where prompts condition; None draws from those that the
+            model's folder brings, see :meth:`dipgo.model.models.Model.prompts`, else the empty prompt.
+        classes: names or numbers joined by commas, to draw from where classes condition; None or ``all`` draws from
+            all that have names.
+    """
+
+    prompts: Path | None = None
+    classes: str | None = None
+
+
+ALL_CHOICES = Choices()
+
+
 def make_task(
     model: Model,
     steps: int,
     sampler: str | None = None,
-    sites: str | None = None,
+    sites: str | Trace | None = None,
     guidance_scale: float | None = None,
-    traced: Trace | None = None,
     device: str = "cpu",
-    prompts: Path | None = None,
-    classes: str | None = None,
+    choices: Choices = ALL_CHOICES,
 ) -> Task:
     """Load a model and prepare a search on it.
 
     Args:
         steps: inference steps.
         sampler: alias or class of a diffusers scheduler; None keeps the pipeline's own.
-        sites: granularity or patterns; None takes the family's default.
+        sites: granularity or patterns, or a trace to use again, which must fit the other arguments; None takes the
+            family's default.
         guidance_scale: None takes the default of the pipeline's ``__call__``.
-        traced: a trace to use again; it must fit the other arguments.
         device: where to run, as torch names it.
-        prompts: a file with one prompt a line, to draw from where prompts condition; None draws from those that the
-            model's folder brings, see :meth:`dipgo.model.models.Model.prompts`, else the empty prompt.
-        classes: names or numbers joined by commas, to draw from where classes condition; None or ``all`` draws from
-            all that have names.
 
     Raises:
         UsageError, DipgoError: see :func:`~dipgo.model.sampler.tabulate`, :func:`~dipgo.graph.trace.trace` and
@@ -105,17 +124,17 @@ def make_task(
     """
     place = _device(device)
     pipe = model.pipeline()
-    choices = choices_of(model.family, model.labels(), prompts, classes, model.prompts())
+    drawn_from = choices_of(model.family, model.labels(), choices.prompts, choices.classes, model.prompts())
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
         guidance_scale = default_guidance(type(pipe))
     table = tabulate(make_scheduler(sampler, pipe.scheduler), steps, model.family.scales_noise)
-    traced = traced or trace(model, sites, guidance_scale)
+    traced = sites if isinstance(sites, Trace) else trace(model, sites, guidance_scale)
     family = model.family
     denoiser = getattr(pipe, family.component)
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
-    sampling = Sampling(pipe, guided, family, model.latent_shape(1), choices)
+    sampling = Sampling(pipe, guided, family, model.latent_shape(1), drawn_from)
     return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)
 
 
@@ -214,10 +233,10 @@ class Pool:
             if not self.rows:
                 self._chunks.clear()
             seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            drawn = self.task.sampling.draw(self.depth * self.columns, seed)
+            images_of_all = self.task.sampling.draw(self.depth * self.columns, seed)
             places = torch.arange(self.depth * self.columns).view(self.depth, self.columns)
             first = self.processes.rank * self.batch
-            own = select(drawn, places[:, first : first + self.batch].flatten())
+            own = select(images_of_all, places[:, first : first + self.batch].flatten())
             latents = self.task.trajectory.full(own.noise, own.conditions)
             images = [
                 _Image(select(own, torch.tensor([index])), [latent[index : index + 1] for latent in latents])
@@ -234,7 +253,7 @@ class _Image:
 
 
 def _join(batches: list[Batch]) -> Batch:
-    """Stack batches of one image each; the halves of their conditions stay halves."""
+    """Stack batches of one image each; the conditions of each pass of guidance stay together."""
     conditions = {
         name: torch.stack([batch.conditions[name] for batch in batches], dim=1).flatten(0, 1)
         for name in batches[0].conditions

@@ -14,7 +14,9 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.trajectory import Trajectory
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.journal import peak_memory
+from dipgo.searching.losses import Loss
 from dipgo.searching.run_folder import Phase
+from dipgo.searching.task import Batches
 
 LossAt = Callable[[int], tuple[torch.Tensor, Mapping[str, float]]]
 """From the number of a batch to its loss and figures to report (``kept``: the ratio of MACs that it ran)."""
@@ -90,6 +92,17 @@ def backup_descent(config: SearchConfig, iterations: int, budget: float) -> Desc
     )
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a phase learns with: the trajectory, its batches, the loss, how it descends, where it is kept."""
+
+    trajectory: Trajectory
+    batches: Batches
+    loss: Loss
+    descent: Descent
+    phase: Phase
+
+
 def optimise(module: nn.Module, loss_at: LossAt, descent: Descent, trajectory: Trajectory, phase: Phase) -> None:
     """Descend on ``loss_at`` over the parameters of ``module``, from where ``phase`` was left.
 
@@ -109,8 +122,8 @@ def optimise(module: nn.Module, loss_at: LossAt, descent: Descent, trajectory: T
     parameters = list(module.parameters())
     optimiser = _optimiser(descent, parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=trajectory.precision == torch.float16)
-    begun = phase.restore(module, optimiser, scaler)
-    for iteration in range(begun, descent.iterations):
+    first = phase.restore(module, optimiser, scaler)
+    for iteration in range(first, descent.iterations):
         started = time.perf_counter()
         optimiser.param_groups[0]["lr"] = descent.rate_at(iteration)
         optimiser.zero_grad(set_to_none=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from dipgo.base.errors import UsageError
 from dipgo.graph.trace import Trace
-from dipgo.schedule.backup_names import backup_name
-from dipgo.schedule.cost import cost_of, is_silent
-from dipgo.schedule.policies import extrapolation
+from dipgo.schedule.fixed_schedules import extrapolation
+from dipgo.schedule.schedule import Schedule, backup_outputs
 from dipgo.schedule.subnet import SubNet
 
 
@@ -27,9 +24,8 @@ def merged(subnet: SubNet, trace: Trace, graphs: int) -> SubNet:
     """
     if graphs < 1:
         raise UsageError(f"max-graphs = {graphs}; give at least 1")
-    learned = bool(subnet.weights)
     gates = subnet.gates.copy()
-    launched = np.array([step == 0 or not is_silent(trace, row, learned) for step, row in enumerate(gates)])
+    launched = np.isin(np.arange(subnet.calls), subnet.schedule.launches(trace))
     while True:
         rows, counts = np.unique(gates[launched], axis=0, return_counts=True)
         if len(rows) <= graphs:
@@ -39,37 +35,33 @@ def merged(subnet: SubNet, trace: Trace, graphs: int) -> SubNet:
         first, second = pairs[int(np.argmin(added))]
         either = (gates == rows[first]).all(axis=1) | (gates == rows[second]).all(axis=1)
         gates[either & launched] = rows[first] | rows[second]
-    weights = _weights(subnet, trace, gates) if learned else {}
-    return replace(subnet, gates=gates, weights=weights, cost=cost_of(trace, gates, learned))
+    return subnet.under(Schedule(gates, _backups(subnet.schedule, trace, gates)), trace)
 
 
 def _added(trace: Trace, rows: np.ndarray, counts: np.ndarray, first: int, second: int) -> int:
-    union = trace.macs(rows[first] | rows[second])
-    return sum(int(counts[k]) * (union - trace.macs(rows[k])) for k in (first, second))
+    union = trace.macs.call(rows[first] | rows[second])
+    return sum(int(counts[k]) * (union - trace.macs.call(rows[k])) for k in (first, second))
 
 
-def _weights(subnet: SubNet, trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
+def _backups(schedule: Schedule, trace: Trace, gates: np.ndarray) -> dict[str, np.ndarray]:
     """Return the learned weights where histories are as they were, and extrapolation's where they are not."""
-    straight = extrapolation(trace, gates)
-    weights = {}
-    for site, outputs in zip(subnet.sites, trace.outputs, strict=True):
-        index = subnet.sites.index(site)
-        changed = [
-            step
-            for step in range(len(gates))
-            if not np.array_equal(
-                np.flatnonzero(gates[:step, index])[-subnet.terms :],
-                np.flatnonzero(subnet.gates[:step, index])[-subnet.terms :],
-            )
-        ]
-        for output in range(len(outputs)):
-            name = backup_name(site.name, output)
-            array = subnet.weights[name].copy()
-            fallback = np.zeros((len(gates), subnet.terms), np.float32)
-            shared = min(2, subnet.terms)
-            fallback[:, :shared] = straight[name][:, :shared]
-            if subnet.terms == 1:
-                fallback[:, 0] = 1
-            array[changed] = fallback[changed].reshape(fallback[changed].shape + (1,) * (array.ndim - 2))
-            weights[name] = array
-    return weights
+    if not schedule.learned:
+        return {}
+    straight, history = extrapolation(trace, gates).backups, schedule.history
+    shared, backups = min(2, history), {}
+    for name, site, _ in backup_outputs(trace):
+        changed = [step for step in range(len(gates)) if _history_differs(schedule, gates, step, site)]
+        weights = schedule.backups[name].copy()
+        fallback = np.zeros((len(gates), history), np.float32)
+        fallback[:, :shared] = straight[name][:, :shared]
+        if history == 1:
+            fallback[:, 0] = 1
+        weights[changed] = fallback[changed].reshape(fallback[changed].shape + (1,) * (weights.ndim - 2))
+        backups[name] = weights
+    return backups
+
+
+def _history_differs(schedule: Schedule, gates: np.ndarray, step: int, site: int) -> bool:
+    """Whether other outputs are cached for a site at a step than before the merge."""
+    now, then = (np.flatnonzero(rows[:step, site])[-schedule.history :] for rows in (gates, schedule.gates))
+    return not np.array_equal(now, then)

@@ -41,7 +41,8 @@ def generate_gated(model, subnet):
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     handles = []
     for index, site in enumerate(subnet.sites):
-        weights = [array for name, array in subnet.weights.items() if name.partition("#")[0] == f"backup.{site.name}"]
+        backups = subnet.schedule.backups
+        weights = [array for name, array in backups.items() if name.partition("#")[0] == f"backup.{site.name}"]
         if model == "digits-dit":  # DiTPipeline has the conditional half first
             weights = [array[:, :, ::-1].copy() if array.ndim == 4 else array for array in weights]
         hook = serve(subnet.gates[:, index], weights, site.channel_axis)

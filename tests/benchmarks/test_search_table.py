@@ -18,9 +18,9 @@ from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableReco
 from benchmarks.studies.search_table import cells, check_same, load_folder, read_table
 from dipgo.base.errors import DipgoError
 from dipgo.eager.gating import gated
-from dipgo.schedule.policies import Policy, policies
+from dipgo.schedule.fixed_schedules import fixed_schedules
+from dipgo.schedule.search_record import BudgetKind
 from dipgo.searching.context import drift_of
-from dipgo.searching.search import policy_subnet
 from tests import zoo
 
 STEPS, BUDGET = 6, 0.6
@@ -34,10 +34,8 @@ def judge():
 def searched(sites):
     """A SubNet as a search would write it."""
     task = zoo.task("dit", STEPS, sites=sites)
-    found: Policy = policies(task.trace, STEPS, BUDGET)[0]
-    subnet = policy_subnet(task, found)
-    subnet.search.update(budget=BUDGET, chosen=found.name, seconds=1.0, held_out_psnr_db={found.name: 1.0})
-    return subnet
+    name, schedule = next(iter(fixed_schedules(task.trace.macs, STEPS, BUDGET).items()))
+    return task.subnet(schedule, budget=BUDGET, chosen=name, seconds=1.0, held_out_psnr_db={name: 1.0})
 
 
 def test_a_subnet_of_other_sites_gives_its_own_images(judge):
@@ -112,29 +110,31 @@ def test_what_is_no_table_is_refused(tmp_path):
 
 
 def test_the_best_fixed_policy_is_the_best_of_all(judge):
-    """Each figure is the highest of any policy, whatever the search noted about them."""
-    fixed = policies(judge.task.trace, STEPS, BUDGET, drift_of(judge.task, 0))
+    """Each figure is the highest of any fixed schedule, whatever the search noted about them."""
+    fixed = fixed_schedules(judge.task.trace.macs, STEPS, BUDGET, drift_of(judge.task, 0))
     ours = searched("layer")
-    ours.search["held_out_psnr_db"] = {policy.name: 1.0 if "late" in policy.name else 20.0 for policy in fixed}
+    noted = {name: 1.0 if "late" in name else 20.0 for name in fixed}
+    ours = replace(ours, search=ours.search.model_copy(update={"held_out_psnr_db": noted}))
     best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
-    images = {policy.name: judge.found(policy_subnet(judge.task, policy)) for policy in fixed}
+    images = {name: judge.found(judge.task.subnet(schedule)) for name, schedule in fixed.items()}
     assert best.psnr_db == max(psnr(each, judge.reference) for each in images.values())
     assert best.image_psnr_db == max(image_psnr(each, judge.reference).mean() for each in images.values())
     assert best.psnr_db == psnr(images[best.what], judge.reference)
 
 
 def test_whole_steps_count_among_fixed_policies():
-    """Where no site makes the output, as inside the blocks of a UNet, all policies compute something in every step."""
+    """Where no site makes the output, as inside the blocks of a UNet, all schedules compute something in every step."""
     sites = "*_blocks.*.resnets.*,*_blocks.*.*samplers.*,*_blocks.*.attentions.*.transformer_blocks.*,mid_block"
     judge = Judge(zoo.task("sd", STEPS, "ddim", sites), images=1, converged=0)
     assert not judge.task.trace.output_sites()
-    ours = policy_subnet(judge.task, policies(judge.task.trace, STEPS, BUDGET)[0])
-    ours.search.update(budget=BUDGET, chosen="", seconds=1.0, held_out_psnr_db={})
+    schedule = next(iter(fixed_schedules(judge.task.trace.macs, STEPS, BUDGET).values()))
+    ours = judge.task.subnet(schedule, budget=BUDGET, chosen="", seconds=1.0)
     best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
     blocks = judge.task.with_sites("block")
-    whole = [policy for policy in policies(blocks.trace, STEPS, BUDGET) if "reuse, whole" in policy.name]
-    assert any(policy.name.endswith("plain") for policy in whole)
-    figures = [psnr(judge.found(policy_subnet(blocks, policy)), judge.reference) for policy in whole]
+    fixed = fixed_schedules(blocks.trace.macs, STEPS, BUDGET)
+    whole = [name for name in fixed if "reuse, whole" in name]
+    assert any(name.endswith("plain") for name in whole)
+    figures = [psnr(judge.found(blocks.subnet(fixed[name])), judge.reference) for name in whole]
     assert best.psnr_db >= max(figures)
 
 
@@ -171,7 +171,7 @@ def test_a_table_is_of_one_model_and_sampler(judge):
     other = replace(ours, sampler=ours.sampler.model_copy(update={"guidance_scale": 9.0}))
     with pytest.raises(DipgoError, match=r"6 steps of DDIMScheduler at guidance 9 beside"):
         check_same([ours, other], judge.task.model)
-    timed = replace(ours, search=ours.search | {"cost": {"kind": "latency"}})
+    timed = replace(ours, search=ours.search.model_copy(update={"cost": BudgetKind(kind="latency")}))
     with pytest.raises(DipgoError, match="whose budget is of latency; a table is at equal MACs"):
         check_same([ours, timed], judge.task.model)
     foreign = replace(ours, model=ours.model.model_copy(update={"weights_sha256": "0" * 64}))

@@ -35,7 +35,7 @@ def run_trajectory(task, seed, subnet=None):
     with torch.no_grad():
         if subnet is None:
             return task.trajectory.full(noise, conditions)[-1]
-        return task.trajectory.gated(noise, conditions, subnet.gates, {}, 1)[-1]
+        return task.trajectory.gated(noise, conditions, subnet.gates, {})[-1]
 
 
 def same(actual, expected, images=False):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dipgo.eager.gating import combine, gated
-from dipgo.schedule.cost import cost_of
+from dipgo.schedule.schedule import Schedule
 from tests import zoo
 from tests.models import random_subnet
 
@@ -89,8 +89,7 @@ def test_differentiable_trajectory_equals_the_gated_pipeline(task, channels):
     noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     halves = task.model.family.conditions(task.pipe, [0, 1])
     conditions = {"class_labels": torch.cat([halves[0]["class_labels"], halves[1]["class_labels"]])}
-    weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
-    latents = task.trajectory.gated(noise, conditions, subnet.gates, weights, terms)[-1]
+    latents = task.trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
     with gated(task.pipe.transformer, subnet):
         expected = images(task, seed=5)
     decoded = (task.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -101,21 +100,21 @@ def test_supernet_with_hard_gates_equals_gated_execution(task):
     subnet = random_subnet(task.trace, task.sampler, seed=4)
     batch = task.sampling.draw(2, 0)
     with torch.no_grad():
-        hard = task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, {}, 1)[-1]
+        hard = task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, {})[-1]
         gates = torch.from_numpy(subnet.gates.astype(np.float32))
-        mixed = task.trajectory.supernet(batch.noise, batch.conditions, gates, {}, 1)[-1]
+        mixed = task.trajectory.supernet(batch.noise, batch.conditions, gates)[-1]
     assert torch.linalg.norm(hard - mixed) <= 1e-5 * torch.linalg.norm(hard)
 
 
 def test_gradient_reaches_gates_and_backups(task):
     subnet = random_subnet(task.trace, task.sampler, seed=5, terms=2, channels=2)
     batch = task.sampling.draw(2, 1)
-    weights = {name: torch.from_numpy(array).requires_grad_() for name, array in subnet.weights.items()}
-    task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, weights, 2)[-1].square().mean().backward()
+    weights = {name: tensor.requires_grad_() for name, tensor in subnet.schedule.tensors().items()}
+    task.trajectory.gated(batch.noise, batch.conditions, subnet.gates, weights)[-1].square().mean().backward()
     for index, site in enumerate(subnet.sites):
         gradient = weights[f"backup.{site.name}"].grad.abs().sum(dim=(1, 3))
         assert ((gradient > 0).numpy() == ~subnet.gates[:, index, None]).all(), "either half of guidance"
     gates = torch.from_numpy(subnet.gates.astype(np.float32)).requires_grad_()
-    task.trajectory.supernet(batch.noise, batch.conditions, gates, {}, 1)[-1].square().mean().backward()
+    task.trajectory.supernet(batch.noise, batch.conditions, gates)[-1].square().mean().backward()
     assert (gates.grad[1:] != 0).all()
-    assert cost_of(task.trace, subnet.gates).ratio < 1
+    assert Schedule(subnet.gates).share(task.trace.macs) < 1

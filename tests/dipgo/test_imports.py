@@ -17,11 +17,11 @@ from dipgo.eager.gating import gated
 from dipgo.importers.deepcache import full_steps, read_deepcache
 from dipgo.importers.importer import apply, import_subnet, read_schedule
 from dipgo.model.sampler import make_scheduler, tabulate
-from dipgo.schedule.cost import cost_of
+from dipgo.schedule.search_record import Cost
 from dipgo.schedule.subnet import load_subnet
 from tests import zoo
+from tests.command import dipgo
 from tests.dipgo.test_sampler import BASE
-from tests.test_cli import run
 
 KEYS = [
     *(("down", "block", depth, 0) for depth in range(3)),
@@ -108,7 +108,7 @@ def test_both_forms_give_one_subnet_and_what_nobody_reads_is_off(tmp_path, block
             given = gates[step, [MODULES.index(site.name) for site in subnet.sites]]
             assert blocks.live_sites(row) == blocks.live_sites(given)
             assert set(np.flatnonzero(row)) <= blocks.live_sites(row, range(len(row)))
-        assert subnet.cost == cost_of(blocks, subnet.gates)
+        assert subnet.cost == Cost.of(subnet.schedule, blocks.macs)
 
 
 class Reduced:
@@ -152,7 +152,7 @@ def harmful(command):
 
 
 @pytest.mark.parametrize("name", list(harmful("")))
-def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(name, tmp_path, monkeypatch, capsys):
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(name, tmp_path):
     marker = tmp_path / "marker"
     path = write(tmp_path / "gates.pkl", pickle.dumps(harmful(f"touch {marker}")[name]))
     with contextlib.suppress(Exception):  # torch may find, after the command ran, that its result is no storage
@@ -160,7 +160,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(name, tmp_path, mon
     assert marker.exists(), "unpickled as it is, this file is harmful"
     marker.unlink()
 
-    code, _, err = run(monkeypatch, capsys, "import", path, "-o", tmp_path / "out.json")
+    code, _, err = dipgo("import", path, "-o", tmp_path / "out.json")
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith("dipgo: ")]
     assert "nothing was run" in line
@@ -354,15 +354,15 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
     assert formats == ["DiP-GO gates", "DeepCache", "DeepCache", "a step mask", "SmoothCache"]
 
 
-def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path):
     path, output = write(tmp_path / "mask.json", [1, 0, 1, 0]), tmp_path / "out" / "subnet.json"
-    code, out, err = run(monkeypatch, capsys, "import", path, "--model", tiny_dit, "-o", output)
+    code, out, err = dipgo("import", path, "--model", tiny_dit, "-o", output)
     assert code == 0, err
     assert "a step mask: 10 of 20 gates, 2 signatures, 2 empty steps; keeps 50.00%" in out
     subnet = load_subnet(output)
     assert subnet.sampler.guidance_scale == 4.0
-    assert subnet.search["file"] == "mask.json"
-    code, out, err = run(monkeypatch, capsys, "import", path, "--model", tiny_dit, "-o", output)
+    assert subnet.search.file == "mask.json"
+    code, out, err = dipgo("import", path, "--model", tiny_dit, "-o", output)
     assert (code, "--force" in err) == (2, True)
 
 
@@ -389,10 +389,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
+def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path):
     content, message = REFUSED[name]
     path = write(tmp_path / "file", content)
-    code, _, err = run(monkeypatch, capsys, "import", path, "--model", "sd-1.5", "-o", tmp_path / "out.json")
+    code, _, err = dipgo("import", path, "--model", "sd-1.5", "-o", tmp_path / "out.json")
     (line,) = [line for line in err.splitlines() if line.startswith("dipgo: ")]
     assert code == 1
     assert message in line

@@ -1,4 +1,4 @@
-"""Latency as the cost: a profile measured on a real program prices the trace."""
+"""Latency as the cost: a profile measured on a real program, as costs of the traced graph."""
 
 import json
 from dataclasses import replace
@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.latency import measure_latency
 from dipgo.base.errors import DipgoError
-from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile, timed
-from dipgo.schedule.cost import cost_of
+from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile
+from dipgo.schedule.search_record import Cost
+from dipgo.schedule.subnet import load_subnet, save_subnet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
 from tests import zoo
@@ -66,33 +67,36 @@ def test_measured_profile_has_every_site_and_takes_time(task, profile, tmp_path)
         read_profile(path)
 
 
-def test_priced_trace_adds_up_what_is_computed(task):
+def test_costs_add_up_what_is_computed(task):
     count = len(task.trace.sites)
-    priced = timed(task.trace, made_up(task, [10**k for k in range(1, count + 1)]))
+    costs = made_up(task, [10**k for k in range(1, count + 1)]).costs(task.trace)
     outputs = task.trace.output_sites()
     for row in np.random.default_rng(0).random((20, count)) < 0.5:
         row[outputs] = True  # else nothing inside is read, and computing it would be dead work
-        assert priced.macs(row) == 7 + sum(10 ** (k + 1) for k in np.flatnonzero(row))
+        assert costs.call(row) == 7 + sum(10 ** (k + 1) for k in np.flatnonzero(row))
 
 
-def test_budget_is_a_share_of_the_time(task):
+def test_budget_is_a_share_of_the_time(task, tmp_path):
     """Where one site takes nearly all the time, the budget is about that site's gates alone."""
     nanoseconds = [1] * len(task.trace.sites)
     nanoseconds[0] = 1_000_000
     profile = made_up(task, nanoseconds)
     subnet = search(task, QUICK, profile=profile)
-    assert subnet.search["cost"]["kind"] == "latency"
-    assert LatencyProfile.model_validate(subnet.search["cost"]["profile"]) == profile
+    assert subnet.search.cost.kind == "latency"
+    assert subnet.search.cost.profile == profile
     assert subnet.gates[:, 0].sum() == 4
-    assert subnet.search["cost"]["ratio"] == pytest.approx(0.5, abs=0.01)
-    assert subnet.cost == cost_of(task.trace, subnet.gates, True), "the record still counts MACs"
+    assert subnet.search.cost.ratio == pytest.approx(0.5, abs=0.01)
+    assert subnet.cost == Cost.of(subnet.schedule, task.trace.macs), "the record still counts MACs"
+    save_subnet(subnet, tmp_path / "s.json")
+    assert load_subnet(tmp_path / "s.json").search == subnet.search
+    assert read_profile(tmp_path / "s.json") == profile
 
 
 def test_foreign_profile_is_refused(task):
     profile = made_up(task, [1] * len(task.trace.sites))
     other = replace(task.trace, sites=task.trace.sites[1:])
     with pytest.raises(DipgoError, match="other sites"):
-        timed(other, profile)
+        profile.costs(other)
     foreign = profile.model_copy(update={"model": profile.model.model_copy(update={"config_sha256": "0" * 64})})
     with pytest.raises(DipgoError, match="another model"):
-        timed(task.trace, foreign)
+        foreign.costs(task.trace)

@@ -18,18 +18,19 @@ import pytest
 import torch
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
+from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import load_subnet, weights_file
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.checkpoint import read_checkpoint
 from dipgo.searching.config import SearchConfig
-from dipgo.searching.gate_training import budgeted_scores, paper_scores
+from dipgo.searching.gate_training import Sparsity, paper_scores
 from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run, open_run
 from dipgo.searching.search import search
 from dipgo.searching.task import Pool
-from dipgo.searching.training_loop import Descent, optimise
+from dipgo.searching.training_loop import Descent, Training, optimise
 from tests import zoo
 
 STEPS = 6
@@ -45,13 +46,13 @@ def task():
 
 @pytest.fixture(scope="module")
 def gates(task):
-    return spaced(task.trace, STEPS, 0.5, SPACINGS["uniform"], "inside", learned=True)
+    return spaced(task.trace.macs, STEPS, 0.5, Rule(history=EXTRAPOLATION)).gates
 
 
 def learnt(task, gates, descent, pool, run=None, loss=final_latent):
-    backups = Backups(task.trace, gates)
-    learn_backups(backups, task.trajectory, pool, descent, loss, (run or Run()).phase("backups"))
-    return backups.arrays()
+    backups = Backups(task.trace, Schedule(gates))
+    learn_backups(backups, Training(task.trajectory, pool, loss, descent, (run or Run()).phase("backups")))
+    return backups.schedule().backups
 
 
 def interrupted_at(call):
@@ -116,7 +117,7 @@ def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
     measure = make_loss(loss, task.decode)
     parts = learnt(task, gates, replace(descent, accumulate=2), pairs, loss=measure)
     whole = learnt(task, gates, descent, Joint(), loss=measure)
-    start = Backups(task.trace, gates).arrays()
+    start = Backups(task.trace, Schedule(gates)).schedule().backups
     assert max(np.abs(whole[name] - start[name]).max() for name in start) > 1e-3
     assert_close(parts, whole, 1e-5)
 
@@ -193,18 +194,17 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
     assert_close(resumed, straight, 0)
 
 
-@pytest.mark.parametrize("kind", ["paper", "budgeted"])
-def test_gate_phases_resume_to_the_same_bits(task, tmp_path, kind):
+@pytest.mark.parametrize(
+    "descent",
+    [Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4), Descent(8, 1e-2, schedule="constant")],
+    ids=["sgd", "adam"],
+)
+def test_the_gate_phase_resumes_to_the_same_bits(task, tmp_path, descent):
     def scores(run, loss=final_latent):
         torch.manual_seed(7)
         pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
-        phase = run.phase("gates")
         pool = Pool(task, 8, 2, seed=3)
-        if kind == "paper":
-            descent = Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4)
-            return paper_scores(pruner, task.trace, task.trajectory, pool, descent, loss, phase)
-        descent = Descent(8, 1e-2, schedule="constant")
-        return budgeted_scores(pruner, task.trace, task.trajectory, pool, descent, loss, phase, 0.5)
+        return paper_scores(pruner, task.trace.macs, Training(task.trajectory, pool, loss, descent, run.phase("gates")))
 
     folder = tmp_path / "run"
     run = replace(open_run(folder, {}), cadence=replace(Run().cadence, iterations=2))
@@ -226,19 +226,8 @@ def test_tau_switches_the_sparsity_term(task):
         pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8)
         told = []
         run = Run(report=lambda phase, k, total, figure, told=told: told.append(figure))
-        descent = Descent(1, 0.1, "sgd")
-        paper_scores(
-            pruner,
-            task.trace,
-            task.trajectory,
-            pool,
-            descent,
-            final_latent,
-            run.phase("gates"),
-            alpha,
-            threshold,
-            weighted,
-        )
+        training = Training(task.trajectory, pool, final_latent, Descent(1, 0.1, "sgd"), run.phase("gates"))
+        paper_scores(pruner, task.trace.macs, training, Sparsity(alpha, threshold, weighted))
         losses[threshold, alpha] = float(told[0].split()[1].rstrip(","))
     assert losses[2.0, 1.0] == pytest.approx(0, abs=1e-6), "everything is kept at the start"
     assert losses[0.2, 1.0] == pytest.approx(1, abs=1e-3)
@@ -260,8 +249,7 @@ def test_a_search_with_everything_switched_on(task, method, tmp_path):
     settings |= {"recompute": True, "pool": 0, "heads": 2, "layers": 2, "hidden": 8}
     settings |= {"run_folder": tmp_path / "run", "tensorboard": True}
     subnet = search(task, SearchConfig(**{"steps": STEPS, "budget": 0.6, "method": method, **settings}))
-    scores = subnet.search["held_out_psnr_db"]
-    assert scores[subnet.search["chosen"]] == max(scores.values())
+    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     phase, count = ("gates", 3) if method == "paper" else ("trial-0.6-0", 3)
     assert [line["iteration"] for line in lines if line["phase"] == phase] == list(range(1, count + 1))
@@ -294,10 +282,10 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
     killed = load_subnet(tmp_path / "killed.json")
     config = SearchConfig(**{"steps": STEPS, "budget": 0.6, **settings})
     straight = search(zoo.task("dit", STEPS), config)
-    assert killed.weights
+    assert killed.schedule.learned
     assert np.array_equal(killed.gates, straight.gates)
-    assert_close(killed.weights, straight.weights, 0)
-    assert killed.search["held_out_psnr_db"] == straight.search["held_out_psnr_db"]
+    assert_close(killed.schedule.backups, straight.schedule.backups, 0)
+    assert killed.search.held_out_psnr_db == straight.search.held_out_psnr_db
 
 
 def test_a_finished_search_resumed_says_the_same(task, tmp_path):
@@ -359,7 +347,7 @@ def test_a_real_disk_that_fills(tiny_dit, tmp_path):
         assert "Traceback" not in errors
         filler.unlink()
         subprocess.run([*arguments, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
-        assert load_subnet(tmp_path / "out.json").weights
+        assert load_subnet(tmp_path / "out.json").schedule.learned
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -370,10 +358,10 @@ import numpy as np, torch
 from dipgo.model.models import find_model
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.checkpoint import read_checkpoint
-from dipgo.searching.gate_training import budgeted_scores
+from dipgo.searching.gate_training import paper_scores
 from dipgo.searching.losses import make_loss
-from dipgo.searching.training_loop import Descent
-from dipgo.schedule.policies import SPACINGS, spaced
+from dipgo.searching.training_loop import Descent, Training
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
 from dipgo.searching.distributed import processes
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
@@ -385,15 +373,15 @@ def both(model, images):
     task = make_task(find_model(model), 6)
     group = processes(torch.device("cpu"))
     run = Run(processes=group)
-    gates = spaced(task.trace, 6, 0.5, SPACINGS["uniform"], "inside", learned=True)
-    backups = Backups(task.trace, gates)
+    backups = Backups(task.trace, spaced(task.trace.macs, 6, 0.5, Rule(history=EXTRAPOLATION)))
     loss = make_loss("ssim+latent", task.decode)
     pool = Pool(task, 16, images // group.count, 1, group)
-    learn_backups(backups, task.trajectory, pool, Descent(6, 2e-2, clip=0.1, accumulate=2), loss, run.phase("b"))
+    descent = Descent(6, 2e-2, clip=0.1, accumulate=2)
+    learn_backups(backups, Training(task.trajectory, pool, loss, descent, run.phase("b")))
     torch.manual_seed(group.rank)  # only the main process's parameters count
     pruner = Pruner(6, len(task.trace.sites), width=16, hidden=8)
-    scores = budgeted_scores(pruner, task.trace, task.trajectory, pool, Descent(4, 1e-2), loss, run.phase("g"), 0.5)
-    return group, {**backups.arrays(), "scores": scores}
+    training = Training(task.trajectory, pool, loss, Descent(4, 1e-2), run.phase("g"))
+    return group, {**backups.schedule().backups, "scores": paper_scores(pruner, task.trace.macs, training)}
 
 if __name__ == "__main__":
     group, arrays = both(sys.argv[1], 4)

@@ -53,7 +53,7 @@ def test_a_sweep_that_stops_has_written_what_it_found_and_goes_on(tiny_dit, tmp_
     folder, output = tmp_path / "run", tmp_path / "found"
     with pytest.raises(Stopped):
         ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder)
-    assert load_subnet(output / "0.7.json").search["budget"] == 0.7
+    assert load_subnet(output / "0.7.json").search.budget == 0.7
     assert not (output / "0.4.json").exists()
     with pytest.raises(UsageError, match="--force"):
         ask(tiny_dit, output, "0.4,0.7")
@@ -97,7 +97,7 @@ def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit,
         ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
     assert (output / "0.7.json").read_bytes() == mine
     ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, checkpoint_seconds=7)  # on which no result depends
-    assert load_subnet(output / "0.4.json").search["budget"] == 0.4
+    assert load_subnet(output / "0.4.json").search.budget == 0.4
 
 
 def test_a_run_of_another_version_is_not_resumed(tiny_dit, tmp_path):
@@ -152,12 +152,12 @@ def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path, monke
         )
         return measured[-1]
 
-    monkeypatch.setattr("benchmarks.studies.latency.measure_latency", measure)
+    monkeypatch.setattr("benchmarks.latency.measure_latency", measure)
     options = {"cost": "latency", "run_folder": tmp_path / "run"}
     with pytest.raises(Stopped):
         ask(tiny_dit, tmp_path / "s.json", report=stopping("backups-0.6"), **options)
     ((file, subnet),) = ask(tiny_dit, tmp_path / "s.json", resume=True, **options)
     assert len(measured) == 1
-    assert LatencyProfile.model_validate(subnet.search["cost"]["profile"]) == measured[0]
+    assert subnet.search.cost.profile == measured[0]
     again = ask(tiny_dit, tmp_path / "t.json", cost=str(file))
-    assert again[0][1].search["cost"] == subnet.search["cost"], "the profile of a SubNet serves another search"
+    assert again[0][1].search.cost == subnet.search.cost, "the profile of a SubNet serves another search"

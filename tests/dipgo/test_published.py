@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from dipgo.eager.trajectory import Trajectory
+from dipgo.graph.macs import layer_macs
 from dipgo.graph.trace import trace
 from dipgo.importers.importer import apply, read_schedule, summary
 from dipgo.model.families import FAMILIES, GuidedDenoiser
@@ -18,7 +19,7 @@ from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from dipgo.schedule.describe import subnet_text
 from dipgo.schedule.subnet import load_subnet
-from dipgo.searching.memory import memory_estimate
+from dipgo.searching.memory import Iteration, memory_estimate
 
 COMPUTED = [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]  # steps; step 7 all but down_blocks.3
 TIMESTEPS = [981, 841, 721, 601, 581, 561, 461, 341, 201, 21]
@@ -94,26 +95,25 @@ def test_importing_what_was_published_gives_the_shipped_subnet(form, published, 
     for part in ("model", "sites", "cost"):
         assert getattr(subnet, part) == getattr(published, part)
     assert subnet.sampler.timesteps == published.sampler.timesteps
-    assert subnet.search["published_macs"] == published.search["published_macs"]
+    assert subnet.search.published_macs == published.search.published_macs
 
 
 def test_macs_agree_with_the_paper_s_table_to_its_last_digit(sd15, published):
     """Counted by layer, without attention products, biases and normalisations included."""
     denoiser = sd15.model.empty_denoiser()
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 2) == 859.52
-    layers = sd15.by_layer()
-    assert {site.name: round(site.macs / 1e9, 4) for site in layers.sites} == dict(PAPER.values())
-    assert round(layers.full_macs / 1e9, 4) == 338.8316
-    outside = layers.full_macs - sum(site.macs for site in layers.sites)
-    assert round(outside / 1e9, 4) == 0.1004
+    layers, names = layer_macs(sd15), [site.name for site in sd15.sites]
+    rounded = [round(macs / 1e9, 4) for macs in layers.sites]
+    assert dict(zip(names, rounded, strict=True)) == dict(PAPER.values())
+    assert round(layers.full / 1e9, 4) == 338.8316
+    assert round((layers.full - sum(layers.sites)) / 1e9, 4) == 0.1004
 
-    names = [site.name for site in layers.sites]
     macs = np.array([dict(PAPER.values())[name] for name in names])
     mean = 338.8316 - ((~published.gates) @ macs).mean()
-    cost = published.search["published_macs"]
-    assert cost["subnet"] / 50 / 1e9 == pytest.approx(mean, abs=1e-4)
-    assert f"{cost['ratio']:.2%}" == "20.00%"
-    assert round(cost["full"] / 1e12, 2) == 16.94
+    cost = published.search.published_macs
+    assert cost.subnet / 50 / 1e9 == pytest.approx(mean, abs=1e-4)
+    assert f"{cost.ratio:.2%}" == "20.00%"
+    assert round(cost.full / 1e12, 2) == 16.94
     assert f"{published.cost.ratio:.2%}" == "19.98%"  # a step that computes nothing launches nothing
 
 
@@ -162,7 +162,7 @@ def fifty_steps(unet, published, gates, noise, text):
     family = next(family for family in FAMILIES if family.denoiser_class == "UNet2DConditionModel")
     trajectory = Trajectory(GuidedDenoiser(unet, family, 7.5), published.sites, sd15_ddim()[1])
     with torch.no_grad():
-        return trajectory.gated(noise, {"encoder_hidden_states": text}, gates, {}, 1)[-1]
+        return trajectory.gated(noise, {"encoder_hidden_states": text}, gates, {})[-1]
 
 
 def relative(actual, expected):
@@ -196,9 +196,8 @@ def test_a_search_on_it_fits_40_gb(sd15):
     """Block sites, 50 steps, 512x512, one image with guidance, a loss on the decoded image."""
     pruner = 37_852_676  # parameters of the public code's pruner for these 450 gates
     for precision in (None, torch.bfloat16):
-        estimate = memory_estimate(
-            sd15.model, sd15, 50, precision=precision, loss="ssim+l1", learned=pruner, adam=True, pool=512
-        )
+        iteration = Iteration(precision=precision, loss="ssim+l1", learned=pruner, adam=True, pool=512)
+        estimate = memory_estimate(sd15, 50, iteration)
         assert 10e9 < estimate.total < 20e9
-        all_kept = memory_estimate(sd15.model, sd15, 50, precision=precision, recompute=False)
+        all_kept = memory_estimate(sd15, 50, Iteration(precision=precision, recompute=False))
         assert all_kept.total > 100e9, "which is why steps are recomputed"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from benchmarks.bench.digit_classifier import load_classifier, load_digits
 from dipgo.graph.liveness import canonical
 from dipgo.model.families import GuidedDenoiser
-from dipgo.schedule.cost import trajectory_macs
+from dipgo.schedule.fixed_schedules import SPACINGS, computed_steps, extrapolation, fixed_schedules
 from dipgo.schedule.gates_at_budget import gates_at_budget
-from dipgo.schedule.policies import SPACINGS, computed_steps, extrapolation, policies
+from dipgo.schedule.schedule import Schedule, backup_name
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.gate_training import dependent_shares
@@ -20,8 +20,8 @@ from dipgo.searching.losses import final_latent, psnr
 from dipgo.searching.pruner import Pruner, straight_through
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool
-from dipgo.searching.training_loop import Descent
+from dipgo.searching.task import Choices, Pool
+from dipgo.searching.training_loop import Descent, Training
 from tests import zoo
 
 STEPS = 8
@@ -45,6 +45,10 @@ def task():
     return zoo.task("dit", STEPS)
 
 
+def any_fixed(task, number):
+    return list(fixed_schedules(task.trace.macs, STEPS, 0.5).values())[number]
+
+
 @pytest.fixture(scope="module")
 def unet():
     return zoo.trace("sd", "block", 1.0)
@@ -55,41 +59,37 @@ def unet():
 def test_post_processing_meets_the_budget(task, unet, seed, budget):
     for traced in (task.trace, unet):
         scores = np.random.default_rng(seed).random((STEPS, len(traced.sites)))
-        gates = gates_at_budget(traced, scores, budget)
-        share = trajectory_macs(traced, gates) / (traced.full_macs * STEPS)
+        gates = gates_at_budget(traced.macs, scores, budget)
+        share = Schedule(gates).share(traced.macs)
         assert share <= budget
         assert gates[0].all()
         assert np.array_equal(gates, canonical(gates, 1, traced.live_sites)), "nothing is computed for nobody"
-    assert share >= budget - 2 * max(site.macs for site in unet.sites) / (unet.full_macs * STEPS)
+    assert share >= budget - 2 * max(site.macs for site in unet.sites) / (unet.macs.full * STEPS)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
-def test_policies_meet_the_budget(task, unet, budget):
+def test_fixed_schedules_meet_the_budget(task, unet, budget):
     for traced in (task.trace, unet):
-        for policy in policies(traced, STEPS, budget):
-            share = trajectory_macs(traced, policy.gates, bool(policy.weights)) / (traced.full_macs * STEPS)
-            assert share <= budget, policy.name
-            assert share >= budget - 1 / STEPS, policy.name
-            assert policy.gates[0].all()
+        for name, schedule in fixed_schedules(traced.macs, STEPS, budget).items():
+            assert budget - 1 / STEPS <= schedule.share(traced.macs) <= budget, name
+            assert schedule.gates[0].all()
 
 
-def test_policies_hold_each_schedule_once_and_the_plain_ones(task):
-    found = policies(task.trace, STEPS, 0.5)
-    assert len({(policy.gates.tobytes(), policy.terms) for policy in found}) == len(found)
-    plain = [p.gates for p in found if p.name == "uniform reuse, whole, plain"]
+def test_fixed_schedules_are_all_different_and_the_plain_ones_among_them(task):
+    fixed = fixed_schedules(task.trace.macs, STEPS, 0.5)
+    assert len({(schedule.gates.tobytes(), schedule.history) for schedule in fixed.values()}) == len(fixed)
     every_second = np.zeros((STEPS, len(task.trace.sites)), bool)
     every_second[::2] = True
-    assert len(plain) == 1
-    assert np.array_equal(plain[0], every_second)
+    assert np.array_equal(fixed["uniform reuse, whole, plain"].gates, every_second)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
 def test_spacing(name):
-    gaps = np.diff([*computed_steps(20, 5, SPACINGS[name]), 20])
+    gaps = np.diff([*computed_steps(20, 5, name), 20])
     dense = {"uniform": [0, 1, 2, 3, 4], "late": [4], "early": [0, 1, 2], "middle": [2]}[name]
     assert list(np.flatnonzero(gaps == gaps.min())) == dense
     for count in range(1, 21):
-        steps = computed_steps(20, count, SPACINGS[name])
+        steps = computed_steps(20, count, name)
         assert steps[0] == 0
         assert len(set(steps)) == count
         assert steps == sorted(steps)
@@ -99,32 +99,31 @@ def test_spacing(name):
 def test_extrapolation_is_exact_on_straight_lines(task):
     gates = np.random.default_rng(0).random((STEPS, len(task.trace.sites))) < 0.5
     gates[:2] = True
-    table = extrapolation(task.trace, gates)
+    table = extrapolation(task.trace, gates).backups
     line = 3.0 * np.arange(STEPS) - 5
     for index, site in enumerate(task.trace.sites):
         for step in np.flatnonzero(~gates[:, index]):
             past = np.flatnonzero(gates[:step, index])[::-1][:2]
-            assert table[f"backup.{site.name}"][step] @ line[past] == pytest.approx(line[step])
+            assert table[backup_name(site.name)][step] @ line[past] == pytest.approx(line[step])
 
 
 def test_extrapolation_without_slope_is_reuse(task):
-    gates = policies(task.trace, STEPS, 0.5)[0].gates
+    gates = any_fixed(task, 0).gates
     batch = task.sampling.draw(2, 0)
-    flat = {name: torch.from_numpy(a) for name, a in extrapolation(task.trace, gates, slope=0).items()}
-    half, full = (extrapolation(task.trace, gates, slope) for slope in (0.5, 1.0))
+    flat = extrapolation(task.trace, gates, slope=0).tensors()
+    half, full = (extrapolation(task.trace, gates, slope).backups for slope in (0.5, 1.0))
     with torch.no_grad():
-        served = task.trajectory.gated(batch.noise, batch.conditions, gates, flat, 2)
-        reused = task.trajectory.gated(batch.noise, batch.conditions, gates, {}, 1)
+        served = task.trajectory.gated(batch.noise, batch.conditions, gates, flat)
+        reused = task.trajectory.gated(batch.noise, batch.conditions, gates, {})
     assert torch.allclose(served[-1], reused[-1], atol=1e-6)
     for name, array in half.items():
         assert np.allclose(array, (flat[name].numpy() + full[name]) / 2)
 
 
-@pytest.mark.parametrize("by_half", [True, False])
+@pytest.mark.parametrize("by_pass", [True, False])
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_backups_learn_a_gain_and_a_slope_that_leaves_what_stands_still(task, by_channel, by_half):
-    gates = policies(task.trace, STEPS, 0.5)[1].gates
-    backups = Backups(task.trace, gates, 2, by_channel, by_half)
+def test_backups_learn_a_gain_and_a_slope_that_leaves_what_stands_still(task, by_channel, by_pass):
+    backups = Backups(task.trace, Schedule(any_fixed(task, 1).gates), 2, by_channel, by_pass)
     start = {name: weights.detach() for name, weights in backups().items()}
 
     def moved(term):
@@ -143,27 +142,26 @@ def test_backups_learn_a_gain_and_a_slope_that_leaves_what_stands_still(task, by
 
 
 def test_backups_start_as_extrapolation_and_follow_the_loss_down(task):
-    gates = policies(task.trace, STEPS, 0.5)[1].gates
-    backups = Backups(task.trace, gates)
-    start = extrapolation(task.trace, gates)
-    for name, array in backups.arrays().items():
-        assert np.allclose(array, start[name][:, :, None, None] * np.ones_like(array))
-    given = extrapolation(task.trace, gates, slope=0.25)
-    for name, array in Backups(task.trace, gates, start=given).arrays().items():
-        assert np.allclose(array, given[name][:, :, None, None] * np.ones_like(array))
+    gates = any_fixed(task, 1).gates
+    backups = Backups(task.trace, Schedule(gates))
+    flatter = extrapolation(task.trace, gates, slope=0.25)
+    for start, begun in (
+        (extrapolation(task.trace, gates), backups.schedule()),
+        (flatter, Backups(task.trace, flatter).schedule()),
+    ):
+        for name, array in begun.backups.items():
+            assert np.allclose(array, start.backups[name][:, :, None, None] * np.ones_like(array))
     batch = task.sampling.draw(4, 0)
     target = task.trajectory.full(batch.noise, batch.conditions)
 
     def loss():
         with torch.no_grad():
-            return final_latent(
-                task.trajectory.gated(batch.noise, batch.conditions, gates, backups(), backups.terms), target
-            ).item()
+            latents = task.trajectory.gated(batch.noise, batch.conditions, gates, backups())
+            return final_latent(latents, target).item()
 
     before = loss()
-    learn_backups(
-        backups, task.trajectory, [(batch, target)] * 20, Descent(20, 2e-2), final_latent, Run().phase("backups")
-    )
+    descent, phase = Descent(20, 2e-2), Run().phase("backups")
+    learn_backups(backups, Training(task.trajectory, [(batch, target)] * 20, final_latent, descent, phase))
     assert loss() < 0.8 * before
 
 
@@ -185,8 +183,8 @@ def test_gradient_reaches_every_parameter_of_the_pruner():
 
 
 def test_shares_count_dependents(unet):
-    shares = dict(zip((site.name for site in unet.sites), dependent_shares(unet).tolist(), strict=True))
-    own = {site.name: site.macs / unet.full_macs for site in unet.sites}
+    shares = dict(zip((site.name for site in unet.sites), dependent_shares(unet.macs).tolist(), strict=True))
+    own = {site.name: site.macs / unet.macs.full for site in unet.sites}
     assert shares["up_blocks.2"] > 0.95, "everything feeds the last block"
     assert shares["down_blocks.1"] >= own["down_blocks.1"]
     assert shares["up_blocks.1"] == pytest.approx(
@@ -198,19 +196,18 @@ def test_shares_count_dependents(unet):
 @pytest.mark.parametrize("method", ["dipgo", "paper"])
 def test_search_returns_the_best_candidate(task, method):
     subnet = search(task, TINY.changed(method=method, gate_iterations=2))
-    scores = subnet.search["held_out_psnr_db"]
-    assert scores[subnet.search["chosen"]] == max(scores.values())
+    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
     assert 0.4 <= subnet.cost.ratio <= 0.5
     assert subnet.gates[0].all()
     if method == "paper":
-        assert not subnet.weights
+        assert not subnet.schedule.learned
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_learning_begins_no_worse_than_the_fixed_policy_of_the_same_gates(task, seed):
+def test_learning_begins_no_worse_than_the_fixed_schedule_of_the_same_gates(task, seed):
     one_noise = {"held_out": 8, "drops": 0, "drops_on": 1, "contenders": 40, "trial_iterations": 0}
     config = SearchConfig(steps=STEPS, budget=0.5, seed=seed, backup_iterations=0, **one_noise)
-    judged = search(task, config).search["held_out_psnr_db"]
+    judged = search(task, config).search.held_out_psnr_db
     begun = {name: db for name, db in judged.items() if ", slope" in name}
     assert begun
     assert [name for name, db in begun.items() if db < judged[name.rsplit(", slope", 1)[0]] - 2e-3] == []
@@ -218,20 +215,20 @@ def test_learning_begins_no_worse_than_the_fixed_policy_of_the_same_gates(task, 
 
 def test_a_subnet_says_what_it_was_searched_on(task):
     config = TINY.changed(backup_iterations=0, drops=0)
-    one_class = zoo.task("dit", STEPS, classes="1")
+    one_class = zoo.task("dit", STEPS, choices=Choices(classes="1"))
     first, second = (search(part, config) for part in (task, one_class))
     start = search(task, config, starts=[first])
-    choices = first.search["choices"]
+    choices = first.search.choices
     assert choices["count"] == len(task.sampling.choices)
-    assert start.search["choices"] == choices != second.search["choices"]
-    assert (len(first.search["starts"]), len(start.search["starts"])) == (0, 1)
-    assert first.search["processes"] == 1
+    assert start.search.choices == choices != second.search.choices
+    assert (len(first.search.starts), len(start.search.starts)) == (0, 1)
+    assert first.search.processes == 1
 
 
 def test_what_is_judged_at_once_does_not_matter(task):
     gates = np.ones((STEPS, len(task.trace.sites)), bool)
     gates[1::2] = False
-    whole, parts = (Judge(task, 5, 1, Run(), chunk).psnrs(gates, {}) for chunk in (5, 2))
+    whole, parts = (Judge(task, 5, 1, Run(), chunk).psnrs(Schedule(gates)) for chunk in (5, 2))
     assert whole.shape == (5,)
     assert whole == pytest.approx(parts, abs=1e-3)
     assert np.ptp(whole) > 0.1, "so that an order that was lost would show"
@@ -240,9 +237,9 @@ def test_what_is_judged_at_once_does_not_matter(task):
 def test_searches_are_reproducible(task):
     first, second = (search(task, TINY.changed(seed=3)) for _ in range(2))
     assert np.array_equal(first.gates, second.gates)
-    assert first.search["held_out_psnr_db"] == second.search["held_out_psnr_db"]
-    for name, array in first.weights.items():
-        assert np.array_equal(array, second.weights[name])
+    assert first.search.held_out_psnr_db == second.search.held_out_psnr_db
+    for name, array in first.schedule.backups.items():
+        assert np.array_equal(array, second.schedule.backups[name])
 
 
 def test_pool_yields_full_trajectories(task):

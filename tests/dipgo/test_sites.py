@@ -71,7 +71,7 @@ def test_a_branch_is_a_resnet_with_its_transformer(unet):
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
         unet.family.call(denoiser, torch.zeros(unet.latent_shape(1)), torch.ones(1), example)
     flops = {part: counter.get_flop_counts()[f"UNet2DConditionModel.up_blocks.1.{part}.0"] for part in PARTS}
-    assert branches.full_macs - branches.macs(row) == sum(sum(part.values()) for part in flops.values()) // 2
+    assert branches.macs.full - branches.macs.call(row) == sum(sum(part.values()) for part in flops.values()) // 2
 
 
 def test_alternatives_choose_the_first_that_exists(unet):

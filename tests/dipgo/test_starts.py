@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.schedule.cost import cost_of
-from dipgo.schedule.policies import spaced
-from dipgo.schedule.subnet import SubNet
+from dipgo.schedule.fixed_schedules import Rule
+from dipgo.schedule.schedule import Schedule
 from dipgo.searching.backup_fit import Backups
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search, sweep
@@ -30,50 +29,45 @@ def found(task):
     return search(task, LEARN)
 
 
-def reusing(task, gates):
-    return SubNet(task.model.identity(), task.identity, task.trace.sites, gates, cost_of(task.trace, gates))
-
-
-def odd_gates(task, budget):
-    """Gates of no policy: whole steps, packed at the end."""
-    return spaced(task.trace, STEPS, budget, lambda rank: rank**0.2)
+def reusing(task, budget):
+    """A schedule by no rule: the last outputs are served between whole steps, which are packed at the end."""
+    rule = Rule()
+    count = len(rule.whole_steps(task.trace.macs, STEPS, budget)[0])
+    return task.subnet(Schedule(rule.gates(task.trace, STEPS, [0, *range(STEPS - count + 1, STEPS)])))
 
 
 def test_a_search_goes_on_from_what_another_found(task, found):
-    scores = found.search["held_out_psnr_db"]
     again = search(task, JUDGE, starts=[found])
-    assert again.search["held_out_psnr_db"]["given 1"] == scores[found.search["chosen"]]
-    assert again.search["chosen"] == "given 1"
+    assert again.search.held_out_psnr_db["given 1"] == found.search.psnr_db
+    assert again.search.chosen == "given 1"
     assert np.array_equal(again.gates, found.gates)
-    for name, weights in found.weights.items():
-        assert np.array_equal(again.weights[name], weights)
+    for name, weights in found.schedule.backups.items():
+        assert np.array_equal(again.schedule.backups[name], weights)
     on = search(task, LEARN, starts=[found])
-    assert any(name.startswith("given 1, backups learned") for name in on.search["held_out_psnr_db"])
+    assert any(name.startswith("given 1, backups learned") for name in on.search.held_out_psnr_db)
 
 
-@pytest.mark.parametrize("by_half", [True, False])
+@pytest.mark.parametrize("by_pass", [True, False])
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel, by_half):
-    """With as many terms, and with one more that begins at nothing."""
-    for terms in (2, 3):
-        backups = Backups(task.trace, found.gates, terms, by_channel, by_half, found.weights)
-        for name, weights in backups.arrays().items():
-            assert np.allclose(weights[:, :2], found.weights[name], atol=1e-7)
+def test_backups_begin_with_the_weights_of_a_subnet(task, found, by_channel, by_pass):
+    """With as long a history, and with one output more that begins at nothing."""
+    for history in (2, 3):
+        backups = Backups(task.trace, found.schedule, history, by_channel, by_pass)
+        for name, weights in backups.schedule().backups.items():
+            assert np.allclose(weights[:, :2], found.schedule.backups[name], atol=1e-7)
             assert not weights[:, 2:].any()
 
 
 def test_a_schedule_that_only_reuses_is_judged_so_and_learns_backups(task):
-    gates = odd_gates(task, 0.5)
-    subnet = search(task, LEARN.changed(budget=0.6), starts=[reusing(task, gates)])
-    names = subnet.search["held_out_psnr_db"]
+    names = search(task, LEARN.changed(budget=0.6), starts=[reusing(task, 0.5)]).search.held_out_psnr_db
     assert "given 1" in names
     assert any(name.startswith("given 1's gates, slope") for name in names)
 
 
 def test_a_start_that_costs_too_much_is_thinned_out(task, found):
     large, small = sweep(task, JUDGE.changed(budget=[0.3, 0.6]), starts=[found])
-    assert "given 1" in large.search["held_out_psnr_db"]
-    names = small.search["held_out_psnr_db"]
+    assert "given 1" in large.search.held_out_psnr_db
+    names = small.search.held_out_psnr_db
     assert "given 1" not in names
     assert any(name.startswith("given 1, thinned") for name in names)
     assert small.cost.ratio <= 0.3
@@ -82,7 +76,7 @@ def test_a_start_that_costs_too_much_is_thinned_out(task, found):
 def test_a_run_is_not_resumed_with_other_starts(task, found, tmp_path):
     search(task, JUDGE.changed(run_folder=tmp_path / "run"), starts=[found])
     search(task, JUDGE.changed(run_folder=tmp_path / "run", resume=True), starts=[found])
-    other = replace(found, gates=np.ones_like(found.gates))
+    other = replace(found, schedule=Schedule(np.ones_like(found.gates), found.schedule.backups))
     with pytest.raises(DipgoError, match="was begun with starts"):
         search(task, JUDGE.changed(run_folder=tmp_path / "run", resume=True), starts=[other])
 
@@ -93,17 +87,18 @@ def test_starts_that_do_not_fit_are_refused(task, found):
         search(other_sites, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="start 1 has 8 calls of the denoiser, this search 6"):
         search(zoo.task("dit", 6), JUDGE, starts=[found])
-    reuse = reusing(task, odd_gates(task, 0.5))
+    reuse = reusing(task, 0.5)
     with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set history=2"):
         search(task, JUDGE.changed(history=1), starts=[reuse, found])
     with pytest.raises(UsageError, match="starts are for --method dipgo"):
         search(task, JUDGE.changed(method="paper"), starts=[found])
-    name = next(iter(found.weights))
-    wide = dict(found.weights) | {name: np.zeros((STEPS, 2, 3), np.float32)}
+    name, backups = next(iter(found.schedule.backups)), found.schedule.backups
+    wide = Schedule(found.gates, {**backups, name: np.zeros((STEPS, 2, 3), np.float32)})
+    alone = Schedule(found.gates, {name: backups[name]})
     with pytest.raises(UsageError, match="has 3 channels, here it has"):
-        search(task, JUDGE, starts=[replace(found, weights=wide)])
+        search(task, JUDGE, starts=[replace(found, schedule=wide)])
     unguided = zoo.task("dit", STEPS, guidance=1.0)
-    with pytest.raises(UsageError, match="two halves of guidance, here it has one; search with the --guidance"):
+    with pytest.raises(UsageError, match="two passes of guidance, here it has one; search with the --guidance"):
         search(unguided, JUDGE, starts=[found])
     with pytest.raises(UsageError, match="is an output of one model alone"):
-        search(task, JUDGE, starts=[replace(found, weights={name: found.weights[name]})])
+        search(task, JUDGE, starts=[replace(found, schedule=alone)])

@@ -10,7 +10,9 @@ import pytest
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.records import ModelIdentity, SamplerIdentity
 from dipgo.graph.sites import Site
-from dipgo.schedule.subnet import SCHEMA_FILE, Cost, SubNet, json_schema, load_subnet, save_subnet
+from dipgo.schedule.schedule import Schedule, backup_name
+from dipgo.schedule.search_record import Cost, SearchRecord
+from dipgo.schedule.subnet import SCHEMA_FILE, SubNet, json_schema, load_subnet, save_subnet
 
 
 @pytest.fixture
@@ -23,30 +25,45 @@ def subnet():
         model=ModelIdentity(name="m", class_name="M", config_sha256="c", weights_sha256=None),
         sampler=SamplerIdentity(class_name="S", config={"a": 1}, steps=5, timesteps=[5, 4, 3, 2, 1], guidance_scale=4),
         sites=sites,
-        gates=gates,
+        schedule=Schedule(
+            gates, {backup_name(site.name): generator.normal(size=(5, 2, 4)).astype(np.float32) for site in sites}
+        ),
         cost=Cost(full=1000, subnet=500, ratio=0.5),
-        terms=2,
-        weights={f"backup.{site.name}": generator.normal(size=(5, 2, 4)).astype(np.float32) for site in sites},
-        search={"method": "test"},
+        search=SearchRecord(method="test"),
     )
+
+
+def with_backups(subnet, backups):
+    return replace(subnet, schedule=Schedule(subnet.gates, backups))
 
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_round_trip(subnet, tmp_path, learned):
     if not learned:
-        subnet = replace(subnet, weights={}, terms=1)
+        subnet = with_backups(subnet, {})
     save_subnet(subnet, tmp_path / "s.json")
     read = load_subnet(tmp_path / "s.json")
-    for part in ("model", "sampler", "sites", "cost", "terms"):
+    for part in ("model", "sampler", "sites", "cost", "search"):
         assert getattr(read, part) == getattr(subnet, part)
     assert np.array_equal(read.gates, subnet.gates)
-    assert read.terms == subnet.terms
-    assert read.weights.keys() == subnet.weights.keys()
-    for name, array in subnet.weights.items():
-        assert np.array_equal(read.weights[name], array)
+    assert read.schedule.history == subnet.schedule.history
+    assert read.schedule.backups.keys() == subnet.schedule.backups.keys()
+    for name, array in subnet.schedule.backups.items():
+        assert np.array_equal(read.schedule.backups[name], array)
     document = json.loads((tmp_path / "s.json").read_text())
     jsonschema.validate(document, json.loads(SCHEMA_FILE.read_text()))
     assert (document["backup"] is None) == (not learned)
+
+
+def test_a_search_record_keeps_what_this_version_does_not_know(subnet, tmp_path):
+    said = {"method": "dipgo", "cost": {"kind": "macs", "more": 1}, "settings": {"moves": 3}, "best_policy": None}
+    said |= {"held_out_psnr_db": {"a": 30.0}, "chosen": "a", "new": [1]}
+    save_subnet(subnet, tmp_path / "s.json")
+    edit(tmp_path / "s.json", lambda document: document.update(search=said))
+    read = load_subnet(tmp_path / "s.json")
+    assert read.search.psnr_db == 30.0
+    save_subnet(read, tmp_path / "s.json", force=True)
+    assert json.loads((tmp_path / "s.json").read_text())["search"] == said
 
 
 def test_published_schema_is_current():
@@ -97,22 +114,23 @@ def test_broken_files_are_refused(subnet, tmp_path):
 
 
 def test_nan_is_never_written_or_read(subnet, tmp_path):
-    broken = {name: array.copy() for name, array in subnet.weights.items()}
+    broken = {name: array.copy() for name, array in subnet.schedule.backups.items()}
     broken["backup.blocks.1"][2, 0, 1] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        save_subnet(replace(subnet, weights=broken), tmp_path / "s.json")
+        save_subnet(with_backups(subnet, broken), tmp_path / "s.json")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_by_half_are_those_of_the_guidance(subnet, tmp_path):
-    halves = {name: np.stack([array, 2 * array], axis=2) for name, array in subnet.weights.items()}
-    save_subnet(replace(subnet, weights=halves), tmp_path / "s.json")
-    for name, array in load_subnet(tmp_path / "s.json").weights.items():
-        assert np.array_equal(array, halves[name])
-    thirds = {name: np.concatenate([array, array[:, :, :1]], axis=2) for name, array in halves.items()}
-    with pytest.raises(ValueError, match="has weights for 3 halves of guidance, but guidance 4 has 2"):
-        save_subnet(replace(subnet, weights=thirds), tmp_path / "t.json")
-    unguided = replace(subnet, sampler=subnet.sampler.model_copy(update={"guidance_scale": 1.0}), weights=halves)
+def test_weights_by_pass_are_those_of_the_guidance(subnet, tmp_path):
+    passes = {name: np.stack([array, 2 * array], axis=2) for name, array in subnet.schedule.backups.items()}
+    save_subnet(with_backups(subnet, passes), tmp_path / "s.json")
+    for name, array in load_subnet(tmp_path / "s.json").schedule.backups.items():
+        assert np.array_equal(array, passes[name])
+    thirds = {name: np.concatenate([array, array[:, :, :1]], axis=2) for name, array in passes.items()}
+    with pytest.raises(ValueError, match="has weights for 3 passes of guidance, but guidance 4 has 2"):
+        save_subnet(with_backups(subnet, thirds), tmp_path / "t.json")
+    sampler = subnet.sampler.model_copy(update={"guidance_scale": 1.0})
+    unguided = replace(with_backups(subnet, passes), sampler=sampler)
     with pytest.raises(ValueError, match="guidance 1 has 1"):
         save_subnet(unguided, tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
@@ -122,15 +140,15 @@ def test_names_with_dots_keep_their_own_weights(subnet, tmp_path):
     """``b0.35`` and ``b0.25`` are two SubNets, and one may be called ``s.safetensors``."""
     names = ("b0.35", "b0.25", "s.safetensors")
     for number, name in enumerate(names):
-        save_subnet(replace(subnet, weights={k: w + number for k, w in subnet.weights.items()}), tmp_path / name)
+        save_subnet(with_backups(subnet, {k: w + number for k, w in subnet.schedule.backups.items()}), tmp_path / name)
     for number, name in enumerate(names):
-        found = load_subnet(tmp_path / name).weights
-        assert all(np.array_equal(found[key], array + number) for key, array in subnet.weights.items())
+        found = load_subnet(tmp_path / name).schedule.backups
+        assert all(np.array_equal(found[key], array + number) for key, array in subnet.schedule.backups.items())
 
 
 def test_existing_output_is_kept(subnet, tmp_path):
     save_subnet(subnet, tmp_path / "s.json")
     before = (tmp_path / "s.json").read_bytes()
     with pytest.raises(UsageError, match="--force"):
-        save_subnet(replace(subnet, search={}), tmp_path / "s.json")
+        save_subnet(replace(subnet, search=SearchRecord()), tmp_path / "s.json")
     assert (tmp_path / "s.json").read_bytes() == before

@@ -10,17 +10,8 @@ from PIL import Image
 
 from dipgo.eager.drift import measure_drift
 from dipgo.graph.liveness import canonical
-from dipgo.schedule.cost import trajectory_macs
+from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, drifted, fixed_schedules, spaced, thinned
 from dipgo.schedule.gates_at_budget import swept_gates
-from dipgo.schedule.policies import (
-    SPACINGS,
-    drifted,
-    gates_of_steps,
-    policies,
-    spaced,
-    thinned,
-    whole_steps,
-)
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.greedy_prune import drop_cheapest
 from dipgo.searching.pareto import write_pareto
@@ -64,29 +55,29 @@ def swept(task):
 
 
 def share(traced, gates, learned=True):
-    return trajectory_macs(traced, gates, learned) / (traced.full_macs * len(gates))
+    return traced.macs.trajectory(gates, learned) / (traced.macs.full * len(gates))
 
 
 def too_much(traced, budget, spacing, serving):
     """Gates of one computed step more than the budget allows."""
-    _, steps = whole_steps(traced, STEPS, budget, SPACINGS[spacing], serving, learned=True)
-    return gates_of_steps(traced, STEPS, steps, serving, learned=True)
+    rule = Rule(spacing, serving, EXTRAPOLATION)
+    return rule.gates(traced, STEPS, rule.whole_steps(traced.macs, STEPS, budget)[1])
 
 
 def test_sweep_answers_from_the_largest_budget_on_and_meets_every_one(swept):
-    assert [subnet.search["budget"] for subnet in swept] == [0.7, 0.4]
+    assert [subnet.search.budget for subnet in swept] == [0.7, 0.4]
     for subnet in swept:
-        scores = subnet.search["held_out_psnr_db"]
-        assert scores[subnet.search["chosen"]] == max(scores.values())
-        assert subnet.cost.ratio <= subnet.search["budget"]
-    names = " ".join(swept[1].search["held_out_psnr_db"])
+        assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
+        assert subnet.cost.ratio <= subnet.search.budget
+    names = " ".join(swept[1].search.held_out_psnr_db)
     assert "thinned" in names, "the smaller budget starts from the larger"
+    assert "dropped, " in names
     assert "backups learned" in names
 
 
 def test_the_better_half_of_the_contenders_learns_on(task):
     config = TINY.changed(contenders=6, trial_iterations=2, backup_iterations=9)
-    scores = next(sweep(task, config)).search["held_out_psnr_db"]
+    scores = next(sweep(task, config)).search.held_out_psnr_db
     rounds = [{name: db for name, db in scores.items() if name.endswith(f" {n} iterations")} for n in (4, 12, 18)]
     assert [len(judged) for judged in rounds] == [6, 3, 1]
     for before, after in itertools.pairwise(rounds):
@@ -114,8 +105,8 @@ def test_paper_sweep_scores_once(task):
 
     found = list(sweep(task, config, report))
     assert calls == ["gates", "gates"]
-    assert not found[0].weights
-    assert min(subnet.search["seconds"] for subnet in found) >= 0.6, "what gave the scores counts"
+    assert not found[0].schedule.learned
+    assert min(subnet.search.seconds for subnet in found) >= 0.6, "what gave the scores counts"
     assert found[1].cost.ratio <= 0.4
 
 
@@ -124,7 +115,7 @@ def test_drops_are_the_cheapest_per_mac(task):
     trace = task.trace
     above = too_much(trace, 0.4, "middle", "mixed")
     worth = np.random.default_rng(0).random(above.shape)
-    found = drop_cheapest(trace, above, 0.4, lambda gates: float(worth[gates].sum()), above.size, seed=0)
+    found = drop_cheapest(trace.macs, above, 0.4, lambda gates: float(worth[gates].sum()), above.size, seed=0)
     assert share(trace, above) > 0.4 >= share(trace, found)
     assert np.array_equal(found, canonical(found, 2, trace.live_sites))
     price = worth / np.array([site.macs for site in trace.sites])
@@ -141,13 +132,13 @@ def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
     def late(gates):
         return float((gates * np.arange(STEPS)[:, None]).sum())
 
-    found = drop_cheapest(unet, above, 0.5, late, singles, 0, lambda count, left: measured.append(left))
+    found = drop_cheapest(unet.macs, above, 0.5, late, singles, 0, lambda count, left: measured.append(left))
     assert share(unet, above) > 0.5 >= share(unet, found)
     assert not (found & ~above).any()
     assert found[0].all()
     assert measured[-1] <= measured[0]
     if singles > above.size:
-        assert late(found) > late(spaced(unet, STEPS, 0.5, SPACINGS["early"], learned=True))
+        assert late(found) > late(spaced(unet.macs, STEPS, 0.5, Rule("early", history=EXTRAPOLATION)).gates)
 
 
 @pytest.mark.parametrize("sites", ["block", "layer"])
@@ -178,15 +169,15 @@ def test_drift_is_the_relative_change_between_steps(task, drift):
 def test_drifted_gates_compute_where_the_output_moves(task, drift):
     uneven = np.full_like(drift, 0.01)
     uneven[5:] = 1.0
-    gates = drifted(task.trace, uneven, 0.6)
+    gates = drifted(task.trace.macs, uneven, 0.6)
     inner = [site for site in range(gates.shape[1]) if site not in task.trace.output_sites()]
     assert gates[5:, inner].sum() > gates[1:5, inner].sum()
-    assert share(task.trace, drifted(task.trace, drift, 0.6), False) <= 0.6
+    assert share(task.trace, drifted(task.trace.macs, drift, 0.6), False) <= 0.6
 
 
 def test_thinned_gates_lie_within_the_larger_ones(task, drift):
-    large = spaced(task.trace, STEPS, 0.7, SPACINGS["uniform"], learned=True)
-    small = thinned(task.trace, large, drift, 0.4)
+    large = spaced(task.trace.macs, STEPS, 0.7, Rule(history=EXTRAPOLATION)).gates
+    small = thinned(task.trace.macs, large, drift, 0.4)
     assert share(task.trace, small) <= 0.4
     inner = [site for site in range(small.shape[1]) if site not in task.trace.output_sites()]
     assert (small[:, inner] & ~large[:, inner]).sum() <= 0.1 * small.sum()
@@ -195,17 +186,17 @@ def test_thinned_gates_lie_within_the_larger_ones(task, drift):
 def test_deepcache_computes_its_outer_sites_in_every_step(task, unet):
     for traced in (task.trace, unet):
         order = traced.execution_order()
-        gates = spaced(traced, STEPS, 0.7, SPACINGS["uniform"], outer=1)
+        gates = spaced(traced.macs, STEPS, 0.7, Rule(outer=1)).gates
         assert gates[:, [order[0], order[-1]]].all()
         assert not gates[:, order[1:-1]].all()
-        assert "DeepCache-like, 1 outer" in [policy.name for policy in policies(traced, STEPS, 0.7)]
+        assert "DeepCache-like, 1 outer" in fixed_schedules(traced.macs, STEPS, 0.7)
     assert [unet.sites[site].name for site in (order[0], order[-1])] == ["down_blocks.0", "up_blocks.2"], "its shortcut"
 
 
 def test_public_sweep_reproduces_the_published_shape(unet):
     """With equal scores to skip, whole steps go first: the last block takes everything with it."""
     scores = np.full((10, len(unet.sites)), 0.04)
-    gates = swept_gates(unet, scores, 0.3)
+    gates = swept_gates(unet.macs, scores, 0.3)
     rows, counts = np.unique(gates[1:].sum(axis=1), return_counts=True)
     assert counts[rows == 0].sum() >= 6
     assert share(unet, gates, False) <= 0.35

@@ -13,7 +13,7 @@ from dipgo.model.families import FAMILIES
 from dipgo.model.models import find_model
 from dipgo.model.prompts import read_prompts
 from dipgo.searching.distributed import Processes
-from dipgo.searching.task import Pool, choices_of
+from dipgo.searching.task import Choices, Pool, choices_of
 from tests import zoo
 
 STEPS = 3
@@ -81,7 +81,7 @@ def test_classes(task, tmp_path):
         choices_of(kind, labels, tmp_path / "p.txt", None)
     with pytest.raises(UsageError, match="conditioned by prompts"):
         choices_of(family("prompt"), {}, None, "cat")
-    only = zoo.task("dit", STEPS, classes="dog")
+    only = zoo.task("dit", STEPS, choices=Choices(classes="dog"))
     assert set(only.sampling.draw(8, 0).conditions["class_labels"].tolist()) == {1000, 1}
 
 

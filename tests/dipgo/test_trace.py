@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import intercepting
+from dipgo.graph.costs import check_budget
 from dipgo.graph.liveness import canonical, plan
-from dipgo.graph.trace import call_macs, trace
+from dipgo.graph.macs import call_macs, layer_macs
+from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
-from dipgo.schedule.cost import check_budget, trajectory_macs
 from tests import zoo
 
 
@@ -43,7 +44,7 @@ def test_macs_of_a_block_by_hand(dit):
     output = tokens * width * 4
     modulation = 256 * width + width * width + width * 2 * width  # of the output alone: it goes where the output goes
     assert [site.macs for site in dit.sites] == [attention, feed_forward] * 2 + [output + modulation]
-    assert dit.macs(row(dit, "transformer_blocks.1.ff")) == dit.full_macs - feed_forward
+    assert dit.macs.call(row(dit, "transformer_blocks.1.ff")) == dit.macs.full - feed_forward
 
 
 def test_macs_by_layer_by_hand(dit):
@@ -55,12 +56,12 @@ def test_macs_by_layer_by_hand(dit):
     modulation = (256 + 1) * width + (width + 1) * width + (width + 1) * 2 * width
     output = tokens * width * 4 + 4 + modulation
     expected = [attention + norm, feed_forward + norm] * 2 + [output + norm]
-    assert [site.macs for site in dit.by_layer().sites] == expected
+    assert list(layer_macs(dit).sites) == expected
 
 
 def test_macs_agree_with_a_run_on_meta_tensors(dit, unet):
     for traced in (dit, unet):
-        assert traced.full_macs == call_macs(traced.model, traced.model.empty_denoiser())
+        assert traced.macs.full == call_macs(traced.model, traced.model.empty_denoiser())
 
 
 def test_macs_under_gates_agree_with_a_gated_run(unet):
@@ -91,7 +92,7 @@ def test_macs_under_gates_agree_with_a_gated_run(unet):
     ):
         call()
     # the gated run still computes down_blocks.2, which nobody reads: the graph knows, Python does not
-    assert unet.macs(gates) == counter.get_total_flops() // 2
+    assert unet.macs.call(gates) == counter.get_total_flops() // 2
     assert canonical(np.stack([row(unet), gates]), 1, unet.live_sites)[1].sum() < gates.sum()
 
 
@@ -138,16 +139,16 @@ def test_plan_reads_the_last_k_computed_outputs(dit):
 def test_a_silent_step_costs_nothing(unet):
     gates = np.zeros((4, len(unet.sites)), bool)
     gates[0] = True
-    assert trajectory_macs(unet, gates) == unet.full_macs
+    assert unet.macs.trajectory(gates) == unet.macs.full
 
 
 def test_budget_limits(dit):
     for budget in (0.0, -1.0, 1.01, float("nan")):
         with pytest.raises(UsageError, match="outside"):
-            check_budget(dit, budget, 10)
+            check_budget(dit.macs, budget, 10)
     with pytest.raises(UsageError, match="what step 0 and the ungated parts alone cost at 10 steps; give at least"):
-        check_budget(dit, 0.05, 10)
-    check_budget(dit, 0.3, 10)
+        check_budget(dit.macs, 0.05, 10)
+    check_budget(dit.macs, 0.3, 10)
 
 
 def test_half_keeps_costs_and_casts_at_the_border(dit):

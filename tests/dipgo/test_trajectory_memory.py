@@ -13,7 +13,8 @@ from dipgo.base.errors import DipgoError
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.liveness import canonical, plan
 from dipgo.graph.outputs import take_apart
-from dipgo.schedule.policies import extrapolation
+from dipgo.schedule.fixed_schedules import extrapolation
+from dipgo.schedule.schedule import Schedule
 from dipgo.searching.backup_fit import Backups
 from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import straight_through
@@ -66,36 +67,30 @@ def assert_same(first, second, tolerance=1e-6):
         assert (a - b).abs().max().item() <= tolerance * scale
 
 
-@pytest.mark.parametrize("terms", [1, 2, 3])
-def test_recomputed_steps_give_the_gradient_of_backups(ground, terms):
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_recomputed_steps_give_the_gradient_of_backups(ground, history):
     traced, trajectory, noise, conditions = ground
     target = trajectory.full(noise, conditions)
     for seed in range(2):
         gates = random_gates(traced, seed)
-        backups = Backups(traced, gates, terms)
+        backups = Backups(traced, Schedule(gates), history)
         for parameter in backups.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         plain, again = (
-            gradients(backups, way.gated(noise, conditions, gates, backups(), terms), target)
+            gradients(backups, way.gated(noise, conditions, gates, backups()), target)
             for way in (trajectory, replace(trajectory, recompute=True))
         )
         assert_same(plain, again)
 
 
-@pytest.mark.parametrize("terms", [1, 2])
-def test_recomputed_steps_give_the_gradient_of_gates(ground, terms):
+def test_recomputed_steps_give_the_gradient_of_gates(ground):
     traced, trajectory, noise, conditions = ground
     target = trajectory.full(noise, conditions)
     hard = random_gates(traced, 3)
     kept = torch.from_numpy(hard).float()
-    weights = {name: torch.from_numpy(a) for name, a in extrapolation(traced, hard).items()} if terms > 1 else {}
     scores = torch.nn.ParameterList([torch.rand(hard.shape, generator=torch.Generator().manual_seed(1))])
     plain, again = (
-        gradients(
-            scores,
-            way.supernet(noise, conditions, straight_through(scores[0], kept), weights, terms),
-            target,
-        )
+        gradients(scores, way.supernet(noise, conditions, straight_through(scores[0], kept)), target)
         for way in (trajectory, replace(trajectory, recompute=True))
     )
     assert_same(plain, again)
@@ -105,12 +100,10 @@ def test_supernet_equals_the_subnet_of_its_gates(ground):
     """Both branches, mixed by hard gates, are the SubNet that executes only one of them."""
     traced, trajectory, noise, conditions = ground
     gates = random_gates(traced, 5)
-    table = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
     with torch.no_grad():
-        for weights, terms in (({}, 1), (table, 2)):
-            mixed = trajectory.supernet(noise, conditions, torch.from_numpy(gates).float(), weights, terms)
-            gated = trajectory.gated(noise, conditions, gates, weights, terms)
-            assert torch.allclose(mixed[-1], gated[-1], rtol=1e-4, atol=1e-4)
+        mixed = trajectory.supernet(noise, conditions, torch.from_numpy(gates).float())
+        gated = trajectory.gated(noise, conditions, gates, {})
+    assert torch.allclose(mixed[-1], gated[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_trace_the_result_is_the_same(ground):
@@ -118,11 +111,9 @@ def test_without_a_trace_the_result_is_the_same(ground):
     blind = Trajectory(trajectory.guided, trajectory.sites, trajectory.sampler)
     gates = random_gates(traced, 7, keep=0.3)
     with torch.no_grad():
-        for way, terms in ((trajectory, 1), (trajectory, 2)):
-            weights = {name: torch.from_numpy(a) for name, a in extrapolation(traced, gates).items()}
-            weights = weights if terms > 1 else {}
-            found = way.gated(noise, conditions, gates, weights, terms)[-1]
-            assert torch.equal(found, blind.gated(noise, conditions, gates, weights, terms)[-1])
+        for backups in ({}, extrapolation(traced, gates).tensors()):
+            traced_only = trajectory.gated(noise, conditions, gates, backups)[-1]
+            assert torch.equal(traced_only, blind.gated(noise, conditions, gates, backups)[-1])
 
 
 def held_bytes(run):
@@ -144,10 +135,10 @@ def held_bytes(run):
 def test_recomputing_holds_latents_and_live_outputs(ground):
     traced, trajectory, noise, conditions = ground
     gates = canonical(random_gates(traced, 2), 2, traced.live_sites)
-    backups = Backups(traced, gates)
+    backups = Backups(traced, Schedule(gates))
     weights = backups()
     plain, less = (
-        held_bytes(lambda way=way: way.gated(noise, conditions, gates, weights, 2))
+        held_bytes(lambda way=way: way.gated(noise, conditions, gates, weights))
         for way in (trajectory, replace(trajectory, recompute=True))
     )
     outputs = sum(
@@ -164,7 +155,7 @@ def test_only_live_outputs_outlive_their_step(ground, monkeypatch):
     """While a step runs without gradient, the outputs alive are those that it or a later step reads."""
     traced, trajectory, noise, conditions = ground
     gates = random_gates(traced, 4)
-    weights = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
+    weights = extrapolation(traced, gates).tensors()
     plans = plan(gates, 2, traced.live_sites)
     last = {}
     for step, entry in enumerate(plans):
@@ -194,7 +185,7 @@ def test_only_live_outputs_outlive_their_step(ground, monkeypatch):
 
     monkeypatch.setattr(Trajectory, "_call", call)
     with torch.no_grad():
-        trajectory.gated(noise, conditions, gates, weights, 2)
+        trajectory.gated(noise, conditions, gates, weights)
     assert [found for found in counts if found]
     for now, found in enumerate(counts):
         assert found <= {key for key, step in last.items() if key[0] < now <= step}
@@ -215,7 +206,7 @@ def test_a_site_whose_output_changes_shape_is_refused(ground, monkeypatch):
     monkeypatch.setattr(type(module), "forward", forward)
     gates = np.ones((STEPS, len(traced.sites)), bool)
     with pytest.raises(DipgoError) as error:
-        trajectory.gated(noise, conditions, gates, {}, 1)
+        trajectory.gated(noise, conditions, gates, {})
     assert f"site '{name}' hands on [" in str(error.value)
     assert "at step 0 but [" in str(error.value)
     assert "at step 2" in str(error.value)
@@ -227,16 +218,16 @@ def test_half_precision_stays_near_and_gives_finite_float32_gradient(ground, pre
     traced, trajectory, noise, conditions = ground
     half = replace(trajectory, precision=precision)
     gates = random_gates(traced, 2)
-    backups = Backups(traced, gates)
+    backups = Backups(traced, Schedule(gates))
     with torch.no_grad():
-        exact = trajectory.gated(noise, conditions, gates, backups(), 2)[-1]
-    latents = half.gated(noise, conditions, gates, backups(), 2)
+        exact = trajectory.gated(noise, conditions, gates, backups())[-1]
+    latents = half.gated(noise, conditions, gates, backups())
     assert latents[-1].dtype == torch.float32
     distance = (latents[-1] - exact).norm() / exact.norm()
     assert 0 < distance < (0.1 if precision == torch.bfloat16 else 0.02), "in half precision, and no further away"
     target = trajectory.full(noise, conditions)
     plain = gradients(backups, latents, target)
-    again = gradients(backups, replace(half, recompute=True).gated(noise, conditions, gates, backups(), 2), target)
+    again = gradients(backups, replace(half, recompute=True).gated(noise, conditions, gates, backups()), target)
     assert_same(plain, again, 1e-5)
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in plain[1])
 
@@ -249,12 +240,11 @@ def test_everything_is_on_the_device_of_the_denoiser():
     assert batch.noise.device.type == "meta"
     target = trajectory.full(batch.noise, batch.conditions)
     gates = random_gates(traced, 0, calls=3)
-    backups = Backups(traced, gates).to("meta")
-    table = {name: torch.from_numpy(array) for name, array in extrapolation(traced, gates).items()}
+    backups = Backups(traced, Schedule(gates)).to("meta")
     keep = torch.from_numpy(gates).float()
     for way in (trajectory, replace(trajectory, recompute=True)):
-        latents = way.gated(batch.noise, batch.conditions, gates, backups(), 2)
+        latents = way.gated(batch.noise, batch.conditions, gates, backups())
         loss = make_loss("ssim+latent", task.decode)(latents, target)
         loss.backward()
         assert loss.device.type == "meta"
-        assert way.supernet(batch.noise, batch.conditions, keep, table, 2)[-1].device.type == "meta"
+        assert way.supernet(batch.noise, batch.conditions, keep)[-1].device.type == "meta"

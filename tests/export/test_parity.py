@@ -87,10 +87,10 @@ class Case:
             from dipgo.schedule.subnet import load_subnet
 
             subnet = load_subnet(folder / record.subnet_file)
-        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
+        backups = subnet.schedule.tensors()
         trajectory = Trajectory(self.guided, self.traced.sites, table)
         with torch.no_grad():
-            expected = trajectory.gated(noise, self.conditions, subnet.gates, weights, terms)[-1].numpy()
+            expected = trajectory.gated(noise, self.conditions, subnet.gates, backups)[-1].numpy()
         return error(actual, expected)
 
 
@@ -219,7 +219,7 @@ def test_a_step_that_computes_nothing_launches_nothing(tmp_path):
         assert [not step.launches for step in program.record.steps] == [not row.any() for row in subnet.gates]
         assert program.contexts.launches == 5
         assert len(program.record.graphs) == 1
-    assert program.record.macs == 5 * traced.full_macs
+    assert program.record.macs == 5 * traced.macs.full
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

@@ -43,12 +43,11 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, kind, guidance, batch
     half = {name: value.half() if value.is_floating_point() else value for name, value in conditions.items()}
     for seed, layout in enumerate(LAYOUTS):
         subnet = random_subnet(traced, sampler, seed, 0.5, 2, 2)
-        weights = {name: torch.from_numpy(array) for name, array in subnet.weights.items()}
 
-        def run(guided, values, subnet=subnet, weights=weights):
+        def run(guided, values, subnet=subnet):
             trajectory = Trajectory(guided, traced.sites, sampler)
             with torch.no_grad():
-                return trajectory.gated(noise, values, subnet.gates, weights, 2)[-1].float().numpy()
+                return trajectory.gated(noise, values, subnet.gates, subnet.schedule.tensors())[-1].float().numpy()
 
         exact = run(GuidedDenoiser(denoiser.float(), family, guidance), conditions)
         rounded = run(GuidedDenoiser(denoiser.half(), in_dtype(family, torch.float16), guidance), half)
