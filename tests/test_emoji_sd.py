@@ -60,7 +60,10 @@ def test_it_draws_what_it_is_told(model: Model) -> None:
         assert middle[channel] - middle.sort().values[0] > 0.5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["signature", *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout != "signature")],
+)
 def test_compiled_it_equals_diffusers(bundles: dict[str, Path], layout: str) -> None:
     parity = verify(bundles[layout], images=1)
     assert parity.relative_error_latent <= TOLERANCE
