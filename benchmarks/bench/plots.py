@@ -24,7 +24,7 @@ LETTER = 6.1  # width of a monospaced letter at 10 pixels
 COLOURS: Mapping[str, str] = {  # what matplotlib is told, and what the style sheet calls it
     name: f"#0000{number:02x}" for number, name in enumerate(("on", "off", "dot", "line", "quiet", "text"), 1)
 }
-_RC = {"svg.fonttype": "none", "svg.hashsalt": "dipgo", "text.color": COLOURS["quiet"], "font.size": 12}
+_RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "dipgo", "text.color": COLOURS["quiet"], "font.size": 12}
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,10 @@ def heatmap(gates: Sequence[Sequence[int]], sites: Sequence[str], timesteps: Seq
     axes.set(xlim=(0, steps), ylim=(len(sites), 0))
     axes.set_xlabel("step of the sampler", color=COLOURS["quiet"])
     shown = range(0, steps, _every(across))
-    axes.xaxis.set(major_locator=FixedLocator([step + 0.5 for step in shown]), major_formatter=FixedFormatter(shown))
+    axes.xaxis.set(
+        major_locator=FixedLocator([step + 0.5 for step in shown]),
+        major_formatter=FixedFormatter([str(step) for step in shown]),
+    )
     axes.set_yticks([row + 0.5 for row in range(len(sites))], sites)
     for row, site in enumerate(sites):
         computed = sum(gates[step][row] for step in range(steps))

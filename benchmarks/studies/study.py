@@ -68,7 +68,7 @@ class Study:
 
     def alone(self, *words: object) -> dict[str, Any]:
         """Run this module with these words in a process of its own; returns what its last line of JSON holds."""
-        return json.loads(run_alone(self.module, words).splitlines()[-1])  # type: ignore[no-any-return]
+        return dict(json.loads(run_alone(self.module, words).splitlines()[-1]))
 
     def write(self, record: Record) -> None:
         """Write the record."""

@@ -206,12 +206,12 @@ def trace(
         node_macs={name: node_macs(node) // rows for name, node in nodes.items()},
     )
     parameters = {name: nodes[name].meta["val"].numel() for name in program.graph_signature.inputs_to_parameters}
-    sites = []
+    priced = []
     for number, site in enumerate(bare.sites):
         freed = bare.freed(number)
         macs, params = (sum(table.get(name, 0) for name in freed) for table in (bare.node_macs, parameters))
-        sites.append(replace(site, macs=macs, params=params))
-    return replace(bare, sites=tuple(sites))
+        priced.append(replace(site, macs=macs, params=params))
+    return replace(bare, sites=tuple(priced))
 
 
 def _growth(size: Any, batch: Any) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def points(subnets: Sequence[SubNet]) -> list[dict[str, Any]]:
     listed = []
     for subnet in subnets:
         search = subnet.search
-        point = {"macs_ratio": subnet.cost.ratio, "psnr_db": search.psnr_db}
+        point: dict[str, Any] = {"macs_ratio": subnet.cost.ratio, "psnr_db": search.psnr_db}
         point |= {"chosen": search.chosen, "seconds": search.seconds}
         if search.best_policy is not None:
             best = search.best_policy

@@ -57,7 +57,7 @@ class Pipeline(Program):
             self._is_open = False
             super().__exit__()
 
-    def __call__(
+    def __call__(  # noqa: PLR0913 - as diffusers' pipelines are called
         self,
         prompt: Any = None,
         *,

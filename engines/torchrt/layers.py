@@ -14,7 +14,7 @@ class Unsupported(Exception):
     """A use of an operator that no export makes, and that is not written here."""
 
 
-def attention(
+def attention(  # noqa: PLR0913 - ONNX's own
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -35,7 +35,7 @@ def attention(
     )
 
 
-def conv(
+def conv(  # noqa: PLR0913 - ONNX's own
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -88,7 +88,7 @@ def layer_normalization(
     return F.layer_norm(x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), epsilon)
 
 
-def resize(
+def resize(  # noqa: PLR0913 - ONNX's own
     x: Tensor,
     region: Sequence[float] | None = None,
     scales: Sequence[float] | None = None,

@@ -117,6 +117,7 @@ def test_nothing_is_measured_without_the_full_program(bundle: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_prompts_are_benched_in_half_precision(tmp_path: Path):
     """Baselines have the bundle's dtype; the page shows the prompts."""
     traced, sampler = zoo.trace("sd", dtype=torch.float16), zoo.sampler("sd", 4, None)

@@ -104,7 +104,7 @@ def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled
     assert getattr(pipe, name) is blackens
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "pixart"])
+@pytest.mark.parametrize("name", ["dit", "sd", pytest.param("pixart", marks=pytest.mark.slow)])
 def test_half_precision_is_judged_by_its_own_rounding(name: str, tmp_path: Path):
     model, folder = zoo.model(name), tmp_path / "bundle"
     shutil.copytree(bundle_of(name, dtype=torch.float16), folder)
@@ -139,7 +139,7 @@ def test_a_pipeline_in_half_precision_is_a_copy():
     assert cast_pipeline(sdxl, torch.float16).vae is sdxl.vae  # its pipeline decodes in float32
 
 
-@pytest.mark.parametrize("short", ["fp32", "fp16"])
+@pytest.mark.parametrize("short", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_random_weights_are_verified_by_embeddings(short: str, tmp_path: Path):
     """An architecture: no weights, no text encoder, in the pipeline's folder."""
     folder = tmp_path / "model"

@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.studies import session_memory
 from export.bundle import open_bundle
 
 
+@pytest.mark.slow
 def test_each_way_is_measured_in_a_process_of_its_own(bundle: Path, tmp_path: Path):
     output = tmp_path / "found.json"
     session_memory.main([str(bundle), "--sessions", "2", "-o", str(output)])

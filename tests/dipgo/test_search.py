@@ -203,7 +203,7 @@ def test_search_returns_the_best_candidate(task, method):
         assert not subnet.schedule.learned
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_learning_begins_no_worse_than_the_fixed_schedule_of_the_same_gates(task, seed):
     one_noise = {"held_out": 8, "drops": 0, "drops_on": 1, "contenders": 40, "trial_iterations": 0}
     config = SearchConfig(steps=STEPS, budget=0.5, seed=seed, backup_iterations=0, **one_noise)
