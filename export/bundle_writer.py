@@ -78,16 +78,15 @@ def deliver(
         UsageError, DipgoError: see :func:`check_delivery` and :func:`check_weights`; a full disk.
     """
     check_delivery(folder, root, how, force)
+    records: Files = {}
     if how == "copy":
         with new_folder(folder, force, RECORD_FILE) as draft:
-            records: Files = {}
             for part in weights:
                 known = {file: sha256_once(file) for file in part.files}
                 for location, digest in place(known, part.root, draft, known).items():
                     records[location] = FileRecord(bytes=(draft / location).stat().st_size, sha256=digest)
             yield draft, records
         return
-    records: Files = {}
     for part in weights:
         check_weights(part, root)
         for file in part.files:

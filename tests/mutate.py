@@ -1,0 +1,158 @@
+"""Whether the tests see small faults: put one at a time into a copy of the code, and run them until one fails.
+
+    python -m tests.mutate                            all of tests/faults.yaml, on two processes
+    python -m tests.mutate slot-freed-early -o FILE   some of them, with the outcomes as JSON
+
+A fault is caught where a test of ``make test`` fails. The tests named beside it run first, then the others of their
+folder, then the rest, so that a fault that is caught takes a minute and one that survives takes as long as the suite.
+The working tree is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FAULTS = Path(__file__).with_name("faults.yaml")
+LIMIT = 2400  # seconds for the tests of one fault; one that hangs them is caught, too
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of one place.
+
+    Attributes:
+        name: what goes wrong, in a word or three.
+        file: where, from the root.
+        before, after: the text that stands there once, and what it becomes.
+        tests: files or tests that run first.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault: the test that caught it, or None where all passed."""
+
+    fault: str
+    caught_by: str | None
+    seconds: float
+
+
+def read_faults(names: Sequence[str] = ()) -> list[Fault]:
+    """Return the faults of these names, or all; each stands in the code exactly once.
+
+    Raises:
+        SystemExit: a name that is unknown, or a fault whose text the code no longer holds once.
+    """
+    faults = [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(FAULTS.read_text())]
+    unknown = set(names) - {fault.name for fault in faults}
+    if unknown:
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no fault of {FAULTS.name}")
+    for fault in faults:
+        count = (ROOT / fault.file).read_text().count(fault.before)
+        if count != 1 or fault.before == fault.after:
+            raise SystemExit(f"fault '{fault.name}': its text stands {count} times in {fault.file}; mend {FAULTS.name}")
+    return [fault for fault in faults if not names or fault.name in names]
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what git knows or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def try_fault(fault: Fault, tree: Path) -> Outcome:
+    """Run the tests on a tree with the fault in it, and mend the tree again."""
+    begun = time.monotonic()
+    path = tree / fault.file
+    whole = path.read_text()
+    path.write_text(whole.replace(fault.before, fault.after))
+    try:
+        caught = None
+        for selection in _rounds(fault):
+            caught = caught or first_failure(tree, selection)
+        return Outcome(fault.name, caught, round(time.monotonic() - begun, 1))
+    finally:
+        path.write_text(whole)
+
+
+def _rounds(fault: Fault) -> list[list[str]]:
+    folders = sorted({str(Path(test.partition("::")[0]).parent) for test in fault.tests})
+    return [list(fault.tests), folders, ["tests"]]
+
+
+def first_failure(tree: Path, selection: Sequence[str]) -> str | None:
+    """Return the first test of the fast tier that fails in a tree, None where none does."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *selection]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "a test that never ends"
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="FAULT", help="which; all by default")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="trees at a time")
+    parser.add_argument("-o", "--output", type=Path, help="where the outcomes go, as JSON; rewritten as they come")
+    options = parser.parse_args(arguments)
+    faults = read_faults(options.names)
+    outcomes: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        trees: Queue[Path] = Queue()
+        for number in range(options.jobs):
+            tree = Path(folder) / str(number)
+            copy_tree(tree)
+            trees.put(tree)
+
+        def run(fault: Fault) -> Outcome:
+            tree = trees.get()
+            try:
+                return try_fault(fault, tree)
+            finally:
+                trees.put(tree)
+
+        for outcome in pool.map(run, faults):
+            print(f"{outcome.fault}: {outcome.caught_by or 'SURVIVES'} ({outcome.seconds:.0f} s)", flush=True)
+            outcomes.append(asdict(outcome))
+            if options.output:
+                options.output.write_text(json.dumps(outcomes, indent=2) + "\n")
+    survivors = [outcome["fault"] for outcome in outcomes if outcome["caught_by"] is None]
+    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} caught; survive: {', '.join(survivors) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
