@@ -103,7 +103,7 @@ def _converted(what: str, program: ExportedProgram, inputs: list[str], outputs: 
         if value is not None and value.const_value is not None:
             tensor = value.const_value
             value.const_value = ir.ExternalTensor(
-                "unbound", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape)), name=name, base_dir=""
+                "unbound", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
             )
     MEND(model)
     return model
