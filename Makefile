@@ -3,13 +3,14 @@
 # make test-all  all tests: compilers, TensorRT's engines, launchers, training, hundreds of random SubNets
 # make check     ruff, mypy and the rule of imports
 # make fuzz      thousands of random SubNets: compiled programs against gated torch
+# make faults    small faults in a copy of the code, one at a time: does make test see each?
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test test-all check fuzz clean
+.PHONY: install demo test test-all check fuzz faults clean
 
 install: $(VENV)/installed
 
@@ -41,6 +42,9 @@ check: install
 
 fuzz: install
 	DIPGO_FUZZ=20 $(BIN)/python -m pytest tests/export/test_parity.py -k any_subnet
+
+faults: install
+	$(BIN)/python -m tests.mutate -o build/faults.json
 
 clean:
 	rm -rf build $(VENV)

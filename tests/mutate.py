@@ -149,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{outcome.fault}: {outcome.caught_by or 'SURVIVES'} ({outcome.seconds:.0f} s)", flush=True)
             outcomes.append(asdict(outcome))
             if options.output:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(outcomes, indent=2) + "\n")
     survivors = [outcome["fault"] for outcome in outcomes if outcome["caught_by"] is None]
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} caught; survive: {', '.join(survivors) or 'none'}")
