@@ -109,8 +109,8 @@ def _rounds(fault: Fault) -> list[list[str]]:
 
 def first_failure(tree: Path, selection: Sequence[str]) -> str | None:
     """Return the first test of the fast tier that fails in a tree, None where none does."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
-    command += selection
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+    command = [sys.executable, "-m", "pytest", *options, *selection]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
