@@ -12,6 +12,7 @@ from benchmarks.bench.baselines import BASELINES, compile_baselines, steps_at
 from benchmarks.progress import one_line
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import find_model
+from dipgo.schedule.schedule import Schedule
 from dipgo.searching.task import Task, make_task
 from export.bundle import open_bundle
 
@@ -53,7 +54,7 @@ def test_one_that_crashes_is_listed_and_the_others_go_on(tiny_dit: str, tmp_path
 def test_what_fails_to_compile_leaves_no_bundle(task: Task, tmp_path: Path):
     def wrong_sites(task: Task, ratio: float):
         own, subnet = BASELINES["full"](task, ratio)
-        return own, replace(subnet, sites=subnet.sites[:-1], gates=np.ones((8, 3), bool))
+        return own, replace(subnet, sites=subnet.sites[:-1], schedule=Schedule(np.ones((8, 3), bool)))
 
     (entry,) = compile_baselines(task, 0.5, tmp_path, {"wrong": wrong_sites})
     assert "sites" in str(entry.error)
