@@ -84,7 +84,10 @@ class Share:
     wait: Callable[[], object] = lambda: None
 
 
-def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, share: Share) -> Evaluation | None:
+ALONE = Share()
+
+
+def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, share: Share = ALONE) -> Evaluation | None:
     """Make the images that are not there yet, and score all of them; see the module's docstring.
 
     Args:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from dipgo.base.errors import DipgoError, UsageError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _DRAFT = re.compile(r"\..+-[a-z0-9_]{8}\.\w+")  # as mkstemp names the drafts of new_file
 
@@ -167,6 +168,8 @@ def lock_file(path: Path, cure: str) -> BaseFileLock:
     Raises:
         DipgoError: another process holds it, and here is the cure; or the file cannot be written.
     """
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
     with _written(path), suppress(NotImplementedError):
         try:

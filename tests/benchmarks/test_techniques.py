@@ -79,7 +79,7 @@ def test_deep_cache_is_the_packages_own(sd: Made):
     helper.set_params(cache_interval=3, cache_branch_id=0)
     helper.enable()
     latents, _ = cached.generate(0, 1, IMAGE_SEED)
-    noise = cached._drawn(1, IMAGE_SEED)
+    noise = cached._noise_of(1, IMAGE_SEED)
     own = pipe(PROMPTS[0], num_inference_steps=STEPS, latents=noise, output_type="latent").images
     assert latent_error(latents, own.numpy()) < 1e-4
 

@@ -52,7 +52,7 @@ def stopping(phase):
 def test_a_sweep_that_stops_has_written_what_it_found_and_goes_on(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "found"
     with pytest.raises(Stopped):
-        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder)
+        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.4"), run_folder=folder)
     assert load_subnet(output / "0.7.json").search.budget == 0.7
     assert not (output / "0.4.json").exists()
     with pytest.raises(UsageError, match="--force"):
@@ -76,7 +76,7 @@ def test_outputs_are_refused_before_the_search(tiny_dit, tmp_path):
         (tmp_path / "file", "0.6,0.5", {"resume": True, "run_folder": tmp_path / "run"}, "is a file; give a folder"),
     ):
         with pytest.raises(UsageError, match=message):
-            ask(tiny_dit, where, budget, stopping("policies 0.6"), **more)
+            ask(tiny_dit, where, budget, stopping("fixed schedules 0.6"), **more)
     assert weights_file(output).read_bytes() == b"mine"
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -85,13 +85,13 @@ def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit,
     """A run that was never begun has written nothing; another seed's SubNet is another search's."""
     folder, output = tmp_path / "run", tmp_path / "found"
     with pytest.raises(Stopped):
-        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder)
+        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.4"), run_folder=folder)
     mine = (output / "0.7.json").read_bytes()
     with pytest.raises(UsageError, match=r"found exists; give another path, or --force"):
-        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.7"), run_folder=tmp_path / "no-run", resume=True)
+        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.7"), run_folder=tmp_path / "no-run", resume=True)
     (output / "0.4.json").write_text((output / "0.7.json").read_text())
     with pytest.raises(UsageError, match=r"0\.4\.json: is of another search; give another path, or --force"):
-        ask(tiny_dit, output, "0.4,0.7", stopping("policies 0.4"), run_folder=folder, resume=True)
+        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.4"), run_folder=folder, resume=True)
     (output / "0.4.json").unlink()
     with pytest.raises(UsageError, match=r"0\.7\.json: is of another search"):
         ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
@@ -121,7 +121,7 @@ def test_a_resumed_search_replaces_weights_that_a_kill_left_without_their_json(t
     with pytest.raises(UsageError, match=r"s\.safetensors exists"):
         ask(tiny_dit, output, run_folder=tmp_path / "no-run", resume=True)
     ask(tiny_dit, output, run_folder=folder, resume=True)
-    assert load_subnet(output).weights
+    assert load_subnet(output).schedule.learned
     with pytest.raises(UsageError, match=r"s\.json exists"):
         ask(tiny_dit, output, run_folder=folder, resume=True)
 

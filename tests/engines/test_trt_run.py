@@ -151,7 +151,7 @@ def test_a_full_gpu_is_said_with_sizes(bundle, cuda):
 def test_an_engine_that_is_missing_or_damaged_or_for_another_version_is_refused(made, bundle, trt, monkeypatch):
     _, expected = made
     engine = next(path for path in (bundle.folder / "engines").glob("*.engine") if "steps" in path.name)
-    assert re.fullmatch(r"dit-steps-fp32-5\.tensorrt-11\.4\.0\.106\.sm90\.fp32\.engine", engine.name)
+    assert re.fullmatch(r"tiny-dit-steps-fp32-5\.tensorrt-11\.4\.0\.106\.sm90\.fp32\.engine", engine.name)
     good = engine.read_bytes()
     engine.write_bytes(b"x" * len(good))
     with pytest.raises(DipgoError, match=r"no whole engine .* run: dipgo build .* --backend tensorrt"):
