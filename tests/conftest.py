@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests import zoo
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+CONVERTED = Path(__file__).parents[1] / "build" / "test-conversions"
 LONGEST = [  # first, so that both workers end at about the same time
     "export/test_parity.py",
     "benchmarks/test_parity_of_prompts.py",
@@ -54,6 +56,11 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     zoo.ROOT = root / "zoo"
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    converted = root / "cache" / "dipgo" / "converted"  # by content: a session may have what the last one converted
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    CONVERTED.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # another worker was first
+        converted.symlink_to(CONVERTED)
     os.environ["MPLCONFIGDIR"] = str(root / "matplotlib")  # else each cache of a test's own takes a list of fonts
 
 

@@ -80,6 +80,7 @@ def test_pictures_keep_the_name_that_they_are_given(bundle, tmp_path, given, wri
     assert written in out
 
 
+@pytest.mark.slow
 def test_merged_graphs_are_told_by_share(prompted, tmp_path):
     """The bundle has another size than the search had, so MACs in all are not to be compared."""
     subnet_file = prompted[-1].parent / "subnet.json"
@@ -278,7 +279,7 @@ def test_force_replaces_what_dipgo_made_alone(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     log = tmp_path / "log"
     output = tmp_path / "out" / "s.json"

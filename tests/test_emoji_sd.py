@@ -18,7 +18,6 @@ from export.bundle import open_bundle
 from export.compiler import prepare, write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
-from tests import zoo
 from tests.command import dipgo
 from tests.models import random_subnet
 from training.emoji_model import sample
@@ -61,7 +60,8 @@ def test_it_draws_what_it_is_told(model: Model) -> None:
         assert middle[channel] - middle.sort().values[0] > 0.5
 
 
-@pytest.mark.parametrize("layout", zoo.some([(layout,) for layout in LAYOUTS], {("signature",)}))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_it_equals_diffusers(bundles: dict[str, Path], layout: str) -> None:
     parity = verify(bundles[layout], images=1)
     assert parity.relative_error_latent <= TOLERANCE

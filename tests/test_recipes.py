@@ -68,7 +68,8 @@ def test_emoji_sd_has_the_settings_of_the_published_subnet():
     assert search.prompts.is_file()
 
 
-@pytest.mark.parametrize("name", ["digits-dit", pytest.param("emoji-sd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-dit", "emoji-sd"])
 def test_those_of_the_built_in_models_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so prompts are found where dipgo is installed
     small = [f"search.{setting}" for setting in SMALL]

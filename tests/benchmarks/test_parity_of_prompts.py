@@ -34,7 +34,7 @@ def bundle_of(kind: str, batch: int = 1, dtype: torch.dtype = torch.float32) -> 
     return zoo.bundle(traced, sampler, random_subnet(traced, sampler, seed=2, terms=2, channels=1), batch=batch)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "pixart"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow), "pixart"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -104,7 +104,7 @@ def test_what_pipelines_do_to_finished_images_does_not_count(kind: str, compiled
     assert getattr(pipe, name) is blackens
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", zoo.some([("dit",), ("sd",), ("pixart",)], {("dit",)}))
 def test_half_precision_is_judged_by_its_own_rounding(name: str, tmp_path: Path):
     model, folder = zoo.model(name), tmp_path / "bundle"
     shutil.copytree(bundle_of(name, dtype=torch.float16), folder)

@@ -122,6 +122,7 @@ def test_the_best_fixed_policy_is_the_best_of_all(judge):
     assert best.psnr_db == psnr(images[best.what], judge.reference)
 
 
+@pytest.mark.slow
 def test_whole_steps_count_among_fixed_policies():
     """Where no site makes the output, as inside the blocks of a UNet, all schedules compute something in every step."""
     sites = "*_blocks.*.resnets.*,*_blocks.*.*samplers.*,*_blocks.*.attentions.*.transformer_blocks.*,mid_block"

@@ -9,7 +9,8 @@ from dipgo.base.errors import DipgoError
 from dipgo.searching.config import PRESETS
 
 
-@pytest.mark.parametrize("budgets", [pytest.param("0.6", marks=pytest.mark.slow), "0.4,0.6"])
+@pytest.mark.slow
+@pytest.mark.parametrize("budgets", ["0.6", "0.4,0.6"])
 def test_a_sweep_is_timed_in_a_process_of_its_own(tiny_dit: str, tmp_path: Path, budgets: str):
     output = tmp_path / "found.json"
     command = [tiny_dit, "--steps", "3", "--sampler", "dpm++2m", "--budgets", budgets, "--preset", "quick"]

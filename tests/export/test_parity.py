@@ -156,9 +156,9 @@ def test_full_program_equals_the_pipeline(task, prepared, tmp_path, name):
 @pytest.mark.parametrize(
     ("sites", "guidance", "terms", "channels"),
     [
-        ("block", 4.0, 1, None),
+        pytest.param("block", 4.0, 1, None, marks=pytest.mark.slow),
         ("block", 1.0, 2, 1),
-        ("branch", 4.0, 2, 1),
+        pytest.param("branch", 4.0, 2, 1, marks=pytest.mark.slow),
         ("down_blocks.*.resnets.*,up_blocks.*.attentions.*,mid_block", 4.0, 2, 1),
     ],
 )

@@ -25,7 +25,7 @@ def distance(actual, expected):
     ("kind", "guidance", "batch"),
     zoo.some(
         [(kind, *way) for kind in ("dit", "sd", "sdxl", "pixart") for way in ((4.0, 1), (1.0, 1), (4.0, 2), (1.0, 2))],
-        {("dit", 1.0, 2), ("dit", 4.0, 1), ("sd", 4.0, 2), ("sdxl", 4.0, 1), ("pixart", 4.0, 2)},
+        {("dit", 1.0, 2), ("dit", 4.0, 1), ("sd", 4.0, 2), ("pixart", 4.0, 2)},
     ),
 )
 def test_float16_is_as_close_to_float32_as_torch(tmp_path, kind, guidance, batch):
