@@ -37,7 +37,7 @@ class AxisRecord(Record):
 class RowRecord(Record):
     """A graph input that is a row of a table: ``tensor[step]`` or ``tensor[step, term]``, broadcast to the input.
 
-    Of a term there may be a row for either half of guidance, the unconditional first: it is that of every image there.
+    Of a term there may be a row for each pass of guidance, the unconditional first: it is that of every image there.
     """
 
     tensor: str
@@ -46,12 +46,12 @@ class RowRecord(Record):
     def read(self, tables: Mapping[str, np.ndarray], step: int, shape: Sequence[int]) -> np.ndarray:
         """Return the row for a step in the input's shape: reshaped where the sizes agree, else repeated by batch."""
         row = tables[self.tensor][step] if self.term is None else tables[self.tensor][step, self.term]
-        if self.by_half(tables):
+        if self.by_pass(tables):
             row = np.repeat(row, shape[0] // len(row), axis=0)
         return row.reshape(shape) if row.size == prod(shape) else np.broadcast_to(row, shape)
 
-    def by_half(self, tables: Mapping[str, np.ndarray]) -> bool:
-        """Return whether the halves of guidance have rows of their own."""
+    def by_pass(self, tables: Mapping[str, np.ndarray]) -> bool:
+        """Return whether the passes of guidance have rows of their own."""
         return self.term is not None and tables[self.tensor].ndim == 4
 
 
@@ -74,7 +74,7 @@ class GraphRecord(Record):
 class PrologueRecord(Record):
     """A graph that runs before the loop and hands values to the loop's graphs.
 
-    ``steps``: once for all steps; the rows of its batch are [step, half, image], the halves being those of guidance.
+    ``steps``: once for all steps; the rows of its batch are [step, pass, image], the passes being those of guidance.
     ``prompt``: once a prompt or class, on the batch of a step. ``rows`` are inputs from the tables.
     """
 

@@ -125,7 +125,7 @@ class _Editor:
         if weights.ndim > 2:
             shape[axis] = weights.shape[-1]
         if weights.ndim == 4 and value.shape is not None:
-            shape[0] = value.shape[0]  # a row of the batch has the weights of its half
+            shape[0] = value.shape[0]  # a row of the batch has the weights of its pass
         terms = []
         for term in range(weights.shape[1]):
             past = ir.Value(name=f"cache.{key}.{term}", type=value.type, shape=value.shape)

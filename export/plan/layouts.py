@@ -62,7 +62,7 @@ def _folded(part: Cut, tables: Mapping[str, np.ndarray], step: int) -> Cut:
         if tensor.name in part.rows:
             value = next(value for value in graph.inputs if value.name == tensor.name)
             assert value.dtype is not None
-            rows = 2 if part.rows[tensor.name].by_half(tables) else 1  # these stand for all
+            rows = 2 if part.rows[tensor.name].by_pass(tables) else 1  # these stand for all
             shape = [size if isinstance(size, int) else rows for size in tensor.shape]
             row = part.rows[tensor.name].read(tables, step, shape).astype(value.dtype.numpy())
             graph.inputs.remove(value)
@@ -77,7 +77,7 @@ def _folded(part: Cut, tables: Mapping[str, np.ndarray], step: int) -> Cut:
 def _repeated(graph: ir.Graph, value: ir.Value, sizes: Sequence[Size], shape: Sequence[int]) -> ir.Value:
     """Let what reads ``value``, an input no longer, read a value of ``shape`` that is repeated; returns that value.
 
-    Two rows are those of the halves of guidance: each is repeated for the images of its half.
+    Two rows are those of the passes of guidance: each is repeated for the images of its pass.
     """
     rows, rest = shape[0], shape[1:]
     row = ir.Value(name=value.name, type=value.type, shape=ir.Shape(shape))

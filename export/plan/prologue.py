@@ -99,7 +99,7 @@ def _evaluate(denoiser: DenoiserGraph, names: Sequence[str], timesteps: Sequence
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         proto = ir.to_proto(model).SerializeToString()
         session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    rows = np.tile(np.array(timesteps, np.float32), denoiser.trace.rows)  # guidance asks for both halves
+    rows = np.tile(np.array(timesteps, np.float32), denoiser.trace.rows)  # guidance asks for both passes
     values = session.run(list(names), {"timestep": rows})
     return {name: value[:calls] for name, value in zip(names, values, strict=True)}
 
@@ -131,7 +131,7 @@ def _cut(denoiser: DenoiserGraph, names: Sequence[str], begin: Sequence[str], si
 
 
 def _timestep_by_row(model: ir.Model) -> str:
-    """Return the name of the timestep as the denoiser takes it, one a row: with guidance, of both halves."""
+    """Return the name of the timestep as the denoiser takes it, one per row: with guidance, of both passes."""
     for node in model.graph:
         if node.op_type == "Concat" and all(value is not None and value.name == TIMESTEP for value in node.inputs):
             return str(node.outputs[0].name)

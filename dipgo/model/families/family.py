@@ -61,7 +61,7 @@ class Family:
         example: ``(denoiser config, rows) -> conditions`` of the right shapes and dtypes, for tracing; zeros wherever
             the values come from a text encoder.
         call: ``(denoiser, sample, timestep [B], conditions) -> model output``.
-        conditional_first: whether the pipeline calls its denoiser with the conditional half of guidance first; here the
+        conditional_first: whether the pipeline calls its denoiser with the conditional pass of guidance first; here the
             unconditional one always is.
         scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
         null_class: the label of the unconditional half, where classes condition.

@@ -2,7 +2,7 @@
 
 What its inputs look like is guessed from its configuration; what they hold is read off the pipeline, by stopping it at
 its own call of the denoiser. Before that, two calls of the pipeline are compared with this package's own trajectory: a
-pipeline that scales timesteps, orders the halves of guidance or steps in a way of its own is refused, not approximated.
+pipeline that scales timesteps, orders the passes of guidance or steps in a way of its own is refused, not approximated.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class GuidedDenoiser(nn.Module):
 
 
 def join(unconditional: Conditions, conditional: Conditions, guided: bool) -> Conditions:
-    """Stack both halves along the batch, the unconditional first; without guidance, the conditional alone."""
+    """Stack both passes along the batch, the unconditional first; without guidance, the conditional alone."""
     if not guided:
         return conditional
     return {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
