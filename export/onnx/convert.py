@@ -133,10 +133,11 @@ def simplify(model: ir.Model) -> None:
         return False if any(value is not None and value.name in outside for value in node.inputs) else None
 
     passes.InlinePass()(model)
-    fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
-    DropIdleArithmetic()(model)
-    rewrite(model, _RULES)
-    fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    with _errors_alone("onnxscript.optimizer._constant_folding"):  # it warns of each weight that it cannot read
+        fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+        DropIdleArithmetic()(model)
+        rewrite(model, _RULES)
+        fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
     _TIDY(model)
 
 
@@ -154,15 +155,25 @@ def tensor_record(value: ir.Value) -> TensorRecord:
 @contextmanager
 def _exporter(what: str) -> Iterator[None]:
     """Silence torch, and turn whatever it raises into one line."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # it warns of every torchvision operator that is not installed
+    registration = (
+        "torch.onnx._internal.exporter._registration"  # warns of torchvision operators that are not installed
+    )
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _errors_alone(registration):
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         raise DipgoError(f"{what} has no ONNX form: {detail}") from error
+
+
+@contextmanager
+def _errors_alone(logger: str) -> Iterator[None]:
+    """Keep a library's warnings from users, who can do nothing about them."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        registration.setLevel(level)
+        log.setLevel(level)

@@ -61,7 +61,9 @@ def by_segment(work: Work, tables: Mapping[str, np.ndarray]) -> Program:
         sites = [
             site for site in range(len(denoiser.features)) if by_value.get(denoiser.features[site][0]) in set(nodes)
         ]
-        part = cut(work.loop, work.name("segment", sorted(inputs), sorted(served), handed), inputs, served, handed)
+        part = cut(
+            work.loop, work.name("segment", sorted(inputs), sorted(served), handed), sorted(inputs), served, handed
+        )
         parts[key] = part
         signature[str(part.model.graph.name)] = work.signature(sites)
 
