@@ -87,7 +87,7 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def try_fault(fault: Fault, tree: Path) -> Outcome:
+def try_fault(fault: Fault, tree: Path, rounds: int = 3) -> Outcome:
     """Run the tests on a tree with the fault in it, and mend the tree again."""
     begun = time.monotonic()
     path = tree / fault.file
@@ -95,7 +95,7 @@ def try_fault(fault: Fault, tree: Path) -> Outcome:
     path.write_text(whole.replace(fault.before, fault.after))
     try:
         caught = None
-        for selection in _rounds(fault):
+        for selection in _rounds(fault)[:rounds]:
             caught = caught or first_failure(tree, selection)
         return Outcome(fault.name, caught, round(time.monotonic() - begun, 1))
     finally:
@@ -128,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="FAULT", help="which; all by default")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="trees at a time")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="1: the tests named beside a fault; 2: their folder; 3: all"
+    )
     parser.add_argument("-o", "--output", type=Path, help="where the outcomes go, as JSON; rewritten as they come")
     options = parser.parse_args(arguments)
     faults = read_faults(options.names)
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def run(fault: Fault) -> Outcome:
             tree = trees.get()
             try:
-                return try_fault(fault, tree)
+                return try_fault(fault, tree, options.rounds)
             finally:
                 trees.put(tree)
 
