@@ -10,7 +10,7 @@ import pytest
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.records import ModelIdentity, SamplerIdentity
 from dipgo.graph.sites import Site
-from dipgo.schedule.schedule import Schedule, backup_name
+from dipgo.schedule.schedule import Schedule, backup_name, site_of_backup
 from dipgo.schedule.search_record import Cost, SearchRecord
 from dipgo.schedule.subnet import SCHEMA_FILE, SubNet, json_schema, load_subnet, save_subnet
 
@@ -134,6 +134,13 @@ def test_weights_by_pass_are_those_of_the_guidance(subnet, tmp_path):
     with pytest.raises(ValueError, match="guidance 1 has 1"):
         save_subnet(unguided, tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
+
+
+def test_every_output_of_a_site_has_a_name_of_its_own():
+    names = [backup_name("down_blocks.0", output) for output in range(4)]
+    assert names == [f"backup.down_blocks.0{end}" for end in ("", "#1", "#2", "#3")]
+    assert {site_of_backup(name) for name in names} == {"down_blocks.0"}
+    assert site_of_backup("down_blocks.0") is None
 
 
 def test_names_with_dots_keep_their_own_weights(subnet, tmp_path):

@@ -14,9 +14,12 @@ import dipgo
 from dipgo.eager.trajectory import Trajectory
 from dipgo.model.families import GuidedDenoiser, join
 from dipgo.model.sampler import make_scheduler, tabulate
+from dipgo.schedule.fixed_schedules import extrapolation
+from dipgo.schedule.schedule import backup_outputs
 from export.compiler import write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
+from export.plan.merge import merged
 from tests import zoo
 from tests.models import random_subnet
 
@@ -125,6 +128,33 @@ def test_any_subnet_equals_gated_torch(dit, tmp_path_factory, seed, keep, backup
 def test_any_subnet_of_a_unet_equals_gated_torch(unet, tmp_path_factory, seed, keep, backup, layout, sampler):
     folder = tmp_path_factory.getbasetemp() / "any"
     assert unet.error(folder, seed, keep, backup, sampler, ExportConfig(graphs=layout)) <= 1e-4
+
+
+def test_the_host_steps_where_graphs_cannot(unet, tmp_path, monkeypatch):
+    """As for samplers of a long memory; this one scales the denoiser's input."""
+    monkeypatch.setattr("export.assembly.recurrence", lambda sampler, launched: None)
+    assert unet.error(tmp_path / "b", 0, 0.5, (2, 1), "euler", ExportConfig()) <= 1e-4
+    assert dipgo.load(tmp_path / "b").record.solver.kind == "host"
+
+
+def test_merged_backups_follow_the_new_histories(dit):
+    """Learned weights stay where a backup combines what it did, and give way to extrapolation elsewhere."""
+    table = tabulate(dit.scheduler, 8, dit.traced.model.family.scales_noise)
+    subnet = random_subnet(dit.traced, table, 0, 0.5, 2, 1)
+    new = merged(subnet, dit.traced, 2)
+    straight = extrapolation(dit.traced, new.gates).backups
+    kept = changed = 0
+    for name, site, _ in backup_outputs(dit.traced):
+        for step in np.flatnonzero(~new.gates[:, site]):
+            before, after = (np.flatnonzero(gates[:step, site])[-2:].tolist() for gates in (subnet.gates, new.gates))
+            if before == after:
+                kept += 1
+                assert np.array_equal(new.schedule.backups[name][step], subnet.schedule.backups[name][step])
+            else:
+                changed += 1
+                assert (new.schedule.backups[name][step] == straight[name][step][:, None]).all()
+    assert kept
+    assert changed
 
 
 @pytest.mark.parametrize("graphs", [1, 2, 4])

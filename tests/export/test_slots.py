@@ -1,6 +1,7 @@
 """Slots hold what is needed, and nothing is overwritten while it is still to be read."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,11 @@ def test_disjoint_lives_share_a_slot():
     allocation = allocate(chain, TENSORS, (), {("a", 5): 6})
     assert len(allocation.slots) == 2  # what is read, and what is written meanwhile
     assert sum(slot.bytes for slot in allocation.slots) == 2 * bytes_of(TENSORS["a"])
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("int64", 8)])
+def test_bytes_are_those_of_the_dtype(dtype, size):
+    assert bytes_of(TensorRecord(name="a", dtype=dtype, shape=["batch", 3]), {"batch": 5}) == 15 * size
 
 
 def test_given_values_are_there_before_the_first_launch():
