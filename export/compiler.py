@@ -163,6 +163,7 @@ def compile_subnet(
         for name in (model.family.component, *(components_of(model) if whole else ())):
             check_weights(weights_in_place(model, name, dtype), model.folder)
     check_model(subnet, model)
+    model.check_loop()
     sizes = sizes_for(model, config.batch, config.size)
     height, width = sizes.latent_at(0, "opt")[2:]
     own = (sizes.height, sizes.width) == latent_size(model.config)

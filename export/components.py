@@ -13,7 +13,8 @@ from torch import nn
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_object
-from dipgo.model.models import Model, component_class
+from dipgo.model.checks import component_class
+from dipgo.model.models import Model
 
 VAE = "vae"
 LIBRARIES = ("diffusers", "transformers")

@@ -13,3 +13,8 @@ class UsageError(DipgoError):
     """What was asked for makes no sense. The command line prints the message alone and exits with 2."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Return what an error of a library says, on one line of at most ``limit`` characters; its kind if it is silent."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

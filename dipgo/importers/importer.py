@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # a file is refused before torch is loaded
     from torch import nn
 
     from dipgo.graph.trace import Trace
-    from dipgo.model.models import Model
     from dipgo.model.sampler import Sampler
 
 FORMATS: tuple[Callable[[Any], Published | None], ...] = (
@@ -114,8 +113,9 @@ def import_subnet(
     from dipgo.model.sampler import make_scheduler, tabulate
 
     own = find_model(name)
+    own.check_loop()
     index = read_json(own.folder / "model_index.json", "model_index.json")
-    scheduler = make_scheduler(sampler or published.sampler, _own_scheduler(own, index))
+    scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
     table = tabulate(scheduler, count, own.family.scales_noise)
     if guidance_scale is None:
         guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))
@@ -166,15 +166,3 @@ def summary(subnet: SubNet) -> str:
         f"{subnet.search.method}: {subnet.gates.sum()} of {subnet.gates.size} gates, {signatures} signatures, "
         f"{empty} empty steps; keeps {subnet.cost.ratio:.2%} of the MACs{beside}"
     )
-
-
-def _own_scheduler(model: Model, index: dict[str, Any]) -> Any:
-    import diffusers
-
-    class_name = index.get("scheduler", [None, "?"])[1]
-    try:
-        return getattr(diffusers, class_name).from_pretrained(model.folder / "scheduler")
-    except (AttributeError, TypeError, OSError, ValueError) as error:
-        raise DipgoError(
-            f"{model.folder}: cannot load its scheduler {class_name}; download or save it again"
-        ) from error

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import UsageError, one_line
 from dipgo.base.records import SamplerIdentity
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,33 +67,45 @@ class Sampler:
         )
 
 
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """A pipeline's own scheduler as its folder has it; its class may need a package that is not there."""
+
+    class_name: str
+    config: Mapping[str, Any]
+
+
 def make_scheduler(name: str | None, base: Any) -> Any:
     """Return a scheduler by alias or class name, configured from the pipeline's own; None returns the pipeline's.
 
     Where the pipeline's own says nothing of ``clip_sample``, latents are not clipped, though DDIM's default is to: it
     is meant for pixels, and a pipeline without the setting was made for a scheduler that never does.
 
+    Args:
+        base: the pipeline's scheduler, or its :class:`SchedulerConfig`.
+
     Raises:
         UsageError: diffusers has no such scheduler, or it cannot be made.
     """
     import diffusers
 
-    if name is None:
-        return type(base).from_config(base.config)
-    class_name, overrides = ALIASES.get(name.lower(), (name, {}))
-    scheduler_class = getattr(diffusers, class_name, None)
+    own = base.class_name if isinstance(base, SchedulerConfig) else type(base).__name__
+    class_name, overrides = (own, {}) if name is None else ALIASES.get(name.lower(), (name, {}))
+    scheduler_class: Any = getattr(diffusers, class_name, None)
     try:
-        if scheduler_class is not None and hasattr(scheduler_class, "set_timesteps"):
-            clips = "clip_sample" in inspect.signature(scheduler_class.__init__).parameters
-            if clips and "clip_sample" not in base.config:
+        known = hasattr(scheduler_class, "set_timesteps")
+        if known and name is not None and "clip_sample" not in base.config:
+            if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
                 overrides = overrides | {"clip_sample": False}
-            return scheduler_class.from_config(base.config, **overrides)
-    except (ImportError, TypeError, ValueError) as error:  # a package, or an argument, that is not there
+        scheduler = scheduler_class.from_config(base.config, **overrides) if known else None
+    except Exception as error:  # a package that is not there, or whatever a constructor says of its arguments
         raise UsageError(
-            f"sampler '{name}' cannot be made of the pipeline's configuration ({_short(error)}); use "
+            f"sampler '{name or own}' cannot be made of the pipeline's configuration ({one_line(error)}); use "
             f"{', '.join(ALIASES)}"
         ) from error
-    raise UsageError(f"unknown sampler '{name}'; use {', '.join(ALIASES)}, or the name of a diffusers scheduler")
+    if scheduler is None:
+        raise UsageError(f"unknown sampler '{class_name}'; use {', '.join(ALIASES)}, or a diffusers scheduler's name")
+    return scheduler
 
 
 def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
@@ -112,9 +125,11 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
         raise UsageError(f"sampler {name} is for flow matching, which is not supported; use {', '.join(ALIASES)}")
     try:
         return _table(scheduler, steps, scales_noise)
-    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a scheduler may say of another's ways
         raise UsageError(
-            f"sampler {name} does not step as those do that are supported ({_short(error)}); use {', '.join(ALIASES)}"
+            f"sampler {name} does not step as those do that are supported ({one_line(error)}); use {', '.join(ALIASES)}"
         ) from error
 
 
@@ -126,17 +141,22 @@ def _table(scheduler: Any, steps: int, scales_noise: bool) -> Sampler:
     timesteps = scheduler.timesteps.tolist()
     calls = len(timesteps)
     inputs, rows = _trajectory(scheduler, steps, np.eye(calls + 1))
-    scales = inputs[:, 0] / rows[:-1, 0]
+    if not (np.isfinite(inputs).all() and np.isfinite(rows).all()):
+        raise UsageError(f"sampler {name} makes values that are not finite as configured; use {', '.join(ALIASES)}")
 
     # One more run on other vectors: a table that explains it is the scheduler, one that does not is refused.
     vectors = np.random.default_rng(0).normal(scale=3, size=(calls + 1, 8))
     _, actual = _trajectory(scheduler, steps, vectors)
-    expected = rows @ vectors
-    if not np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
+    if not _same(rows @ vectors, actual):
+        _, again = _trajectory(scheduler, steps, vectors, seed=2)
         raise UsageError(
-            f"sampler {name} is not linear as configured (it draws noise, clips or thresholds); use "
-            f"{', '.join(ALIASES)}, or switch clip_sample, thresholding and eta off in its config"
+            f"sampler {name} draws noise at every step, which is not supported yet; use {', '.join(ALIASES)}"
+            if not _same(again, actual)
+            else f"sampler {name} is not linear as configured: it clips or thresholds; switch clip_sample and "
+            f"thresholding off in its config, or use {', '.join(ALIASES)}"
         )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = inputs[:, 0] / rows[:-1, 0]
     return Sampler(name, _plain(scheduler.config), steps, tuple(float(t) for t in timesteps), scales, rows)
 
 
@@ -149,19 +169,21 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+def _same(expected: np.ndarray, actual: np.ndarray) -> bool:
+    return np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def _set_timesteps(scheduler: Any, steps: int) -> None:
     try:
         scheduler.set_timesteps(steps)
-    except (ValueError, IndexError) as error:
-        raise UsageError(f"{type(scheduler).__name__} refuses {steps} steps: {error}") from error
+    except Exception as error:  # whatever a scheduler may say of its configuration
+        raise UsageError(f"{type(scheduler).__name__} refuses {steps} steps: {one_line(error)}") from error
 
 
-def _trajectory(scheduler: Any, steps: int, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _trajectory(scheduler: Any, steps: int, vectors: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Run the scheduler with ``vectors[0]`` as noise and ``vectors[k + 1]`` as the output of call k.
+
+    ``seed`` is for the noise of its own that a scheduler may draw.
 
     Returns the inputs of the calls ``[calls, n]`` and the latents before and after them ``[calls + 1, n]``.
     """
@@ -170,7 +192,7 @@ def _trajectory(scheduler: Any, steps: int, vectors: np.ndarray) -> tuple[np.nda
     latent = images[0] * float(scheduler.init_noise_sigma)
     inputs, latents = [], [latent]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": torch.Generator().manual_seed(1)} if accepts_generator else {}
+    options = {"generator": torch.Generator().manual_seed(seed)} if accepts_generator else {}
     for call, timestep in enumerate(scheduler.timesteps):
         inputs.append(scheduler.scale_model_input(latent, timestep))
         latent = scheduler.step(images[call + 1], timestep, latent, **options).prev_sample.to(torch.float64)

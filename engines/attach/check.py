@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from dipgo.base.errors import UsageError
-from dipgo.model.families import family_for
-from dipgo.model.models import Model
+from dipgo.model.model import config_sha256
+from engines.attach.changes import check_unchanged
 from export.bundle import Bundle
 
 _SAMPLE = 4096  # elements that are compared of each parameter
@@ -19,7 +19,7 @@ _TOLERANCES = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0*
 
 
 def check_denoiser(bundle: Bundle, denoiser: Any) -> None:
-    """Compare a denoiser's class, configuration and parameters with the bundle's.
+    """Compare a denoiser's class, configuration and parameters with the bundle's, and refuse a changed one.
 
     Of parameters the first elements are compared with the bundle's weights files, to the coarser of both precisions:
     a LoRA, fused or not, or weights of another training are seen.
@@ -32,29 +32,28 @@ def check_denoiser(bundle: Bundle, denoiser: Any) -> None:
         raise UsageError(
             f"the denoiser is a {type(denoiser).__name__}, the bundle was compiled from a {mine.class_name}"
         )
-    digest = _config_sha256(denoiser, mine.class_name)
+    digest = _config_sha256(denoiser)
     if digest != mine.config_sha256:
         raise UsageError(
             f"the denoiser's configuration ({digest[:32]}) is not that of '{mine.name}' ({mine.config_sha256[:32]}), "
             "which the bundle was compiled from; attach it to that model"
         )
-    parameters = dict(denoiser.named_parameters())
-    adapter = next((name for name in parameters if "lora_" in name), None)
+    adapter = next((name for name in denoiser.state_dict() if "lora_" in name), None)
     if adapter:
         raise UsageError(f"the denoiser has an adapter ('{adapter[:80]}'), the bundle was compiled without; unload it")
+    check_unchanged(denoiser)
+    parameters = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
     for file in bundle.record.files:
         if file.endswith(".safetensors") and Path(file).parent.name in ("unet", "transformer"):
             _check_weights(bundle, file, parameters)
 
 
-def _config_sha256(denoiser: Any, class_name: str) -> str:
+def _config_sha256(denoiser: Any) -> str:
     config = json.loads(denoiser.to_json_string())
-    component = "unet" if "UNet" in class_name else "transformer"
-    family = family_for(class_name, component, config, "")
-    return Model("", Path(), family, config, random_weights=True).identity().config_sha256
+    return config_sha256(type(denoiser), config)
 
 
-def _check_weights(bundle: Bundle, file: str, parameters: dict[str, torch.nn.Parameter]) -> None:
+def _check_weights(bundle: Bundle, file: str, parameters: dict[str, torch.Tensor]) -> None:
     with safe_open(bundle.folder / file, "pt") as file_tensors:
         for name in file_tensors.keys():  # noqa: SIM118 - not a mapping
             parameter = parameters.get(name)

@@ -37,7 +37,7 @@ class AttachedDenoiser(nn.Module):
         self.program = program
         self._original = (original,)  # in a tuple it is no submodule: pipe.to() leaves it where it is
         self._pipe = weakref.ref(pipe)
-        self._signature = inspect.signature(type(original).forward)
+        self._signature = inspect.signature(type(getattr(original, "_orig_mod", original)).forward)
         self._latent_name = list(self._signature.parameters)[1]
         self._trajectory: _Trajectory | None = None
         self.register_buffer("_place", torch.empty(0, dtype=original.dtype, device=original.device), persistent=False)
@@ -105,6 +105,11 @@ class AttachedDenoiser(nn.Module):
         if scale is not None and abs(scale - mine) > 1e-6 and (record.conditioning.guided or scale > 1):
             raise UsageError(
                 f"guidance_scale = {scale}, the bundle was compiled for {mine}; it cannot change on the way"
+            )
+        rescale = getattr(self._pipe(), "_guidance_rescale", 0.0)
+        if rescale:
+            raise UsageError(
+                f"guidance_rescale = {rescale}, the bundle was compiled for 0.0; it cannot change on the way"
             )
         if not record.conditioning.guided:
             return sample

@@ -79,10 +79,11 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
         backend, threads: as in :func:`engines.pipeline.pipeline.load`, for a folder.
 
     Raises:
-        UsageError: another denoiser, configuration, weights or scheduler than the bundle's, naming both; or a pipeline
-            that has a bundle attached.
+        UsageError: another pipeline class, denoiser, configuration, weights or scheduler than the bundle's, naming
+            both; a denoiser that was changed (hooks, FreeU, adapters, …); or a pipeline that has a bundle attached.
         DipgoError: a damaged bundle.
     """
+    from dipgo.model.checks import check_pipeline_class
     from dipgo.model.families import family_of
     from engines.attach.check import check_denoiser
     from engines.attach.denoiser import AttachedDenoiser
@@ -91,9 +92,10 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
         raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
     program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend)
     record = program.record
+    check_pipeline_class(type(pipe).__name__)
     component = family_of(pipe).component
     original = getattr(pipe, component)
-    check_denoiser(program.bundle, original)
+    check_denoiser(program.bundle, getattr(original, "_orig_mod", original))  # torch.compile's own is around it
     check_scheduler(record, pipe.scheduler)
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
@@ -145,7 +147,31 @@ def _checking_class(kind: Any) -> Any:
             finally:
                 denoiser.end()
 
-    members = {"__call__": check_and_call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    @functools.wraps(kind.save_pretrained)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the denoiser that was there: the bundle's own is no module with weights."""
+        attachment = self.__dict__[_ATTACHMENT]
+        attached = getattr(self, attachment.component)
+        setattr(self, attachment.component, attachment.original)
+        self.__class__ = kind
+        try:
+            return self.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = _checking_class(kind)
+            setattr(self, attachment.component, attached)
+
+    def components(self: Any) -> dict[str, Any]:
+        """Return the components with the denoiser that was there: pipelines made of them have no bundle attached."""
+        attachment = self.__dict__[_ATTACHMENT]
+        return kind.components.fget(self) | {attachment.component: attachment.original}
+
+    members = {
+        "__call__": check_and_call,
+        "save_pretrained": save,
+        "components": property(components),
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+    }
     return type(kind.__name__, (kind,), members)
 
 

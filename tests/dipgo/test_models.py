@@ -109,10 +109,24 @@ def folder_of(tmp_path, pipeline, component, denoiser, **config):
 @pytest.mark.parametrize(
     ("pipeline", "component", "denoiser", "config", "message"),
     [
-        ("StableDiffusionInpaintPipeline", "unet", "UNet2DConditionModel", {"in_channels": 9}, "takes 9 channels"),
+        ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", {"in_channels": 9}, "takes 9 channels"),
+        ("StableDiffusionInpaintPipeline", "unet", "UNet2DConditionModel", {}, r"starts from pictures \('image'\)"),
+        ("StableDiffusionXLImg2ImgPipeline", "unet", "UNet2DConditionModel", {}, "starts from pictures"),
+        ("StableDiffusionImageVariationPipeline", "unet", "UNet2DConditionModel", {}, "starts from pictures"),
+        ("StableDiffusionPAGPipeline", "unet", "UNet2DConditionModel", {}, "samples in a way of its own"),
+        ("LDMTextToImagePipeline", "unet", "UNet2DConditionModel", {}, "samples in a way of its own"),
+        ("MyPipeline", "unet", "UNet2DConditionModel", {}, "MyPipeline samples in a way of its own"),
+        ("MyPipeline", "unet", "UNet2DModel", {}, "has no MyPipeline"),
         ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", {"time_cond_proj_dim": 256}, "LCM"),
-        ("KandinskyPipeline", "unet", "UNet2DConditionModel", {"addition_embed_type": "image"}, "'image' embeddings"),
-        ("FluxPipeline", "transformer", "FluxTransformer2DModel", {"sample_size": None}, "no sample_size"),
+        ("KandinskyPipeline", "unet", "UNet2DConditionModel", {}, "samples in a way of its own"),
+        (
+            "StableDiffusionPipeline",
+            "unet",
+            "UNet2DConditionModel",
+            {"addition_embed_type": "image"},
+            "'image' embeddings",
+        ),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel", {"sample_size": None}, "has no sample_size"),
         ("HunyuanImagePipeline", "transformer", "HunyuanImageTransformer2DModel", {}, "takes 'encoder_hidden_states'"),
         ("ZImagePipeline", "transformer", "ZImageTransformer2DModel", {}, "not called on a latent and a timestep"),
         ("DDPMPipeline", "unet", "UNet2DModel", {"num_class_embeds": 10}, "takes 'class_labels'"),
@@ -212,7 +226,7 @@ def test_variants_alone_are_loaded_and_pickles_are_not(tmp_path):
     (file,) = (folder / "vae").glob("*.safetensors")
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(DipgoError, match="cannot load it as a diffusers pipeline"):
+    with pytest.raises(DipgoError, match=r"vae.*\.bin: pickled weights, which are not read"):
         find_model(str(folder)).pipeline()
 
 

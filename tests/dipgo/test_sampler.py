@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dipgo.base.errors import UsageError
-from dipgo.model.sampler import ALIASES, make_scheduler, tabulate
+from dipgo.model.sampler import ALIASES, SchedulerConfig, make_scheduler, tabulate
 
 BASE = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
@@ -61,18 +61,43 @@ def test_timesteps_are_the_scheduler_s():
 
 
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "message"),
     [
-        diffusers.DDPMScheduler(clip_sample=False),
-        diffusers.DDIMScheduler(clip_sample=True),
-        diffusers.EulerAncestralDiscreteScheduler(),
-        diffusers.DPMSolverMultistepScheduler(thresholding=True),
+        (diffusers.DDPMScheduler(clip_sample=False), "DDPMScheduler draws noise at every step"),
+        (diffusers.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler draws noise at every step"),
+        (diffusers.DDIMScheduler(clip_sample=True), "not linear as configured: it clips or thresholds"),
+        (diffusers.DPMSolverMultistepScheduler(thresholding=True), "not linear as configured: it clips or thresholds"),
+        (diffusers.UniPCMultistepScheduler(predict_x0=False), "values that are not finite as configured"),
+        (diffusers.DDIMScheduler(num_train_timesteps=10), "DDIMScheduler refuses 20 steps"),
     ],
-    ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_noise_and_clipping_are_refused(scheduler):
-    with pytest.raises(UsageError, match="not linear"):
-        tabulate(scheduler, 10)
+def test_what_is_no_table_is_refused_by_its_reason(scheduler, message):
+    with pytest.raises(UsageError, match=message):
+        tabulate(scheduler, 20)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train_timesteps": -5}, "cannot be made of the pipeline's configuration"),
+        ({"beta_schedule": "mine"}, "mine is not implemented"),
+        ({"algorithm_type": "dpmsolver"}, "`algorithm_type` dpmsolver"),
+        ({"trained_betas": "many"}, "cannot be made of the pipeline's configuration"),
+    ],
+)
+def test_a_scheduler_s_own_reason_is_kept(config, message):
+    base = SchedulerConfig("DPMSolverMultistepScheduler", config)
+    with pytest.raises(UsageError, match=message) as refused:
+        tabulate(make_scheduler(None, base), 20)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_scheduler_without_its_package_gives_way_to_another():
+    """DPMSolverSDEScheduler needs torchsde, which nothing here does."""
+    base = SchedulerConfig("DPMSolverSDEScheduler", dict(BASE.config))
+    with pytest.raises(UsageError, match=r"sampler 'DPMSolverSDEScheduler' cannot be made .*torchsde"):
+        make_scheduler(None, base)
+    assert tabulate(make_scheduler("ddim", base), 5).calls == 5
 
 
 @pytest.mark.parametrize("name", ["ddim", "DDIMScheduler"])

@@ -31,6 +31,7 @@ def _labels(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, in
 
 DIT = Family(
     denoiser_class="DiTTransformer2DModel",
+    pipelines=("DiTPipeline",),
     component="transformer",
     conditioned_by="class",
     sites={

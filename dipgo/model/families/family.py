@@ -52,6 +52,8 @@ class Family:
 
     Attributes:
         denoiser_class: name of the diffusers model class.
+        pipelines: names of the pipeline classes whose loop this is; empty for a class without an entry, whose loop is
+            compared when it is run (:mod:`dipgo.model.families.generic`).
         component: attribute of the pipeline that holds it.
         conditioned_by: ``"class"``, ``"prompt"`` or ``"nothing"``.
         sites: module name patterns by granularity (see :func:`dipgo.graph.sites.site_names`); empty for a class
@@ -65,6 +67,7 @@ class Family:
             unconditional one always is.
         scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
         null_class: the label of the unconditional half, where classes condition.
+        check: ``pipeline ->`` nothing; raises UsageError where its loop is not the one that is reproduced.
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
         prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
         upcasts_vae: ``denoiser config -> whether the pipeline decodes in float32 where the VAE asks for it``
@@ -72,6 +75,7 @@ class Family:
     """
 
     denoiser_class: str
+    pipelines: tuple[str, ...]
     component: str
     conditioned_by: Literal["class", "prompt", "nothing"]
     sites: Mapping[str, Sequence[str]]
@@ -82,6 +86,7 @@ class Family:
     conditional_first: bool = False
     scales_noise: bool = True
     null_class: int | None = None
+    check: Callable[[Any], None] = field(default=lambda pipe: None)
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)

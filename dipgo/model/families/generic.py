@@ -1,19 +1,21 @@
 """A family for any diffusers denoiser that has no entry, made from the signature of its ``forward``.
 
 What its inputs look like is guessed from its configuration; what they hold is read off the pipeline, by stopping it at
-its own call of the denoiser. Before that, two calls of the pipeline are compared with this package's own trajectory: a
-pipeline that scales timesteps, orders the passes of guidance or steps in a way of its own is refused, not approximated.
+its own call of the denoiser. Before that, two calls of the pipeline are compared with this package's own trajectory,
+around a stand-in for the denoiser: a pipeline that scales timesteps, orders the passes of guidance or steps in a way of
+its own is refused, not approximated.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from dipgo.base.errors import UsageError
@@ -55,7 +57,9 @@ def generic_family(denoiser_class: str, component: str, config: Mapping[str, Any
     if latent.name not in ("sample", "hidden_states") or "timestep" not in {other.name for other in others}:
         raise UsageError(f"{denoiser_class} is not called on a latent and a timestep; {_CURE}")
     pipeline = getattr(diffusers, pipeline_class, None)
-    length = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length") if pipeline else None
+    if pipeline is None:
+        raise UsageError(f"the installed diffusers has no {pipeline_class}; only pipelines of its own are supported")
+    length = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     tokens = length.default if length and isinstance(length.default, int) else 77
     generic = _Generic(denoiser_class, component, latent.name, tuple(others), tokens)
     return generic.family(bool(generic.example(config, 1)))
@@ -82,11 +86,13 @@ class _Generic:
     def family(self, prompted: bool) -> Family:
         return Family(
             denoiser_class=self.denoiser_class,
+            pipelines=(),
             component=self.component,
             conditioned_by="prompt" if prompted else "nothing",
             sites={},
             granularity=None,
             encode=self.encode,
+            check=self.check,
             example=self.example,
             call=self.call,
             scales_noise=False,  # some pipelines do; the schedulers for which it matters are refused
@@ -124,9 +130,7 @@ class _Generic:
 
     def encode(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:
         example = self.example(getattr(pipe, self.component).config, 1)
-        if pipe not in self.checked:
-            self._check(pipe, example)
-            self.checked.add(pipe)
+        self.check(pipe)
         if not example:
             return {}, {}
         both = self._conditions(pipe, self._watch(pipe, given, 1)[0], example)
@@ -185,11 +189,40 @@ class _Generic:
                 )
         return {name: value.to(example[name].dtype) for name, value in passed.items()}
 
-    def _check(self, pipe: Any, example: Conditions) -> None:
-        """Compare the pipeline's first step with the same step by the sampler's table.
+    def check(self, pipe: Any) -> None:
+        """Compare the pipeline's first step with the same step by the sampler's table, once.
 
         A pipeline whose own sampler has no table (DDPM draws noise) is checked with DDIM.
         """
+        if pipe in self.checked:
+            return
+        denoiser = getattr(pipe, self.component)
+        denoiser.forward = self._stand_in(denoiser)
+        try:
+            self._compare(pipe, self.example(denoiser.config, 1))
+        finally:
+            del denoiser.forward
+        self.checked.add(pipe)
+
+    def _stand_in(self, denoiser: Any) -> Callable[..., Any]:
+        """Return a ``forward`` that takes no time: its output tells rows, timesteps and conditions apart."""
+        signature, channels = inspect.signature(type(denoiser).forward), denoiser.config.get("out_channels")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(denoiser, *args, **kwargs).arguments
+            sample = arguments[self.latent]
+            output = sample / 2 + torch.as_tensor(arguments["timestep"], dtype=sample.dtype).reshape(-1, 1, 1, 1) / 1000
+            for parameter in self.others:
+                value = arguments.get(parameter.name)
+                if isinstance(value, torch.Tensor) and parameter.name not in _NO_CONDITION:
+                    output = output + value.flatten(1).to(sample.dtype).mean(1).reshape(-1, 1, 1, 1)
+            if (missing := (channels or sample.shape[1]) - sample.shape[1]) > 0:  # a learned variance
+                output = torch.cat([output, output.new_zeros(len(output), missing, *output.shape[2:])], 1)
+            return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
+
+        return forward
+
+    def _compare(self, pipe: Any, example: Conditions) -> None:
         denoiser, own = getattr(pipe, self.component), pipe.scheduler
         try:
             table = tabulate(make_scheduler(None, own), _STEPS, scales_noise=False)

@@ -108,6 +108,7 @@ _SDXL = Prompting(
 
 UNET = Family(
     denoiser_class="UNet2DConditionModel",
+    pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     component="unet",
     conditioned_by="prompt",
     sites={

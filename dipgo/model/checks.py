@@ -1,0 +1,95 @@
+"""What a pipeline's folder must not hold: whatever changes its images, and that a traced denoiser would leave out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.safetensors_index import Stored
+
+_LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
+_ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
+_OF_PICTURES = ("image", "mask_image", "control_image", "video", "strength")  # arguments of a pipeline's call
+_SUPPORTED = "only text, class and unconditional generation are supported"
+
+
+def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Return the library and the class of a component as ``model_index.json`` has them; empty where there is none."""
+    entry = index.get(name)
+    if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+        return entry[0], entry[1]
+    return "", ""
+
+
+def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse add-ons, samplers for flow matching, and pipelines that start from pictures.
+
+    Args:
+        index: content of ``model_index.json``.
+        config: the denoiser's configuration.
+    """
+    for entry, what in _ADD_ONS.items():
+        if component_class(index, entry)[0]:
+            raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")
+    scheduler = component_class(index, "scheduler")[1]
+    if "FlowMatch" in scheduler:
+        raise UsageError(f"{index_file}: samples by flow matching ({scheduler}), which is not supported yet")
+    check_pipeline_class(str(index.get("_class_name")))
+
+
+def check_pipeline_class(class_name: str) -> None:
+    """Refuse a class of diffusers pipeline whose call takes pictures."""
+    import diffusers
+
+    pipeline = getattr(diffusers, class_name, None)
+    arguments = inspect.signature(pipeline.__call__).parameters if pipeline else {}
+    if picture := next((name for name in _OF_PICTURES if name in arguments), None):
+        raise UsageError(f"{class_name} starts from pictures ('{picture}'); {_SUPPORTED}")
+
+
+def check_latent(index_file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a denoiser that is not a map from a latent ``[B, C, H, W]`` of known size to ε of the same size."""
+    channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    missing = next((name for name in ("sample_size", "in_channels") if config.get(name) is None), None)
+    if missing:
+        raise UsageError(
+            f"{index_file}: the denoiser's configuration has no {missing}: its latents are packed or of no size of "
+            "its own, which is not supported"
+        )
+    if out_channels is not None and out_channels < channels:
+        raise UsageError(
+            f"{index_file}: the denoiser takes {channels} channels and makes {out_channels} (inpainting, depth, "
+            f"upscaling); {_SUPPORTED}"
+        )
+
+
+def check_lora(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """Refuse a LoRA that is not fused: among the weights, or in diffusers' file for it, which no pipeline loads."""
+    beside = folder / _LORA
+    if beside.is_file():
+        raise UsageError(
+            f"{beside}: a LoRA that is not fused; call load_lora_weights() and fuse_lora() on the pipeline and save it "
+            "elsewhere, or move the file away"
+        )
+    adapted = next((name for name in tensors if "lora_" in name or ".base_layer." in name), None)
+    if adapted:
+        raise UsageError(
+            f"{tensors[adapted].file}: holds LoRA weights that are not fused ('{adapted[:60]}'); call fuse_lora() and "
+            "unload_lora_weights() on the pipeline and save again"
+        )
+
+
+def refuse_pickled(folder: Path) -> None:
+    """Refuse a pipeline of whose components one has pickled weights and no others."""
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        pickled = sorted([*part.glob("*.bin"), *part.glob("*.ckpt")])
+        if pickled and not list(part.glob("*.safetensors")):
+            raise DipgoError(
+                f"{pickled[0]}: pickled weights, which are not read; load the pipeline with diffusers and save it with "
+                "save_pretrained(…, safe_serialization=True)"
+            )

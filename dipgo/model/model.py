@@ -1,0 +1,219 @@
+"""A diffusers pipeline in a folder: its identity, its components, and its denoiser without weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dipgo.base.errors import DipgoError, UsageError, one_line
+from dipgo.base.files import sha256_of_json, sha256_once
+from dipgo.base.records import ModelIdentity, read_json, read_object
+from dipgo.model.checks import component_class, refuse_pickled
+from dipgo.model.families import Family, latent_size
+from dipgo.model.prompts import read_prompts
+from dipgo.model.random_weights import randomise
+from dipgo.model.safetensors_index import checkpoint_files, variant_of
+from dipgo.model.sampler import SchedulerConfig, make_scheduler
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusers pipeline folder whose denoiser dipgo knows; nothing heavy is loaded yet.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where it lies.
+        family: how its denoiser is called.
+        config: the denoiser's configuration.
+        random_weights: draw the denoiser's weights, always the same, instead of reading them. For structure and speed:
+            images are meaningless.
+    """
+
+    name: str
+    folder: Path
+    family: Family
+    config: dict[str, Any]
+    random_weights: bool = False
+
+    @property
+    def weights_files(self) -> list[Path]:
+        """The safetensors files of the denoiser, in order of name; none for an architecture and random weights.
+
+        One file, or the shards where diffusers would read these: an index stands beside them. Variants (``.fp16.``)
+        beside the plain files are left out; a variant counts where there is nothing plain.
+        """
+        if self.random_weights:
+            return []
+        return checkpoint_files(self.folder / self.family.component, "diffusion_pytorch_model")
+
+    @property
+    def variant(self) -> str | None:
+        """The variant that the denoiser's files are, such as ``fp16``; that of other components comes first then."""
+        return variant_of(self.weights_files)
+
+    def identity(self) -> ModelIdentity:
+        """Return the fingerprints that tie a SubNet or bundle to this model."""
+        import diffusers
+
+        digests = [sha256_once(path) for path in self.weights_files]
+        weights = (digests[0] if len(digests) == 1 else sha256_of_json(digests)) if digests else None
+        return ModelIdentity(
+            name=self.name,
+            class_name=self.family.denoiser_class,
+            config_sha256=config_sha256(getattr(diffusers, self.family.denoiser_class), self.config),
+            weights_sha256=weights,
+        )
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """The pipeline's own scheduler."""
+        index = read_json(self.folder / "model_index.json", "model_index.json")
+        config = read_object(self.folder / "scheduler" / "scheduler_config.json", "scheduler configuration")
+        return SchedulerConfig(component_class(index, "scheduler")[1] or str(config.get("_class_name")), config)
+
+    def labels(self) -> dict[str, int]:
+        """Return the classes by name, where classes condition."""
+        return self.family.labels(read_json(self.folder / "model_index.json", "model_index.json"), self.config)
+
+    def prompts(self) -> list[str]:
+        """Return the prompts of ``prompts.txt``, what the model was made for; none without that file.
+
+        Searches draw from them where nobody gives others, and reports show images of some.
+        """
+        file = self.folder / "prompts.txt"
+        return read_prompts(file) if self.family.conditioned_by == "prompt" and file.is_file() else []
+
+    def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Return ``[batch, channels, height, width]`` of the latent."""
+        return (batch, self.config["in_channels"], *latent_size(self.config))
+
+    def require_weights(self) -> None:
+        """Refuse an architecture without weights where random ones were not asked for."""
+        if not self.weights_files and not self.random_weights:
+            raise UsageError(
+                f"'{self.name}' is an architecture without weights; give a folder or hub id that has them, or "
+                "--random-weights where images do not matter"
+            )
+
+    def check_loop(self) -> None:
+        """Refuse a pipeline of a class without an entry whose loop is not the one that is reproduced.
+
+        Its loop runs for a step around a stand-in for the denoiser, whose weights are not read. Architectures and
+        random weights are not checked: what they lack the loop would need.
+        """
+        if not self.family.pipelines and self.weights_files:
+            self.family.check(self.pipeline(self.empty_denoiser()))
+
+    def pipeline(self, denoiser: nn.Module | None = None) -> Any:
+        """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.
+
+        With random weights, what the folder does not hold is drawn (VAE) or left out (tokenizer, text encoder; see
+        :meth:`dipgo.model.families.Family.conditions`). ``denoiser`` takes the place of the folder's own.
+
+        Raises:
+            UsageError: an architecture without weights, and random ones were not asked for.
+            DipgoError: a folder that diffusers cannot load.
+        """
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
+
+        self.require_weights()
+        scheduler = self._scheduler()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        own: dict[str, Any] = {"scheduler": scheduler}
+        if self.random_weights:
+            own |= self._drawn_components()
+        else:
+            refuse_pickled(self.folder)
+        if denoiser is not None:
+            own[self.family.component] = denoiser
+        options = {"dtype": torch.float32, "variant": self.variant, "use_safetensors": True}
+        try:
+            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **options, **own)
+        except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
+            raise DipgoError(
+                f"{self.folder}: cannot load it as a diffusers pipeline ({one_line(error)}); download or save it again"
+            ) from error
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        return pipe
+
+    def _scheduler(self) -> Any:
+        """Return the pipeline's scheduler; where a package for it is missing DDIM, in whose place another is set."""
+        try:
+            return make_scheduler(None, self.scheduler)
+        except UsageError:
+            return make_scheduler("ddim", self.scheduler)
+
+    def _drawn_components(self) -> dict[str, nn.Module | None]:
+        """Return the denoiser and the VAE with random weights, and None for each component that is not there."""
+        import diffusers
+        from accelerate import init_empty_weights
+
+        index = read_json(self.folder / "model_index.json", "model_index.json")
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+        components: dict[str, nn.Module | None] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for buffers that a constructor draws
+            for name, (_, class_name) in sorted(entries.items()):
+                part = self.folder / name
+                if name == self.family.component or (name == "vae" and not list(part.glob("*.safetensors"))):
+                    config = self.config if name == self.family.component else read_json(part / "config.json", name)
+                    with init_empty_weights(include_buffers=False):
+                        component = getattr(diffusers, class_name).from_config(config)
+                    randomise(component)
+                    components[name] = component
+                elif not part.is_dir():
+                    components[name] = None
+        return components
+
+    def empty_denoiser(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the denoiser with its buffers but with weights that were never read or allocated, for tracing.
+
+        Floating weights and buffers are in ``dtype``, as ``pipe.to(dtype)`` leaves them.
+        """
+        import diffusers
+        from accelerate import init_empty_weights
+
+        denoiser_class = getattr(diffusers, self.family.denoiser_class)
+        with init_empty_weights(include_buffers=False):
+            denoiser = denoiser_class.from_config(self.config)
+        for module in denoiser.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                # Pages of a fresh allocation that nobody touches take no memory, and unlike the meta device it does
+                # not clash with the buffers that the constructor computes.
+                held = dtype if parameter.is_floating_point() else parameter.dtype
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=held), requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_floating_point() and dtype != torch.float32:
+                    module._buffers[name] = buffer.to(dtype)
+        return denoiser.eval()
+
+
+def config_sha256(denoiser_class: Any, config: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a denoiser's configuration as JSON has it.
+
+    It is over what differs from the class's defaults: a newer diffusers writes more keys for the same model.
+    """
+    options = inspect.signature(denoiser_class.__init__).parameters
+    defaults = {name: _plain(option.default) for name, option in options.items()}
+    return sha256_of_json(
+        {
+            key: value
+            for key, value in config.items()
+            if not key.startswith("_") and not (key in defaults and defaults[key] == value)
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value
