@@ -18,12 +18,17 @@ class Bars:
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
+        self._phase = ""
 
     def __call__(self, phase: str, done: int, total: int, figure: str = "") -> None:
-        if self._bar is None or self._bar.desc != phase:
+        if self._bar is None or self._phase != phase:
             self.close()
+            self._phase = phase
             self._bar = tqdm(
-                desc=phase, total=total, bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {elapsed}{postfix}"
+                desc=phase,
+                total=total,
+                bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} {elapsed}{postfix}",
+                disable=None,  # shown in a terminal alone
             )
         self._bar.total = total
         self._bar.n = done

@@ -74,7 +74,8 @@ class SolverRecord(Record):
 class TokenizerRecord(Record):
     """A tokenizer (file of the ``tokenizers`` library) and the inputs of the text graph that it fills.
 
-    Every prompt is cut and padded to ``length`` tokens.
+    Every prompt is cut and padded to ``length`` tokens. ``expands`` has the tokens that stand for several vectors of a
+    textual inversion, and what they are replaced by.
     """
 
     file: str
@@ -83,6 +84,7 @@ class TokenizerRecord(Record):
     length: int
     pad_token: str
     pad_id: int
+    expands: dict[str, str] = Field(default_factory=dict)
 
 
 class TextRecord(Record):
@@ -90,7 +92,8 @@ class TextRecord(Record):
 
     ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
     lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each; those of them
-    that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``).
+    that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``). Outputs
+    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, ….
     """
 
     file: str

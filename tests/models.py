@@ -76,7 +76,7 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
 
 
-def _vae(scale: int) -> AutoencoderKL:
+def vae(scale: int) -> AutoencoderKL:
     """Return a VAE of four latent channels whose images are ``scale`` times as large as the latent."""
     levels = scale.bit_length()
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
     options = {"clip_sample": False} if kind is DDIMScheduler else {"skip_prk_steps": True}
     scheduler = kind(prediction_type=prediction, steps_offset=1, beta_schedule="scaled_linear", **options)
     StableDiffusionPipeline(
-        vae=_vae(2),
+        vae=vae(2),
         text_encoder=_clip(24),
         tokenizer=_clip_tokenizer(),
         unet=_unet(),
@@ -181,7 +181,7 @@ def tiny_sdxl(folder: Path) -> str:
         projection_class_embeddings_input_dim=16 + 6 * 8,
     )
     StableDiffusionXLPipeline(
-        vae=_vae(2),
+        vae=vae(2),
         text_encoder=_clip(8),
         text_encoder_2=_clip(16, projected=True),
         tokenizer=_clip_tokenizer(),
@@ -193,8 +193,8 @@ def tiny_sdxl(folder: Path) -> str:
     return str(folder)
 
 
-def tiny_pixart(folder: Path, sample_size: int = 32) -> str:
-    """Save a PixArtAlphaPipeline of two blocks; at a sample size of 128 it is conditioned by sizes too."""
+def tiny_pixart(folder: Path, sample_size: int = 32, pipeline: Any = PixArtAlphaPipeline) -> str:
+    """Save a PixArt pipeline of two blocks; Alpha's at a sample size of 128 is conditioned by sizes too."""
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
@@ -207,10 +207,10 @@ def tiny_pixart(folder: Path, sample_size: int = 32) -> str:
     )
     torch.manual_seed(2)
     encoder = T5EncoderModel(T5Config(vocab_size=30, d_model=12, d_kv=6, num_heads=2, d_ff=16, num_layers=2))
-    PixArtAlphaPipeline(
+    pipeline(
         tokenizer=_t5_tokenizer(),
         text_encoder=encoder.eval(),
-        vae=_vae(8),
+        vae=vae(8),
         transformer=_stirred(transformer),
         scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02),
     ).save_pretrained(folder)

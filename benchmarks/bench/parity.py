@@ -157,7 +157,9 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
     """Call the gated pipeline itself."""
     subnet = subnet_of(program.bundle)
     changes = {name: None for name in _POSTPROCESSORS if getattr(pipe, name, None) is not None}
-    options = {"clean_caption": False} if "clean_caption" in inspect.signature(pipe.__call__).parameters else {}
+    height, width = program.size
+    options = {"clean_caption": False, "use_resolution_binning": False, "height": height, "width": width}
+    accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     with (
         _changed(pipe, changes | {"scheduler": scheduler_of(subnet)}),
@@ -170,7 +172,7 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             num_inference_steps=subnet.sampler.steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
-            **options,
+            **{name: value for name, value in options.items() if name in accepted},
         ).images
     return torch.cat(latents).numpy(), images
 

@@ -24,7 +24,7 @@ def bar(label: str) -> Any:
     from tqdm import tqdm
 
     def progress(items: Iterable[Any]) -> Iterator[Any]:
-        return iter(tqdm(items, desc=label, leave=False))
+        return iter(tqdm(items, desc=label, leave=False, disable=None))  # None: shown in a terminal alone
 
     return progress
 
@@ -68,7 +68,7 @@ class Progress:
             if phase not in bars:
                 for before in bars.values():
                     before.close()
-                bars[phase] = tqdm(total=total, desc=phase)
+                bars[phase] = tqdm(total=total, desc=phase, disable=None)
             bar = bars[phase]
             bar.total = total  # in some phases it grows
             bar.set_postfix_str(figure, refresh=iteration == total)
@@ -79,6 +79,13 @@ class Progress:
         finally:
             for bar in bars.values():
                 bar.close()
+
+
+def close_bars() -> None:
+    """Close the bars that are still on the screen, so that what is printed next has a line of its own."""
+    std = sys.modules.get("tqdm.std")
+    for each in list(std.tqdm._instances) if std else []:
+        each.close()
 
 
 def is_main() -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.own_packages import check_packages, leave_working_directory
-from dipgo.base.progress import is_main
+from dipgo.base.progress import close_bars, is_main
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -21,6 +23,7 @@ def application() -> typer.Typer:
     """Return the commands, a module for each kind; those import what they need when they run."""
     from dipgo.cli.bench import bench, verify
     from dipgo.cli.build import build
+    from dipgo.cli.checkpoint import import_checkpoint
     from dipgo.cli.compile import compile_
     from dipgo.cli.doctor import doctor
     from dipgo.cli.export import export, inspect
@@ -39,10 +42,11 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    commands = (models, search, import_, export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
-    for command in commands:
+    to_subnet = (models, search, import_, import_checkpoint)
+    to_images = (export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
+    for command in (*to_subnet, *to_images):
         epilog = settings_text(SearchConfig) if command is search else None
-        app.command(name=command.__name__.rstrip("_"), epilog=epilog)(with_options(command))
+        app.command(name=command.__name__.rstrip("_").replace("_", "-"), epilog=epilog)(with_options(command))
     app.add_typer(recipe, name="recipe")
     return app
 
@@ -56,6 +60,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for them takes longer than all else
+    warnings.showwarning = _warn
     leave_working_directory()
     os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that are started from here
     try:
@@ -75,7 +80,15 @@ def main() -> None:
     sys.exit(int(code or 0))
 
 
+def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print what a user should know of a result, and nothing of what libraries tell their developers."""
+    if issubclass(category, DipgoWarning):
+        close_bars()
+        print(f"dipgo: {message}", file=sys.stderr)
+
+
 def _fail(message: str, code: int) -> int:
+    close_bars()
     if is_main():  # all processes stop for one reason
         print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
     return code

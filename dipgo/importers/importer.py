@@ -113,9 +113,9 @@ def import_subnet(
     from dipgo.model.sampler import make_scheduler, tabulate
 
     own = find_model(name)
-    own.check_loop()
     index = read_json(own.folder / "model_index.json", "model_index.json")
     scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
+    own.check_loop(scheduler)
     table = tabulate(scheduler, count, own.family.scales_noise)
     if guidance_scale is None:
         guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, not_imported
 
 
 def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:
@@ -24,7 +24,7 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
     try:
         import onnxruntime
     except ImportError as error:
-        raise DipgoError("onnxruntime is not installed; run: pip install onnxruntime") from error
+        raise not_imported(error, "onnxruntime", "run: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,21 +1,25 @@
 """Every family against the real diffusers pipeline; and classes that no family names."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import gated
 from dipgo.graph.trace import trace
 from dipgo.model.families import join
 from dipgo.model.models import find_model
+from dipgo.model.sampler import make_scheduler
 from dipgo.searching.task import make_task
 from tests import models, zoo
 from tests.models import random_subnet
 
 STEPS = 4
 PROMPTS = ["a cat", "two dogs in the rain"]
-KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "sana", "unconditional"]
+KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "pixart-sigma", "sana", "unconditional"]
 
 
 def run_pipeline(task, seed):
@@ -65,7 +69,33 @@ def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
     assert isinstance(tasks[1].pipe.scheduler, DDPMScheduler)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "pixart-1024", "sana"])
+def test_a_pipeline_that_clips_is_checked_without_and_runs_under_another_sampler(tmp_path):
+    folder = tmp_path / "clips"
+    models.tiny_unconditional(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": True}))
+    with pytest.raises(UsageError, match="DDIMScheduler is not linear as configured: it clips"):
+        make_task(find_model(str(folder)), STEPS, None, "mid_block", guidance_scale=1.0)
+    task = make_task(find_model(str(folder)), STEPS, "dpm++2m", "mid_block", guidance_scale=1.0)
+    task.pipe.scheduler = make_scheduler("dpm++2m", task.pipe.scheduler)
+    assert torch.isfinite(run_trajectory(task, 5)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "scheduler_config.json: no such scheduler configuration"),
+        (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[]"), "no JSON object"),
+    ],
+)
+def test_a_folder_without_its_scheduler_is_refused(tmp_path, change, message):
+    folder = shutil.copytree(zoo.pipeline("unconditional"), tmp_path / "model")
+    change(folder)
+    with pytest.raises(DipgoError, match=message):
+        make_task(find_model(str(folder)), STEPS, "ddim", "mid_block", guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart-1024", "pixart-sigma", "sana"])
 def test_examples_have_the_form_of_conditions(name):
     model = zoo.model(name)
     conditions = join(*model.family.conditions(model.pipeline(), PROMPTS), True)

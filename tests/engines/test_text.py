@@ -21,7 +21,7 @@ from export.text import text_to_onnx
 from tests import zoo
 
 PROMPTS = ["a red fox", "", "  Ünïcödé 猫 & <b>HTML</b>, 3.5!\n", "fox " * 200]
-KINDS = {"sd": "sd", "sdxl": "sdxl", "pixart": "pixart-1024"}  # which takes sizes too
+KINDS = {"sd": "sd", "sdxl": "sdxl", "pixart": "pixart-1024", "sigma": "pixart-sigma"}
 ROWS = 3  # fewer than the prompts, and no divisor of their number
 
 
@@ -85,9 +85,10 @@ def reference(kind, pipe, prompts, negative=None):
         halves = {
             "encoder_hidden_states": (unconditional, conditional),
             "encoder_attention_mask": (null_mask, mask),
-            "resolution": (torch.full((len(prompts), 2), 1024.0),) * 2,
-            "aspect_ratio": (torch.ones(len(prompts), 1),) * 2,
         }
+        if kind == "pixart":  # Alpha's largest takes sizes too
+            halves["resolution"] = (torch.full((len(prompts), 2), 1024.0),) * 2
+            halves["aspect_ratio"] = (torch.ones(len(prompts), 1),) * 2
     return {name: torch.cat(both).float().numpy() for name, both in halves.items()}
 
 
