@@ -135,7 +135,10 @@ def _tokenizers(source: Path, index: Mapping[str, Any], tokenizer: str | None) -
         place = tokenizer or (str(own) if own.is_dir() else TOKENIZER)
         padding = {"pad_token": "!"} if component == "tokenizer_2" and not own.is_dir() else {}
         try:
-            tokenizers[component] = getattr(transformers, class_name).from_pretrained(place, **padding)
+            loaded = getattr(transformers, class_name).from_pretrained(place, **padding)
+            if not own.is_dir() and len(loaded) != _CLIP["vocab_size"]:  # of an empty folder one comes, too
+                raise ValueError(f"{len(loaded)} tokens, not {_CLIP['vocab_size']}")
+            tokenizers[component] = loaded
         except Exception as error:  # offline, not found, damaged: each library has kinds of its own
             raise UsageError(
                 f"the tokenizer is not to be had from {place} ({one_line(error)}); give --tokenizer FOLDER, one with "

@@ -140,13 +140,17 @@ def test_what_is_no_such_checkpoint_is_refused(checkpoint, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             import_checkpoint(tmp_path / name, tmp_path / "out")
-    tokenizer = f"{zoo.pipeline('sd')}/tokenizer"
-    result = command.dipgo(
-        "import-checkpoint", tmp_path / "empty.safetensors", "--tokenizer", tokenizer, "-o", tmp_path / "out"
-    )
-    assert result.code == 1
-    assert "not a checkpoint like sd-1.5" in result.err
-    assert not (tmp_path / "out").exists()
+    for arguments, message in (
+        (["--like", zoo.pipeline("sd")], f"not a checkpoint like {zoo.pipeline('sd')}"),
+        (
+            ["--tokenizer", f"{zoo.pipeline('sd')}/tokenizer"],
+            r"the tokenizer is not to be had from .*54 tokens, not 49408",
+        ),
+    ):
+        result = command.dipgo("import-checkpoint", tmp_path / "empty.safetensors", *arguments, "-o", tmp_path / "out")
+        assert result.code in (1, 2)
+        assert re.search(message, result.err)
+        assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match=r"the tokenizer is not to be had from .*; give --tokenizer FOLDER"):
         import_checkpoint(tmp_path / "empty.safetensors", tmp_path / "out", tokenizer=str(tmp_path))
     with pytest.raises(Exception, match="a file; make a pipeline of a checkpoint first: dipgo import-checkpoint"):
