@@ -28,7 +28,7 @@ _CLIP = {
 _VIT_L = _CLIP | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _VIT_H = _CLIP | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 _BIG_G = _CLIP | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-_ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd-1.5": {"text_encoder": _VIT_L | {"hidden_act": "quick_gelu"}},
     "sd-2.1": {"text_encoder": _VIT_H | {"hidden_act": "gelu", "projection_dim": 512}},
     "sdxl": {
@@ -110,7 +110,7 @@ def _architecture(file: Path, tensors: Mapping[str, Stored]) -> str:
 def _configurations(source: Path, name: str, folder: Path) -> Path:
     """Copy a model's configurations, and add those of text encoders that an architecture comes without."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "tokenizer*"))
-    for encoder, config in _ENCODERS.get(name, {}).items():
+    for encoder, config in ENCODERS.get(name, {}).items():
         (folder / encoder).mkdir(exist_ok=True)
         (folder / encoder / "config.json").write_text(
             json.dumps({"bos_token_id": 49406, "eos_token_id": 49407} | config)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dipgo.base.errors import UsageError
 from dipgo.model.models import find_model
-from dipgo.model.single_file import import_checkpoint
+from dipgo.model.single_file import ENCODERS, import_checkpoint
 from tests import command, zoo
 
 LAYERS = 1  # of a level of the tiny UNet, for which see tests/models.py
@@ -155,3 +156,19 @@ def test_what_is_no_such_checkpoint_is_refused(checkpoint, tmp_path):
         import_checkpoint(tmp_path / "empty.safetensors", tmp_path / "out", tokenizer=str(tmp_path))
     with pytest.raises(Exception, match="a file; make a pipeline of a checkpoint first: dipgo import-checkpoint"):
         find_model(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "millions"),
+    [
+        ("sd-1.5", "text_encoder", 123.06),
+        ("sd-2.1", "text_encoder", 340.39),
+        ("sdxl", "text_encoder", 123.06),
+        ("sdxl", "text_encoder_2", 694.66),
+    ],
+)
+def test_text_encoders_have_their_true_size(name, encoder, millions):
+    kind = CLIPTextModelWithProjection if encoder == "text_encoder_2" else CLIPTextModel
+    with torch.device("meta"):
+        model = kind(kind.config_class(**ENCODERS[name][encoder]))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
