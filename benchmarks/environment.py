@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dipgo.base.records import Record
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
-FURTHER_PACKAGES = ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # listed where they are installed
+PACKAGES += ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 _GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
 
 
@@ -68,7 +69,7 @@ def environment(load_at_start: list[float], clock_at_start: float | None = None)
         memory_bytes=psutil.virtual_memory().total,
         load_at_start=load_at_start,
         load_at_end=load_average(),
-        versions={name: version(name) for name in PACKAGES} | _installed(FURTHER_PACKAGES),
+        versions=_versions(),
         clock_at_start=clock_at_start,
         clock_at_end=clock(),
         governor=_governor(),
@@ -86,13 +87,11 @@ def commit() -> str | None:
     return head and head + ("+" if changed else "")
 
 
-def _installed(names: tuple[str, ...]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     versions = {}
-    for name in names:
-        try:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
@@ -105,8 +104,8 @@ def _output_of(command: list[str]) -> str | None:
     """Return what a program prints, None where there is no such program, it fails, or it prints nothing."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return process.stdout.strip() or None if process.returncode == 0 else None
 
 
 def cpu_model() -> str:

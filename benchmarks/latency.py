@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.environment import cpu_model
-from benchmarks.progress import Progress, silent
+from dipgo.base.progress import Report, silent
 from dipgo.graph.latency import LatencyProfile, SiteLatency
 from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.schedule import Schedule
@@ -23,7 +23,7 @@ from export.compiler import prepare, write_bundle
 
 
 def measure_latency(
-    task: Task, repeats: int = 30, threads: int | None = None, progress: Progress = silent
+    task: Task, repeats: int = 30, threads: int | None = None, progress: Report = silent
 ) -> LatencyProfile:
     """Compile and time; returns the profile of this machine, ONNX Runtime on the CPU, one image a call.
 
@@ -57,7 +57,7 @@ def measure_latency(
     )
 
 
-def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Progress) -> np.ndarray:
+def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Report) -> np.ndarray:
     """Return seconds ``[repeats, steps]``; one more trajectory before them warms up."""
     with load(folder, threads) as program:
         record = program.record

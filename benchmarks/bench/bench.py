@@ -25,9 +25,9 @@ from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inpu
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.bench.timing import Timing, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
-from benchmarks.progress import Bars, Progress
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
+from dipgo.base.progress import Report, silent
 from export.bundle import BundleRecord, open_bundle
 
 AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
@@ -40,7 +40,7 @@ def bench(
     config: BenchConfig = BenchConfig(),
     model: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Report = silent,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> ReportRecord:
     """Measure a bundle against baselines and write the report into ``output``.
@@ -50,7 +50,7 @@ def bench(
         output: folder of the report; refused where it exists, without ``force``.
         config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        progress: see :data:`benchmarks.progress.Progress`; None shows bars.
+        progress: see :data:`dipgo.base.progress.Report`.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
@@ -61,7 +61,6 @@ def bench(
     settings = config.settings()
     refuse_existing(output, force, RECORD_FILE)
     load_at_start, clock_at_start = load_average(), clock()
-    progress = progress or Bars()
     bundle = open_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:
         scratch = Path(temporary)

@@ -15,8 +15,9 @@ from benchmarks.bench.report import SUBJECT
 from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, TorchSpec, encodes, inputs_of, latent_shape, save
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.techniques import TECHNIQUES
-from benchmarks.progress import Progress, one_line
+from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
+from dipgo.base.progress import Report
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
@@ -46,7 +47,7 @@ def candidates_of(
     suite: Suite,
     baselines: Mapping[str, Baseline] | None,
     scratch: Path,
-    progress: Progress,
+    progress: Report,
 ) -> tuple[list[Candidate], Outputs | None]:
     """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
 
@@ -78,7 +79,7 @@ def own_threads(candidate: Candidate) -> int | None:
 
 
 def subject_candidate(
-    bundle: Bundle, name: str, task: Task, suite: Suite, scratch: Path, progress: Progress
+    bundle: Bundle, name: str, task: Task, suite: Suite, scratch: Path, progress: Report
 ) -> Candidate:
     """Verify the bundle and return it as a candidate in the first backend.
 
@@ -101,7 +102,7 @@ def baseline_candidates(
     own: ProgramSpec,
     record: BundleRecord,
     scratch: Path,
-    progress: Progress,
+    progress: Report,
 ) -> list[Candidate]:
     """Compile and verify the baselines, the full program first; one that fails is listed with its error.
 
@@ -117,7 +118,7 @@ def baseline_candidates(
     return candidates
 
 
-def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Progress) -> list[Candidate]:
+def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Report) -> list[Candidate]:
     """Return programs in the suite's further backends, verified there too."""
     elsewhere: list[Candidate] = []
     for backend in suite.backends[1:]:

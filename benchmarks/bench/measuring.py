@@ -15,7 +15,8 @@ from benchmarks.bench.subjects import IMAGE_SEED, ProgramSpec, TorchSpec
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import in_rounds
 from benchmarks.bench.worker import Worker
-from benchmarks.progress import NotMeasuredError, Progress, silent
+from benchmarks.failures import NotMeasuredError
+from dipgo.base.progress import Report, silent
 
 STEADY = 1e-4  # relative; how far two runs of one loop on the same noise may be apart
 
@@ -58,7 +59,7 @@ class Outcome:
 
 
 def measure_all(
-    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Progress = silent
+    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Report = silent
 ) -> dict[str, Outcome]:
     """Measure what ``specs`` say, by name; one that fails has an ``error`` and drops out, the others go on.
 
@@ -104,7 +105,7 @@ def _load(worker: Worker, outcome: Outcome, warm_up: int) -> None:
         outcome.first_seconds.append(worker.ask("warm_up", rounds=warm_up)["seconds"])
 
 
-def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Progress) -> None:
+def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Report) -> None:
     """Take this generation's share of the rounds, a scope after the other."""
     repeats = math.ceil(suite.repeats / suite.processes)
     for scope in dict.fromkeys(["loop", *suite.scopes]):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field
 
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from dipgo.base.records import Record
 from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
@@ -34,7 +34,7 @@ Inputs = list[Any]
 
 
 def inputs_of(program: Program, count: int) -> Inputs:
-    """Return ``count`` classes or prompts for a program, see :func:`given_for`."""
+    """Return ``count`` classes or prompts for a program, see :func:`inputs_for`."""
     return inputs_for(program.record.conditioning, count)
 
 

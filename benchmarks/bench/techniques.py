@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
 from benchmarks.bench.subjects import TIMING_SEED, TorchSpec, inputs_for, latent_shape
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from benchmarks.progress import Progress, silent
+from dipgo.base.progress import Report, silent
 from dipgo.base.records import Record
 
 
@@ -64,7 +64,7 @@ def time_interleaved(
     repeats: int = 10,
     seconds: float = 0.0,
     warm_up: int = 2,
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> dict[str, Timing]:
     """Time callables against each other.
 
@@ -97,7 +97,7 @@ def in_rounds(
     sample: Callable[[str], None],
     repeats: int,
     seconds: float,
-    progress: Progress = silent,
+    progress: Report = silent,
     phase: str = "time",
 ) -> int:
     """Take a sample of every candidate in each round, forwards and backwards in turn; returns how many rounds.

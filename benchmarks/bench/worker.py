@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from pydantic import TypeAdapter
 
 from benchmarks.bench.subjects import ProgramSpec, Spec, Subject, TorchSpec, save, subject_of
-from benchmarks.progress import NotMeasuredError, one_line
+from benchmarks.failures import NotMeasuredError, one_line
 from dipgo.base.child_process import ChildError, ChildProcess, Parent
 from dipgo.base.process_memory import resident_peak
 
@@ -144,15 +145,8 @@ class Server:
         return self.subject
 
     def _look_at_memory(self) -> None:
-        self.shared_peak = max(self.shared_peak, _proportional())
-
-
-def _proportional() -> int:
-    try:
-        with open("/proc/self/smaps_rollup") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-    except OSError:
-        return 0
+        memory = psutil.Process().memory_full_info()
+        self.shared_peak = max(self.shared_peak, getattr(memory, "pss", 0))  # Linux alone has it
 
 
 def _device_memory() -> Answer:

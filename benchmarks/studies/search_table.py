@@ -22,6 +22,7 @@ from benchmarks.bench.quality import psnr
 from benchmarks.studies.search_judge import Judge
 from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from benchmarks.studies.study import Study, Words, run
+from dipgo.base.config import problem
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 from dipgo.model.models import Model, find_model
@@ -63,12 +64,12 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: Table
             yield from fixed_cells(judge, task, subnet, budget)
         for one in paper:
             if one.search.budget == budget:
-                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search.chosen)
+                yield judge.cell(PAPER, budget, one.cost.ratio, judge.images_of(one), what=one.search.chosen)
         yield judge.cell(
             DIPGO,
             budget,
             subnet.cost.ratio,
-            judge.found(subnet),
+            judge.images_of(subnet),
             what=subnet.search.chosen,
             search_seconds=subnet.search.seconds,
         )
@@ -140,7 +141,7 @@ def _in_question(task: Task, fixed: Mapping[str, Schedule]) -> list[str]:
 
 def _judged(judge: Judge, task: Task, fixed: Mapping[str, Schedule], name: str, budget: float, where: str = "") -> Cell:
     subnet = task.subnet(fixed[name], method=name)
-    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{name}{where}")
+    return judge.cell("", budget, subnet.cost.ratio, judge.images_of(subnet), what=f"{name}{where}")
 
 
 def _best(judged: Sequence[Cell], row: str) -> Cell:
@@ -193,13 +194,10 @@ def read_table(path: Path) -> TableRecord:
     Raises:
         DipgoError: no file, or none of these.
     """
-    content = read_json(path, "table of searches")
     try:
-        return TableRecord.model_validate(content)
+        return TableRecord.model_validate(read_json(path, "table of searches"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise DipgoError(f"{path}: not a table of searches ({where}: {first['msg']})") from error
+        raise DipgoError(f"{path}: not a table of searches ({problem(error, TableRecord)})") from error
 
 
 def main(words: Words | None = None) -> None:
@@ -210,9 +208,6 @@ def main(words: Words | None = None) -> None:
     study.parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these schedules")
     study.parser.add_argument("--images", type=int, default=256)
     study.parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
-    study.parser.add_argument(
-        "--publish", metavar="MARKER", help="put the table into the README, between these markers"
-    )
     options = study.options()
     earlier = options.policies_of and read_table(options.policies_of)
     searched = load_folder(options.searched)

@@ -49,7 +49,7 @@ def plan_from_graph(
     path: Path,
     graph: Graph,
     axes: Mapping[str, AxisRecord],
-    options: BuildOptions | None = None,
+    options: BuildOptions = BuildOptions(),
     timing: Path | None = None,
 ) -> Plan:
     """Build an engine.
@@ -65,7 +65,6 @@ def plan_from_graph(
     Raises:
         DipgoError: TensorRT refuses the graph, or builds no engine of it.
     """
-    options = options or BuildOptions()
     trt = library.module
     logger, errors = listener(library)
     builder = trt.Builder(logger)
