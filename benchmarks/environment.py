@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -111,9 +112,5 @@ def _output_of(command: list[str]) -> str | None:
 def cpu_model() -> str:
     """Return the name of the processor as the system gives it."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*: *(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()

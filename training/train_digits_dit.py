@@ -131,8 +131,8 @@ def train_transformer(
 ) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
     images, labels = load_digits("train")
     shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    moved = torch.cat([torch.roll(images, shift, dims=(2, 3)) for shift in shifts])
-    latents, labels = encode(vae, moved) * vae.config.scaling_factor, labels.repeat(len(shifts))
+    pictures = torch.cat([torch.roll(images, shift, dims=(2, 3)) for shift in shifts])
+    latents, labels = encode(vae, pictures) * vae.config.scaling_factor, labels.repeat(len(shifts))
     torch.manual_seed(seed)
     transformer = new_transformer().eval()  # eval: diffusers would drop labels in each block apart
 
@@ -156,7 +156,7 @@ def judge(pipe: DiTPipeline, classifier: DigitClassifier, count: int) -> tuple[d
     from PIL.Image import Image
 
     pipe.set_progress_bar_config(disable=True)
-    right, shown, judged = 0, list[Image](), 0
+    right, samples, total = 0, list[Image](), 0
     for seed, start in enumerate(tqdm(range(0, count, 100), desc="judge")):
         labels = [(start + k) % 10 for k in range(min(100, count - start))]
         generator = torch.Generator().manual_seed(seed)
@@ -164,10 +164,10 @@ def judge(pipe: DiTPipeline, classifier: DigitClassifier, count: int) -> tuple[d
         pictures = torch.from_numpy(images.images).permute(0, 3, 1, 2) * 2 - 1
         with torch.no_grad():
             right += (classifier(pictures).argmax(1) == torch.tensor(labels)).sum().item()
-        judged += len(labels)
-        if len(shown) < 40:
-            shown += pipe.numpy_to_pil(images.images)[: 40 - len(shown)]
-    return {"count": judged, "steps": 50, "guidance_scale": GUIDANCE, "class_accuracy": right / judged}, shown
+        total += len(labels)
+        if len(samples) < 40:
+            samples += pipe.numpy_to_pil(images.images)[: 40 - len(samples)]
+    return {"count": total, "steps": 50, "guidance_scale": GUIDANCE, "class_accuracy": right / total}, samples
 
 
 def save_pipeline(pipe: DiTPipeline, folder: Path) -> None:
@@ -227,9 +227,9 @@ def main() -> None:
 
     classifier = DigitClassifier()
     classifier.load_state_dict(load_file(classifier_file))
-    figures, shown = judge(pipe, classifier.eval(), args.judged)
+    figures, samples = judge(pipe, classifier.eval(), args.judged)
     finish("judge", figures)
-    make_image_grid(shown, rows=4, cols=10).resize((640, 256)).save(folder / "samples.png")
+    make_image_grid(samples, rows=4, cols=10).resize((640, 256)).save(folder / "samples.png")
 
 
 if __name__ == "__main__":

@@ -167,15 +167,15 @@ def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> 
         draw = Draw(shop.seed, iteration, shop.device)
         chosen = batch_of(len(known), course.batch, iteration, shop.seed)
         mirrored = mirrors[chosen] & (draw.numpy.random(len(chosen)) < 0.5) & shop.size.mirrored
-        said = [caption(known[index], draw.numpy) for index in chosen]
-        said = ["" if draw.numpy.random() < DROPPED else text for text in said]
+        prompts = [caption(known[index], draw.numpy) for index in chosen]
+        prompts = ["" if draw.numpy.random() < DROPPED else text for text in prompts]
         # Timesteps are spread over the batch: one in each of its equal parts.
         spread = (np.arange(len(chosen)) + draw.numpy.random(len(chosen))) / len(chosen)
         timestep = torch.from_numpy((spread * len(signals)).astype(np.int64)).to(shop.device)
         clean = latents[torch.from_numpy(mirrored.astype(np.int64)), torch.from_numpy(chosen)]
         noise, signal = draw.noise(*clean.shape), signals[timestep][:, None, None, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        predicted = denoise(noisy, timestep, ids[[rows[text] for text in said]])
+        predicted = denoise(noisy, timestep, ids[[rows[text] for text in prompts]])
         ratio = signal / (1 - signal)
         return (ratio.clamp(max=SNR_CAP) / ratio * (predicted - noise).square()).mean()
 
@@ -194,9 +194,9 @@ def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> 
 def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Path:
     """Write the pipeline's folder in half precision, whole or not at all."""
     folder = shop.output / "emoji-sd"
-    seen = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
+    sampled = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
     pipe = assemble(model, vae, tokenizer)
-    images = sample(pipe, [shop.emoji[index].name for index in seen], 2 * shop.size.steps, guidance=4.0)
+    images = sample(pipe, [shop.emoji[index].name for index in sampled], 2 * shop.size.steps, guidance=4.0)
     with new_folder(folder, force=True, known_by="model_index.json") as draft:
         for part in (vae, model.text, model.unet):
             part.half()

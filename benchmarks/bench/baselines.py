@@ -162,8 +162,7 @@ def compile_baselines(
         batch: the bundle's images a call.
         whole: with what comes before and after the denoiser, as far as there is an exporter for it.
 
-    Returns:
-        One entry a baseline, in order; one that raises has its error in place of a folder.
+    One that raises has its error in place of a folder.
     """
     total = len(baselines) + 1
     progress("compile baselines", 0, total, "convert")

@@ -46,11 +46,8 @@ def bench(
     """Measure a bundle against baselines and write the report into ``output``.
 
     Args:
-        folder: the bundle.
         output: folder of the report; refused where it exists, without ``force``.
-        config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        progress: see :data:`dipgo.base.progress.Report`.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
@@ -75,7 +72,7 @@ def bench(
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
     rows = rows_of(candidates, outcomes, inputs, record, converged)
-    scope = scope_of(record, outcomes[SUBJECT])
+    scope = f"denoising loop, batch {latent_shape(record)[0]}, {outcomes[SUBJECT].label}"
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)
     report = ReportRecord(
@@ -109,11 +106,6 @@ def bench(
     pictures = {name: each.outputs.images for name, each in outcomes.items() if each.outputs and not each.error}
     write_report(report, pictures, captions, output, force)
     return report
-
-
-def scope_of(record: BundleRecord, outcome: Outcome) -> str:
-    """Return what the wall times span, in words."""
-    return f"denoising loop, batch {latent_shape(record)[0]}, {outcome.label}"
 
 
 def rows_of(

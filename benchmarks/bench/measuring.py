@@ -110,7 +110,11 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
     repeats = math.ceil(suite.repeats / suite.processes)
     for scope in dict.fromkeys(["loop", *suite.scopes]):
         if scope == "step":
-            _time_steps(workers, outcomes, min(repeats, 5))
+            for _ in range(min(repeats, 5)):
+                for name, worker in workers.items():
+                    if outcomes[name].error is None:
+                        with _listed(outcomes[name]):
+                            outcomes[name].steps.append(worker.ask("steps")["seconds"])
             continue
 
         def running(scope: str = scope) -> list[str]:
@@ -151,21 +155,13 @@ def _note_memory(worker: Worker, outcome: Outcome) -> None:
         outcome.device = max(outcome.device or 0, memory["device_peak"])
 
 
-def _time_steps(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], repeats: int) -> None:
-    for _ in range(repeats):
-        for name, worker in workers.items():
-            if outcomes[name].error is None:
-                with _listed(outcomes[name]):
-                    outcomes[name].steps.append(worker.ask("steps")["seconds"])
-
-
 def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:
     """Read results; the first generation counts MACs and makes the images."""
     file = scratch / f"latents-{worker.pid}.npz"
     worker.ask("latents", file=str(file))
-    with np.load(file, allow_pickle=False) as held:
-        drift = latent_error(held["last"], held["first"])
-        outcome.final = held["first"]
+    with np.load(file, allow_pickle=False) as arrays:
+        drift = latent_error(arrays["last"], arrays["first"])
+        outcome.final = arrays["first"]
     if not drift <= STEADY:
         raise NotMeasuredError(f"its result changed from run to run by {drift:.1e} (relative), on the same noise")
     if first:
@@ -179,9 +175,9 @@ def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Outputs:
     for start in range(0, count, batch):
         file = scratch / f"outputs-{worker.pid}.npz"
         worker.ask("generate", start=start, count=count, seed=IMAGE_SEED, file=str(file))
-        with np.load(file, allow_pickle=False) as held:
-            latents.append(held["latents"])
-            images.append(held["images"] if "images" in held.files else latents_as_images(held["latents"]))
+        with np.load(file, allow_pickle=False) as arrays:
+            latents.append(arrays["latents"])
+            images.append(arrays["images"] if "images" in arrays.files else latents_as_images(arrays["latents"]))
     outputs = Outputs(np.concatenate(latents), np.concatenate(images))
     if not (np.isfinite(outputs.latents).all() and np.isfinite(outputs.images).all()):
         raise NotMeasuredError("its images are not finite")

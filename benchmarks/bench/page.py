@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,8 @@ def write_report(
 ) -> None:
     """Write ``report.json``, ``report.html`` and ``report.md`` into ``folder``, whole or not at all.
 
-    Args:
-        pictures: images ``[n, height, width, channels]`` in [0, 1] by program, those of them that made any.
-        captions: what each image shows.
+    ``pictures`` are images ``[n, height, width, channels]`` in [0, 1] of the programs that made any, ``captions`` what
+    each of them shows.
 
     Raises:
         UsageError: the folder exists, without ``force``, or is no report's.
@@ -93,24 +93,19 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": milliseconds, "db": decibels, "size": file_size, "macs": macs}
+    environment.filters |= {"ms": milliseconds, "db": decibels}
+    environment.filters |= {"size": partial(scaled, units=_BYTES), "macs": partial(scaled, units=_MACS)}
     return environment.get_template(name)
 
 
-def file_size(count: int) -> str:
-    """Return a number of bytes as text."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= divisor:
-            return f"{count / divisor:.2f} {unit}"
-    return f"{count} B"
+_BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 0}
+_MACS = {"T": 1e12, "G": 1e9, "M": 1e6, "": 0}
 
 
-def macs(count: int) -> str:
-    """Return a number of MACs as text."""
-    for unit, divisor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= divisor:
-            return f"{count / divisor:.2f} {unit}"
-    return str(count)
+def scaled(count: int, units: Mapping[str, float]) -> str:
+    """Return a number as text, in the first unit that it reaches; in the last, of 0, as it is."""
+    unit, least = next((unit, least) for unit, least in units.items() if count >= least)
+    return f"{count / least:.2f} {unit}" if least else f"{count} {unit}".rstrip()
 
 
 def _data_uri(pixels: np.ndarray) -> str:

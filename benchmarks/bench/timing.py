@@ -73,8 +73,8 @@ def time_interleaved(
     is measured is steady use of one program, not how well it finds the caches that another left. There are at least
     ``repeats`` rounds and at least ``seconds`` of them in all.
     """
-    for done in range(warm_up):
-        progress("warm up", done, warm_up, "")
+    for turn in range(warm_up):
+        progress("warm up", turn, warm_up, "")
         for run in candidates.values():
             run()
     if warm_up:

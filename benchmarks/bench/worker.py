@@ -26,12 +26,9 @@ Answer = dict[str, Any]
 
 
 class Worker(ChildProcess):
-    """A process with one program; a context manager that ends it.
+    """A process with one program, which prints into ``log`` and may take ``patience`` seconds to answer.
 
-    Args:
-        spec: what to load.
-        log: a file for what the process prints.
-        patience: seconds that an answer may take.
+    A context manager that ends it.
     """
 
     def __init__(self, spec: ProgramSpec | TorchSpec, log: Path, patience: float) -> None:
@@ -85,8 +82,7 @@ class Server:
     def do_load(self, spec: dict[str, Any]) -> Answer:
         """Load the subject; seconds from the request until it is ready."""
         begin = time.perf_counter()
-        chosen: ProgramSpec | TorchSpec = TypeAdapter(Spec).validate_python(spec)
-        self.subject = subject_of(chosen)
+        self.subject = subject_of(TypeAdapter(Spec).validate_python(spec))
         return {"seconds": time.perf_counter() - begin, "label": self.subject.label, "batch": self.subject.batch}
 
     def do_warm_up(self, rounds: int) -> Answer:

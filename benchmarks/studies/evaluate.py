@@ -118,8 +118,8 @@ def _adopt(output: Path, plan: Plan, first: bool) -> None:
     """Begin a folder, or go on in one of the same plan; all processes check, the first one writes."""
     file = output / PLAN_FILE
     if file.is_file():
-        held = read_record(file, Plan, SCHEMA, "plan", "give another folder")
-        if held != plan:
+        earlier = read_record(file, Plan, SCHEMA, "plan", "give another folder")
+        if earlier != plan:
             raise UsageError(f"{output}: holds images of another bundle, prompts, number or seed; give another -o")
         return
     if output.exists() and any(output.iterdir()) and first:

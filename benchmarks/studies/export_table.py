@@ -139,7 +139,7 @@ def measure(study: Study, folder: Path, subnet: Path, dtype: str, weights: str) 
     seconds = time.perf_counter() - started
     record = BundleRecord.model_validate_json((output / "bundle.json").read_text())
     graphs = [record.files[graph.file].bytes for graph in record.graphs.values()]
-    held = sum(file.bytes for name, file in record.files.items() if "/" in name)
+    stored_bytes = sum(file.bytes for name, file in record.files.items() if "/" in name)
     case = Case(
         model=folder.name,
         weights=weights,
@@ -149,8 +149,8 @@ def measure(study: Study, folder: Path, subnet: Path, dtype: str, weights: str) 
         graphs=len(graphs),
         largest_graph_bytes=max(graphs),
         graphs_bytes=sum(graphs),
-        copied_bytes=held if weights == "copy" else 0,
-        weights_bytes=held,
+        copied_bytes=stored_bytes if weights == "copy" else 0,
+        weights_bytes=stored_bytes,
         slots_bytes=sum(slot.bytes for slot in record.slots),
         naive_cache_bytes=record.naive_cache_bytes,
         parts=record.parts,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.bench.quality import class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.bench.quality import classified, image_psnr, is_digits, psnr
 from benchmarks.bench.reference import as_images
 from benchmarks.bench.reference import converged as converged_task
 from benchmarks.bench.subjects import IMAGE_SEED
@@ -67,7 +67,7 @@ class Judge:
         )
 
     def accuracy(self, images: np.ndarray) -> float | None:
-        return class_accuracy(images, self.labels.tolist()) if is_digits(self.task.model.name, images) else None
+        return float(classified(images, self.labels).mean()) if is_digits(self.task.model.name, images) else None
 
     def _images(self, latent: torch.Tensor) -> np.ndarray:
         with torch.no_grad():

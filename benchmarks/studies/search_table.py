@@ -43,12 +43,14 @@ SAME_DB = 0.02  # the mean over images of the same schedule on the same noise, o
 CLOSE_DB = 3.0  # schedules that far below the best one there might be the best on other noise
 
 
-def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
-    """Yield all rows of the budgets that ``found`` was searched for, fixed schedules on the sites of each.
+def cells(
+    judge: Judge, searched: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None
+) -> Iterator[Cell]:
+    """Yield all rows of the budgets of ``searched``, fixed schedules on the sites of each.
 
     With an earlier table the rows of fixed schedules are those that it has.
     """
-    for subnet in found:
+    for subnet in searched:
         task = judge.on_sites_of(subnet)
         budget = subnet.search.budget or 0.0
         steps = max(2, round(task.sampler.steps * budget))
@@ -83,19 +85,19 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     against it. Where no site makes the output, no step can be skipped whole; so schedules on ``block`` sites count
     too, which the search has not seen.
     """
-    judged: dict[str, Cell] = {}
+    by_name: dict[str, Cell] = {}
     blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]
     for own, where in [(task, ""), *((block, ", by block") for block in blocks)]:
         fixed = _fixed(own, searched, budget)
         for name in tqdm(_in_question(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
-            judged[f"{name}{where}"] = _judged(judge, own, fixed, name, budget, where)
+            by_name[f"{name}{where}"] = _judged(judge, own, fixed, name, budget, where)
     for name, row in PLAIN_ROWS.items():
-        if name in judged:
-            yield judged[name].model_copy(update={"row": row})
-    deep = [cell for name, cell in judged.items() if name.startswith(DEEP)]
+        if name in by_name:
+            yield by_name[name].model_copy(update={"row": row})
+    deep = [cell for name, cell in by_name.items() if name.startswith(DEEP)]
     if deep:
         yield _best(deep, DEEP_ROW)
-    yield _best(list(judged.values()), BEST)
+    yield _best(list(by_name.values()), BEST)
 
 
 def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
@@ -108,9 +110,9 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
     fixed = _fixed(task, searched, budget)
     known = {row: name for name, row in PLAIN_ROWS.items() if name in fixed}
     rows = {*PLAIN_ROWS.values(), DEEP_ROW, BEST}
-    found = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
-    checked = next((cell for cell in found if cell.row in known), None)
-    if checked is None or found[-1].row != BEST:
+    earlier_rows = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
+    checked = next((cell for cell in earlier_rows if cell.row in known), None)
+    if checked is None or earlier_rows[-1].row != BEST:
         raise DipgoError(f"the earlier table has no fixed policies at {budget:g}; leave out --policies-of")
     then = len(checked.each_psnr_db)
     if then != len(judge.reference):
@@ -124,7 +126,7 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
             f"at {budget:g} '{checked.row}' has {now:.2f} dB, in the earlier table {checked.image_psnr_db:.2f} dB; "
             "leave out --policies-of"
         )
-    return found
+    return earlier_rows
 
 
 def _fixed(task: Task, searched: SubNet, budget: float) -> dict[str, Schedule]:
@@ -134,9 +136,9 @@ def _fixed(task: Task, searched: SubNet, budget: float) -> dict[str, Schedule]:
 def _in_question(task: Task, fixed: Mapping[str, Schedule]) -> list[str]:
     """Return the fixed schedules that rows name, and those that might be the best of all."""
     first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
-    seen = {name: first.psnr(schedule) for name, schedule in fixed.items()}
-    least = max(seen.values(), default=0.0) - CLOSE_DB
-    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or seen[name] >= least]
+    psnrs = {name: first.psnr(schedule) for name, schedule in fixed.items()}
+    least = max(psnrs.values(), default=0.0) - CLOSE_DB
+    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or psnrs[name] >= least]
 
 
 def _judged(judge: Judge, task: Task, fixed: Mapping[str, Schedule], name: str, budget: float, where: str = "") -> Cell:

@@ -34,7 +34,6 @@ class Descent:
     """How a phase descends.
 
     Attributes:
-        iterations: updates of the parameters.
         rate: the highest learning rate.
         optimiser: ``adam``, ``adamw``, or ``sgd`` (without momentum, as in the paper).
         schedule: ``cosine`` down to zero after the last iteration (Loshchilov & Hutter 2017, eq. 5), or ``constant``.

@@ -63,8 +63,6 @@ def build(
     Args:
         bundle: a bundle; if anything must be built, all its files are checked before.
         workers: engines to build at a time. On a GPU more than one disturb each other's timings.
-        force: build all of them again.
-        options: what changes the engines.
         report: called with a phase, how many engines are there, how many there will be, and a name.
 
     Raises:

@@ -55,11 +55,9 @@ def plan_from_graph(
     """Build an engine.
 
     Args:
-        library: the TensorRT to build with.
         path: the graph's file, its weights beside it as it says.
         graph: what the network's inputs and outputs must be.
         axes: the ranges of the symbolic dimensions in ``graph``; none where all are fixed.
-        options: what changes the engine.
         timing: a file of kernel timings, read and added to; None where it would serve nothing.
 
     Raises:

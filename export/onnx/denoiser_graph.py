@@ -29,7 +29,6 @@ class DenoiserGraph:
     """The whole denoiser in ONNX.
 
     Attributes:
-        trace: what it was made from.
         sizes: of ``model``: images a call, and the latent's sides.
         symbolic: the graph as converted, for any number of images.
         model: the graph at ``sizes``, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
