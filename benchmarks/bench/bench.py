@@ -71,7 +71,7 @@ def bench(
 
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
-    rows = rows_of(candidates, outcomes, inputs, record, converged)
+    rows = [_row(each, outcomes, candidates[0], inputs, record, converged) for each in candidates]
     scope = f"denoising loop, batch {latent_shape(record)[0]}, {outcomes[SUBJECT].label}"
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)
@@ -108,34 +108,20 @@ def bench(
     return report
 
 
-def rows_of(
-    candidates: Sequence[Candidate],
-    outcomes: Mapping[str, Outcome],
-    inputs: Sequence[Any],
-    record: BundleRecord,
-    converged: Outputs | None,
-) -> list[Row]:
-    """Return a row a candidate, in order: the full program, the bundle, the others.
-
-    ``inputs`` are the classes or prompts of the judged images, ``record`` is the bundle's.
-    """
-    full = candidates[0]
-    assert full.record
-    return [
-        _row(each, outcomes.get(each.name), outcomes[FULL], full.record.macs, inputs, record, converged)
-        for each in candidates
-    ]
-
-
 def _row(
     candidate: Candidate,
-    outcome: Outcome | None,
-    full: Outcome,
-    full_macs: int,
+    outcomes: Mapping[str, Outcome],
+    reference: Candidate,
     inputs: Sequence[Any],
     record: BundleRecord,
     converged: Outputs | None,
 ) -> Row:
+    """Return a candidate's row beside the full program, ``reference``.
+
+    ``inputs`` are the classes or prompts of the judged images, ``record`` is the bundle's.
+    """
+    assert reference.record
+    outcome, full, full_macs = outcomes.get(candidate.name), outcomes[FULL], reference.record.macs
     agreement = _agreement(candidate, outcome, full)
     error = candidate.error or (outcome.error if outcome else "not run")
     if not error and agreement is not None and not agreement <= AGREEMENT.get(record.dtype, AGREEMENT_HALF):

@@ -142,17 +142,13 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
         in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
         if scope == "loop":
             for name in running():
-                with _listed(outcomes[name]):
-                    _note_memory(workers[name], outcomes[name])
-
-
-def _note_memory(worker: Worker, outcome: Outcome) -> None:
-    """Note the most that was held so far: after the loop, before a decoder's memory counts."""
-    memory = worker.ask("memory")
-    outcome.resident = max(outcome.resident, memory["resident_peak"])
-    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
-    if "device_peak" in memory:
-        outcome.device = max(outcome.device or 0, memory["device_peak"])
+                outcome = outcomes[name]
+                with _listed(outcome):  # before a decoder's memory counts
+                    memory = workers[name].ask("memory")
+                    outcome.resident = max(outcome.resident, memory["resident_peak"])
+                    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
+                    if "device_peak" in memory:
+                        outcome.device = max(outcome.device or 0, memory["device_peak"])
 
 
 def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:

@@ -39,6 +39,7 @@ from dipgo.model.sampler import tabulate
 from dipgo.model.vae import from_vae
 from engines.pipeline.pipeline import load
 from engines.program import Program
+from engines.sizes import batches_of
 from export.compiler import scheduler_of
 
 TOLERANCE = 1e-4  # float32
@@ -213,12 +214,11 @@ def _program(program: Program, pipe: Any | None, inputs: Inputs, seed: int, prog
     conditioning = program.record.conditioning
     noise, count = program.noise(len(inputs), seed), len(inputs)
     latents, images = [], []
-    for start in range(0, count, program.batch):
-        progress("verify: compiled", start, count, "")
-        chosen = np.arange(start, start + program.batch).clip(max=count - 1)
-        batch: Any = [inputs[k] for k in chosen]
+    for rows in batches_of(program.record, count):
+        progress("verify: compiled", int(rows[0]), count, "")
+        batch: Any = [inputs[row] for row in rows]
         conditions = program.conditions(batch) if pipe is None else conditions_as_arrays(pipe, batch, conditioning)
-        latents.append(program.denoise(noise[chosen], conditions))
+        latents.append(program.denoise(noise[rows], conditions))
         if program.record.decoder is None:  # the latents are the images
             images.append(as_images(torch.from_numpy(latents[-1])).numpy())
         else:
