@@ -77,10 +77,20 @@ class Stream:
         Raises:
             DipgoError: it does not fit into the device's memory; names the sizes.
         """
-        array = self._allocate(shape, dtype)
+        size = prod(shape) * Dtype(dtype).itemsize
+        memory = _Memory()
+        try:
+            pointer = int(call("cudaMalloc", max(size, 1)))
+        except CudaError as error:
+            free, total = call("cudaMemGetInfo")
+            raise DipgoError(
+                f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} of {total / 1e9:.2f} GB free; "
+                "export with --graphs segment, which holds every weight once, or a smaller --batch"
+            ) from error
+        weakref.finalize(memory, call_quietly, "cudaFree", pointer)
         with self.lock:
-            call("cudaMemsetAsync", array.pointer, 0, array.bytes, self.handle)
-        return array
+            call("cudaMemsetAsync", pointer, 0, size, self.handle)
+        return DeviceArray(memory, pointer, shape, dtype)
 
     def write(self, target: DeviceArray, values: np.ndarray) -> None:
         """Copy values of the host, in the target's shape and cast to its dtype; they may change once this returns."""
@@ -140,20 +150,6 @@ class Stream:
 
         weakref.finalize(launch, call_quietly, "cudaGraphExecDestroy", executable)
         return launch
-
-    def _allocate(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        size = prod(shape) * Dtype(dtype).itemsize
-        memory = _Memory()
-        try:
-            pointer = int(call("cudaMalloc", max(size, 1)))
-        except CudaError as error:
-            free, total = call("cudaMemGetInfo")
-            raise DipgoError(
-                f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} of {total / 1e9:.2f} GB free; "
-                "export with --graphs segment, which holds every weight once, or a smaller --batch"
-            ) from error
-        weakref.finalize(memory, call_quietly, "cudaFree", pointer)
-        return DeviceArray(memory, pointer, shape, dtype)
 
 
 class _Memory:
