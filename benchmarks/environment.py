@@ -16,8 +16,10 @@ import psutil
 from dipgo.base.records import Record
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
-PACKAGES += ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+PACKAGES = (
+    *("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy"),
+    *("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+)
 _GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
 
 

@@ -67,7 +67,9 @@ class Judge:
         )
 
     def accuracy(self, images: np.ndarray) -> float | None:
-        return float(classified(images, self.labels).mean()) if is_digits(self.task.model.name, images) else None
+        return (
+            float(classified(images, self.labels.tolist()).mean()) if is_digits(self.task.model.name, images) else None
+        )
 
     def _images(self, latent: torch.Tensor) -> np.ndarray:
         with torch.no_grad():

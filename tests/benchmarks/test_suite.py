@@ -34,7 +34,7 @@ def test_a_file_of_ones_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (ABOUT + "rounds: 3\n", "unknown option 'rounds'; there are about, baselines"),
+        (ABOUT + "rounds: 3\n", "unknown option 'rounds'; did you mean 'seconds'?"),
         (ABOUT + "repeats: none\n", "repeats = 'none': "),
         (ABOUT + "repeats: 0\n", "repeats = 0: "),
         (ABOUT + "scopes: [wall]\n", "scopes = 'wall': "),
