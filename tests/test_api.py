@@ -11,7 +11,7 @@ import pytest
 import dipgo
 from benchmarks.bench.subjects import ProgramSpec
 from benchmarks.bench.worker import Worker
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import UsageError
 from dipgo.graph.facts import counted, families, read_facts
 from dipgo.model.models import architectures, built_in, find_model

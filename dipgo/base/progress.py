@@ -56,20 +56,21 @@ class Progress:
 
     @contextmanager
     def phases(self) -> Iterator[Report]:
-        """Yield a report function that shows one progress bar a phase."""
+        """Yield a report function that shows one progress bar a phase, which ends where another one begins."""
         if not (self.visible and is_main()):
             yield silent
             return
         from tqdm import tqdm
 
-        bars: dict[str, tqdm[Any]] = {}
+        bar: tqdm[Any] | None = None
+        shown = ""
 
         def report(phase: str, iteration: int, total: int, figure: str) -> None:
-            if phase not in bars:
-                for before in bars.values():
-                    before.close()
-                bars[phase] = tqdm(total=total, desc=phase, disable=None)
-            bar = bars[phase]
+            nonlocal bar, shown
+            if bar is None or shown != phase:
+                if bar is not None:
+                    bar.close()
+                bar, shown = tqdm(total=total, desc=phase, disable=None), phase
             bar.total = total  # in some phases it grows
             bar.set_postfix_str(figure, refresh=iteration == total)
             bar.update(iteration - bar.n)
@@ -77,7 +78,7 @@ class Progress:
         try:
             yield report
         finally:
-            for bar in bars.values():
+            if bar is not None:
                 bar.close()
 
 

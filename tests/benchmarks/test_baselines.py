@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bench.baselines import BASELINES, compile_baselines, steps_at
-from benchmarks.progress import one_line
+from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import find_model
 from dipgo.schedule.schedule import Schedule

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 import dipgo
 from benchmarks.bench.parity import TOLERANCE, measure, verify
 from benchmarks.bench.quality import latent_error
-from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of
+from dipgo.base.progress import silent
 from dipgo.searching.task import Task
 from export.bundle import BundleRecord
 

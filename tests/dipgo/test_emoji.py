@@ -23,6 +23,7 @@ from transformers import CLIPTokenizer
 
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import find_model
+from dipgo.searching.run_folder import Cadence, open_run
 from training import emoji as data
 from training import emoji_quality, train_emoji_sd
 from training.emoji_model import TRIAL, Size, sample
@@ -178,7 +179,8 @@ def fit(folder: Path, stop_at: int | None = None, rate: float = 0.05) -> tuple[n
         x = Draw(0, iteration).noise(8, 3)
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-    return train(model, loss_at, Course("line", 60, 8, rate, checkpoint_seconds=0.0), folder)
+    run = open_run(folder, {"rate": rate}, resume=True, cadence=Cadence(iterations=1))
+    return train(model, loss_at, Course("line", 60, 8, rate), run)
 
 
 def test_a_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
@@ -196,14 +198,16 @@ def test_a_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     fit(tmp_path)
-    with pytest.raises(DipgoError, match=r"line\.safetensors: a checkpoint of other settings"):
+    with pytest.raises(DipgoError, match=r"was begun with rate = 0\.05, now it is 0\.01"):
         fit(tmp_path, rate=0.01)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
-    with pytest.raises(DipgoError, match="loss at iteration"):
-        train(model, lambda k: model.weight.sum() * float("nan"), Course("x", 5, 1, 0.1), tmp_path)
+    with pytest.raises(DipgoError, match="the loss is nan at iteration 1"):
+        train(
+            model, lambda k: model.weight.sum() * float("nan"), Course("x", 5, 1, 0.1), open_run(tmp_path / "run", {})
+        )
 
 
 SCRIPT = """

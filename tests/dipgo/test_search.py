@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bench.digit_classifier import load_classifier, load_digits
+from dipgo.base.errors import UsageError
 from dipgo.graph.liveness import canonical
 from dipgo.model.families import GuidedDenoiser
 from dipgo.schedule.fixed_schedules import SPACINGS, computed_steps, extrapolation, fixed_schedules
@@ -278,3 +279,9 @@ def test_shipped_classifier_reads_held_out_digits():
     with torch.no_grad():
         accuracy = (load_classifier()(images).argmax(1) == labels).float().mean()
     assert accuracy >= 0.97
+
+
+def test_step_weights_are_one_a_call():
+    config = SearchConfig(steps=4, budget=0.5, step_weights=(1.0, 1.0))
+    with pytest.raises(UsageError, match="2 step weights for 4 calls"):
+        search(zoo.task("dit", 4), config)

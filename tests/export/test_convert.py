@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser
 from dipgo.model.models import find_model
-from export.onnx.convert import convert, convert_at, export_module, simplify
+from export.onnx.convert import convert, export_module, simplify
 from export.onnx.passes import MEND
 from tests import zoo
 
@@ -214,7 +214,7 @@ class _Tiny(torch.nn.Module):
 
 def test_tiny_addends_and_idle_squeezes():
     program = export_module("tiny", _Tiny().eval(), [torch.ones(2, 3)])
-    model = convert_at("tiny", program, ["x"], ["a", "b", "c"], (2, 3))
+    model = convert("tiny", program, ["x"], ["a", "b", "c"], (2, 3))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
