@@ -16,7 +16,7 @@ from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, cells_of
 from engines.steps import Steps, Walk
-from export.axes import shape_at, values_at
+from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
 
 AfterStep = Callable[[int, np.ndarray], None]
@@ -113,7 +113,7 @@ class Program:
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(len(subjects), size))
             for name, row in conditioning.encoder.sized.items():
-                rows[name][:] = shape_at(row, sizes)
+                rows[name][:] = sizes_at(row, sizes)
         return {tensor.name: rows[tensor.name].astype(Dtype(tensor.dtype).numpy) for tensor in conditioning.inputs}
 
     def check_negative(self, negative: str | None) -> None:

@@ -401,9 +401,9 @@ def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(DipgoError, match="no such file"):
+    with pytest.raises(DipgoError, match="no such schedule file"):
         read_schedule(tmp_path / "none.json")
-    with pytest.raises(DipgoError, match="cannot be read"):
+    with pytest.raises(DipgoError, match=r"not a readable schedule file \(a folder"):
         read_schedule(tmp_path)
 
 
