@@ -6,6 +6,7 @@ in the folder and point into the weights files, which lie as in the pipeline's o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +15,8 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import sha256_of, sha256_of_json
-from dipgo.base.inputs import read_tensors
+from dipgo.base.files import Kind, sha256_of, sha256_of_json
+from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
 from dipgo.base.records import (
     MOST_CALLS,
     Count,
@@ -26,8 +27,10 @@ from dipgo.base.records import (
     SamplerIdentity,
     Sha256,
     Timestep,
+    read_object,
     read_record,
 )
+from dipgo.model.safetensors_index import read_file
 from export.graphs import (
     AxisRecord,
     DtypeName,
@@ -46,8 +49,25 @@ RECORD_FILE = "bundle.json"
 CURE = "export it again"
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "bundle-1.json"
 
+WEIGHTS = ".safetensors"
+ENGINES = "engines"
+"""The folder for what is built of a bundle's graphs."""
+_ENGINE = re.compile(r"\.engine(\.json|\.damaged)?$|^\.lock$")
+
 Slot = Annotated[int, Field(ge=0, lt=100_000)]
 Class = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the files that a bundle's record names, and its engines; also of a record that is not valid any more."""
+    try:
+        files = list(read_object(folder / RECORD_FILE, "bundle").get("files", ()))
+    except (DipgoError, TypeError):
+        files = []
+    return files + [f"{ENGINES}/{path.name}" for path in folder.glob(f"{ENGINES}/*") if _ENGINE.search(path.name)]
+
+
+BUNDLE = Kind(RECORD_FILE, files_of)
 
 
 class LaunchRecord(Record):
@@ -264,7 +284,17 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     if unlisted := sorted(record.used - record.files.keys()):
         raise DipgoError(f"{path}: '{unlisted[0]}' is not among its files; {CURE}")
     for name, expected in record.files.items():
-        _check_file(folder, name, expected, check_files)
+        _check_place(folder, name, expected.bytes)
+        if name in record.used:
+            if expected.bytes > LARGEST_TENSORS:  # they are read whole; readers allow less for each kind
+                raise DipgoError(f"{folder / name}: larger than any such part of a bundle; {CURE}")
+        elif name.endswith(WEIGHTS):
+            read_file(folder / name)  # of any size, and filled by its tensors
+        else:
+            raise DipgoError(f"{path}: '{name}' is no part of the program; {CURE}")
+    for name, expected in record.files.items() if check_files else ():
+        if sha256_of(folder / name) != expected.sha256:
+            raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
     tables = read_tensors(folder / record.tables_file, "table of a bundle", CURE)
     graphs = {name: read_signature(folder / name, CURE) for name in record.tensors}
     for problem in problems(record, tables, graphs):
@@ -272,11 +302,12 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     return Bundle(folder, record, tables)
 
 
-def _check_file(folder: Path, name: str, expected: FileRecord, checksum: bool) -> None:
+def _check_place(folder: Path, name: str, size: int) -> None:
+    """Check that a file lies in the bundle, not behind a link, and has its size."""
     path = folder / name
     if ".." in Path(name).parts or not path.is_relative_to(folder) or not path.is_file():
         raise DipgoError(f"{path}: missing from the bundle; {CURE}")
     if path.resolve() != folder.resolve() / name:
         raise DipgoError(f"{path}: lies behind a link, which a bundle has none of; copy the bundle with cp -rL")
-    if path.stat().st_size != expected.bytes or (checksum and sha256_of(path) != expected.sha256):
-        raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); {CURE}")
+    if path.stat().st_size != size:
+        raise DipgoError(f"{path}: altered since the bundle was made (its size differs); {CURE}")

@@ -17,11 +17,14 @@ from benchmarks.bench.quality import CEILING_DB, Quality
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import Spread, Timing
 from benchmarks.environment import Environment
+from dipgo.base.files import Kind
 from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.schedule.subnet import Cost
 
 SCHEMA: Literal["dipgo.report/1"] = "dipgo.report/1"
 RECORD_FILE = "report.json"
+PAGE_FILE, SUMMARY_FILE = "report.html", "report.md"
+REPORT = Kind(RECORD_FILE, lambda folder: (PAGE_FILE, SUMMARY_FILE))
 Kind = Literal["loss", "result", "note"]
 EQUAL = 1.1  # a baseline with up to so many times the bundle's MACs is one at equal compute
 POOR = 0.5  # an efficiency below this says that the program, not its schedule, is slow

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dipgo.base.text import printable
 
+OUT_OF_MEMORY = (
+    "out of memory; end other programs, ask for less (--size, --batch), or allow this process more (ulimit -v)"
+)
+_SHORT = ("cannot allocate memory", "can't allocate memory", "failed to map segment", "out of memory", "bad_alloc")
+_SHORT += ("failed to allocate memory",)
+
 
 class DipgoError(Exception):
     """The work failed. The command line prints the message alone and exits with 1."""
@@ -21,20 +27,18 @@ class UsageError(DipgoError):
     exit_code = 2
 
 
-def one_line(error: BaseException, limit: int = 160) -> str:
-    """Return what an error of a library says, on one line of at most ``limit`` characters; its kind if it is silent."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, which libraries say in errors of many classes."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _SHORT)
 
 
 def not_imported(package: str, error: ImportError, cure: str) -> DipgoError:
     """Return why a package cannot be imported: it is not installed, which has a cure, or something else is wrong."""
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         return DipgoError(f"{package} is not installed; {cure}")
-    return DipgoError(f"{package} cannot be imported: {import_problem(error)}")
+    return DipgoError(f"{package} cannot be imported: {OUT_OF_MEMORY if is_out_of_memory(error) else error}")
 
 
-def import_problem(error: ImportError) -> str:
-    """Return one line on an import that failed; libraries that cannot be mapped say so in the system's own words."""
-    text = str(error)
-    short = "Cannot allocate memory" in text or "failed to map segment" in text
-    return "out of memory while libraries were loaded; allow this process more" if short else text
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Return what an error of a library says, on one line of at most ``limit`` characters; its kind if it is silent."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -135,7 +135,7 @@ def read_tensors(path: Path, what: str, cure: str, largest: int = LARGEST_TENSOR
                 if kind not in _FLOATS:
                     raise DipgoError(f"{path}: '{name}' is of the type {kind}, not one of {', '.join(_FLOATS)}; {cure}")
             return {name: file.get_tensor(name) for name in kinds}
-    except (SafetensorError, ValueError) as error:  # the second for a shape that numpy cannot have
+    except (SafetensorError, OSError, ValueError) as error:  # the last for a shape that numpy cannot have
         raise DipgoError(f"{path}: not a safetensors file ({error}); {cure}") from error
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from types import FrameType
 
 import typer
 from typer.exceptions import TyperException
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, is_out_of_memory
 from dipgo.base.own_packages import check_packages, leave_working_directory
 from dipgo.base.progress import is_main
+from dipgo.base.text import printable
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+TRACEBACK = "DIPGO_TRACEBACK"
 
 
 def application() -> typer.Typer:
@@ -67,17 +71,31 @@ def main() -> None:
     except TyperException as error:
         code = _fail(f"{error.format_message().rstrip('.')}; see 'dipgo --help'", 2)
     except OSError as error:  # of the system, such as a name that is too long; what we know has a better line
-        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        known = f"{error.filename or 'the system'}: {error.strerror or error}"
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else known, 1)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error) and os.environ.get(TRACEBACK):
+            raise
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else _fault(error), 1)
     if code == INTERRUPTED:
         code = _fail("interrupted; what was not finished was not written", 1)
     sys.exit(int(code or 0))
 
 
+def _fault(error: Exception) -> str:
+    """Return one line on an error that nobody foresaw."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"a fault of dipgo's own: {type(error).__name__}{place}: {error}; {TRACEBACK}=1 shows all of it, report it"
+
+
 def _fail(message: str, code: int) -> int:
     if is_main():  # all processes stop for one reason
-        print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
+        bars = sys.modules.get("tqdm")
+        begun = "\n" if bars and getattr(bars.tqdm, "_instances", None) else ""  # what a bar has begun ends there
+        print(f"{begun}dipgo: {printable(message)}", file=sys.stderr)
     return code
 
 

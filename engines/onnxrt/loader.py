@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dipgo.base.errors import DipgoError, not_imported
+from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, is_out_of_memory, not_imported
 
 
 def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:
@@ -50,6 +50,8 @@ def refusal(path: Path, error: Exception) -> DipgoError:
     cure = "export it again"
     if "bfloat16" in detail or "NOT_IMPLEMENTED" in detail:  # no kernel of an operator in this type
         cure = "ONNX Runtime's CPU has no bfloat16: export with --dtype fp16 or fp32, or give --backend torch"
+    if is_out_of_memory(error):
+        return DipgoError(f"{path}: ONNX Runtime is {OUT_OF_MEMORY}")
     return DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}")
 
 
