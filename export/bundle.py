@@ -285,13 +285,10 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
         raise DipgoError(f"{path}: '{unlisted[0]}' is not among its files; {CURE}")
     for name, expected in record.files.items():
         _check_place(folder, name, expected.bytes)
-        if name in record.used:
-            if expected.bytes > LARGEST_TENSORS:  # they are read whole; readers allow less for each kind
-                raise DipgoError(f"{folder / name}: larger than any such part of a bundle; {CURE}")
-        elif name.endswith(WEIGHTS):
+        if name.endswith(WEIGHTS) and name not in record.used:
             read_file(folder / name)  # of any size, and filled by its tensors
-        else:
-            raise DipgoError(f"{path}: '{name}' is no part of the program; {CURE}")
+        elif expected.bytes > LARGEST_TENSORS:  # its reader allows less
+            raise DipgoError(f"{folder / name}: larger than any such part of a bundle; {CURE}")
     for name, expected in record.files.items() if check_files else ():
         if sha256_of(folder / name) != expected.sha256:
             raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")

@@ -37,7 +37,7 @@ KNOWN = (
     "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask (list of 0 and 1), "
     "SmoothCache's schedule"
 )
-_LARGEST = 8 * 2**20  # bytes; the published gates are 0.2 MB
+_LARGEST = 4 * 2**20  # bytes; the published gates are 0.2 MB
 
 
 def read_schedule(path: Path) -> Published:

@@ -123,7 +123,7 @@ CONTRADICTIONS = {
         lambda r: [row.update(term=9) for part in r["graphs"].values() for row in part["rows"].values()],
         "nothing that fits is given to",
     ),
-    "no prologues": (lambda r: r.update(prologues=[]), "'tiny-dit-prompt-fp32-4.onnx' is no part of the program"),
+    "no prologues": (lambda r: r.update(prologues=[]), "nothing that fits is given to"),
     "parts not there": (lambda r: r["parts"][0].update(part="x"), "parts.0.part: Input should be"),
     "class out of range": (lambda r: r["conditioning"].update(null_class=10**40), "null_class: Input should be less"),
     "no class": (lambda r: r["conditioning"].update(null_class=None), "guided, without a class that stands for none"),
