@@ -28,7 +28,7 @@ VALUES: list[Callable[[Random], Any]] = [
     ),
     lambda rng: nested(rng.choice([3, 70, 300]), rng.choice("[{")),
     lambda rng: [rng.randrange(-2, 9) for _ in range(rng.randrange(10))],
-    lambda rng: [0] * rng.choice([100, 20_000, 1_000_000]),
+    lambda rng: [0] * rng.choice([100, 3000, 100_000]),
 ]
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F4", "I64", "U8", "BOOL", "C64", "")
 

@@ -19,7 +19,7 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.text import LONGEST
 
 SECONDS, BYTES = 10.0, 2**30
-_PATIENCE = 30.0  # seconds until a mutant is taken for hung, more than SECONDS since other processes run too
+_PATIENCE = 60.0  # seconds until a mutant is taken for hung: more than SECONDS, since other processes run too
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree"}
 _NEVER = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "pickle.find_class"}
