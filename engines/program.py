@@ -17,7 +17,7 @@ from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, cells_of
 from engines.steps import Steps, Walk
-from export.axes import shape_at, values_at
+from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
 
 AfterStep = Callable[[int, np.ndarray], None]
@@ -116,7 +116,7 @@ class Program:
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
-                rows[name][:] = shape_at(row, sizes)
+                rows[name][:] = sizes_at(row, sizes)
         return {
             tensor.name: check_finite(
                 self.record, rows[tensor.name].astype(Dtype(tensor.dtype).numpy), f"'{tensor.name}' of the prompt"

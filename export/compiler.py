@@ -191,7 +191,12 @@ def scheduler_of(subnet: SubNet) -> Any:
         raise DipgoError(
             f"the installed diffusers has no {subnet.sampler.class_name}; install the version it came from"
         )
-    return scheduler_class.from_config(subnet.sampler.config)
+    try:
+        return scheduler_class.from_config(subnet.sampler.config)
+    except Exception as error:  # whatever a constructor says of its arguments
+        raise DipgoError(
+            f"the SubNet's {subnet.sampler.class_name} cannot be made of its configuration ({error}); search again"
+        ) from error
 
 
 def normalise(subnet: SubNet, traced: Trace) -> SubNet:

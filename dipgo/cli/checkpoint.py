@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dipgo.cli.options import ForceOption, OutputOption
+from dipgo.cli.options import OutputOption
 
 
 def import_checkpoint(
@@ -20,12 +20,11 @@ def import_checkpoint(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="CLIP's tokenizer: a folder or hub id; fetched if not given.")
     ] = None,
-    force: ForceOption = False,
 ) -> None:
     """Make a pipeline's folder of a checkpoint in one file, which every other command takes as MODEL."""
     from dipgo.base.progress import spinner
     from dipgo.model.single_file import import_checkpoint as import_file
 
     with spinner("read"):
-        name = import_file(file, output, like, tokenizer, force)
+        name = import_file(file, output, like, tokenizer)
     typer.echo(f"model: {output}, like {name}")

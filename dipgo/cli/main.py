@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 from typer.exceptions import TyperException
 
-from dipgo.base.errors import DipgoError, DipgoWarning
+from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, DipgoWarning, is_out_of_memory
 from dipgo.base.own_packages import check_packages, leave_working_directory
 from dipgo.base.progress import close_bars, is_main
+from dipgo.base.text import printable
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+TRACEBACK = "DIPGO_TRACEBACK"
 
 
 def application() -> typer.Typer:
@@ -72,9 +76,14 @@ def main() -> None:
     except TyperException as error:
         code = _fail(f"{error.format_message().rstrip('.')}; see 'dipgo --help'", 2)
     except OSError as error:  # of the system, such as a name that is too long; what we know has a better line
-        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        known = f"{error.filename or 'the system'}: {error.strerror or error}"
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else known, 1)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error) and os.environ.get(TRACEBACK):
+            raise
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else _fault(error), 1)
     if code == INTERRUPTED:
         code = _fail("interrupted; what was not finished was not written", 1)
     sys.exit(int(code or 0))
@@ -84,13 +93,20 @@ def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: 
     """Print what a user should know of a result, and nothing of what libraries tell their developers."""
     if issubclass(category, DipgoWarning):
         close_bars()
-        print(f"dipgo: {message}", file=sys.stderr)
+        print(f"dipgo: {printable(str(message))}", file=sys.stderr)
+
+
+def _fault(error: Exception) -> str:
+    """Return one line on an error that nobody foresaw."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"a fault of dipgo's own: {type(error).__name__}{place}: {error}; {TRACEBACK}=1 shows all of it, report it"
 
 
 def _fail(message: str, code: int) -> int:
     close_bars()
     if is_main():  # all processes stop for one reason
-        print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
+        print(f"dipgo: {printable(message)}", file=sys.stderr)
     return code
 
 

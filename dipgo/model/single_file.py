@@ -41,9 +41,7 @@ _INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 _CROSS_ATTENTION = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
 
 
-def import_checkpoint(
-    file: Path, folder: Path, like: str | None = None, tokenizer: str | None = None, force: bool = False
-) -> str:
+def import_checkpoint(file: Path, folder: Path, like: str | None = None, tokenizer: str | None = None) -> str:
     """Write the pipeline of a checkpoint of Stable Diffusion 1, 2 or SDXL as a folder, offline but for a tokenizer.
 
     Weights keep the precision that most of them have in the file.
@@ -64,7 +62,7 @@ def import_checkpoint(
     """
     import diffusers
 
-    refuse_existing(folder, force, "model_index.json")
+    refuse_existing(folder, False)
     if file.suffix != ".safetensors":
         raise UsageError(f"{file}: not a .safetensors file, and nothing else is read; save its state dict as one")
     tensors = stored_tensors([file])
@@ -87,7 +85,7 @@ def import_checkpoint(
             )
         except Exception as error:  # diffusers raises many kinds for tensors that are missing or of other shapes
             raise DipgoError(f"{file}: not a checkpoint like {name} ({one_line(error)})") from error
-    with new_folder(folder, force, "model_index.json") as draft:
+    with new_folder(folder) as draft:
         pipe.save_pretrained(draft)
     return name
 

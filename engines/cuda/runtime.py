@@ -66,7 +66,7 @@ def bindings() -> Any:
     try:
         from cuda.bindings import runtime  # type: ignore[import-untyped]
     except ImportError as error:
-        raise not_imported(error, "cuda-bindings", INSTALL) from error
+        raise not_imported("cuda-bindings", error, INSTALL) from error
     return runtime
 
 

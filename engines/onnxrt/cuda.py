@@ -154,7 +154,7 @@ def _require(provider: str) -> None:
     try:
         import onnxruntime
     except ImportError as error:
-        raise not_imported(error, "onnxruntime", "run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
+        raise not_imported("onnxruntime", error, "run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
     if provider not in onnxruntime.get_available_providers():
         raise DipgoError(f"this onnxruntime has no {provider}; {_INSTALL}")
     onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages

@@ -15,7 +15,7 @@ from engines.pipeline.formats import is_torch, to_array
 from engines.pipeline.text import Each
 from engines.program import Program
 from engines.steps import rows_of
-from export.axes import shape_at
+from export.axes import sizes_at
 
 EMBEDDINGS = {
     "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),
@@ -162,7 +162,7 @@ def _from_embeddings(
     constants: dict[str, Sequence[float]] = {}
     if conditioning.encoder:
         axes = program.axes_of(program.latent_shape(program.batch, size))
-        sizes = {name: shape_at(row, axes) for name, row in conditioning.encoder.sized.items()}
+        sizes = {name: sizes_at(row, axes) for name, row in conditioning.encoder.sized.items()}
         constants = {**conditioning.encoder.fixed, **sizes}
     conditions: dict[str, np.ndarray] = {}
     names: list[str] = []

@@ -10,7 +10,10 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from dipgo.base.errors import DipgoError, DipgoWarning, UsageError, one_line
+from dipgo.base.inputs import read_text
 from export.bundle import TextRecord, TokenizerRecord
+
+LARGEST_TOKENIZER = 64 * 2**20  # bytes
 
 
 class Each(tuple[str, ...]):
@@ -138,9 +141,9 @@ def _check_text(text: str) -> None:
 
 def _load(path: Path, record: TokenizerRecord) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_text(path, "tokenizer", LARGEST_TOKENIZER))
+        tokenizer.enable_truncation(record.length)
+        tokenizer.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
     except Exception as error:  # the library raises plain Exceptions
         raise DipgoError(f"{path}: not a readable tokenizer ({one_line(error)}); export the bundle again") from error
-    tokenizer.enable_truncation(record.length)
-    tokenizer.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
     return tokenizer

@@ -5,4 +5,4 @@ from dipgo.base.errors import not_imported
 try:
     import torch as _torch  # noqa: F401 - every module here needs it
 except ImportError as error:
-    raise not_imported(error, "torch", "run: pip install torch") from error
+    raise not_imported("torch", error, "run: pip install torch") from error

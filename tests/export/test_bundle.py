@@ -1,13 +1,20 @@
 """A bundle with anything missing or altered is refused in one line."""
 
+import contextlib
 import json
+import os
 import shutil
 
 import jsonschema
+import numpy as np
 import onnx
 import pytest
+from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
 
+import dipgo
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.files import sha256_of
 from dipgo.model.models import find_model
 from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
 from export.compiler import compile_subnet, write_bundle
@@ -52,7 +59,7 @@ def test_damaged_files_are_refused(bundle, name, damage):
         path.write_bytes(data)
     else:
         path.write_bytes(data[:-1])
-    with pytest.raises(DipgoError, match=f"{name}: (missing|altered).*export it again"):
+    with pytest.raises(DipgoError, match=f"{name}: (missing|altered|not a safetensors file).*export it again"):
         open_bundle(bundle)
 
 
@@ -64,11 +71,157 @@ def test_an_altered_program_is_refused(bundle):
         open_bundle(bundle)
 
 
-def reseal(folder, change):
-    """Change a record as somebody would who makes its checksum fit."""
+def reseal(folder, change, checksums=True):
+    """Change a record as somebody would who makes its checksums fit."""
     document = json.loads((folder / "bundle.json").read_text())
     change(document)
-    (folder / "bundle.json").write_text(BundleRecord.model_validate(document).sealed().text())
+    for name, entry in document["files"].items() if checksums else ():
+        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    with contextlib.suppress(ValidationError, ValueError):
+        document = json.loads(BundleRecord.model_validate(document).sealed().text())
+    (folder / "bundle.json").write_text(json.dumps(document))
+
+
+def launch(record, number=0):
+    return record["steps"][number]["launches"][0]
+
+
+def graph(record):
+    return next(iter(record["graphs"].values()))
+
+
+def swap_files(record):
+    first, second, *_ = record["graphs"].values()
+    first["file"], second["file"] = second["file"], first["file"]
+
+
+CONTRADICTIONS = {
+    "slot negative": (lambda r: launch(r)["writes"].update(next=-1), "writes.next: Input should be greater than"),
+    "slot not there": (lambda r: launch(r)["writes"].update(next=99), "'next' of .* does not fit into slot 99"),
+    "slot of another shape": (lambda r: r["slots"][0].update(shape=[1, 4, 9, 8]), "slot 0 is to hold a latent"),
+    "slot shape negative": (
+        lambda r: r["slots"][0].update(shape=[1, 4, -8, 8]),
+        "should be greater than or equal to 0",
+    ),
+    "slot shape empty": (lambda r: r["slots"][0].update(shape=[1, 0, 8, 8]), r"\[1, 0, 8, 8\] is no shape of a tensor"),
+    "slot shape huge": (lambda r: r["slots"][0].update(shape=[2**30, 4, 2**30, 8]), "is no shape of a tensor"),
+    "slot type": (lambda r: r["slots"][0].update(dtype="float31"), "slots.0.dtype: String should match pattern"),
+    "no latent": (lambda r: r["latent"].update(shape=[]), r"'latent' is \[\], not \[batch, channels, height, width\]"),
+    "no cells": (lambda r: r.update(cell=0), "cell: Input should be greater than"),
+    "no graphs": (lambda r: r.update(graphs={}), "graphs: Dictionary should have at least 1 item"),
+    "no parts": (lambda r: r.update(parts=[]), "parts: List should have at least 1 item"),
+    "no steps": (lambda r: r.update(steps=[]), "steps: List should have at least 1 item"),
+    "a step missing": (lambda r: r["steps"].pop(), "'steps' are not at the timesteps of 'sampler'"),
+    "silent steps": (lambda r: r.update(steps=r["steps"][:1] * 20_000), "steps: List should have at most 2000 items"),
+    "silence first": (lambda r: r["steps"][0].update(launches=[]), "step 0 launches nothing"),
+    "graph not there": (lambda r: launch(r).update(graph="x"), "launches 'x', which is none of its graphs"),
+    "graphs swapped": (swap_files, "has other inputs or outputs than the record says"),
+    "a read without a name": (lambda r: launch(r)["reads"].update(x=0), "'x' of .* does not fit into slot 0"),
+    "an input without a value": (lambda r: launch(r, 1).update(reads={}), "nothing that fits is given to"),
+    "a row without a table": (lambda r: graph(r)["rows"].clear(), "nothing that fits is given to"),
+    "a term too far": (
+        lambda r: [row.update(term=9) for part in r["graphs"].values() for row in part["rows"].values()],
+        "nothing that fits is given to",
+    ),
+    "no prologues": (lambda r: r.update(prologues=[]), "nothing that fits is given to"),
+    "parts not there": (lambda r: r["parts"][0].update(part="x"), "parts.0.part: Input should be"),
+    "class out of range": (lambda r: r["conditioning"].update(null_class=10**40), "null_class: Input should be less"),
+    "no class": (lambda r: r["conditioning"].update(null_class=None), "guided, without a class that stands for none"),
+    "conditions": (lambda r: r["conditioning"].update(inputs=[]), "nothing that fits|conditioned by class, with 0 inp"),
+    "axes": (
+        lambda r: r.update(axes={"batch": {"min": 1, "opt": 1, "max": 2}}),
+        "'axes' are not the sizes that 'latent' leaves",
+    ),
+    "axes backwards": (lambda r: r.update(axes={"batch": {"min": 3, "opt": 1, "max": 2}}), "must be multiples"),
+    "sizes": (lambda r: r["decoder"]["output"].update(shape=["1/0", 3, 64, 64]), "'1/0' is no size over no axes"),
+    "pixels": (lambda r: r.update(cell=4), "no images with 4 pixels for each cell"),
+    "nesting": (
+        lambda r: r["sampler"]["config"].update(x=json.loads("[" * 500 + "]" * 500)),
+        "nested more than 64 lev",
+    ),
+    "trained steps": (lambda r: r["sampler"]["config"].update(num_train_timesteps=-5), "num_train_timesteps is -5"),
+    "escapes": (lambda r: r["model"].update(name="\x1b[2J"), "model.name: String should match pattern"),
+    "NaN": (lambda r: r["steps"][0].update(timestep=float("nan")), "timestep: Input should be less than"),
+    "fields": (lambda r: r["solver"].update(dict.fromkeys(map(str, range(5000)))), "no record of this kind"),
+}
+
+
+@pytest.mark.parametrize("name", list(CONTRADICTIONS))
+def test_records_that_contradict_are_refused(bundle, name):
+    """Whoever makes a bundle on purpose makes its checksum fit, too."""
+    change, message = CONTRADICTIONS[name]
+    reseal(bundle, change)
+    with pytest.raises(DipgoError, match=message) as caught:
+        open_bundle(bundle)
+    assert str(caught.value).startswith(f"{bundle / 'bundle.json'}: ")
+    assert "export it again" in str(caught.value) or name == "nesting"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tables: tables.pop("solver.rows"), r"the table 'solver.rows' is not \[5, 5\] finite numbers"),
+        (lambda tables: tables["solver.rows"].fill(np.nan), "the table 'solver.rows' is not"),
+        (lambda tables: tables.update({"solver.input_scale": np.ones(9)}), "'solver.input_scale' is not"),
+        (lambda tables: tables.update({"solver.rows": np.ones((5, 5), np.int64)}), "of the type I64"),
+        (lambda tables: tables.update({name: table[:0] for name, table in tables.items()}), "is not"),
+        (lambda tables: [tables.pop(name) for name in list(tables) if name.startswith("backup")], "nothing that fits"),
+        (
+            lambda tables: tables.update({n: t[:-1] for n, t in tables.items() if not n.startswith("solver")}),
+            "nothing that fits is given to",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(bundle, change, message):
+    tables = load_file(bundle / "tables.safetensors")
+    change(tables)
+    save_file(tables, bundle / "tables.safetensors")
+    reseal(bundle, lambda record: None)
+    with pytest.raises(DipgoError, match=message):
+        open_bundle(bundle)
+
+
+def test_weights_lie_in_the_bundle(bundle):
+    model = onnx.load(bundle / "vae_decoder.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
+    (bundle / "vae_decoder.onnx").write_bytes(model.SerializeToString())
+    reseal(bundle, lambda record: None)
+    with pytest.raises(DipgoError, match=r"has weights in '\.\./secret', which is not among its files"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["tables.safetensors", "vae_decoder.onnx", "subnet.json", "transformer", "vae"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_no_link_leads_anywhere(bundle, name, inside):
+    target = (bundle if inside else bundle.parent) / "moved"
+    (bundle / name).rename(target)
+    (bundle / name).symlink_to(target)
+    with pytest.raises(DipgoError, match="lies behind a link, which a bundle has none of; copy the bundle with cp -rL"):
+        open_bundle(bundle)
+
+
+def test_a_bundle_behind_a_link_is_one(bundle):
+    (bundle.parent / "link").symlink_to(bundle)
+    assert open_bundle(bundle.parent / "link").record.graphs
+
+
+@pytest.mark.parametrize(
+    "name", ["tables.safetensors", "vae_decoder.onnx", "transformer/diffusion_pytorch_model.safetensors"]
+)
+def test_sparse_files_are_not_read(bundle, name):
+    """Their checksum would take a minute."""
+    os.truncate(bundle / name, 50 * 2**30)
+    reseal(bundle, lambda record: record["files"][name].update(bytes=50 * 2**30), checksums=False)
+    with pytest.raises(DipgoError, match=f"{name}: (larger than any such part|truncated or damaged)"):
+        open_bundle(bundle)
+
+
+def test_what_a_graph_cannot_compute_is_one_line(bundle):
+    """As of a class that the model does not have, in a bundle that does not say which it has."""
+    reseal(bundle, lambda record: record["conditioning"].update(labels={}))
+    with dipgo.load(bundle) as program, pytest.raises(DipgoError, match=r"\.onnx: ONNX Runtime refuses it .*out of"):
+        program.generate([10**6], 0)
 
 
 TEXT = {"file": "a.onnx", "inputs": [], "outputs": [], "unconditional": "zeros", "lower": False, "fixed": {}}
