@@ -14,6 +14,7 @@ from benchmarks.bench.config import BenchConfig
 from dipgo.base.config import Config, checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
+from dipgo.base.guidance import guidance_of
 from dipgo.base.progress import Progress, is_main
 from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
@@ -200,7 +201,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
             config.steps,
             config.sampler,
             config.sites,
-            config.guidance,
+            guidance_of(config.guidance, config.guidance_rescale),
             device=config.device,
             choices=Choices(config.prompts, config.classes),
         )

@@ -213,4 +213,4 @@ def retrace(
     model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
 ) -> Trace:
     """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.graph.trace.trace` has it."""
-    return trace(model, sites_of(subnet), subnet.sampler.guidance_scale, dtype, size)
+    return trace(model, sites_of(subnet), subnet.sampler.guidance, dtype, size)

@@ -163,7 +163,13 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             setattr(pipe, name, None)
     pipe.scheduler = scheduler_of(subnet)
     height, width = program.size
-    options = {"clean_caption": False, "use_resolution_binning": False, "height": height, "width": width}
+    options: dict[str, Any] = {
+        "clean_caption": False,
+        "use_resolution_binning": False,
+        "height": height,
+        "width": width,
+    }
+    options |= {"guidance_rescale": subnet.sampler.guidance_rescale}
     accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe.vae) as latents:
@@ -183,7 +189,7 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
     subnet, family = subnet_of(program.bundle), family_of(pipe)
     denoiser = getattr(pipe, family.component)
     sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
-    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance_scale)
+    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
     shape = (len(inputs), *latent_shape(program.record)[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     conditions = conditions_in(pipe, inputs, guided.guided)

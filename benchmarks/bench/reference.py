@@ -67,7 +67,7 @@ def task_of(bundle: Bundle, model: Model, progress: Report = silent) -> Task:
     progress("load the model", 0, 2, "trace")
     traced = retrace(model, subnet, getattr(torch, bundle.record.dtype))
     progress("load the model", 1, 2, "weights")
-    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance_scale)
+    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance)
     progress("load the model", 2, 2, "")
     task.pipe.scheduler = scheduler_of(subnet)
     return task.with_sampler(task.pipe.scheduler, sampler.steps)

@@ -150,7 +150,7 @@ class TorchSubject(Subject):
         self.position = Position()
         self._reset = TECHNIQUES[spec.technique].apply(self.pipe, self.position)
         denoiser = getattr(self.pipe, self.family.component)
-        self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance_scale)
+        self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance)
         self.batch, *self.shape = latent_shape(record)
         self.conditioning, self.decodes = record.conditioning, record.decoder is not None
         threads = torch.get_num_threads()

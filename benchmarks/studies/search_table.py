@@ -218,7 +218,7 @@ def main(words: Words | None = None) -> None:
     check_same([*searched, *paper], model)
     sampler, sites = first.sampler, ",".join(site.name for site in first.sites)
     choices = Choices(options.prompts)
-    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance_scale, choices=choices)
+    task = make_task(model, sampler.steps, sampler.class_name, sites, sampler.guidance, choices=choices)
     judge = Judge(task, options.images, options.converged)
     table = []
     for cell in cells(judge, searched, paper, earlier):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from dipgo.base.errors import DipgoError
+from dipgo.base.guidance import GuidanceScale
 from dipgo.base.inputs import read_json
 
 R = TypeVar("R", bound="Record")
@@ -50,6 +51,12 @@ class SamplerIdentity(Record):
     steps: int = Field(ge=2, le=MOST_CALLS)
     timesteps: list[Timestep] = Field(min_length=1, max_length=MOST_CALLS)
     guidance_scale: FiniteFloat
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+
+    @property
+    def guidance(self) -> GuidanceScale:
+        """The guidance scale with its rescale, as models are traced with it."""
+        return GuidanceScale(self.guidance_scale, self.guidance_rescale)
 
     @field_validator("config")
     @classmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
+from dipgo.base.guidance import guidance_of
 from dipgo.base.progress import Progress, spinner
 from dipgo.cli.options import ForceOption, ModelArgument, OutputOption, RandomWeightsOption
 from dipgo.searching.config import SearchConfig, TaskConfig
@@ -64,6 +65,7 @@ def import_(
 
     refuse_existing(output, force)
     with spinner("read and trace"):
-        subnet = import_subnet(file, config.model, config.steps, config.sampler, config.sites, config.guidance)
+        guidance = guidance_of(config.guidance, config.guidance_rescale)
+        subnet = import_subnet(file, config.model, config.steps, config.sampler, config.sites, guidance)
     save_subnet(subnet, output, force)
     typer.echo(f"SubNet: {output}, {summary(subnet)}")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError, one_line
+from dipgo.base.guidance import rescale_of
 from dipgo.base.records import SamplerIdentity
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +65,7 @@ class Sampler:
             steps=self.steps,
             timesteps=list(self.timesteps),
             guidance_scale=guidance_scale,
+            guidance_rescale=rescale_of(guidance_scale),
         )
 
 

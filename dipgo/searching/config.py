@@ -75,6 +75,12 @@ class TaskConfig(Config):
         description="block, branch or layer, or module patterns joined by commas; the family's own by default.",
     )
     guidance: float | None = Field(None, description="Guidance scale; the pipeline's default by default.")
+    guidance_rescale: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How far guided outputs get the deviation of the conditional ones; with --guidance.",
+    )
 
 
 class Settings(Config):

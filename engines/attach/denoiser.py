@@ -107,10 +107,9 @@ class AttachedDenoiser(nn.Module):
                 f"guidance_scale = {scale}, the bundle was compiled for {mine}; it cannot change on the way"
             )
         rescale = getattr(self._pipe(), "_guidance_rescale", 0.0)
-        if rescale:
-            raise UsageError(
-                f"guidance_rescale = {rescale}, the bundle was compiled for 0.0; it cannot change on the way"
-            )
+        own = record.sampler.guidance_rescale
+        if not abs(rescale - own) <= 1e-6:
+            raise UsageError(f"guidance_rescale = {rescale}, the bundle's is {own}; it cannot change on the way")
         if not record.conditioning.guided:
             return sample
         count = len(sample) // 2

@@ -76,6 +76,12 @@ def _guidance(record: BundleRecord, name: str, value: Any) -> None:
         raise _refusal(name, value, mine)
 
 
+def _rescale(record: BundleRecord, name: str, value: Any) -> None:
+    mine = record.sampler.guidance_rescale
+    if not abs(value - mine) <= 1e-6:
+        raise _refusal(name, value, mine)
+
+
 def _negative(record: BundleRecord, name: str, value: Any) -> None:
     if value and not record.conditioning.guided:
         scale = record.sampler.guidance_scale
@@ -140,7 +146,7 @@ CHECKS: dict[str, Check] = {
     "timesteps": _timesteps,
     "sigmas": _only(),
     "eta": _only(0.0),
-    "guidance_rescale": _only(0.0),
+    "guidance_rescale": _rescale,
     "denoising_end": _only(),
     "clip_skip": _clip_skip,
     "cross_attention_kwargs": _only({}),

@@ -135,6 +135,6 @@ def test_a_callback_changes_no_guidance(sd):
     pipe = pipeline_of(sd)
     with (
         dipgo.attach(pipe, sd.folder),
-        pytest.raises(UsageError, match=r"guidance_rescale = 0.7, .*; it cannot change on the way"),
+        pytest.raises(UsageError, match=r"guidance_rescale = 0.7, the bundle's is 0.0; it cannot change"),
     ):
         sd.call(pipe, callback_on_step_end=rescale)

@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 
+from dipgo.base.guidance import rescale_of
 from dipgo.model.families.family import Conditions, Family
 
 
@@ -16,7 +17,8 @@ class GuidedDenoiser(nn.Module):
     ``forward(latent [B, C, H, W], timestep [B] float32, conditions)`` returns ε ``[B, C, H, W]`` (or v, or whatever
     the model predicts: the sampler's table takes the output as it is). With guidance the conditions hold the
     unconditional half first, ``2 B`` rows in all (Ho & Salimans 2022, eq. 6 in diffusers' form:
-    ε = ε_u + s (ε_c - ε_u)). ``guidance_scale <= 1`` switches it off, as diffusers does.
+    ε = ε_u + s (ε_c - ε_u)), then rescaled where the scale says so (:class:`dipgo.base.guidance.GuidanceScale`).
+    ``guidance_scale <= 1`` switches it off, as diffusers does.
     """
 
     def __init__(self, denoiser: nn.Module, family: Family, guidance_scale: float) -> None:
@@ -39,7 +41,13 @@ class GuidedDenoiser(nn.Module):
         if not self.guided:
             return output
         unconditional, conditional = output.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        guided = unconditional + float(self.guidance_scale) * (conditional - unconditional)
+        rescale = rescale_of(self.guidance_scale)
+        if not rescale:
+            return guided
+        axes = list(range(1, guided.ndim))
+        deviations = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+        return guided * (rescale * deviations + (1 - rescale))
 
 
 def join(unconditional: Conditions, conditional: Conditions, guided: bool) -> Conditions:
