@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import os
 import re
 import signal
 import socket
@@ -17,11 +19,15 @@ import psutil
 from aiohttp import ClientError, ClientSession
 
 from dipgo.base.errors import DipgoError
+from engines.serving.install import Place
 
 GRACE_S = 10.0  # for Triton to end once its requests have had their time
+WATCH_S = 0.1
 ADMINISTRATION = "shared-memory,model-repository,trace,logging"
 
 _ERROR = re.compile(r"E\d{4} [^\]]*\] (.*)")
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def arguments(repository: Path, addresses: Addresses, port: int, token: str, dra
 
 
 class Triton:
-    """A Triton process under way.
+    """A Triton process under way, and its models' processes.
 
     Attributes:
         process: the process.
@@ -68,22 +74,53 @@ class Triton:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
+        self._models: list[psutil.Process] = []
+        self._oom_kills = oom_kills()
         self._lines: deque[str] = deque(maxlen=200)
         self._reader = asyncio.create_task(self._pass_on())
+
+    def fault(self) -> str | None:
+        """Return why no request would be served, whatever Triton says: a process is stopped or gone."""
+        processes = [("Triton", psutil.Process(self.process.pid))] if self.process.returncode is None else []
+        for name, process in [*processes, *(("a model's process", model) for model in self._models)]:
+            status = _status(process)
+            if status in (*_ENDED, psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                return f"{name} is {'gone' if status in _ENDED else 'stopped'}"
+        return None if processes else "Triton is gone"
 
     async def ended(self) -> str:
         """Wait until it has ended by itself; return how, with the error in its log that says most."""
         code = await self.process.wait()
         await self._reader
+        if code <= 0:
+            return f"Triton {self._end(code)}"
         errors = [error[1] for line in self._lines if (error := _ERROR.match(line))]
-        reason = " ".join((errors or list(self._lines) or ["it said nothing"])[-1].strip('"').split())[:500]
-        return f"Triton ended by itself, code {code}: {reason}"
+        reason = " ".join((errors or list(self._lines) or ["it said nothing"])[-1].strip('"').split())[:400]
+        killed = ", after the kernel killed a process for want of memory" if oom_kills() > self._oom_kills else ""
+        return f"Triton {self._end(code)}{killed}: {reason}"
 
-    async def lost(self) -> None:
-        """Wait until a model's process is gone: Triton goes on without it, says that it is ready, and answers 500."""
-        models = psutil.Process(self.process.pid).children()
-        while all(model.is_running() and model.status() != psutil.STATUS_ZOMBIE for model in models):
-            await asyncio.sleep(0.5)
+    async def lost(self) -> str:
+        """Wait until a model's process is gone, return how: Triton goes on, says that it is ready, and answers 500."""
+        self._models = psutil.Process(self.process.pid).children()
+        while not (gone := [model for model in self._models if _status(model) in _ENDED]):
+            self._oom_kills = oom_kills()
+            await asyncio.sleep(WATCH_S)
+        code = _exit_code(gone[0].pid)
+        if code is None or code >= 0:  # as when Triton itself ends, which then says more
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self.ended(), GRACE_S)
+        return f"a model's process {self._end(code)}"
+
+    def _end(self, code: int | None) -> str:
+        if code is None or code >= 0:
+            return "ended by itself" if code is None else f"ended by itself, code {code}"
+        killer = "the kernel, for want of memory: " if code == -9 and oom_kills() > self._oom_kills else ""
+        return f"was ended by {killer}{signal.Signals(-code).name}"
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
     async def end(self, drain_s: float) -> None:
         """End it: by a signal, and when it takes longer than it may, by force."""
@@ -92,7 +129,7 @@ class Triton:
             try:
                 await asyncio.wait_for(self.process.wait(), drain_s + GRACE_S)
             except TimeoutError:
-                self.process.kill()
+                self.kill()
                 await self.process.wait()
         await self._reader
 
@@ -104,12 +141,18 @@ class Triton:
 
 
 @contextlib.asynccontextmanager
-async def running(command: list[str], environment: dict[str, str], drain_s: float) -> AsyncIterator[Triton]:
+async def running(command: list[str], place: Place, drain_s: float) -> AsyncIterator[Triton]:
     """Start Triton, and end it on leaving."""
     try:
         # In a session of its own: Ctrl-C in a terminal reaches this process alone, which lets requests finish first.
         process = await asyncio.create_subprocess_exec(
-            *command, env=environment, start_new_session=True, stderr=asyncio.subprocess.PIPE, limit=2**20
+            *command,
+            cwd=place.folder,
+            start_new_session=True,
+            preexec_fn=_end_with_this_process,
+            stderr=asyncio.subprocess.PIPE,
+            limit=2**20,
+            env=place.environment,
         )
     except OSError as error:
         raise DipgoError(f"{command[0]}: cannot be started ({error.strerror}); give another --server") from error
@@ -137,3 +180,29 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel of this machine has killed for want of memory, of a cgroup or of its own."""
+    found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+
+
+def _exit_code(pid: int) -> int | None:
+    """Return the exit code of another process's child, minus the signal that ended it; None once its parent has it."""
+    try:
+        return os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().rsplit(maxsplit=1)[1]))
+    except (OSError, ValueError):
+        return None
+
+
+def _end_with_this_process() -> None:
+    """In the child: when its parent is killed it gets SIGTERM, instead of living on behind a gate that is gone."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,0 +1,208 @@
+"""What do others notice while somebody attacks a served bundle? Latencies, refusals, losses and memory by attack.
+
+python -m benchmarks.studies.attacks build/demo/bundle -o benchmarks/results/attacks-digits-dit.json
+
+One client asks for an image after the other, each over a connection of its own, while another process attacks from
+another address, 127.0.0.2. The server has 1,024 file descriptors. With --nginx the real nginx stands before it, with
+the configuration that is shipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import psutil
+
+from benchmarks.studies.load import NAME, Clients, Phase, labels_of, memory, phase, served, version_of
+from benchmarks.studies.study import Study, StudyRecord, Words, run
+from dipgo.base.errors import DipgoError
+from engines.serving.repository import Deployment, write_repository
+from engines.serving.triton import free_port
+
+DESCRIPTORS = 1024
+NGINX = Path(__file__).parents[2] / "engines" / "serving" / "deploy" / "nginx.conf"
+HEAD = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: a\r\n".encode()
+WORK = {
+    "inputs": [
+        {"name": "class", "datatype": "BYTES", "shape": [1, 1], "data": ["0"]},
+        {"name": "number", "datatype": "INT32", "shape": [1, 1], "data": [16]},
+    ]
+}
+
+
+class Attack(Phase):
+    """What the other client had of the server meanwhile; ready is the server's own statement in the midst of it."""
+
+    ready: int
+    memory: dict[str, int]
+
+
+class AttackRecord(StudyRecord):
+    """The result file; memory is the resident set in bytes by process, once each attack is over."""
+
+    server: str
+    front: str
+    idle: Attack
+    attacks: dict[str, Attack]
+
+
+def posted(body: bytes) -> bytes:
+    """Return a whole request."""
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def hold(port: int, content: bytes, more: bytes = b"", seconds: float = 3600.0) -> None:
+    """Connect, send, and hold on, a little ``more`` every second; once closed, do it again a second later."""
+    while True:
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+            try:
+                writer.write(content)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and not reader.at_eof():
+                    await asyncio.sleep(min(1.0, seconds))
+                    writer.write(more)
+            finally:
+                writer.transport.abort()
+        await asyncio.sleep(1.0)
+
+
+ATTACKS: dict[str, tuple[int, Callable[[int], Awaitable[None]]]] = {
+    "headers that never end": (1017, lambda port: hold(port, HEAD)),
+    "headers of a byte per second": (1017, lambda port: hold(port, HEAD + b"X-Y: ", b"z")),
+    "bodies of one byte": (257, lambda port: hold(port, HEAD + b"Content-Length: 500\r\n\r\n{")),
+    "bodies of a byte per second": (257, lambda port: hold(port, HEAD + b"Content-Length: 500\r\n\r\n{", b" ")),
+    "clients that leave after 50 ms": (
+        64,
+        lambda port: hold(port, posted(json.dumps(WORK).encode()), seconds=0.05),
+    ),
+    "a megabyte of brackets": (8, lambda port: hold(port, posted(b"[" * 999_000), seconds=0.5)),
+    "connections that say nothing": (256, lambda port: hold(port, b"", seconds=0.2)),
+}
+
+
+def attack(name: str, port: int) -> None:
+    """Attack a server of this machine for ever."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    clients, one = ATTACKS[name]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one(port) for _ in range(clients)))
+
+    asyncio.run(all_of_them())
+
+
+@contextmanager
+def attacked(name: str, port: int) -> Iterator[None]:
+    """Attack from another process within the context."""
+    process = multiprocessing.get_context("spawn").Process(target=attack, args=(name, port), daemon=True)
+    process.start()
+    try:
+        time.sleep(3)  # until it has begun
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """Stop a process within the context."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@contextmanager
+def nginx(behind: int) -> Iterator[int]:
+    """Run the real nginx before a port of this machine, with the configuration that is shipped; yields its port.
+
+    Raises:
+        DipgoError: it does not start.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dipgo-nginx-") as folder:
+        text = NGINX.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{behind}")
+        (Path(folder) / "nginx.conf").write_text(text.replace("127.0.0.1:8080", f"127.0.0.1:{port}"))
+        command = ["nginx", "-p", folder, "-c", f"{folder}/nginx.conf", "-g", "daemon off;"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            for _ in range(100):
+                with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v2"):
+                    break
+                if process.poll() is not None:
+                    assert process.stderr is not None
+                    raise DipgoError(f"nginx: {process.stderr.read().strip().splitlines()[-1]}")
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def ready(port: int) -> int:
+    """Return the status of the server's readiness; 0 where it does not answer."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=10) as answer:
+            return int(answer.status)
+    except OSError as error:
+        return int(getattr(error, "code", 0))
+
+
+def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> dict[str, Any]:
+    """Serve a class bundle and attack it in all ways; returns the record's figures."""
+    labels, deployment = labels_of(bundle), Deployment(name=NAME, link=True)
+    with tempfile.TemporaryDirectory(prefix="dipgo-attacks-") as folder:
+        write_repository(bundle, Path(folder), deployment)
+        with (
+            served(Path(folder), server, DESCRIPTORS) as (behind, process),
+            nginx(behind) if front else nullcontext(behind) as port,
+        ):
+            (model,) = process.children()[0].children()
+            contexts = {name: attacked(name, port) for name in ATTACKS} | {"a stopped model": stopped(model)}
+
+            def others() -> Attack:
+                clients = Clients(port, labels, seconds=seconds)
+                found = phase(clients, 1, deployment.limits.queue)
+                return Attack(**dict(found), ready=readiness[0], memory=memory(process))
+
+            readiness = [ready(port)]
+            idle, attacks = others(), {}
+            for name, context in contexts.items():
+                with context:
+                    readiness[0] = ready(port)
+                    attacks[name] = others()
+            readiness[0] = ready(port)
+            attacks["none any more"] = others()
+            version = version_of(port)
+    return {"server": version, "front": "nginx" if front else "none", "idle": idle, "attacks": attacks}
+
+
+def main(words: Words | None = None) -> None:
+    study = Study("attacks", __doc__, words)
+    study.parser.add_argument("bundle", type=Path)
+    study.parser.add_argument("--server", type=Path, help="tritonserver, or a folder that holds it")
+    study.parser.add_argument("--nginx", action="store_true", help="the real nginx before it")
+    study.parser.add_argument("--seconds", type=float, default=60.0, help="of each attack")
+    options = study.options()
+    record = AttackRecord(**measure(options.bundle, options.server, options.nginx, options.seconds), **study.origin())
+    study.write(record)
+    print(record.text())
+
+
+if __name__ == "__main__":
+    run(main)
