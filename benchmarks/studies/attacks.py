@@ -27,6 +27,7 @@ import psutil
 from benchmarks.studies.load import NAME, Clients, Phase, labels_of, memory, phase, served, version_of
 from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.errors import DipgoError
+from dipgo.base.records import Record
 from engines.serving.repository import Deployment, write_repository
 from engines.serving.triton import free_port
 
@@ -41,20 +42,29 @@ WORK = {
 }
 
 
-class Attack(Phase):
-    """What the other client had of the server meanwhile; ready is the server's own statement in the midst of it."""
+class Others(Record):
+    """What others had of the server meanwhile; memory is the resident set in bytes, afterwards."""
 
     ready: int
-    memory: dict[str, int]
+    requests: int
+    served: int
+    refused: int
+    lost: int
+    wrong_images: int
+    p50_ms: float | None
+    p99_ms: float | None
+    gate_bytes: int
+    triton_bytes: int
+    model_bytes: int
 
 
 class AttackRecord(StudyRecord):
-    """The result file; memory is the resident set in bytes by process, once each attack is over."""
+    """The result file, by attack; ready is the status of the server's readiness in the midst of it."""
 
     server: str
     front: str
-    idle: Attack
-    attacks: dict[str, Attack]
+    seconds: float
+    others: dict[str, Others]
 
 
 def posted(body: bytes) -> bytes:
@@ -173,23 +183,31 @@ def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> d
             nginx(behind) if front else nullcontext(behind) as port,
         ):
             (model,) = process.children()[0].children()
-            contexts = {name: attacked(name, port) for name in ATTACKS} | {"a stopped model": stopped(model)}
-
-            def others() -> Attack:
-                clients = Clients(port, labels, seconds=seconds)
-                found = phase(clients, 1, deployment.limits.queue)
-                return Attack(**dict(found), ready=readiness[0], memory=memory(process))
-
-            readiness = [ready(port)]
-            idle, attacks = others(), {}
-            for name, context in contexts.items():
+            attacks = {name: attacked(name, port) for name in ATTACKS} | {"a stopped model": stopped(model)}
+            others = {}
+            for name, context in {"nobody": nullcontext(), **attacks, "nobody any more": nullcontext()}.items():
                 with context:
-                    readiness[0] = ready(port)
-                    attacks[name] = others()
-            readiness[0] = ready(port)
-            attacks["none any more"] = others()
+                    status = ready(port)
+                    clients = Clients(port, labels, seconds=seconds)
+                    noticed = phase(clients, 1, deployment.limits.queue)
+                others[name] = others_of(noticed, status, memory(process))
             version = version_of(port)
-    return {"server": version, "front": "nginx" if front else "none", "idle": idle, "attacks": attacks}
+    return {"server": version, "front": "nginx" if front else "none", "seconds": seconds, "others": others}
+
+
+def others_of(noticed: Phase, status: int, resident: dict[str, int]) -> Others:
+    """Return a line of the table."""
+    return Others(
+        ready=status,
+        requests=noticed.requests,
+        served=noticed.served,
+        refused=sum(noticed.refused.values()),
+        lost=noticed.lost,
+        wrong_images=noticed.wrong_images,
+        p50_ms=noticed.latency_ms["p50"] if noticed.served else None,
+        p99_ms=noticed.latency_ms["p99"] if noticed.served else None,
+        **{f"{name}_bytes": size for name, size in resident.items()},
+    )
 
 
 def main(words: Words | None = None) -> None:

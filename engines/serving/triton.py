@@ -27,6 +27,7 @@ ADMINISTRATION = "shared-memory,model-repository,trace,logging"
 
 _ERROR = re.compile(r"E\d{4} [^\]]*\] (.*)")
 _ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -74,19 +75,18 @@ class Triton:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self._models: list[psutil.Process] = []
+        self._models: list[int] = []
         self._oom_kills = oom_kills()
         self._lines: deque[str] = deque(maxlen=200)
         self._reader = asyncio.create_task(self._pass_on())
 
     def fault(self) -> str | None:
         """Return why no request would be served, whatever Triton says: a process is stopped or gone."""
-        processes = [("Triton", psutil.Process(self.process.pid))] if self.process.returncode is None else []
-        for name, process in [*processes, *(("a model's process", model) for model in self._models)]:
-            status = _status(process)
-            if status in (*_ENDED, psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+        for name, pid in [("Triton", self.process.pid), *(("a model's process", pid) for pid in self._models)]:
+            status = _status(pid)
+            if status in (*_ENDED, *_STOPPED):
                 return f"{name} is {'gone' if status in _ENDED else 'stopped'}"
-        return None if processes else "Triton is gone"
+        return None
 
     async def ended(self) -> str:
         """Wait until it has ended by itself; return how, with the error in its log that says most."""
@@ -101,11 +101,12 @@ class Triton:
 
     async def lost(self) -> str:
         """Wait until a model's process is gone, return how: Triton goes on, says that it is ready, and answers 500."""
-        self._models = psutil.Process(self.process.pid).children()
-        while not (gone := [model for model in self._models if _status(model) in _ENDED]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._models = [model.pid for model in psutil.Process(self.process.pid).children()]
+        while not (gone := [pid for pid in self._models if _status(pid) in _ENDED]):
             self._oom_kills = oom_kills()
             await asyncio.sleep(WATCH_S)
-        code = _exit_code(gone[0].pid)
+        code = _exit_code(gone[0])
         if code is None or code >= 0:  # as when Triton itself ends, which then says more
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self.ended(), GRACE_S)
@@ -184,13 +185,15 @@ def free_port() -> int:
 
 def oom_kills() -> int:
     """Return how many processes the kernel of this machine has killed for want of memory, of a cgroup or of its own."""
-    found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    with contextlib.suppress(OSError):
+        if count := re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE):
+            return int(count[1])
+    return 0
 
 
-def _status(process: psutil.Process) -> str:
+def _status(pid: int) -> str:
     try:
-        return process.status()
+        return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return psutil.STATUS_DEAD
 

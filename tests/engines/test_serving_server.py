@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.studies.attacks import nginx
 from dipgo.base.errors import DipgoError
+from engines.serving import triton
 from engines.serving.install import find_server
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
@@ -380,9 +381,9 @@ def test_a_stopped_process_is_not_ready_and_a_lost_one_ends_the_server(server, b
     write_repository(bundles / "dit", tmp_path / "models", Deployment(name="dit", link=True))
     running = Server(server.binary, [*SERVE, tmp_path / "models", *PLACE, str(free_port())], tmp_path / "log")
     assert running.is_up(), running.text()
-    triton = psutil.Process(running.process.pid).children()[0]
-    stub = triton.children()[0]
-    for process, name in ((stub, "a model's process"), (triton, "Triton")):
+    server_process = psutil.Process(running.process.pid).children()[0]
+    stub = server_process.children()[0]
+    for process, name in ((stub, "a model's process"), (server_process, "Triton")):
         process.suspend()
         assert running.ask("/v2/health/ready")[0] == running.ask("/v2/models/dit/ready")[0] == 503
         assert running.infer("dit", request(seed=1)) == (503, f"{name} is stopped")
@@ -391,7 +392,7 @@ def test_a_stopped_process_is_not_ready_and_a_lost_one_ends_the_server(server, b
     stub.kill()
     assert running.process.wait(60) == 1
     assert running.text().splitlines()[-1] == "dipgo: a model's process was ended by SIGKILL; start the server again"
-    assert not triton.is_running()
+    assert not server_process.is_running()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
@@ -403,6 +404,15 @@ def test_the_end_of_triton_is_told_as_it_was(server, bundles, tmp_path, sent):
     assert running.process.wait(60) == 1
     how = "was ended by SIGKILL" if sent == signal.SIGKILL else "ended by itself, code 0"
     assert running.text().splitlines()[-1] == f"dipgo: Triton {how}; start the server again"
+
+
+def test_only_what_the_kernel_counts_is_want_of_memory(monkeypatch):
+    """Tried by hand with a real one, in a control group whose limit was lowered."""
+    watched = object.__new__(triton.Triton)
+    watched._oom_kills = 3
+    for count, reason in ((3, "was ended by SIGKILL"), (4, "was ended by the kernel, for want of memory: SIGKILL")):
+        monkeypatch.setattr(triton, "oom_kills", lambda count=count: count)
+        assert watched._end(-9) == reason
 
 
 def test_triton_ends_with_the_process_that_watches_it(server, bundles, tmp_path):
