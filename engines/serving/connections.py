@@ -27,9 +27,11 @@ class _Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        others = [each for each in self._server.connections if each.transport and not each.transport.is_closing()]
-        if len(others) > MOST:
-            next(each for each in others if each not in self._busy or each is self).force_close()
+        there = [each for each in self._server.connections if each.transport and not each.transport.is_closing()]
+        if len(there) > MOST:
+            oldest = next(each for each in there if each is self or each not in self._busy)
+            assert oldest.transport is not None
+            oldest.transport.abort()
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from engines.serving.protocol import HEADER_LENGTH, rewritten
 
 BODY_BYTES = 1_000_000
 BODY_S = 30.0  # a body that takes longer to arrive is given up
+TAKE_S = 60.0  # a client that takes longer to read its answer is given up
 ANSWER_S = 5.0  # for Triton to answer what is no inference
 POLL_S = 0.05
 
@@ -66,7 +67,7 @@ class Gate:
         Raises:
             DipgoError: the address is in use, or is none of this machine's.
         """
-        application = web.Application(client_max_size=self.body_bytes, middlewares=[_one_line])
+        application = web.Application(client_max_size=self.body_bytes, middlewares=[_answered])
         application.router.add_route("*", "/{path:.*}", self._handle)
         connector, timeout = TCPConnector(limit=0), ClientTimeout(total=None, connect=ANSWER_S)
         async with (
@@ -153,6 +154,7 @@ class Gate:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             if not answer.done():
+                self.left.mkdir(exist_ok=True)  # whatever cleans /tmp
                 ticket.touch()
             raise
 
@@ -174,10 +176,10 @@ class Gate:
 
 
 @web.middleware
-async def _one_line(
+async def _answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer errors as Triton does, ``{"error": "one line"}``; whoever gets a 503 is told when to come again."""
+    """Send the answer; errors as Triton has them, ``{"error": "one line"}``, a 503 with when to come again."""
     try:
         answer = await handler(request)
     except web.HTTPException as error:
@@ -186,4 +188,11 @@ async def _one_line(
         answer = web.json_response({"error": line}, status=error.status, headers=headers)
     if answer.status == 503:
         answer.headers["Retry-After"] = "1"
+    try:
+        async with asyncio.timeout(TAKE_S):
+            await answer.prepare(request)
+            await answer.write_eof()
+    except (TimeoutError, ConnectionError):
+        if request.transport:
+            request.transport.abort()  # with all that it has not read
     return answer

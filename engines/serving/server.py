@@ -93,7 +93,7 @@ async def _watch(
             triton.kill()  # it would wait for the process that is gone
             raise DipgoError(f"{loss.result()}; start the server again")
     if end.done():
-        raise DipgoError(f"{end.result()}; start the server again")
+        raise DipgoError(end.result())
     if not stop.done():
         raise DipgoError(f"Triton was not ready within {times.start_s:g} s; its log says why")
 

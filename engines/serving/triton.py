@@ -48,7 +48,7 @@ def arguments(repository: Path, addresses: Addresses, port: int, token: str, dra
     """Return Triton's command line, for HTTP on a port that the gate alone knows; ``token`` names its shared memory."""
     grpc, metrics = ["--allow-grpc=false"], ["--allow-metrics=false"]
     if addresses.grpc is not None:
-        closed = f"--grpc-restricted-protocol={ADMINISTRATION}:closed={token}"  # a key that nobody has
+        closed = f"--grpc-restricted-protocol={ADMINISTRATION}:closed={token}"
         grpc = [f"--grpc-address={addresses.host}", f"--grpc-port={addresses.grpc}", closed]
     if addresses.metrics is not None:
         metrics = [f"--metrics-address={addresses.host}", f"--metrics-port={addresses.metrics}"]
@@ -57,6 +57,7 @@ def arguments(repository: Path, addresses: Addresses, port: int, token: str, dra
         f"--backend-config=python,shm-region-prefix-name=dipgo-{token}-",
         "--disable-auto-complete-config",
         "--http-address=127.0.0.1",
+        f"--http-restricted-api={ADMINISTRATION}:closed={token}",  # a key that nobody has
         f"--http-port={port}",
         "--log-info=false",
         "--pinned-memory-pool-byte-size=0",

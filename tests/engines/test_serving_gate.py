@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from aiohttp import ClientSession, TCPConnector, web
@@ -22,7 +22,7 @@ class Scene:
 
     def __init__(self, folder):
         self.arrived, self.tickets, self.go = asyncio.Semaphore(0), [], asyncio.Event()
-        self.fault, self.folder = None, folder
+        self.fault, self.folder, self.content = None, folder, ""
 
     @asynccontextmanager
     async def up(self):
@@ -37,7 +37,7 @@ class Scene:
             return web.json_response({"max_batch_size": 2, "instance_group": [{"count": 2}], "parameters": parameters})
 
         async def live(request):
-            return web.Response()
+            return web.Response(text=self.content)
 
         triton = web.Application()
         triton.router.add_post(INFER, infer)
@@ -178,6 +178,18 @@ async def test_the_oldest_without_a_request_makes_room_and_who_has_one_stays(sce
     assert not idle[-1][0].at_eof()
     scene.go.set()
     assert [(await task)[0] for task in served] == [200] * 3
+
+
+@played
+async def test_an_answer_that_is_not_read_is_dropped(scene, monkeypatch):
+    monkeypatch.setattr(gate, "TAKE_S", 0.5)
+    scene.content = "x" * 50_000_000
+    reader, _ = await scene.connected(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+    await asyncio.sleep(1)
+    with suppress(ConnectionError):
+        assert len(await reader.read()) < 50_000_000
+    monkeypatch.setattr(gate, "TAKE_S", 60)
+    assert len((await scene.ask("/v2/health/live"))[1]) == 50_000_000
 
 
 @played
