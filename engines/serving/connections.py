@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from dipgo.base.errors import DipgoError
 
@@ -46,6 +48,7 @@ async def listening(application: web.Application, host: str, port: int, busy: se
     Raises:
         DipgoError: the address is in use, or is none of this machine's.
     """
+    logging.getLogger("aiohttp.server").addFilter(_worth_a_line)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=5.0)
     await runner.setup()
     server = runner.server
@@ -63,3 +66,8 @@ async def listening(application: web.Application, host: str, port: int, busy: se
     finally:
         listener.close()
         await runner.cleanup()
+
+
+def _worth_a_line(entry: logging.LogRecord) -> bool:
+    """Whoever sends what is no HTTP is answered 400; a traceback of each would fill the log."""
+    return not (entry.exc_info and isinstance(entry.exc_info[1], HttpProcessingError))
