@@ -67,7 +67,7 @@ class AttackRecord(StudyRecord):
     others: dict[str, Others]
 
 
-def posted(body: bytes) -> bytes:
+def request_of(body: bytes) -> bytes:
     """Return a whole request."""
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -80,7 +80,7 @@ async def hold(port: int, content: bytes, more: bytes = b"", seconds: float = 36
             try:
                 writer.write(content)
                 end = time.monotonic() + seconds
-                while time.monotonic() < end and not reader.at_eof():
+                while time.monotonic() < end and not (reader.at_eof() or reader.exception()):
                     await asyncio.sleep(min(1.0, seconds))
                     writer.write(more)
             finally:
@@ -95,9 +95,9 @@ ATTACKS: dict[str, tuple[int, Callable[[int], Awaitable[None]]]] = {
     "bodies of a byte per second": (257, lambda port: hold(port, HEAD + b"Content-Length: 500\r\n\r\n{", b" ")),
     "clients that leave after 50 ms": (
         64,
-        lambda port: hold(port, posted(json.dumps(WORK).encode()), seconds=0.05),
+        lambda port: hold(port, request_of(json.dumps(WORK).encode()), seconds=0.05),
     ),
-    "a megabyte of brackets": (8, lambda port: hold(port, posted(b"[" * 999_000), seconds=0.5)),
+    "a megabyte of brackets": (8, lambda port: hold(port, request_of(b"[" * 999_000), seconds=0.5)),
     "connections that say nothing": (256, lambda port: hold(port, b"", seconds=0.2)),
 }
 
@@ -115,7 +115,7 @@ def attack(name: str, port: int) -> None:
 
 
 @contextmanager
-def attacked(name: str, port: int) -> Iterator[None]:
+def attacking(name: str, port: int) -> Iterator[None]:
     """Attack from another process within the context."""
     process = multiprocessing.get_context("spawn").Process(target=attack, args=(name, port), daemon=True)
     process.start()
@@ -128,7 +128,7 @@ def attacked(name: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
+def stopping(process: psutil.Process) -> Iterator[None]:
     """Stop a process within the context."""
     process.suspend()
     try:
@@ -146,6 +146,7 @@ def nginx(behind: int) -> Iterator[int]:
     """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="dipgo-nginx-") as folder:
+        Path(folder).chmod(0o755)  # for its workers, who are not root
         text = NGINX.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{behind}")
         (Path(folder) / "nginx.conf").write_text(text.replace("127.0.0.1:8080", f"127.0.0.1:{port}"))
         command = ["nginx", "-p", folder, "-c", f"{folder}/nginx.conf", "-g", "daemon off;"]
@@ -183,29 +184,29 @@ def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> d
             nginx(behind) if front else nullcontext(behind) as port,
         ):
             (model,) = process.children()[0].children()
-            attacks = {name: attacked(name, port) for name in ATTACKS} | {"a stopped model": stopped(model)}
+            attacks = {name: attacking(name, port) for name in ATTACKS} | {"a stopped model": stopping(model)}
             others = {}
             for name, context in {"nobody": nullcontext(), **attacks, "nobody any more": nullcontext()}.items():
                 with context:
                     status = ready(port)
                     clients = Clients(port, labels, seconds=seconds)
-                    noticed = phase(clients, 1, deployment.limits.queue)
-                others[name] = others_of(noticed, status, memory(process))
+                    result = phase(clients, 1, deployment.limits.queue)
+                others[name] = others_of(result, status, memory(process))
             version = version_of(port)
     return {"server": version, "front": "nginx" if front else "none", "seconds": seconds, "others": others}
 
 
-def others_of(noticed: Phase, status: int, resident: dict[str, int]) -> Others:
+def others_of(result: Phase, status: int, resident: dict[str, int]) -> Others:
     """Return a line of the table."""
     return Others(
         ready=status,
-        requests=noticed.requests,
-        served=noticed.served,
-        refused=sum(noticed.refused.values()),
-        lost=noticed.lost,
-        wrong_images=noticed.wrong_images,
-        p50_ms=noticed.latency_ms["p50"] if noticed.served else None,
-        p99_ms=noticed.latency_ms["p99"] if noticed.served else None,
+        requests=result.requests,
+        served=result.served,
+        refused=sum(result.refused.values()),
+        lost=result.lost,
+        wrong_images=result.wrong_images,
+        p50_ms=result.latency_ms["p50"] if result.served else None,
+        p99_ms=result.latency_ms["p99"] if result.served else None,
         **{f"{name}_bytes": size for name, size in resident.items()},
     )
 

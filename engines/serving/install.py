@@ -13,7 +13,7 @@ from pathlib import Path
 from dipgo.base.errors import DipgoError
 
 VARIABLE = "TRITON_SERVER"
-LEFT = "DIPGO_LEFT"
+LEFT = "DIPGO_LEFT"  # the variable that names the folder of tickets whose clients have left
 REQUIREMENTS = Path(__file__).parent / "deploy" / "requirements.txt"
 PACKAGES = ("dipgo", "engines", "export")
 PLACES = ("bin/tritonserver", "lib/python*/site-packages/pytriton/tritonserver/bin/tritonserver")

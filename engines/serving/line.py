@@ -26,7 +26,8 @@ class Line:
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         self._queue = int(parameters.get("queue", Limits.queue))
         self._wait_s = float(parameters.get("wait_s", Limits.wait_s))
-        instances = sum(group["count"] for group in config["instance_group"])
+        groups = config.get("instance_group", [])
+        instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups) or 1
         self._slots = asyncio.Semaphore(2 * instances * max(1, config["max_batch_size"]))  # one batch runs, one waits
         self._waiting = 0
 

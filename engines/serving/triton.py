@@ -104,10 +104,10 @@ class Triton:
         """Wait until a model's process is gone, return how: Triton goes on, says that it is ready, and answers 500."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._models = [model.pid for model in psutil.Process(self.process.pid).children()]
-        while not (gone := [pid for pid in self._models if _status(pid) in _ENDED]):
+        while all(_status(pid) not in _ENDED for pid in self._models):
             self._oom_kills = oom_kills()
             await asyncio.sleep(WATCH_S)
-        code = _exit_code(gone[0])
+        code = next(_exit_code(pid) for pid in self._models if _status(pid) in _ENDED)
         if code is None or code >= 0:  # as when Triton itself ends, which then says more
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self.ended(), GRACE_S)

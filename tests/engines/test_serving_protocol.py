@@ -19,8 +19,8 @@ def request(*inputs, **changes):
 def test_requests_in_order_keep_their_meaning():
     seed = tensor(name="seed", datatype="INT64", data=[-(2**63)])
     outputs = [{"name": "png", "parameters": {"binary_data": True}}]
-    given = request(tensor(data=["ünï\n\0"]), seed, id="a1", outputs=outputs, parameters={"timeout": 5})
-    body, length, wait_s = rewritten(given, None, "ticket")
+    message = request(tensor(data=["ünï\n\0"]), seed, id="a1", outputs=outputs, parameters={"timeout": 5})
+    body, length, wait_s = rewritten(message, None, "ticket")
     assert (length, wait_s) == (len(body), 5e-6)
     passed_on = json.loads(body)
     assert passed_on["inputs"][0]["data"] == ["ünï\n\0"]
@@ -47,7 +47,7 @@ def test_binary_data_follows_the_new_header():
 
 
 @pytest.mark.parametrize(
-    ("body", "header", "message"),
+    ("body", "header", "line"),
     [
         (b"", None, "not valid JSON"),
         (b"{{", None, "not valid JSON"),
@@ -81,8 +81,8 @@ def test_binary_data_follows_the_new_header():
         (request(tensor(data=None, parameters={"binary_data_size": 9})), None, "is 9 in all, but 0 bytes follow"),
     ],
 )
-def test_what_is_malformed_is_one_line(body, header, message):
-    with pytest.raises(UsageError, match=message) as caught:
+def test_what_is_malformed_is_one_line(body, header, line):
+    with pytest.raises(UsageError, match=line) as error:
         rewritten(body, header, "ticket")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

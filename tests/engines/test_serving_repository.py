@@ -141,10 +141,10 @@ def test_without_a_server_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     if Path("/opt/tritonserver").exists():
         pytest.skip("a Triton is installed where its container has it")
-    with pytest.raises(DipgoError, match=r"tritonserver is not on this machine's PATH; run: .*pytriton") as caught:
+    with pytest.raises(DipgoError, match=r"tritonserver is not on this machine's PATH; run: .*pytriton") as error:
         find_server()
-    assert "\n" not in str(caught.value)
-    assert str(REQUIREMENTS) in str(caught.value)
+    assert "\n" not in str(error.value)
+    assert str(REQUIREMENTS) in str(error.value)
     with pytest.raises(DipgoError, match="holds no tritonserver"):
         find_server(tmp_path)
 
@@ -155,7 +155,7 @@ def closure(*requirements):
     while new := {name.lower().replace("_", "-") for name in new} - allowed:
         allowed |= new
         needed = [Requirement(line) for name in new for line in requires(name) or []]
-        new = {found.name for found in needed if not found.marker or found.marker.evaluate()}
+        new = {each.name for each in needed if not each.marker or each.marker.evaluate()}
     return allowed
 
 

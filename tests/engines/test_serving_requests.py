@@ -22,20 +22,20 @@ def program(tmp_path_factory):
 
 
 def test_a_batch_that_nobody_waits_for_ends_before_the_next_step(program, monkeypatch):
-    rows, asked, begun = [Row(1, None, 5, 3), Row(2, None, 6, 1)], [], []
+    rows, questions, starts = [Row(1, None, 5, 3), Row(2, None, 6, 1)], [], []
     whole = render(program, rows)
     denoise = program.denoise
-    monkeypatch.setattr(program, "denoise", lambda *given: begun.append(len(asked)) or denoise(*given))
+    monkeypatch.setattr(program, "denoise", lambda *arguments: starts.append(len(questions)) or denoise(*arguments))
 
     def left(row):
-        asked.append(row)
-        return row == 0 and len(asked) > 3
+        questions.append(row)
+        return row == 0 and len(questions) > 3
 
     images = render(program, rows, left)
     assert images[0] is None
     assert np.array_equal(images[1], whole[1])
-    assert begun == [1, 6]  # a batch of row 0 alone, which ends after two steps, and one for which row 1 waits
-    assert asked[:6] == [0, 0, 0, 0, 0, 1]
+    assert starts == [1, 6]  # a batch of row 0 alone, which ends after two steps, and one for which row 1 waits
+    assert questions[:6] == [0, 0, 0, 0, 0, 1]
 
 
 def test_who_left_before_costs_nothing(program, monkeypatch):

@@ -87,17 +87,17 @@ class Server:
 
     def infer(self, model, tensors, outputs=("image", "seed"), **parameters):
         """Return the status and either outputs by name or the error's line."""
-        wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        body = json.dumps({**inference(tensors), "outputs": wanted, "parameters": parameters})
+        pictures = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        body = json.dumps({**inference(tensors), "outputs": pictures, "parameters": parameters})
         status, content, headers = self.ask(f"/v2/models/{model}/infer", body)
         if status != 200:
             return status, json.loads(content)["error"]
         length = int(headers["Inference-Header-Content-Length"])
-        found, rest = {}, content[length:]
+        entries, rest = {}, content[length:]
         for entry in json.loads(content[:length])["outputs"]:
             size = entry["parameters"]["binary_data_size"]
-            found[entry["name"]], rest = (entry, rest[:size]), rest[size:]
-        return status, {name: decoded(*value) for name, value in found.items()}
+            entries[entry["name"]], rest = (entry, rest[:size]), rest[size:]
+        return status, {name: decoded(*value) for name, value in entries.items()}
 
     def end(self):
         if self.process.poll() is None:
@@ -154,16 +154,16 @@ def up(server, bundles):
 def generated(server, bundles):
     """``generated(bundle, given, seed, negative)``: ``Program.generate`` in the Python that the server uses."""
 
-    def generate(name, given, seed, negative=None):
+    def generate(name, subjects, seed, negative=None):
         script = f"""
 import sys
 import dipgo
 with dipgo.load({str(bundles / name)!r}) as program:
-    pixels = program.generate({given!r}, {seed}, negative={negative!r})
+    pixels = program.generate({subjects!r}, {seed}, negative={negative!r})
 sys.stdout.buffer.write((pixels * 255).round().astype("uint8").tobytes())
 """
         done = subprocess.run([server.python, "-c", script], cwd=ROOT, capture_output=True, check=True)
-        return np.frombuffer(done.stdout, np.uint8).reshape(len(given), *([16, 16, 3]))
+        return np.frombuffer(done.stdout, np.uint8).reshape(len(subjects), *([16, 16, 3]))
 
     return generate
 
@@ -332,13 +332,13 @@ def test_health_and_metrics(up):
 
 def test_a_real_client_is_served(up, generated):
     client = pytest.importorskip("tritonclient.http")
-    asked = client.InferInput("class", [1, 1], "BYTES")
-    asked.set_data_from_numpy(np.array([[b"dog"]], np.object_))
+    label = client.InferInput("class", [1, 1], "BYTES")
+    label.set_data_from_numpy(np.array([[b"dog"]], np.object_))
     seed = client.InferInput("seed", [1, 1], "INT64")
     seed.set_data_from_numpy(np.array([[9]]))
     with client.InferenceServerClient(f"127.0.0.1:{up.port}") as connection:
         assert connection.is_model_ready("dit")
-        answer = connection.infer("dit", [asked, seed], outputs=[client.InferRequestedOutput("image")])
+        answer = connection.infer("dit", [label, seed], outputs=[client.InferRequestedOutput("image")])
     assert np.array_equal(answer.as_numpy("image")[0], generated("dit", [1], 9))
 
 
@@ -408,11 +408,11 @@ def test_the_end_of_triton_is_told_as_it_was(server, bundles, tmp_path, sent):
 
 def test_only_what_the_kernel_counts_is_want_of_memory(monkeypatch):
     """Tried by hand with a real one, in a control group whose limit was lowered."""
-    watched = object.__new__(triton.Triton)
-    watched._oom_kills = 3
+    process = object.__new__(triton.Triton)
+    process._oom_kills = 3
     for count, reason in ((3, "was ended by SIGKILL"), (4, "was ended by the kernel, for want of memory: SIGKILL")):
         monkeypatch.setattr(triton, "oom_kills", lambda count=count: count)
-        assert watched._end(-9) == reason
+        assert process._end(-9) == reason
 
 
 def test_triton_ends_with_the_process_that_watches_it(server, bundles, tmp_path):
