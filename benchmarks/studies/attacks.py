@@ -16,7 +16,7 @@ import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from benchmarks.studies.load import NAME, Clients, Phase, labels_of, memory, phase, served, version_of
+from benchmarks.studies.load import NAME, PAIRS, Answer, Phase, ask, labels_of, memory, phase, served, version_of
 from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import Record
@@ -174,6 +174,21 @@ def ready(port: int) -> int:
         return int(getattr(error, "code", 0))
 
 
+def answers_for(seconds: float, port: int, labels: Sequence[str]) -> list[Answer]:
+    """Send one request after the other, each over a connection of its own."""
+    import tritonclient.http as triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    sent: list[Answer] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pair = len(sent) % PAIRS
+        with triton.InferenceServerClient(f"127.0.0.1:{port}", network_timeout=300) as client:
+            sent.append(ask(client, labels[pair % len(labels)], pair))
+        if sent[-1].refusal:
+            time.sleep(0.1)  # as one who is told to come again
+    return sent
+
+
 def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> dict[str, Any]:
     """Serve a class bundle and attack it in all ways; returns the record's figures."""
     labels, deployment = labels_of(bundle), Deployment(name=NAME, link=True)
@@ -189,8 +204,8 @@ def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> d
             for name, context in {"nobody": nullcontext(), **attacks, "nobody any more": nullcontext()}.items():
                 with context:
                     status = ready(port)
-                    clients = Clients(port, labels, seconds=seconds)
-                    result = phase(clients, 1, deployment.limits.queue)
+                    sent = answers_for(seconds, port, labels)
+                result = phase(sent, seconds, 1, deployment.limits.queue)
                 others[name] = others_of(result, status, memory(process))
             version = version_of(port)
     return {"server": version, "front": "nginx" if front else "none", "seconds": seconds, "others": others}
