@@ -120,7 +120,7 @@ def attacking(name: str, port: int) -> Iterator[None]:
     process = multiprocessing.get_context("spawn").Process(target=attack, args=(name, port), daemon=True)
     process.start()
     try:
-        time.sleep(3)  # until it has begun
+        time.sleep(5)  # until it has begun
         yield
     finally:
         process.kill()
