@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import os
 import re
 import signal
 import socket
@@ -19,6 +17,7 @@ import psutil
 from aiohttp import ClientError, ClientSession
 
 from dipgo.base.errors import DipgoError
+from engines.serving import processes
 from engines.serving.install import Place
 
 GRACE_S = 10.0  # for Triton to end once its requests have had their time
@@ -26,9 +25,6 @@ WATCH_S = 0.1
 ADMINISTRATION = "shared-memory,model-repository,trace,logging"
 
 _ERROR = re.compile(r"E\d{4} [^\]]*\] (.*)")
-_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -77,16 +73,15 @@ class Triton:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self._models: list[int] = []
-        self._oom_kills = oom_kills()
+        self._oom_kills = processes.oom_kills()
         self._lines: deque[str] = deque(maxlen=200)
         self._reader = asyncio.create_task(self._pass_on())
 
     def fault(self) -> str | None:
         """Return why no request would be served, whatever Triton says: a process is stopped or gone."""
         for name, pid in [("Triton", self.process.pid), *(("a model's process", pid) for pid in self._models)]:
-            status = _status(pid)
-            if status in (*_ENDED, *_STOPPED):
-                return f"{name} is {'gone' if status in _ENDED else 'stopped'}"
+            if processes.has_ended(pid) or processes.is_stopped(pid):
+                return f"{name} is {'gone' if processes.has_ended(pid) else 'stopped'}"
         return None
 
     async def ended(self) -> str:
@@ -97,17 +92,19 @@ class Triton:
             return f"Triton {self._end(code)}"
         errors = [error[1] for line in self._lines if (error := _ERROR.match(line))]
         reason = " ".join((errors or list(self._lines) or ["it said nothing"])[-1].strip('"').split())[:400]
-        killed = ", after the kernel killed a process for want of memory" if oom_kills() > self._oom_kills else ""
+        killed = (
+            ", after the kernel killed a process for want of memory" if processes.oom_kills() > self._oom_kills else ""
+        )
         return f"Triton {self._end(code)}{killed}: {reason}"
 
     async def lost(self) -> str:
         """Wait until a model's process is gone, return how: Triton goes on, says that it is ready, and answers 500."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._models = [model.pid for model in psutil.Process(self.process.pid).children()]
-        while all(_status(pid) not in _ENDED for pid in self._models):
-            self._oom_kills = oom_kills()
+        while not any(map(processes.has_ended, self._models)):
+            self._oom_kills = processes.oom_kills()
             await asyncio.sleep(WATCH_S)
-        code = next(_exit_code(pid) for pid in self._models if _status(pid) in _ENDED)
+        code = next(processes.exit_code(pid) for pid in self._models if processes.has_ended(pid))
         if code is None or code >= 0:  # as when Triton itself ends, which then says more
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self.ended(), GRACE_S)
@@ -116,7 +113,7 @@ class Triton:
     def _end(self, code: int | None) -> str:
         if code is None or code >= 0:
             return "ended by itself" if code is None else f"ended by itself, code {code}"
-        killer = "the kernel, for want of memory: " if code == -9 and oom_kills() > self._oom_kills else ""
+        killer = "the kernel, for want of memory: " if code == -9 and processes.oom_kills() > self._oom_kills else ""
         return f"was ended by {killer}{signal.Signals(-code).name}"
 
     def kill(self) -> None:
@@ -151,7 +148,7 @@ async def running(command: list[str], place: Place, drain_s: float) -> AsyncIter
             *command,
             cwd=place.folder,
             start_new_session=True,
-            preexec_fn=_end_with_this_process,
+            preexec_fn=processes.end_with_parent,
             stderr=asyncio.subprocess.PIPE,
             limit=2**20,
             env=place.environment,
@@ -182,31 +179,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def oom_kills() -> int:
-    """Return how many processes the kernel of this machine has killed for want of memory, of a cgroup or of its own."""
-    with contextlib.suppress(OSError):
-        if count := re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE):
-            return int(count[1])
-    return 0
-
-
-def _status(pid: int) -> str:
-    try:
-        return psutil.Process(pid).status()
-    except psutil.NoSuchProcess:
-        return psutil.STATUS_DEAD
-
-
-def _exit_code(pid: int) -> int | None:
-    """Return the exit code of another process's child, minus the signal that ended it; None once its parent has it."""
-    try:
-        return os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().rsplit(maxsplit=1)[1]))
-    except (OSError, ValueError):
-        return None
-
-
-def _end_with_this_process() -> None:
-    """In the child: when its parent is killed it gets SIGTERM, instead of living on behind a gate that is gone."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.studies.attacks import nginx
 from dipgo.base.errors import DipgoError
-from engines.serving import triton
+from engines.serving import processes, triton
 from engines.serving.install import find_server
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
@@ -411,7 +411,7 @@ def test_only_what_the_kernel_counts_is_want_of_memory(monkeypatch):
     process = object.__new__(triton.Triton)
     process._oom_kills = 3
     for count, reason in ((3, "was ended by SIGKILL"), (4, "was ended by the kernel, for want of memory: SIGKILL")):
-        monkeypatch.setattr(triton, "oom_kills", lambda count=count: count)
+        monkeypatch.setattr(processes, "oom_kills", lambda count=count: count)
         assert process._end(-9) == reason
 
 
