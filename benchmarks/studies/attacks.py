@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -199,9 +199,11 @@ def measure(bundle: Path, server: Path | None, front: bool, seconds: float) -> d
             nginx(behind) if front else nullcontext(behind) as port,
         ):
             (model,) = process.children()[0].children()
-            attacks = {name: attacking(name, port) for name in ATTACKS} | {"a stopped model": stopping(model)}
+            attacks: dict[str, AbstractContextManager[None]] = {"nobody": nullcontext()}
+            attacks |= {name: attacking(name, port) for name in ATTACKS}
+            attacks |= {"a stopped model": stopping(model), "nobody any more": nullcontext()}
             others = {}
-            for name, context in {"nobody": nullcontext(), **attacks, "nobody any more": nullcontext()}.items():
+            for name, context in attacks.items():
                 with context:
                     status = ready(port)
                     sent = answers_for(seconds, port, labels)
