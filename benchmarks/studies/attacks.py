@@ -132,6 +132,8 @@ def stopping(process: psutil.Process) -> Iterator[None]:
     """Stop a process within the context."""
     process.suspend()
     try:
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
         yield
     finally:
         process.resume()
