@@ -144,6 +144,7 @@ class Program:
         noise: np.ndarray,
         conditions: Mapping[str, np.ndarray],
         after_step: AfterStep | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Run the trajectory of one batch.
 
@@ -151,6 +152,7 @@ class Program:
             noise: initial noise, float32 of the bundle's latent shape, or of one in its ranges.
             conditions: the graph inputs of the prompt or class.
             after_step: called with the step and its ε, float32 ``[B, C, H, W]``.
+            before_step: called before every step, but where one launch does them all; it may raise to end here.
 
         Returns:
             The final latent, float32 ``[B, C, H, W]``.
@@ -161,6 +163,8 @@ class Program:
             if steps.can_replay and not after_step:
                 walk.finish()
             while walk.step < len(self.record.steps):
+                if before_step:
+                    before_step()
                 walk.advance()
                 if after_step:
                     after_step(walk.step - 1, steps.epsilon(walk.step - 1))

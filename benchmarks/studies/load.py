@@ -136,9 +136,12 @@ def phase(sent: Sequence[Answer], seconds: float, clients: int, queue: int) -> P
 
 
 @contextmanager
-def served(repository: Path, server: Path | None) -> Iterator[tuple[int, psutil.Process]]:
-    """Serve a repository in a process of its own; yields the HTTP port and the process."""
-    command = [sys.executable, "-m", "engines.serving", str(repository), "--host", "127.0.0.1", "--http-port", "0"]
+def served(
+    repository: Path, server: Path | None, descriptors: int | None = None
+) -> Iterator[tuple[int, psutil.Process]]:
+    """Serve a repository in a process with so many file descriptors; yields the HTTP port and the process."""
+    command = ["prlimit", f"--nofile={descriptors}"] if descriptors else []
+    command += [sys.executable, "-m", "engines.serving", str(repository), "--host", "127.0.0.1", "--http-port", "0"]
     command += ["--metrics-port", "0"] + (["--server", str(server)] if server else [])
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=python_environment(), stdout=subprocess.PIPE, stderr=log, text=True)
@@ -172,15 +175,21 @@ def version_of(port: int) -> str:
     return f"{metadata['name']} {metadata['version']}"
 
 
+def labels_of(bundle: Path) -> list[str]:
+    """Return the names or numbers of some classes of a bundle.
+
+    Raises:
+        DipgoError: not a bundle of classes.
+    """
+    conditioning = open_bundle(bundle).record.conditioning
+    if conditioning.kind != "class":
+        raise DipgoError(f"{bundle}: conditioned by {conditioning.kind}; the load test is for bundles of classes")
+    return list(conditioning.labels) or ["0"]
+
+
 def measure(bundle: Path, server: Path | None, clients: int, requests: int) -> dict[str, Any]:
     """Serve a class bundle and load it; returns the record's figures."""
-    record = open_bundle(bundle).record
-    if record.conditioning.kind != "class":
-        raise DipgoError(
-            f"{bundle}: conditioned by {record.conditioning.kind}; the load test is for bundles of classes"
-        )
-    labels = list(record.conditioning.labels) or ["0"]
-    limits = Limits()
+    record, labels, limits = open_bundle(bundle).record, labels_of(bundle), Limits()
     with tempfile.TemporaryDirectory(prefix="dipgo-load-") as folder:
         write_repository(bundle, Path(folder), Deployment(name=NAME, link=True, limits=limits))
         with served(Path(folder), server) as (port, process):

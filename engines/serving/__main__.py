@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m engines.serving", description=__doc__)
     parser.add_argument("repository", type=Path)
     parser.add_argument("--server", type=Path, help="tritonserver, or a folder that holds it")
-    parser.add_argument("--host", default="0.0.0.0")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, help="off by default; it has no gate before it")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 for none")

@@ -13,6 +13,7 @@ from pathlib import Path
 from dipgo.base.errors import DipgoError
 
 VARIABLE = "TRITON_SERVER"
+LEFT = "DIPGO_LEFT"  # the variable that names the folder of tickets whose clients have left
 REQUIREMENTS = Path(__file__).parent / "deploy" / "requirements.txt"
 PACKAGES = ("dipgo", "engines", "export")
 PLACES = ("bin/tritonserver", "lib/python*/site-packages/pytriton/tritonserver/bin/tritonserver")
@@ -34,6 +35,23 @@ class Install:
     backends: Path
     python: Path
     stubs: Path | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a server is started.
+
+    Attributes:
+        backends: the folder of its backends.
+        folder: its working directory, from which models import dipgo's packages.
+        left: the folder in which models learn whose client has left.
+        environment: its variables.
+    """
+
+    backends: Path
+    folder: Path
+    left: Path
+    environment: dict[str, str]
 
 
 def find_server(place: Path | None = None) -> Install:
@@ -61,46 +79,48 @@ def find_server(place: Path | None = None) -> Install:
     return Install(binary, backends, python, stubs if stubs.is_dir() else None)
 
 
-def prepare_backends(install: Install, folder: Path) -> tuple[Path, dict[str, str]]:
-    """Check the server's Python and return the folder of backends and the environment to start the server with.
+def prepare(install: Install, scratch: Path) -> Place:
+    """Check the server's Python, and return where to start the server.
 
-    ``folder`` is for links, which must last as long as the server: the stub of the right version beside the Python
-    backend, and dipgo's packages as they run here, so that the server's Python needs public packages alone.
+    ``scratch`` must last as long as the server. It gets links: the stub of the right version beside the Python backend,
+    and dipgo's packages as they run here, so that the server's Python needs public packages alone. The stub reads no
+    ``PYTHONPATH`` but imports from its working directory first, so that is where they are.
 
     Raises:
         DipgoError: that Python lacks packages, or is of a version that the server has no stub for.
     """
-    code = folder / "code"
+    code, left = scratch / "code", scratch / "left"
     code.mkdir()
+    left.mkdir()
     for name in PACKAGES:
         (code / name).symlink_to(Path(__file__).parents[2] / name, target_is_directory=True)
     path = f"{install.python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # the stub takes its packages
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
-    version, numpy = _probe(install.python, environment)
+    environment = {**os.environ, "PATH": path, LEFT: str(left)}
+    version, numpy = _probe(install.python, code, environment)
     if install.stubs is None:
-        return install.backends, environment
+        return Place(install.backends, code, left, environment)
     stub = install.stubs / version / STUB
     if not stub.is_file():
         versions = ", ".join(sorted(entry.name for entry in install.stubs.iterdir()))
         raise DipgoError(f"{install.python}: is Python {version}, this Triton takes {versions}; use one of them")
     if not numpy.startswith("1."):  # the wheel's stub reads numpy's structures as they were before 2.0
         raise DipgoError(f"{install.python}: has numpy {numpy}, this Triton needs numpy<2; {_cure()}")
-    python = folder / "backends" / "python"
+    python = scratch / "backends" / "python"
     python.mkdir(parents=True)
     for file in [stub, *(install.backends / "python").iterdir()]:
         if file.is_file() and not (python / file.name).exists():
             (python / file.name).symlink_to(file)
-    return folder / "backends", environment
+    return Place(scratch / "backends", code, left, environment)
 
 
-def _probe(python: Path, environment: dict[str, str]) -> tuple[str, str]:
-    """Return the versions of Python (``3.11``) and numpy, having imported all that the model imports."""
+def _probe(python: Path, code: Path, environment: dict[str, str]) -> tuple[str, str]:
+    """Return the versions of Python (``3.11``) and numpy, having imported all that the model imports, as the stub."""
     script = (
-        "import sys, json, numpy, onnxruntime, engines, engines.serving.requests;"
+        "import sys; sys.path.insert(0, ''); import json, numpy, onnx, onnxruntime, engines, engines.serving.requests;"
         "print(json.dumps(['%d.%d' % sys.version_info[:2], numpy.__version__]))"
     )
-    command = [str(python), "-P", "-c", script]  # nothing from the working directory
-    probe = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [str(python), "-I", "-c", script]
+    probe = subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, check=False)
     if probe.returncode:
         line = (probe.stderr.strip().splitlines() or ["it does not start"])[-1]
         raise DipgoError(f"{python}: {line}; run: {python} -m pip install -r {REQUIREMENTS}")

@@ -6,6 +6,8 @@ It needs the packages ``dipgo``, ``engines`` and ``export`` in the server's Pyth
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import triton_python_backend_utils as triton  # type: ignore[import-not-found]  
 
 from dipgo.base.errors import DipgoError, UsageError
 from engines.pipeline.pipeline import load
+from engines.serving.install import LEFT
 from engines.serving.limits import Limits
+from engines.serving.protocol import TICKET
 from engines.serving.requests import Row, png, read_rows, render
 
 BUNDLE = "bundle"  # beside this file
@@ -39,22 +43,23 @@ class TritonPythonModel:
         """Answer every request of a batch; those that are in order are rendered together."""
         answers: list[Any] = [None] * len(requests)
         valid: dict[int, list[Row]] = {}
+        left: dict[int, Callable[[], bool]] = {}
         for index, request in enumerate(requests):
             try:
-                if request.is_cancelled():
-                    answers[index] = _refusal("cancelled by the client", triton.TritonError.CANCELLED)
-                else:
-                    valid[index] = read_rows(self.program, self._tensors(request), self.limits)
+                left[index] = _left(request)
+                valid[index] = read_rows(self.program, self._tensors(request), self.limits)
             except UsageError as error:
                 answers[index] = _refusal(str(error), triton.TritonError.INVALID_ARG)
             except Exception as error:  # a request that nobody thought of must not take the others with it
                 triton.Logger.log_error(f"request not understood: {error!r}")
                 answers[index] = _refusal("the request cannot be read", triton.TritonError.INVALID_ARG)
-        for index, images in self._images(valid).items():
-            if isinstance(images, Exception):
-                triton.Logger.log_error(f"generation failed: {images!r}")
-                line = f"generation failed ({' '.join(str(images).split())[:200]})"
+        for index, result in self._images(valid, left).items():
+            if isinstance(result, Exception):
+                triton.Logger.log_error(f"generation failed: {result!r}")
+                line = f"generation failed ({' '.join(str(result).split())[:200]})"
                 answers[index] = _refusal(line, triton.TritonError.INTERNAL)
+            elif len(images := [each for each in result if each is not None]) < len(result):
+                answers[index] = _refusal("the client has left", triton.TritonError.CANCELLED)
             else:
                 answers[index] = _answer(valid[index], images, requests[index].requested_output_names())
         return answers
@@ -66,16 +71,29 @@ class TritonPythonModel:
         tensors = {name: triton.get_input_tensor_by_name(request, name) for name in self.inputs}
         return {name: None if tensor is None else tensor.as_numpy() for name, tensor in tensors.items()}
 
-    def _images(self, valid: dict[int, list[Row]]) -> dict[int, list[np.ndarray] | Exception]:
+    def _images(
+        self, valid: dict[int, list[Row]], left: dict[int, Callable[[], bool]]
+    ) -> dict[int, list[np.ndarray | None] | Exception]:
         """Return the images of each request, or what went wrong; if it does for all together, each is tried alone."""
+        owners = [index for index, rows in valid.items() for _ in rows]
         try:
-            images = iter(render(self.program, [row for rows in valid.values() for row in rows]))
+            rows = [row for rows in valid.values() for row in rows]
+            images = iter(render(self.program, rows, lambda row: left[owners[row]]()))
             return {index: [next(images) for _ in rows] for index, rows in valid.items()}
         except Exception as error:  # whatever it is: every request is answered, and the next batch has its chance
             if len(valid) == 1:
                 return dict.fromkeys(valid, error)
-            alone = [self._images({index: rows}) for index, rows in valid.items()]
+            alone = [self._images({index: rows}, left) for index, rows in valid.items()]
             return {index: images for single in alone for index, images in single.items()}
+
+
+def _left(request: Any) -> Callable[[], bool]:
+    """Return what tells whether the client of a request has left.
+
+    Triton says so of gRPC's alone; of HTTP's the gate does, by a file.
+    """
+    ticket = json.loads(request.parameters()).get(TICKET)
+    return (Path(os.environ[LEFT]) / ticket).exists if ticket and LEFT in os.environ else request.is_cancelled
 
 
 def _answer(rows: list[Row], images: list[np.ndarray], names: list[str]) -> Any:

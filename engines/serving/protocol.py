@@ -16,6 +16,7 @@ from dipgo.base.errors import UsageError
 from dipgo.base.records import Record
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+TICKET = "dipgo_ticket"  # the parameter by which the model knows whose client has left
 PICTURES = ("png",)  # outputs that JSON cannot hold
 
 Size = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -34,7 +35,7 @@ class Input(Record):
     datatype: Literal["BYTES", "INT32", "INT64"]
     shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
     parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
+    data: Annotated[list[Any], Field(max_length=4096)] | None = None
 
     @model_validator(mode="after")
     def _holds_together(self) -> Input:
@@ -75,8 +76,10 @@ class InferenceRequest(Record):
     )
 
 
-def rewritten(body: bytes, header_length: str | None) -> tuple[bytes, int]:
+def rewritten(body: bytes, header_length: str | None, ticket: str) -> tuple[bytes, int, float | None]:
     """Check the body of a request and return what to send on: the body, and the length of the JSON at its start.
+
+    Third is how many seconds the request may wait, if it says so. ``ticket`` is added to its parameters, for the model.
 
     Raises:
         UsageError: not valid JSON of a request, or binary data of another length than announced.
@@ -91,10 +94,13 @@ def rewritten(body: bytes, header_length: str | None) -> tuple[bytes, int]:
     if size != len(tail):
         raise UsageError(f"binary_data_size of the inputs is {size} in all, but {len(tail)} bytes follow the JSON")
     try:
-        header = json.dumps(request.model_dump(exclude_none=True), ensure_ascii=False).encode()
+        content = request.model_dump(exclude_none=True)
+        content["parameters"][TICKET] = ticket
+        header = json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UsageError("the request holds half a character of UTF-16") from error
-    return header + tail, len(header)
+    timeout = request.parameters.timeout
+    return header + tail, len(header), timeout and timeout / 1e6
 
 
 def _request(text: bytes) -> InferenceRequest:

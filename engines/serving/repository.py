@@ -122,7 +122,6 @@ def config_text(record: BundleRecord, name: str, deployment: Deployment) -> str:
         image=[height, width, channels],
         instances=deployment.instances,
         delay_us=round(limits.delay_ms * 1e3) if batch > 1 else 0,
-        wait_us=round(limits.wait_s * 1e6),
         backend=deployment.backend,
         threads=deployment.threads or 0,
         limits=limits,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -68,22 +69,38 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
     return [Row(*row, numbers[0]) for row in zip(subjects, negatives, seeds, strict=True)]
 
 
-def render(program: Program, rows: Sequence[Row]) -> list[np.ndarray]:
+def render(
+    program: Program, rows: Sequence[Row], left: Callable[[int], bool] = lambda row: False
+) -> list[np.ndarray | None]:
     """Return the images of each row, ``[number, height, width, channels]`` uint8, in as few batches as there can be.
 
-    Only rows with the same negative prompt share a batch. A batch that is not full is filled up and cut.
+    Only rows with the same negative prompt share a batch. A batch that is not full is filled up and cut. ``left`` says,
+    before every step, whether nobody waits for a row any more: a batch of such rows ends there, and they are None.
     """
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
+    noise = cache(lambda index: program.noise(rows[index].number, rows[index].seed))
     for negative in dict.fromkeys(row.negative for row in rows):
         images = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
-        noise = {index: program.noise(rows[index].number, rows[index].seed) for index, _ in images}
         for numbers in batches_of(program.record, len(images)):  # what fills the last batch up repeats its last image
             batch = [images[number] for number in numbers]
-            conditions = program.conditions([rows[index].subject for index, _ in batch], negative)
-            latent = program.denoise(np.stack([noise[index][k] for index, k in batch]), conditions)
+
+            def check(indices: frozenset[int] = frozenset(index for index, _ in batch)) -> None:
+                if all(left(index) for index in indices):
+                    raise _Left
+
+            try:
+                check()
+                conditions = program.conditions([rows[index].subject for index, _ in batch], negative)
+                latent = program.denoise(np.stack([noise(index)[k] for index, k in batch]), conditions, None, check)
+            except _Left:
+                continue
             for (index, _), pixels in zip(batch[: len(np.unique(numbers))], program.decode(latent), strict=False):
                 pictures[index].append(levels(pixels.transpose(1, 2, 0)))
-    return [np.stack(each) for each in pictures]
+    return [np.stack(each) if len(each) == row.number else None for row, each in zip(rows, pictures, strict=True)]
+
+
+class _Left(Exception):
+    """Nobody waits for any image of a batch."""
 
 
 def levels(pixels: np.ndarray) -> np.ndarray:

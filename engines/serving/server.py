@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import resource
 import secrets
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
-
 from dipgo.base.errors import DipgoError
+from engines.serving.connections import DESCRIPTORS
 from engines.serving.gate import BODY_BYTES, Gate
-from engines.serving.install import Install, prepare_backends
+from engines.serving.install import Install, prepare
 from engines.serving.triton import Addresses, Triton, arguments, free_port, ready, running
 
 
@@ -51,21 +50,23 @@ def serve(
     times = times or Times()
     token, port = secrets.token_hex(16), free_port()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    gate = Gate(f"http://127.0.0.1:{port}", body_bytes)
-
-    async def run(command: list[str], environment: dict[str, str]) -> None:
-        stop = asyncio.Event()
-        for number in previous:
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        # The gate closes first: on its way out Triton waits for connections that are open.
-        async with running(command, environment, times.drain_s) as triton, _application(gate) as runner:
-            await _watch(triton, gate, stop, lambda: _open(runner, addresses, announce), times)
-
+    _raise_descriptors()
     with tempfile.TemporaryDirectory(prefix="dipgo-serve-") as scratch:
-        backends, environment = prepare_backends(install, Path(scratch))
-        options = arguments(repository, addresses, port, token, times.drain_s)
+        place = prepare(install, Path(scratch))
+        command = [str(install.binary.resolve()), f"--backend-directory={place.backends}"]
+        command += arguments(repository.resolve(), addresses, port, token, times.drain_s)
+
+        async def run() -> None:
+            stop = asyncio.Event()
+            for number in previous:
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            async with running(command, place, times.drain_s) as triton:
+                behind = f"http://127.0.0.1:{port}"
+                gate = Gate(addresses.host, addresses.http, behind, place.left, triton.fault, body_bytes)
+                await _watch(triton, gate, stop, announce, times)
+
         try:
-            asyncio.run(run([str(install.binary), f"--backend-directory={backends}", *options], environment))
+            asyncio.run(run())
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -74,7 +75,7 @@ def serve(
 
 
 async def _watch(
-    triton: Triton, gate: Gate, stopping: asyncio.Event, open_gate: Callable[[], Awaitable[None]], times: Times
+    triton: Triton, gate: Gate, stopping: asyncio.Event, announce: Callable[[str], None], times: Times
 ) -> None:
     """Open the gate once Triton is ready; return when it is to stop and all requests are answered."""
     stop = asyncio.create_task(stopping.wait())
@@ -82,34 +83,28 @@ async def _watch(
     begin = asyncio.create_task(ready(gate.behind))
     await asyncio.wait({stop, end, begin}, timeout=times.start_s, return_when=asyncio.FIRST_COMPLETED)
     if begin.done() and not stop.done():
-        await open_gate()
         loss = asyncio.create_task(triton.lost())
-        await asyncio.wait({stop, end, loss}, return_when=asyncio.FIRST_COMPLETED)
-        if loss.done() and not stop.done():
-            triton.process.kill()  # it would wait for the process that is gone
-            raise DipgoError("a model's process ended by itself (out of memory?); start the server again")
-    if end.done() and not stop.done():
+        async with gate.open() as address:  # closed before Triton ends, which waits for connections that are open
+            announce(f"ready: {address}, Ctrl-C ends it")
+            await asyncio.wait({stop, end, loss}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                await gate.drain(times.drain_s)
+        if loss.done():
+            triton.kill()  # it would wait for the process that is gone
+            raise DipgoError(f"{loss.result()}; start the server again")
+    if end.done():
         raise DipgoError(end.result())
     if not stop.done():
         raise DipgoError(f"Triton was not ready within {times.start_s:g} s; its log says why")
-    await gate.drain(times.drain_s)
 
 
-@contextlib.asynccontextmanager
-async def _application(gate: Gate) -> AsyncIterator[web.AppRunner]:
-    runner = web.AppRunner(gate.application(), access_log=None, auto_decompress=False, shutdown_timeout=5.0)
-    await runner.setup()
-    try:
-        yield runner
-    finally:
-        await runner.cleanup()
+def _raise_descriptors() -> None:
+    """Let this process, and Triton, hold as many connections as the gate lets in.
 
-
-async def _open(runner: web.AppRunner, addresses: Addresses, announce: Callable[[str], None]) -> None:
-    try:
-        await web.TCPSite(runner, addresses.host, addresses.http).start()
-    except OSError as error:
-        place = f"{addresses.host}:{addresses.http}"
-        raise DipgoError(f"{place}: cannot be listened on ({error.strerror}); give another --http-port") from error
-    host, port = runner.addresses[0][:2]
-    announce(f"ready: http://{host}:{port}, Ctrl-C ends it")
+    Raises:
+        DipgoError: the machine does not allow it.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= most < DESCRIPTORS:
+        raise DipgoError(f"a process may have {most} files open here, serving takes {DESCRIPTORS}; raise 'ulimit -n'")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

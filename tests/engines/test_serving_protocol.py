@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dipgo.base.errors import UsageError
-from engines.serving.protocol import rewritten
+from engines.serving.protocol import TICKET, rewritten
 
 
 def tensor(**changes):
@@ -19,30 +19,35 @@ def request(*inputs, **changes):
 def test_requests_in_order_keep_their_meaning():
     seed = tensor(name="seed", datatype="INT64", data=[-(2**63)])
     outputs = [{"name": "png", "parameters": {"binary_data": True}}]
-    given = request(tensor(data=["ünï\n\0"]), seed, id="a1", outputs=outputs, parameters={"timeout": 5})
-    body, length = rewritten(given, None)
-    assert length == len(body)
+    message = request(tensor(data=["ünï\n\0"]), seed, id="a1", outputs=outputs, parameters={"timeout": 5})
+    body, length, wait_s = rewritten(message, None, "ticket")
+    assert (length, wait_s) == (len(body), 5e-6)
     passed_on = json.loads(body)
     assert passed_on["inputs"][0]["data"] == ["ünï\n\0"]
     assert passed_on["inputs"][1]["data"] == [-(2**63)]
-    assert (passed_on["id"], passed_on["outputs"], passed_on["parameters"]) == ("a1", outputs, {"timeout": 5})
+    assert (passed_on["id"], passed_on["outputs"], passed_on["parameters"]) == (
+        "a1",
+        outputs,
+        {"timeout": 5, TICKET: "ticket"},
+    )
 
 
 def test_without_outputs_those_that_json_can_hold_are_meant():
-    body, _ = rewritten(request(tensor()), None)
+    body, _, wait_s = rewritten(request(tensor()), None, "ticket")
+    assert wait_s is None
     assert [output["name"] for output in json.loads(body)["outputs"]] == ["image", "seed"]
 
 
 def test_binary_data_follows_the_new_header():
     head = request({"name": "class", "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": 5}})
     tail = b"\x01\0\0\0\xff"
-    body, length = rewritten(b" " * 7 + head + tail, str(len(head) + 7))
+    body, length, _ = rewritten(b" " * 7 + head + tail, str(len(head) + 7), "ticket")
     assert body[length:] == tail
     assert json.loads(body[:length])["inputs"][0]["parameters"] == {"binary_data_size": 5}
 
 
 @pytest.mark.parametrize(
-    ("body", "header", "message"),
+    ("body", "header", "line"),
     [
         (b"", None, "not valid JSON"),
         (b"{{", None, "not valid JSON"),
@@ -64,6 +69,7 @@ def test_binary_data_follows_the_new_header():
         (request(tensor(shape=[2**31 - 1] * 4)), None, "data has 1 elements"),
         (request(tensor(shape=[1, 2**70])), None, "inputs.0.shape.1"),
         (request(tensor(parameters={"shared_memory_region": "r"})), None, "shared_memory_region: Extra inputs"),
+        (request(tensor(shape=[5000, 1], data=["3"] * 5000)), None, "data: List should have at most 4096 items"),
         (request(*[tensor()] * 17), None, "inputs: List should have at most 16 items"),
         (request(tensor(), id="x" * 200), None, "id: String should have at most 128"),
         (request(tensor(), outputs=[{"name": "png"}]), None, "output png cannot be JSON; ask for it with"),
@@ -75,8 +81,8 @@ def test_binary_data_follows_the_new_header():
         (request(tensor(data=None, parameters={"binary_data_size": 9})), None, "is 9 in all, but 0 bytes follow"),
     ],
 )
-def test_what_is_malformed_is_one_line(body, header, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        rewritten(body, header)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
+def test_what_is_malformed_is_one_line(body, header, line):
+    with pytest.raises(UsageError, match=line) as error:
+        rewritten(body, header, "ticket")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

@@ -3,15 +3,19 @@
 ``TRITON_SERVER``, PATH or ``build/serving`` (see docs/serving.md) must hold a server; without one these tests skip.
 """
 
+import contextlib
 import http.client
 import io
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from benchmarks.studies.attacks import nginx
 from dipgo.base.errors import DipgoError
-from engines.serving.install import find_server, prepare_backends
+from engines.serving import processes, triton
+from engines.serving.install import find_server
 from engines.serving.limits import Limits
 from engines.serving.repository import Deployment, write_repository
 from export.compiler import write_bundle
@@ -54,11 +60,11 @@ def bundles(server, tmp_path_factory):
 class Server:
     """A server process and where it listens."""
 
-    def __init__(self, binary, command, log):
+    def __init__(self, binary, command, log, folder=ROOT):
         self.log = log
-        environment = {**os.environ, "TRITON_SERVER": str(binary)}
+        environment = {**os.environ, "TRITON_SERVER": str(binary), "PYTHONPATH": str(ROOT)}
         with log.open("w") as stream:
-            self.process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=stream)
         deadline = time.time() + 120
         while "ready: http" not in self.text() and self.process.poll() is None and time.time() < deadline:
             time.sleep(0.1)
@@ -81,26 +87,31 @@ class Server:
 
     def infer(self, model, tensors, outputs=("image", "seed"), **parameters):
         """Return the status and either outputs by name or the error's line."""
-        inputs = [
-            {"name": name, "datatype": kind, "shape": [len(data), 1], "data": data}
-            for name, (kind, data) in tensors.items()
-        ]
-        wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        body = json.dumps({"inputs": inputs, "outputs": wanted, "parameters": parameters})
+        pictures = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        body = json.dumps({**inference(tensors), "outputs": pictures, "parameters": parameters})
         status, content, headers = self.ask(f"/v2/models/{model}/infer", body)
         if status != 200:
             return status, json.loads(content)["error"]
         length = int(headers["Inference-Header-Content-Length"])
-        found, rest = {}, content[length:]
+        entries, rest = {}, content[length:]
         for entry in json.loads(content[:length])["outputs"]:
             size = entry["parameters"]["binary_data_size"]
-            found[entry["name"]], rest = (entry, rest[:size]), rest[size:]
-        return status, {name: decoded(*value) for name, value in found.items()}
+            entries[entry["name"]], rest = (entry, rest[:size]), rest[size:]
+        return status, {name: decoded(*value) for name, value in entries.items()}
 
     def end(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def inference(tensors):
+    """Return what a request holds, of the kinds and values of its inputs."""
+    inputs = [
+        {"name": name, "datatype": kind, "shape": [len(data), 1], "data": data}
+        for name, (kind, data) in tensors.items()
+    ]
+    return {"inputs": inputs}
 
 
 def decoded(entry, content):
@@ -117,8 +128,6 @@ def request(label="dog", seed=None, number=None):
 
 
 def free_port():
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -142,20 +151,19 @@ def up(server, bundles):
 
 
 @pytest.fixture(scope="module")
-def generated(server, bundles, tmp_path_factory):
+def generated(server, bundles):
     """``generated(bundle, given, seed, negative)``: ``Program.generate`` in the Python that the server uses."""
-    _, environment = prepare_backends(server, tmp_path_factory.mktemp("python"))
 
-    def generate(name, given, seed, negative=None):
+    def generate(name, subjects, seed, negative=None):
         script = f"""
 import sys
 import dipgo
 with dipgo.load({str(bundles / name)!r}) as program:
-    pixels = program.generate({given!r}, {seed}, negative={negative!r})
+    pixels = program.generate({subjects!r}, {seed}, negative={negative!r})
 sys.stdout.buffer.write((pixels * 255).round().astype("uint8").tobytes())
 """
-        done = subprocess.run([server.python, "-c", script], env=environment, capture_output=True, check=True)
-        return np.frombuffer(done.stdout, np.uint8).reshape(len(given), *([16, 16, 3]))
+        done = subprocess.run([server.python, "-c", script], cwd=ROOT, capture_output=True, check=True)
+        return np.frombuffer(done.stdout, np.uint8).reshape(len(subjects), *([16, 16, 3]))
 
     return generate
 
@@ -295,7 +303,25 @@ def test_beyond_the_queue_requests_are_refused_and_none_is_lost(up):
 
 
 def test_a_request_may_wait_less_long(up):
-    assert up.infer("dit", request(seed=1), timeout=1) == (503, "Request timeout expired")
+    with ThreadPoolExecutor(8) as threads:
+        busy = [threads.submit(up.infer, "dit", request("dog", seed, 16)) for seed in range(8)]
+        while not all(answer.done() for answer in busy):
+            status, line = up.infer("dit", request(seed=1), timeout=1)
+            if status == 503:
+                break
+        assert (status, line) == (503, "Request timeout expired")
+        assert {answer.result()[0] for answer in busy} == {200}
+
+
+def test_clients_that_leave_take_their_requests_along(up):
+    """Through the gate alone: what the model does then is in test_serving_requests.py."""
+    alone = up.infer("dit", request("cat", 3))[1]["image"]
+    body = json.dumps(inference(request("dog", 1, 16))).encode()
+    head = f"POST /v2/models/dit/infer HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for _ in range(64):
+        with socket.create_connection(("127.0.0.1", up.port)) as client:
+            client.sendall(head + body)
+    assert np.array_equal(up.infer("dit", request("cat", 3))[1]["image"], alone)
 
 
 def test_health_and_metrics(up):
@@ -306,23 +332,27 @@ def test_health_and_metrics(up):
 
 def test_a_real_client_is_served(up, generated):
     client = pytest.importorskip("tritonclient.http")
-    asked = client.InferInput("class", [1, 1], "BYTES")
-    asked.set_data_from_numpy(np.array([[b"dog"]], np.object_))
+    label = client.InferInput("class", [1, 1], "BYTES")
+    label.set_data_from_numpy(np.array([[b"dog"]], np.object_))
     seed = client.InferInput("seed", [1, 1], "INT64")
     seed.set_data_from_numpy(np.array([[9]]))
     with client.InferenceServerClient(f"127.0.0.1:{up.port}") as connection:
         assert connection.is_model_ready("dit")
-        answer = connection.infer("dit", [asked, seed], outputs=[client.InferRequestedOutput("image")])
+        answer = connection.infer("dit", [label, seed], outputs=[client.InferRequestedOutput("image")])
     assert np.array_equal(answer.as_numpy("image")[0], generated("dit", [1], 9))
 
 
 def test_serve_finishes_what_is_under_way_and_leaves_nothing(server, bundles, tmp_path, monkeypatch):
-    """``dipgo serve`` itself; half of the requests are sent, then it is asked to end."""
+    """``dipgo serve`` itself, from a folder with other packages of our names; in the midst it is asked to end."""
+    for name in ("dipgo", "engines", "export"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "__init__.py").write_text("raise SystemExit('another package')")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     before = set(Path("/dev/shm").glob("dipgo-*"))  # of another server that runs
-    command = [sys.executable, "-m", "dipgo.cli.main", "serve", bundles / "dit", "--name", "dit", "--http-port", "0"]
-    running = Server(server.binary, [*command, "--metrics-port", "0"], tmp_path / "log")
+    command = [sys.executable, "-P", "-m", "dipgo.cli.main", "serve", bundles / "dit", "--name", "dit"]
+    command += ["--http-port", "0", "--metrics-port", "0"]
+    running = Server(server.binary, command, tmp_path / "log", tmp_path / "elsewhere")
     assert running.is_up(), running.text()
     answers = []
     threads = [
@@ -347,16 +377,82 @@ def test_serve_finishes_what_is_under_way_and_leaves_nothing(server, bundles, tm
     assert "Traceback" not in running.text()
 
 
-def test_a_lost_model_process_ends_the_server(server, bundles, tmp_path):
+def test_a_stopped_process_is_not_ready_and_a_lost_one_ends_the_server(server, bundles, tmp_path):
     write_repository(bundles / "dit", tmp_path / "models", Deployment(name="dit", link=True))
     running = Server(server.binary, [*SERVE, tmp_path / "models", *PLACE, str(free_port())], tmp_path / "log")
     assert running.is_up(), running.text()
-    stub = next(p for p in psutil.Process(running.process.pid).children(recursive=True) if "stub" in p.name())
+    server_process = psutil.Process(running.process.pid).children()[0]
+    stub = server_process.children()[0]
+    for process, name in ((stub, "a model's process"), (server_process, "Triton")):
+        process.suspend()
+        assert running.ask("/v2/health/ready")[0] == running.ask("/v2/models/dit/ready")[0] == 503
+        assert running.infer("dit", request(seed=1)) == (503, f"{name} is stopped")
+        process.resume()
+        assert running.ask("/v2/health/ready")[0] == running.infer("dit", request(seed=1))[0] == 200
     stub.kill()
     assert running.process.wait(60) == 1
-    assert running.text().splitlines()[-1] == (
-        "dipgo: a model's process ended by itself (out of memory?); start the server again"
-    )
+    assert running.text().splitlines()[-1] == "dipgo: a model's process was ended by SIGKILL; start the server again"
+    assert not server_process.is_running()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_the_end_of_triton_is_told_as_it_was(server, bundles, tmp_path, sent):
+    write_repository(bundles / "dit", tmp_path / "models", Deployment(name="dit", link=True))
+    running = Server(server.binary, [*SERVE, tmp_path / "models", *PLACE, str(free_port())], tmp_path / "log")
+    assert running.is_up(), running.text()
+    psutil.Process(running.process.pid).children()[0].send_signal(sent)
+    assert running.process.wait(60) == 1
+    how = "was ended by SIGKILL" if sent == signal.SIGKILL else "ended by itself, code 0"
+    assert running.text().splitlines()[-1].startswith(f"dipgo: Triton {how}")
+
+
+def test_only_what_the_kernel_counts_is_want_of_memory(monkeypatch):
+    """Tried by hand with a real one, in a control group whose limit was lowered."""
+    process = object.__new__(triton.Triton)
+    process._oom_kills = 3
+    for count, reason in ((3, "was ended by SIGKILL"), (4, "was ended by the kernel, for want of memory: SIGKILL")):
+        monkeypatch.setattr(processes, "oom_kills", lambda count=count: count)
+        assert process._end(-9) == reason
+
+
+def test_triton_ends_with_the_process_that_watches_it(server, bundles, tmp_path):
+    write_repository(bundles / "dit", tmp_path / "models", Deployment(name="dit", link=True))
+    running = Server(server.binary, [*SERVE, tmp_path / "models", *PLACE, str(free_port())], tmp_path / "log")
+    assert running.is_up(), running.text()
+    processes = psutil.Process(running.process.pid).children(recursive=True)
+    running.process.kill()
+    assert len(processes) == 2
+    assert not psutil.wait_procs(processes, 60)[1]
+
+
+def test_with_nginx_before_it(up):
+    """The real nginx, with the configuration that is shipped."""
+    if not shutil.which("nginx"):
+        pytest.skip("nginx is not installed")
+    head = b"POST /v2/models/dit/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{"
+    alone = up.infer("dit", request("cat", 3))[1]["image"]
+    with nginx(up.port) as port, contextlib.ExitStack() as stack:
+        front = Server.__new__(Server)
+        front.port = port
+        assert np.array_equal(front.infer("dit", request("cat", 3))[1]["image"], alone)
+        assert front.infer("dit", request(seed=-1))[0] == 400
+        assert front.ask("/v2/health/ready")[0] == front.ask("/v2")[0] == 200
+        for path, body, expected in (
+            ("/v2/models/dit/infer", b"x" * 2_000_000, (413, "the body is over the limit")),
+            ("/v2/repository/index", b"{}", (404, "no such path; see /v2/models/NAME, and POST /v2/models/NAME/infer")),
+        ):
+            status, content, _ = front.ask(path, body)
+            assert (status, json.loads(content)["error"]) == expected
+        for _ in range(40):  # none of them has its body yet: nobody else waits, but of this client it is enough
+            client = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0))
+            stack.enter_context(client).sendall(head)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=("127.0.0.2", 0))
+        connection.request("POST", "/v2/models/dit/infer", json.dumps(inference(request(seed=1))))
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        assert "too many requests under way" in json.loads(answer.read())["error"]
+        connection.close()
+        assert front.infer("dit", request(seed=1))[0] == 200
 
 
 def test_a_model_that_does_not_load_is_one_line(server, bundles, tmp_path):
