@@ -80,7 +80,8 @@ class Bundles:
         bundle_text(bundle)
         subnet_text(load_subnet(path / bundle.record.subnet_file))
         with load(path) as program:
-            record, count = program.record, program.batch
+            record = program.record
+            count = shape_at(record.latent.shape, values_at(record.axes, "min"))[0]
             noise = program.noise(count, 0)
             if record.conditioning.encoder or record.conditioning.kind != "prompt":
                 conditions = program.conditions(["a red fox" if record.conditioning.encoder else 1] * count)
