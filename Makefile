@@ -2,7 +2,7 @@
 # make test      the tests of every commit, in ten minutes on two cores; TESTS="tests/export -x" for some of them
 # make test-all  all tests: compilers, TensorRT's engines, launchers, training, hundreds of random SubNets
 # make check     ruff, mypy and the rule of imports
-# make fuzz      thousands of random SubNets: compiled programs against gated torch
+# make fuzz      thousands of hostile files for MINUTES (20), and of random SubNets: programs against gated torch
 # make faults    small faults in a copy of the code, one at a time: does make test see each?
 
 PYTHON ?= python3
@@ -40,7 +40,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+MINUTES ?= 20
+
 fuzz: install
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 	DIPGO_FUZZ=20 $(BIN)/python -m pytest tests/export/test_parity.py -k any_subnet
 
 faults: install

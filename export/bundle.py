@@ -42,7 +42,7 @@ from export.graphs import (
     Tensors,
     read_signature,
 )
-from export.invariants import problems
+from export.invariants import problem
 
 SCHEMA = "dipgo.bundle/1"
 RECORD_FILE = "bundle.json"
@@ -297,8 +297,8 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
             raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
     tables = read_tensors(folder / record.tables_file, "table of a bundle", CURE)
     graphs = {name: read_signature(folder / name, CURE) for name in record.tensors}
-    for problem in problems(record, tables, graphs):
-        raise DipgoError(f"{path}: {problem}; {CURE}")
+    if broken := problem(record, tables, graphs):
+        raise DipgoError(f"{path}: {broken}; {CURE}")
     return Bundle(folder, record, tables)
 
 

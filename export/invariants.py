@@ -25,27 +25,28 @@ Problems = Iterator[str]
 Tables = Mapping[str, np.ndarray]
 
 
-def problems(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signature]) -> Problems:
-    """Yield what is wrong with a bundle, the simplest first; nothing where all parts fit together.
+def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signature]) -> str | None:
+    """Return the first rule that a bundle breaks, as a line; None where all parts fit together.
 
-    ``signatures`` are those of the graphs' files, by name.
+    ``signatures`` are those of the graphs' files, by name. Rules are tried in order, each on what those before it hold.
     """
     program = _Program(record, tables)
+    rules = (
+        program.latents(),
+        _files(record, signatures),
+        program.signatures(signatures),
+        program.timesteps(),
+        program.solver(),
+        program.prologues(),
+        program.launches(),
+        program.conditions(),
+        program.prompts(),
+        program.images(),
+    )
     try:
-        yield from chain(
-            program.latents(),
-            _files(record, signatures),
-            program.signatures(signatures),
-            program.timesteps(),
-            program.solver(),
-            program.prologues(),
-            program.launches(),
-            program.conditions(),
-            program.prompts(),
-            program.images(),
-        )
+        return next(chain.from_iterable(rules), None)
     except DipgoError as error:  # of a size
-        yield str(error)
+        return str(error)
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,22 @@ class _Program:
         return self.value(self.record.latent)
 
     @cached_property
+    def inputs(self) -> dict[str, _Value]:
+        """The conditions, by name."""
+        return {tensor.name: self.value(tensor) for tensor in self.record.conditioning.inputs}
+
+    @cached_property
     def passes(self) -> int:
         """The passes of guidance that a step computes."""
         return 2 if self.record.conditioning.guided else 1
 
     @cached_property
-    def given(self) -> dict[str, _Value]:
+    def sources(self) -> dict[str, _Value]:
         """What steps read beside slots and tables, by name: conditions, and what prologues compute of them."""
-        values = {tensor.name: self.value(tensor) for tensor in self.record.conditioning.inputs}
+        values: dict[str, _Value] = {}
         for prologue in self.record.prologues:
-            values |= self._computed(prologue)
-        return values
+            values |= self._results(prologue)
+        return values | self.inputs
 
     def latents(self) -> Problems:
         shape = self.record.latent.shape
@@ -112,9 +118,9 @@ class _Program:
     def signatures(self, signatures: Mapping[str, Signature]) -> Problems:
         for file, tensors in self.record.tensors.items():
             actual = signatures[file]
-            for mine, its in zip(tensors, (actual.inputs, actual.outputs), strict=True):
-                own = {tensor.name: self.value(tensor) for tensor in mine}
-                if len(own) != len(mine) or own != {tensor.name: self.value(tensor) for tensor in its}:
+            for records, others in zip(tensors, (actual.inputs, actual.outputs), strict=True):
+                values = {tensor.name: self.value(tensor) for tensor in records}
+                if len(values) != len(records) or values != {each.name: self.value(each) for each in others}:
                     yield f"'{file}' has other inputs or outputs than the record says"
 
     def timesteps(self) -> Problems:
@@ -138,7 +144,7 @@ class _Program:
                 yield f"slot {slot} is to hold a latent, and is none"
 
     def prologues(self) -> Problems:
-        known = {tensor.name: self.value(tensor) for tensor in self.record.conditioning.inputs}
+        known = dict(self.inputs)
         for prologue in self.record.prologues:
             steps = self._steps(prologue)
             for tensor in prologue.inputs:
@@ -147,7 +153,7 @@ class _Program:
                     yield f"nothing that fits is given to '{tensor.name}' of '{prologue.file}'"
             if any(self.value(tensor).at_step(steps) is None for tensor in prologue.outputs):
                 yield f"'{prologue.file}' does not compute a row for each of {steps} steps"
-            known |= self._computed(prologue)
+            known = self._results(prologue) | known
 
     def _fed(
         self, prologue: PrologueRecord, tensor: TensorRecord, part: _Value, steps: int, known: Mapping[str, _Value]
@@ -181,12 +187,12 @@ class _Program:
                             yield f"step {number}: '{name}' of '{launch.graph}' does not fit into slot {slot}"
                 graph = self.record.graphs[launch.graph]
                 for name, value in inputs.items():
-                    if name not in launch.reads and not self._is_given(graph, name, value):
+                    if name not in launch.reads and not self._has_source(graph, name, value):
                         yield f"step {number}: nothing that fits is given to '{name}' of '{launch.graph}'"
 
-    def _is_given(self, graph: GraphRecord, name: str, value: _Value) -> bool:
+    def _has_source(self, graph: GraphRecord, name: str, value: _Value) -> bool:
         if name not in graph.rows:
-            return name == "timestep" or self.given.get(name) == value
+            return name == "timestep" or self.sources.get(name) == value
         row = graph.rows[name]
         table = self.tables.get(row.tensor)
         if table is None or len(table) != self.calls:
@@ -196,21 +202,20 @@ class _Program:
     def conditions(self) -> Problems:
         conditioning = self.record.conditioning
         rows = [shape[0] * self.passes for shape in self.latent.shapes]
-        values = {tensor.name: self.value(tensor) for tensor in conditioning.inputs}
-        for name, value in values.items():
+        for name, value in self.inputs.items():
             if [shape[:1] for shape in value.shapes] != [(count,) for count in rows]:
                 yield f"the condition '{name}' has no row for each image and pass of guidance"
         counts = {"nothing": (0,), "class": (1,), "prompt": range(1, 100)}
-        if len(values) != len(conditioning.inputs) or len(values) not in counts[conditioning.kind]:
+        if len(self.inputs) != len(conditioning.inputs) or len(self.inputs) not in counts[conditioning.kind]:
             yield f"conditioned by {conditioning.kind}, with {len(conditioning.inputs)} inputs"
         if conditioning.kind == "class":
-            if any(value.dtype != "int64" or len(value.shapes[0]) != 1 for value in values.values()):
+            if any(value.dtype != "int64" or len(value.shapes[0]) != 1 for value in self.inputs.values()):
                 yield "the class is no list of whole numbers"
             if conditioning.guided and conditioning.null_class is None:
                 yield "guided, without a class that stands for none"
 
     def prompts(self) -> Problems:
-        conditioning, encoder = self.record.conditioning, self.record.conditioning.encoder
+        encoder = self.record.conditioning.encoder
         if encoder is None:
             return
         inputs = {tensor.name: self.value(tensor) for tensor in encoder.inputs}
@@ -218,20 +223,22 @@ class _Program:
         for tokenizer in encoder.tokenizers:
             names = [tokenizer.ids, *([] if tokenizer.mask is None else [tokenizer.mask])]
             lengths |= dict.fromkeys(names, tokenizer.length)
-        rows = inputs[encoder.inputs[0].name].shapes[0][:1] if inputs else ()
-        if not rows or inputs != {
-            name: _Value("int64", ((*rows, length),) * len(self._corners)) for name, length in lengths.items()
+        corners = len(self._corners)
+        rows = encoder.inputs[0].shape[:1] if encoder.inputs else []
+        if not all(isinstance(row, int) for row in rows) or inputs != {
+            name: _Value("int64", ((*map(int, rows), length),) * corners) for name, length in lengths.items()
         }:
             yield "the tokenizers do not give what the text encoder takes"
-        encoded = {tensor.name: [shape[1:] for shape in self.value(tensor).shapes] for tensor in encoder.outputs}
-        fixed = {name: [(len(row),)] * len(self._corners) for name, row in encoder.fixed.items()}
-        made = encoded | fixed
-        for tensor in conditioning.inputs:
-            if made.get(tensor.name) != [shape[1:] for shape in self.value(tensor).shapes]:
-                yield f"the text encoder does not give the condition '{tensor.name}'"
-        for name, shapes in encoded.items():
-            if "." in name and shapes != encoded.get(name.partition(".")[0]):
+        row_shapes = {tensor.name: [shape[1:] for shape in self.value(tensor).shapes] for tensor in encoder.outputs}
+        if not rows or not row_shapes:
+            yield "the text encoder takes or gives nothing"
+        for name, shapes in row_shapes.items():
+            if "." in name and shapes != row_shapes.get(name.partition(".")[0]):
                 yield f"the text encoder's '{name}' is not of the shape of what it stands for"
+        row_shapes |= {name: [(len(row),)] * corners for name, row in encoder.fixed.items()}
+        for name, value in self.inputs.items():
+            if row_shapes.get(name) != [shape[1:] for shape in value.shapes]:
+                yield f"the text encoder does not give the condition '{name}'"
         for name, sizes in encoder.sized.items():
             if len(sizes) != len(encoder.fixed.get(name, ())):
                 yield f"'sized' has another length than 'fixed' for '{name}'"
@@ -259,7 +266,7 @@ class _Program:
     def _steps(self, prologue: PrologueRecord) -> int:
         return self.calls if prologue.kind == "steps" else 1
 
-    def _computed(self, prologue: PrologueRecord) -> dict[str, _Value]:
+    def _results(self, prologue: PrologueRecord) -> dict[str, _Value]:
         """Return what a prologue computes for one step, by name."""
         values = {tensor.name: self.value(tensor).at_step(self._steps(prologue)) for tensor in prologue.outputs}
         return {name: value for name, value in values.items() if value is not None}

@@ -181,6 +181,8 @@ def load_subnet(path: Path) -> SubNet:
         beside = path.parent / record.backup.file
         if record.backup.file != Path(record.backup.file).name or not beside.is_file():
             raise DipgoError(f"{path}: its backup weights '{record.backup.file}' are not beside it; copy both files")
+        if beside.is_symlink() and not path.is_symlink():  # those of a hub's cache are both links
+            raise DipgoError(f"{beside}: is a link; copy the file that it leads to")
         open_input(beside, "backup weights", LARGEST_TENSORS).close()
         if sha256_of(beside) != record.backup.sha256:
             raise DipgoError(f"{beside}: not the weights that {path.name} was saved with; copy both files again")

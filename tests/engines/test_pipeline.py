@@ -1,7 +1,5 @@
 """A bundle called like the diffusers pipeline that it came from: its images, its manners, and one line otherwise."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,7 @@ import dipgo
 from dipgo.base.errors import UsageError
 from engines.serving.limits import Limits
 from engines.serving.requests import read_rows
-from export.bundle import open_bundle
-from tests import command
+from tests import command, models, zoo
 from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
 
 EMBEDDED = np.zeros((3, 77, 24), np.float32)
@@ -262,18 +259,10 @@ def test_where_there_is_no_decoder_it_is_said_before_any_work():
         assert program.contexts.launches == 0
 
 
-def test_negative_prompts_are_for_bundles_with_guidance(sd, tmp_path):
+def test_negative_prompts_are_for_bundles_with_guidance(tmp_path):
     """From Python, from the command line and over the network: the images would be the same without."""
-    folder = tmp_path / "bundle"
-    shutil.copytree(sd.folder, folder)
-    record = open_bundle(folder).record
-    record = record.model_copy(
-        update={
-            "sampler": record.sampler.model_copy(update={"guidance_scale": 1.0}),
-            "conditioning": record.conditioning.model_copy(update={"guided": False}),
-        }
-    )
-    (folder / "bundle.json").write_text(record.sealed().text())
+    traced, table = zoo.trace("sd", guidance=1.0), zoo.sampler("sd", STEPS)
+    folder = zoo.bundle(traced, table, models.random_subnet(traced, table, seed=0))
     message = "a negative prompt is given, and the bundle was compiled for guidance 1, at which none is read"
     with dipgo.load(folder) as program:
         with pytest.raises(UsageError, match=message):

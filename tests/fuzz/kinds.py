@@ -18,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.numpy import save
 
+from dipgo.base.files import sha256_of
 from dipgo.base.inputs import read_tensors
 from dipgo.cli.recipe_file import FOLDER as RECIPES
 from dipgo.cli.recipe_file import read_recipe, shipped
@@ -40,9 +41,11 @@ STEPS = 4
 
 
 class Kind(Protocol):
-    def make(self, seed: Any, folder: Path) -> Path: ...
+    def make(self, seed: int | None, folder: Path) -> Path:
+        """Write a mutant into a folder and return its path; the first seed as it is where ``seed`` is None."""
 
-    def use(self, path: Path, output: Path) -> None: ...
+    def use(self, path: Path, output: Path) -> None:
+        """Do with it what users do; ``output`` is for what comes of it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,12 @@ class Bundles:
 
     seeds: Sequence[Path]
 
-    def make(self, seed: Any, folder: Path) -> Path:
+    def make(self, seed: int | None, folder: Path) -> Path:
         rng = Random(f"bundle {seed}")
         bundle = folder / "bundle"
-        shutil.copytree(rng.choice(self.seeds), bundle)
+        shutil.copytree(self.seeds[0] if seed is None else rng.choice(self.seeds), bundle)
+        if seed is None:
+            return bundle
         for _ in range(rng.choice([1, 1, 2])):
             names = ["bundle.json"] * 8 + ["tables.safetensors"] * 3 + sorted(path.name for path in bundle.iterdir())
             path = bundle / rng.choice(names)
@@ -75,7 +80,8 @@ class Bundles:
         bundle_text(bundle)
         subnet_text(load_subnet(path / bundle.record.subnet_file))
         with load(path) as program:
-            record, count = program.record, program.batch
+            record = program.record
+            count = shape_at(record.latent.shape, values_at(record.axes, "min"))[0]
             noise = program.noise(count, 0)
             if record.conditioning.encoder or record.conditioning.kind != "prompt":
                 conditions = program.conditions(["a red fox" if record.conditioning.encoder else 1] * count)
@@ -96,12 +102,13 @@ class SubNets:
     task: Any
     prepared: Any
 
-    def make(self, seed: Any, folder: Path) -> Path:
+    def make(self, seed: int | None, folder: Path) -> Path:
         rng = Random(f"subnet {seed}")
-        chosen = rng.choice(self.seeds)
-        for file in chosen.iterdir():
+        for file in (self.seeds[0] if seed is None else rng.choice(self.seeds)).iterdir():
             shutil.copy(file, folder)
         path, weights = folder / "s.json", folder / "s.safetensors"
+        if seed is None:
+            return path
         for _ in range(rng.choice([1, 1, 2])):
             target = rng.choice([path, weights if weights.exists() else path])
             if target.is_file() and not target.is_symlink() and target.stat().st_size < 2**28:
@@ -114,7 +121,7 @@ class SubNets:
         try:
             document = json.loads(path.read_text()) if path.is_file() and path.stat().st_size < 2**24 else {}
             if document.get("backup") and weights.is_file() and weights.stat().st_size < 2**28:
-                document["backup"]["sha256"] = mutations.hashlib.sha256(weights.read_bytes()).hexdigest()
+                document["backup"]["sha256"] = sha256_of(weights)
                 path.write_text(json.dumps(document))
         except (ValueError, TypeError, AttributeError, RecursionError, OSError):
             return
@@ -137,11 +144,11 @@ class Schedules:
     traces: Sequence[Any]
     suffix: str
 
-    def make(self, seed: Any, folder: Path) -> Path:
+    def make(self, seed: int | None, folder: Path) -> Path:
         rng = Random(f"schedule {seed}")
         path = folder / f"schedule{self.suffix}"
-        path.write_bytes(seed if isinstance(seed, bytes) else rng.choice(self.seeds))
-        for _ in range(0 if isinstance(seed, bytes) else rng.choice([1, 1, 2, 4])):
+        path.write_bytes(self.seeds[0] if seed is None else rng.choice(self.seeds))
+        for _ in range(0 if seed is None else rng.choice([1, 1, 2, 4])):
             if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28:
                 if self.suffix == ".pkl" and rng.random() < 0.4:
                     path.write_bytes(_with_opcodes(rng, path.read_bytes()))
@@ -169,11 +176,12 @@ class Tensors:
 
     seeds: Sequence[bytes]
 
-    def make(self, seed: Any, folder: Path) -> Path:
+    def make(self, seed: int | None, folder: Path) -> Path:
         rng = Random(f"tensors {seed}")
         path = folder / "t.safetensors"
-        path.write_bytes(rng.choice(self.seeds))
-        mutations.change_file(rng, path)
+        path.write_bytes(self.seeds[0] if seed is None else rng.choice(self.seeds))
+        if seed is not None:
+            mutations.change_file(rng, path)
         return path
 
     def use(self, path: Path, output: Path) -> None:
@@ -191,10 +199,12 @@ class Recipes:
 
     seeds: Sequence[bytes]
 
-    def make(self, seed: Any, folder: Path) -> Path:
+    def make(self, seed: int | None, folder: Path) -> Path:
         rng = Random(f"recipe {seed}")
         path = folder / "recipe.yaml"
-        path.write_bytes(rng.choice(self.seeds))
+        path.write_bytes(self.seeds[0] if seed is None else rng.choice(self.seeds))
+        if seed is None:
+            return path
         if rng.random() < 0.3:
             text = rng.choice(["&a [*a]", "{a: &a [1], b: [*a, *a]}", "2024-13-45", "!!python/name:os.system", "? [1]"])
             path.write_bytes(path.read_bytes() + f"\nabout: {text}\n".encode())
