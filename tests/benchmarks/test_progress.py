@@ -1,11 +1,7 @@
-from __future__ import annotations
-
-import pytest
-
 from benchmarks.progress import Bars
 
 
-def test_bars_show_each_phase_to_its_end(capsys: pytest.CaptureFixture[str]):
+def test_bars_show_each_phase_to_its_end(capsys):
     bars = Bars()
     for done in range(4):
         bars("first", done, 3)

@@ -1,9 +1,5 @@
 """The curve of quality against time, from the journal of a real search."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +14,7 @@ TINY = {"batch": 1, "pool": 2, "chunk": 2, "held_out": 1, "backup_iterations": 2
 SMALL = SearchConfig(steps=3, budget=0.6, preset="quick", **TINY)
 
 
-def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tmp_path: Path):
+def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tmp_path):
     folder, output = tmp_path / "run", tmp_path / "curve.png"
     search(zoo.task("dit", 3), SMALL.changed(run_folder=folder))
     lines = search_curve.journal_of(folder)
@@ -33,7 +29,7 @@ def test_the_curve_is_the_mean_of_the_last_batches_over_the_time_learned(tmp_pat
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
 
 
-def test_what_has_no_curve_is_refused(tmp_path: Path):
+def test_what_has_no_curve_is_refused(tmp_path):
     with pytest.raises(DipgoError, match="no journal in it"):
         search_curve.curves(tmp_path)
     folder = tmp_path / "run"

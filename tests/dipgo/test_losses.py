@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.searching.losses import final_latent, make_loss, ssim
 from tests import zoo
+from tests.checks import misused, refused
 
 
 def pictures(seed, shape=(3, 2, 24, 17)):
@@ -33,14 +33,15 @@ def reference_ssim(first, second, span):
     return np.mean(scores)
 
 
-@pytest.mark.parametrize("noise", [0.01, 0.3, 2.0])
-@pytest.mark.parametrize("span", [1.0, 2.0])
+@pytest.mark.parametrize(("noise", "span"), [(0.01, 1.0), (0.3, 2.0), (2.0, 1.0)])
 def test_ssim_is_that_of_wang_et_al(noise, span):
     first = pictures(0)
     second = first + noise * pictures(1)
     found = ssim(torch.from_numpy(first), torch.from_numpy(second), span).item()
     assert found == pytest.approx(reference_ssim(first, second, span), abs=1e-9)
     assert ssim(torch.from_numpy(first), torch.from_numpy(first)).item() == pytest.approx(1)
+    with refused("11x11 or more, these are 10x12"):
+        ssim(torch.zeros(1, 1, 10, 12), torch.zeros(1, 1, 10, 12))
 
 
 def test_sums_of_terms():
@@ -65,7 +66,7 @@ def test_step_weights_mix_the_latents_on_the_way():
     each = [final_latent([a], [b]) for a, b in zip(latents[1:], target[1:], strict=True)]
     loss = make_loss("latent", None, [0, 1, 3])
     assert loss(list(latents), list(target)).item() == pytest.approx((each[1].item() + 3 * each[2].item()) / 4)
-    with pytest.raises(UsageError, match="3 step weights for 2 calls"):
+    with misused("3 step weights for 2 calls"):
         loss(list(latents[:3]), list(target[:3]))
 
 
@@ -89,12 +90,7 @@ def test_gradient_passes_the_decoder(spec):
 
 @pytest.mark.parametrize("spec", ["", "ssim+", "mse", "x*ssim", "-1*l1", "0*l1", "nan*l1", "ssim*0.5"])
 def test_specs_that_make_no_sense(spec):
-    with pytest.raises(UsageError, match="use a sum of latent, psnr, ssim, l1, l2"):
+    with misused("use a sum of latent, psnr, ssim, l1, l2"):
         make_loss(spec, lambda latent: latent)
-    with pytest.raises(UsageError, match="not all of them 0"):
+    with misused("not all of them 0"):
         make_loss("latent", None, [0.0, 0.0])
-
-
-def test_images_smaller_than_the_window_of_ssim():
-    with pytest.raises(DipgoError, match="11x11 or more, these are 10x12"):
-        ssim(torch.zeros(1, 1, 10, 12), torch.zeros(1, 1, 10, 12))

@@ -1,7 +1,5 @@
 """The torch backend on real bundles: it agrees with ONNX Runtime, in every layout and precision, and is a program."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,6 +14,7 @@ from engines.torchrt.weights import Weights
 from export.bundle import open_bundle
 from export.plan.layouts import LAYOUTS
 from tests import zoo
+from tests.checks import error, in_threads
 from tests.models import random_subnet
 
 STEPS = 4
@@ -35,10 +34,6 @@ def latent_and_pixels(folder, backend):
     with dipgo.load(folder, backend=backend) as program:
         latent = program.denoise(program.noise(1, 0), program.conditions(given(program.record)))
         return latent, program.generate(given(program.record), 0)
-
-
-def error(actual, expected):
-    return np.linalg.norm(actual.astype(float) - expected) / np.linalg.norm(expected.astype(float))
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +87,8 @@ def test_it_is_a_program_like_any_other(dit):
         assert seen == list(range(STEPS))
         assert np.array_equal(watched, program.denoise(program.noise(1, 0), conditions))
 
-        with ThreadPoolExecutor() as pool:
-            results = dict(zip((1, 2), pool.map(lambda seed: program.generate([0, 1], seed), (1, 2)), strict=True))
-        for seed in (1, 2):
-            assert np.array_equal(results[seed], program.generate([0, 1], seed))
+        for seed, images in in_threads(lambda seed: program.generate([0, 1], seed), (1, 2)).items():
+            assert np.array_equal(images, program.generate([0, 1], seed))
 
 
 def test_weights_are_in_memory_once(dit):
