@@ -246,8 +246,8 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
     def work():
         # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = ["dipgo", "search", tiny_dit, "--steps", "20", "--budget", "0.5", "-o", str(output)]
-        sys.argv += ["--set", "drops=0", "--set", "held_out=4"]
+        sys.argv = ["dipgo", "search", tiny_dit, "--steps", "4", "--budget", "0.5", "-o", str(output)]
+        sys.argv += ["--set", "drops=0", "--set", "held_out=4", "--set", "trial_iterations=100000"]
         with log.open("w", buffering=1) as sys.stderr:
             cli.main()
 

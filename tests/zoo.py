@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def guidance_of(kind: str) -> float:
 
 @cache
 def _trace(kind: str, sites: str | None, guidance: float, dtype: torch.dtype, size: tuple[int, int] | None) -> Trace:
+    if kind == "sd-v":  # another scheduler alone
+        return replace(_trace("sd", sites, guidance, dtype, size), model=model(kind))
     return traced_anew(model(kind), sites, guidance, dtype, size)
 
 

@@ -20,7 +20,7 @@ from dipgo.model.sampler import make_scheduler, tabulate
 from dipgo.schedule.search_record import Cost
 from dipgo.schedule.subnet import load_subnet
 from tests import zoo
-from tests.checks import refused
+from tests.checks import error, refused
 from tests.command import dipgo
 from tests.dipgo.test_sampler import BASE
 
@@ -214,52 +214,25 @@ def test_full_steps_are_deepcache_s():
 
 
 @pytest.mark.parametrize("branch", [0, 1, 3])
-def test_deepcache_computes_what_deepcache_computes(branch, unet, branches, tmp_path):
-    """Its shallow steps by hand: the kept feature enters the way up, and the rest runs on today's latent."""
-    schedule = read_schedule(write(tmp_path / "x.json", {"cache_interval": 3, "cache_branch_id": branch}))
-    model = unet.empty_denoiser().from_pretrained(unet.folder / "unet").eval()
-    subnet = apply(schedule, branches, sampler(7))
-    torch.manual_seed(1)
-    latents, text = torch.randn(7, 1, 4, 8, 8), torch.randn(1, 77, 24)
-    kept = {}
-    entry = {0: "up_blocks.2.attentions.0", 1: "up_blocks.1", 3: "up_blocks.1.attentions.0"}[branch]
-    assert schedule.sites(model) == entry
+def test_deepcache_computes_what_deepcache_computes(branch, unet, branches):
+    """Against the package in the diffusers pipeline itself."""
+    helpers = pytest.importorskip("DeepCache")
+    settings = {"cache_interval": 3, "cache_branch_id": branch}
+    subnet, pipe = apply(read_deepcache(settings), branches, sampler(7)), unet.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("ddim", BASE)
 
-    def shallow(latent, timestep):
-        temb = model.time_embedding(model.time_proj(timestep))
-        first = model.conv_in(latent)
-        skips = [first, *model.down_blocks[0](first, temb, encoder_hidden_states=text)[1]]
-        feature = kept["feature"]
-        if branch == 3:
-            up = model.up_blocks[1]
-            feature = up.resnets[1](torch.cat([feature, skips.pop()], 1), temb)
-            feature = up.upsamplers[0](up.attentions[1](feature, text, return_dict=False)[0])
-        last = model.up_blocks[2]
-        if branch == 0:
-            feature = last.resnets[1](torch.cat([feature, first], 1), temb)
-            feature = last.attentions[1](feature, text, return_dict=False)[0]
-        else:
-            feature = last(feature, tuple(skips[:2]), temb, encoder_hidden_states=text)
-        return model.conv_out(model.conv_act(model.conv_norm_out(feature)))
+    def latents():
+        options = {"num_inference_steps": 7, "guidance_scale": 1.0, "output_type": "latent"}
+        return pipe("a red fox", generator=torch.Generator().manual_seed(0), **options).images
 
-    def keep(module, args, output):
-        kept["feature"] = output[0] if isinstance(output, tuple) else output
-
-    with torch.no_grad():
-        expected = []
-        for step, latent in enumerate(latents):
-            timestep = torch.tensor([subnet.sampler.timesteps[step]])
-            if step % 3 == 0:
-                hook = model.get_submodule(entry).register_forward_hook(keep)
-                expected.append(model(latent, timestep, text, return_dict=False)[0])
-                hook.remove()
-            else:
-                expected.append(shallow(latent, timestep))
-        with gated(model, subnet):
-            for step, latent in enumerate(latents):
-                timestep = torch.tensor([subnet.sampler.timesteps[step]])
-                actual = model(latent, timestep, text, return_dict=False)[0]
-                torch.testing.assert_close(actual, expected[step], rtol=1e-5, atol=1e-5)
+    with gated(pipe.unet, subnet):
+        actual = latents()
+    assert error(actual, latents()) > 1e-2, "the gates do something"
+    helper = helpers.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(**settings)
+    helper.enable()
+    assert error(actual, latents()) <= 1e-5
     assert subnet.cost.ratio < 0.9
 
 
@@ -379,7 +352,7 @@ def test_a_missing_file_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "error", "message"),
+    ("content", "options", "kind", "message"),
     [
         ([1, 0, 1], {"steps": 4}, DipgoError, "has 3 entries, but the sampler makes 4 calls; give the --steps"),
         ([0, 1, 1], {}, DipgoError, "step 0 is not computed in full"),
@@ -393,11 +366,11 @@ def test_a_missing_file_is_one_line(tmp_path):
         ([1], {}, UsageError, "at least 2"),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused(content, options, error, message, tiny_dit, tmp_path):
+def test_schedules_that_do_not_fit_are_refused(content, options, kind, message, tiny_dit, tmp_path):
     with refused(message) as caught:
         import_subnet(write(tmp_path / "x.json", content), **{"model": tiny_dit, **options})
-    assert type(caught.value) is error
-    assert str(tmp_path) in str(caught.value) or error is UsageError
+    assert type(caught.value) is kind
+    assert str(tmp_path) in str(caught.value) or kind is UsageError
 
 
 def test_deepcache_settings_that_do_not_fit_are_refused(unet):

@@ -93,7 +93,7 @@ def test_descents_that_make_no_sense():
             Descent(**{"iterations": 1, "rate": 0.1} | wrong)
 
 
-@pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "latent"), ("sgd", "ssim+l1")])
+@pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "ssim+l1")])
 def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
     """Batches 2k and 2k + 1 of two images make the update of one batch with all four."""
     descent = Descent(3, 2e-2 if optimiser == "adam" else 1.0, optimiser, clip=0.05)
@@ -101,16 +101,11 @@ def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
 
     class Joint:
         def __getitem__(self, number):
-            halves = [pairs[2 * number], pairs[2 * number + 1]]
-            unconditional, conditional = zip(
-                *(half.conditions["class_labels"].split(2) for half, _ in halves), strict=True
-            )
-            batch = replace(
-                halves[0][0],
-                noise=torch.cat([half.noise for half, _ in halves]),
-                conditions={"class_labels": torch.cat([*unconditional, *conditional])},
-            )
-            return batch, [torch.cat(parts) for parts in zip(*(target for _, target in halves), strict=True)]
+            (first, target), (second, other) = pairs[2 * number], pairs[2 * number + 1]
+            labels = [batch.conditions["class_labels"].split(2) for batch in (first, second)]  # unconditional first
+            conditions = {"class_labels": torch.cat([each[k] for k in (0, 1) for each in labels])}
+            batch = replace(first, noise=torch.cat([first.noise, second.noise]), conditions=conditions)
+            return batch, [torch.cat(parts) for parts in zip(target, other, strict=True)]
 
     measure = make_loss(loss, task.decode)
     parts = learnt(task, gates, replace(descent, accumulate=2), pairs, loss=measure)
@@ -122,11 +117,10 @@ def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
 
 def test_clipping_bounds_the_update(task):
     module = torch.nn.Linear(3, 1)
-    before = module.weight.detach().clone(), module.bias.detach().clone()
-    data = 100 * torch.ones(2, 3)
-    descent = Descent(1, 1.0, "sgd", "constant", clip=0.5)
+    before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    data, descent = 100 * torch.ones(2, 3), Descent(1, 1.0, "sgd", "constant", clip=0.5)
     optimise(module, lambda _: (module(data).square().sum(), {}), descent, task.trajectory, Run().phase("p"))
-    moved = torch.cat([(a - b).flatten() for a, b in zip(before, module.parameters(), strict=True)])
+    moved = torch.nn.utils.parameters_to_vector(module.parameters()) - before
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
@@ -182,26 +176,22 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
     assert_close(resumed, straight, 0)
 
 
-@pytest.mark.parametrize(
-    "descent",
-    [Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4), Descent(8, 1e-2, schedule="constant")],
-    ids=["sgd", "adam"],
-)
-def test_the_gate_phase_resumes_to_the_same_bits(task, tmp_path, descent):
-    def scores(run, loss=final_latent):
-        torch.manual_seed(7)
-        pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
-        pool = Pool(task, 8, 2, seed=3)
-        return paper_scores(pruner, task.trace.macs, Training(task.trajectory, pool, loss, descent, run.phase("gates")))
+def test_the_gate_phase_resumes_to_the_same_bits(task, tmp_path):
+    sgd, adam = Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4), Descent(8, 1e-2, schedule="constant")
+    for folder, descent in ((tmp_path / "sgd", sgd), (tmp_path / "adam", adam)):
 
-    folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        scores(every(2, folder), interrupted_at(6))
-    resumed = scores(open_run(folder, {}, resume=True))
-    assert np.array_equal(resumed, scores(Run()))
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(1, 9)), "no iteration is missing or told twice"
-    assert {"phase", "loss", "kept", "rate", "seconds", "peak_memory"} <= lines[0].keys()
+        def scores(run, loss=final_latent, descent=descent):
+            torch.manual_seed(7)
+            pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
+            training = Training(task.trajectory, Pool(task, 8, 2, seed=3), loss, descent, run.phase("gates"))
+            return paper_scores(pruner, task.trace.macs, training)
+
+        with pytest.raises(KeyboardInterrupt):
+            scores(every(2, folder), interrupted_at(6))
+        assert np.array_equal(scores(open_run(folder, {}, resume=True)), scores(Run()))
+        lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+        assert [line["iteration"] for line in lines] == list(range(1, 9)), "no iteration is missing or told twice"
+        assert {"phase", "loss", "kept", "rate", "seconds", "peak_memory"} <= lines[0].keys()
 
 
 def test_tau_switches_the_sparsity_term(task):

@@ -56,13 +56,25 @@ def begin(phase, *arguments, **more):
 
 
 def test_a_sweep_that_stops_has_written_what_it_found_and_goes_on(tiny_dit, tmp_path):
+    """It replaces nothing else: a run never begun has written nothing, another seed's SubNet is another search's."""
     folder, output = tmp_path / "run", tmp_path / "found"
     begin("fixed schedules 0.4", tiny_dit, output, "0.4,0.7", run_folder=folder)
     assert load_subnet(output / "0.7.json").search.budget == 0.7
     assert not (output / "0.4.json").exists()
-    with misused("--force"):
-        ask(tiny_dit, output, "0.4,0.7")
-    written = ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True)
+    mine = (output / "0.7.json").read_bytes()
+    other = tmp_path / "no-run"
+    for options in ({}, {"report": stopping("fixed schedules 0.7"), "run_folder": other, "resume": True}):
+        with misused(r"found exists; give another path, or --force"):
+            ask(tiny_dit, output, "0.4,0.7", **options)
+    (output / "0.4.json").write_bytes(mine)
+    with misused(r"0\.4\.json: is of another search; give another path, or --force"):
+        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.4"), run_folder=folder, resume=True)
+    (output / "0.4.json").unlink()
+    with misused(r"0\.7\.json: is of another search"):
+        ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
+    assert (output / "0.7.json").read_bytes() == mine
+    options = {"run_folder": folder, "resume": True, "checkpoint_seconds": 7}  # on the last no result depends
+    written = ask(tiny_dit, output, "0.4,0.7", **options)
     assert [file.name for file, _ in written] == ["0.7.json", "0.4.json"]
     assert all(np.array_equal(load_subnet(file).gates, subnet.gates) for file, subnet in written)
     assert (output / "pareto.png").is_file()
@@ -86,40 +98,19 @@ def test_outputs_are_refused_before_the_search(tiny_dit, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_resumed_sweep_replaces_what_it_has_written_and_nothing_else(tiny_dit, tmp_path):
-    """A run that was never begun has written nothing; another seed's SubNet is another search's."""
-    folder, output = tmp_path / "run", tmp_path / "found"
-    begin("fixed schedules 0.4", tiny_dit, output, "0.4,0.7", run_folder=folder)
-    mine = (output / "0.7.json").read_bytes()
-    with misused(r"found exists; give another path, or --force"):
-        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.7"), run_folder=tmp_path / "no-run", resume=True)
-    (output / "0.4.json").write_text((output / "0.7.json").read_text())
-    with misused(r"0\.4\.json: is of another search; give another path, or --force"):
-        ask(tiny_dit, output, "0.4,0.7", stopping("fixed schedules 0.4"), run_folder=folder, resume=True)
-    (output / "0.4.json").unlink()
-    with misused(r"0\.7\.json: is of another search"):
-        ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, seed=1)
-    assert (output / "0.7.json").read_bytes() == mine
-    ask(tiny_dit, output, "0.4,0.7", run_folder=folder, resume=True, checkpoint_seconds=7)  # on which no result depends
-    assert load_subnet(output / "0.4.json").search.budget == 0.4
-
-
-def test_a_run_of_another_version_is_not_resumed(tiny_dit, tmp_path):
-    """What it judged and counted may be numbered otherwise here."""
-    folder = tmp_path / "run"
-    begin("backups-0.6", tiny_dit, tmp_path / "s.json", run_folder=folder)
-    run = json.loads((folder / "run.json").read_text())
-    run["settings"]["dipgo"] = "0.0.9"
-    (folder / "run.json").write_text(json.dumps(run))
-    with refused(r'was begun with dipgo = "0\.0\.9", now it is .*; .*another --run-folder'):
-        ask(tiny_dit, tmp_path / "s.json", run_folder=folder, resume=True)
-    assert not (tmp_path / "s.json").exists()
-
-
-def test_a_resumed_search_replaces_weights_that_a_kill_left_without_their_json(tiny_dit, tmp_path):
+def test_a_resumed_search_is_of_this_version_and_replaces_weights_that_a_kill_left(tiny_dit, tmp_path):
+    """What another version judged and counted may be numbered otherwise here."""
     folder, output = tmp_path / "run", tmp_path / "s.json"
     begin("backups-0.6", tiny_dit, output, run_folder=folder)
-    weights_file(output).write_bytes(b"left")
+    run = (folder / "run.json").read_text()
+    record = json.loads(run)
+    record["settings"]["dipgo"] = "0.0.9"
+    (folder / "run.json").write_text(json.dumps(record))
+    with refused(r'was begun with dipgo = "0\.0\.9", now it is .*; .*another --run-folder'):
+        ask(tiny_dit, output, run_folder=folder, resume=True)
+    assert not output.exists()
+    (folder / "run.json").write_text(run)
+    weights_file(output).write_bytes(b"left")  # without their JSON
     with misused(r"s\.safetensors exists"):
         ask(tiny_dit, output, run_folder=tmp_path / "no-run", resume=True)
     ask(tiny_dit, output, run_folder=folder, resume=True)

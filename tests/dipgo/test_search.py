@@ -1,5 +1,7 @@
 """The search: budgets are met, dependencies respected, and what is returned is the best on held-out noise."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -48,20 +50,17 @@ def test_post_processing_meets_the_budget(task, blocks, seed, budget):
     assert share >= budget - 2 * max(site.macs for site in blocks.sites) / (blocks.macs.full * STEPS)
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
-def test_fixed_schedules_meet_the_budget(task, blocks, budget):
-    for traced in (task.trace, blocks):
-        for name, schedule in fixed_schedules(traced.macs, STEPS, budget).items():
+def test_fixed_schedules_meet_the_budget_and_are_all_different(task, blocks):
+    for budget, traced in itertools.product((0.3, 0.5, 0.8), (task.trace, blocks)):
+        fixed = fixed_schedules(traced.macs, STEPS, budget)
+        assert len({(schedule.gates.tobytes(), schedule.history) for schedule in fixed.values()}) == len(fixed)
+        for name, schedule in fixed.items():
             assert budget - 1 / STEPS <= schedule.share(traced.macs) <= budget, name
             assert schedule.gates[0].all()
-
-
-def test_fixed_schedules_are_all_different_and_the_plain_ones_among_them(task):
-    fixed = fixed_schedules(task.trace.macs, STEPS, 0.5)
-    assert len({(schedule.gates.tobytes(), schedule.history) for schedule in fixed.values()}) == len(fixed)
     every_second = np.zeros((STEPS, len(task.trace.sites)), bool)
     every_second[::2] = True
-    assert np.array_equal(fixed["uniform reuse, whole, plain"].gates, every_second)
+    plain = fixed_schedules(task.trace.macs, STEPS, 0.5)["uniform reuse, whole, plain"]
+    assert np.array_equal(plain.gates, every_second)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
@@ -211,6 +210,9 @@ def test_what_is_judged_at_once_does_not_matter(task):
     assert whole.shape == (5,)
     assert whole == pytest.approx(parts, abs=1e-3)
     assert np.ptp(whole) > 0.1, "so that an order that was lost would show"
+    black, grey = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), -0.8)
+    both = psnr(torch.cat([grey, black]), torch.cat([black, black]))
+    assert both.tolist() == pytest.approx([20.0, 70.0], abs=1e-4)
 
 
 def test_searches_are_reproducible(task, found):
@@ -219,9 +221,3 @@ def test_searches_are_reproducible(task, found):
     assert again.search.held_out_psnr_db == found.search.held_out_psnr_db
     for name, array in again.schedule.backups.items():
         assert np.array_equal(array, found.schedule.backups[name])
-
-
-def test_psnr():
-    black, grey = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), -0.8)
-    both = psnr(torch.cat([grey, black]), torch.cat([black, black]))
-    assert both.tolist() == pytest.approx([20.0, 70.0], abs=1e-4)
