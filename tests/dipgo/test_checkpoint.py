@@ -25,11 +25,6 @@ NAME = "diffusion_pytorch_model"
 INDEX = f"{NAME}.safetensors.index.json"
 
 
-def header_of(data):
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
 def file_of(path, header, data=b"", length=None):
     """Write a safetensors file with any header, a value or bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

@@ -13,7 +13,7 @@ from dipgo.searching.search import search, sweep
 from tests import zoo
 from tests.checks import misused
 
-STEPS = 8
+STEPS = 6
 LEARN = zoo.search_config(STEPS, drops=0, contenders=1, trial_iterations=0, backup_iterations=6)
 JUDGE = LEARN.changed(backup_iterations=0)
 
@@ -81,7 +81,7 @@ def test_starts_that_do_not_fit_are_refused(task, found):
     alone = Schedule(found.gates, {name: backups[name]})
     for other, config, starts, message in (
         (zoo.task("dit", STEPS, sites="block"), JUDGE, [found], "start 1 has other sites than this search"),
-        (zoo.task("dit", 6), JUDGE, [found], "start 1 has 8 calls of the denoiser, this search 6"),
+        (zoo.task("dit", 4), JUDGE, [found], "start 1 has 6 calls of the denoiser, this search 4"),
         (zoo.task("dit", STEPS, guidance=1.0), JUDGE, [found], "two passes of guidance, here it has one; .*--guidance"),
         (task, JUDGE.changed(history=1), [reusing(task, 0.5), found], "start 2 combines 2 outputs; .* --set history=2"),
         (task, JUDGE.changed(method="paper"), [found], "starts are for --method dipgo"),
