@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import psutil
 from dipgo.base.records import Record
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
-FURTHER_PACKAGES = ("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")  # listed where they are installed
+PACKAGES = (
+    *("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy"),
+    *("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+)
 _GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
 
 
@@ -68,7 +72,7 @@ def environment(load_at_start: list[float], clock_at_start: float | None = None)
         memory_bytes=psutil.virtual_memory().total,
         load_at_start=load_at_start,
         load_at_end=load_average(),
-        versions={name: version(name) for name in PACKAGES} | _installed(FURTHER_PACKAGES),
+        versions=_versions(),
         clock_at_start=clock_at_start,
         clock_at_end=clock(),
         governor=_governor(),
@@ -86,13 +90,11 @@ def commit() -> str | None:
     return head and head + ("+" if changed else "")
 
 
-def _installed(names: tuple[str, ...]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     versions = {}
-    for name in names:
-        try:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
@@ -105,16 +107,12 @@ def _output_of(command: list[str]) -> str | None:
     """Return what a program prints, None where there is no such program, it fails, or it prints nothing."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return process.stdout.strip() or None if process.returncode == 0 else None
 
 
 def cpu_model() -> str:
     """Return the name of the processor as the system gives it."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*: *(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()

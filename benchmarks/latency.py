@@ -6,24 +6,23 @@ One program holds a step for every site with that site alone skipped; the times 
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.bench.subjects import step_seconds
 from benchmarks.environment import cpu_model
-from benchmarks.progress import Progress, silent
+from dipgo.base.progress import Report, silent
 from dipgo.graph.latency import LatencyProfile, SiteLatency
 from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.schedule import Schedule
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
-from engines.program import Program
 from export.compiler import prepare, write_bundle
 
 
 def measure_latency(
-    task: Task, repeats: int = 30, threads: int | None = None, progress: Progress = silent
+    task: Task, repeats: int = 30, threads: int | None = None, progress: Report = silent
 ) -> LatencyProfile:
     """Compile and time; returns the profile of this machine, ONNX Runtime on the CPU, one image a call.
 
@@ -57,7 +56,7 @@ def measure_latency(
     )
 
 
-def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Progress) -> np.ndarray:
+def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Report) -> np.ndarray:
     """Return seconds ``[repeats, steps]``; one more trajectory before them warms up."""
     with load(folder, threads) as program:
         record = program.record
@@ -66,19 +65,9 @@ def _step_seconds(folder: Path, repeats: int, threads: int | None, progress: Pro
             entry.name: np.zeros([int(side) for side in entry.shape], entry.dtype)
             for entry in record.conditioning.inputs
         }
-        found = np.zeros((repeats + 1, len(record.steps)))
+        seconds = np.zeros((repeats + 1, len(record.steps)))
         for repeat in range(repeats + 1):
             progress("latency", repeat, repeats, "")
-            found[repeat] = _one(program, noise, inputs)
+            seconds[repeat] = step_seconds(program, noise, inputs)
         progress("latency", repeats, repeats, "")
-    return found[1:]
-
-
-def _one(program: Program, noise: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    marks = [time.perf_counter()]
-
-    def mark(step: int, epsilon: np.ndarray) -> None:
-        marks.append(time.perf_counter())
-
-    program.denoise(noise, inputs, mark)
-    return np.diff(marks)
+    return seconds[1:]

@@ -14,7 +14,7 @@ from benchmarks.bench.config import BenchConfig
 from dipgo.base.config import Config, checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
-from dipgo.base.progress import Progress, Report, is_main, silent
+from dipgo.base.progress import Progress, is_main
 from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
 
@@ -93,7 +93,8 @@ def verify(
     """Measure the parity of a bundle with the gated diffusers pipeline; ``passed`` of what it returns says whether."""
     from benchmarks.bench.parity import verify as measure
 
-    return measure(Path(bundle), model, images, progress=_bars(progress), backend=backend)
+    with Progress(progress).phases() as report:
+        return measure(Path(bundle), model, images, progress=report, backend=backend)
 
 
 def bench(
@@ -115,7 +116,8 @@ def bench(
     from benchmarks.bench.bench import bench as measure
 
     chosen = _options(BenchConfig, config, options)
-    return measure(Path(bundle), Path(output), chosen, model, force, _bars(progress))
+    with Progress(progress).phases() as report:
+        return measure(Path(bundle), Path(output), chosen, model, force, report)
 
 
 def compile(
@@ -225,9 +227,3 @@ def _model_of(model: str | Model) -> Model:
     from dipgo.model.models import find_model
 
     return find_model(model) if isinstance(model, str) else model
-
-
-def _bars(progress: bool | None) -> Report:
-    from benchmarks.progress import Bars
-
-    return Bars() if Progress(progress).visible else silent

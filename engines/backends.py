@@ -10,17 +10,17 @@ from export.bundle import Bundle
 
 DEFAULT = "onnxruntime"
 
-BACKENDS = {
-    "onnxruntime": ("engines.onnxrt.runner", "cpu_runner"),
-    "tensorrt": ("engines.trt.runner", "tensorrt_runner"),
-    "onnxruntime-cuda": ("engines.onnxrt.cuda", "cuda_runner"),
-    "onnxruntime-tensorrt": ("engines.onnxrt.cuda", "tensorrt_runner"),
-    "torch": ("engines.torchrt.runner", "eager_runner"),
-    "torch-cpu": ("engines.torchrt.runner", "eager_cpu_runner"),
-    "torch-compile": ("engines.torchrt.runner", "compiling_runner"),
-    "torch-aot": ("engines.torchrt.runner", "package_runner"),
+BACKENDS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "onnxruntime": ("engines.onnxrt.runner", "OnnxRuntimeRunner", {}),
+    "tensorrt": ("engines.trt.runner", "TensorRtRunner", {}),
+    "onnxruntime-cuda": ("engines.onnxrt.cuda", "CudaRunner", {"provider": "CUDAExecutionProvider"}),
+    "onnxruntime-tensorrt": ("engines.onnxrt.cuda", "CudaRunner", {"provider": "TensorrtExecutionProvider"}),
+    "torch": ("engines.torchrt.runner", "TorchRunner", {}),
+    "torch-cpu": ("engines.torchrt.runner", "TorchRunner", {"device": "cpu"}),
+    "torch-compile": ("engines.torchrt.runner", "TorchRunner", {"way": "compiled"}),
+    "torch-aot": ("engines.torchrt.runner", "TorchRunner", {"way": "AOTInductor"}),
 }
-"""The module of each backend, and the function in it that makes a runner from a bundle and a number of threads."""
+"""The module of each backend, and the runner in it: from a bundle, a number of threads, and these options."""
 
 
 def runner_for(bundle: Bundle, backend: str = DEFAULT, threads: int | None = None) -> Runner:
@@ -32,6 +32,6 @@ def runner_for(bundle: Bundle, backend: str = DEFAULT, threads: int | None = Non
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'; use {', '.join(BACKENDS)}")
-    module, function = BACKENDS[backend]
-    runner: Runner = getattr(import_module(module), function)(bundle, threads)
+    module, kind, options = BACKENDS[backend]
+    runner: Runner = getattr(import_module(module), kind)(bundle, threads, **options)
     return runner

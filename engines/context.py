@@ -8,7 +8,6 @@ of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,16 +15,6 @@ import numpy as np
 from engines.backend import Buffer, Launch, Runner
 from export.axes import shape_at
 from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
-
-
-@dataclass(frozen=True)
-class _Values:
-    """What a prologue computes, by step: ``[steps, …]``, or one row that is the same for all steps."""
-
-    rows: Buffer
-
-    def at(self, step: int) -> Buffer:
-        return self.rows[step if self.rows.shape[0] > 1 else 0]
 
 
 class ExecutionContext:
@@ -46,7 +35,8 @@ class ExecutionContext:
         self.record, self.tables, self.runner = record, bundle.tables, runner
         self.slots = [runner.zeros(shape_at(slot.shape, sizes), slot.dtype) for slot in record.slots]
         self.conditions = {tensor.name: self._empty(tensor) for tensor in record.conditioning.inputs}
-        self._prologue_values: dict[str, _Values] = {}
+        # What prologues compute, by step: ``[steps, …]``, or one row that is the same for all steps.
+        self._prologue_values: dict[str, Buffer] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
         self.steps: list[list[Launch]] = [
             [self._bind(index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
@@ -76,19 +66,21 @@ class ExecutionContext:
             elif name == "timestep":
                 self._fill(by_step, np.array([step.timestep for step in self.record.steps])[:steps])
             elif name in self.conditions:
-                copies += [self._copy(by_step[step], self.conditions[name]) for step in range(steps)]
+                copies += [partial(self.runner.copy, by_step[step], self.conditions[name]) for step in range(steps)]
             else:
-                copies += [self._copy(by_step[step], self._prologue_values[name].at(step)) for step in range(steps)]
+                sources = [self._value(name, step) for step in range(steps)]
+                copies += [partial(self.runner.copy, by_step[step], source) for step, source in enumerate(sources)]
         for name, buffer in outputs.items():
-            self._prologue_values[name] = _Values(buffer.reshape(steps, -1, *buffer.shape[1:]))
+            self._prologue_values[name] = buffer.reshape(steps, -1, *buffer.shape[1:])
         return self.runner.bind(prologue.file, inputs, outputs), copies
 
     def _fill(self, by_step: Buffer, rows: np.ndarray) -> None:
         """Write one row per step, ``[steps, …]``, over all images of the step."""
         self.runner.write(by_step, np.broadcast_to(rows[:, None], tuple(by_step.shape)))
 
-    def _copy(self, target: Buffer, source: Buffer) -> Launch:
-        return partial(self.runner.copy, target, source)
+    def _value(self, name: str, step: int) -> Buffer:
+        rows = self._prologue_values[name]
+        return rows[step if rows.shape[0] > 1 else 0]
 
     def _bind(self, index: int, launch: LaunchRecord) -> Launch:
         graph = self.record.graphs[launch.graph]
@@ -104,7 +96,7 @@ class ExecutionContext:
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
             else:
-                inputs[name] = self._prologue_values[name].at(index)
+                inputs[name] = self._value(name, index)
         return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
 
     def _constant(self, tensor: TensorRecord, values: np.ndarray) -> Buffer:

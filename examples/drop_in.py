@@ -20,9 +20,9 @@ subnet = task.subnet(spaced(task.trace.macs, task.sampler.calls, 0.5, rule), met
 dipgo.export(subnet, folder / "bundle", force=True)
 
 pipe = task.pipe  # any DiffusionPipeline.from_pretrained(…) of the model
-asked = {"class_labels": [7], "num_inference_steps": 20, "guidance_scale": 4.0}
-full = pipe(**asked, generator=torch.Generator().manual_seed(0), output_type="np").images
+request = {"class_labels": [7], "num_inference_steps": 20, "guidance_scale": 4.0}
+full = pipe(**request, generator=torch.Generator().manual_seed(0), output_type="np").images
 with dipgo.attach(pipe, folder / "bundle"):
-    fast = pipe(**asked, generator=torch.Generator().manual_seed(0), output_type="np").images
+    fast = pipe(**request, generator=torch.Generator().manual_seed(0), output_type="np").images
 psnr = -10 * torch.tensor((full - fast) ** 2).mean().log10().item()
 print(f"{subnet.cost.ratio:.1%} of the MACs, {psnr:.1f} dB to the full pipeline's image")

@@ -15,7 +15,7 @@ from dipgo.model.vae import to_vae
 from export.bundle import DecoderRecord, Size
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_dtype, components_of, empty_component
-from export.onnx.convert import convert_at, export_module, tensor_record
+from export.onnx.convert import convert, export_module, tensor_record
 from export.onnx.weights import Weights
 
 FILE = "vae_decoder.onnx"
@@ -44,7 +44,7 @@ def decoder_to_onnx(
     free = {axis: Dim.AUTO for axis, size in enumerate(latent_shape) if not isinstance(size, int)}
     what, module = "the VAE decoder", _Decoder(vae, component_dtype(model, VAE, dtype))
     program = export_module(what, module, [example], (free,) if free else None)
-    graph = convert_at(what, program, ["latent"], ["pixels"], latent_shape)
+    graph = convert(what, program, ["latent"], ["pixels"], latent_shape)
     bind_component(graph, "vae.", model, vae, weights or own_weights(model, VAE))
     graph.graph.name, graph.producer_name = "vae_decoder", "dipgo"
     return graph, DecoderRecord(

@@ -15,7 +15,7 @@ from dipgo.model.models import Model
 from export.bundle import Size, TextRecord, TokenizerRecord
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_config, components_of, empty_component
-from export.onnx.convert import convert_at, export_module, tensor_record
+from export.onnx.convert import convert, export_module, tensor_record
 from export.onnx.weights import Weights
 from export.sizes import Sizes
 from export.tokenizer_files import tokenizer_of
@@ -54,7 +54,7 @@ def text_to_onnx(
     shape = (rows, prompting.tokens)
     what = "the text encoder"
     program = export_module(what, module, [torch.ones(shape, dtype=torch.int64) for _ in module.inputs])
-    graph = convert_at(what, program, module.inputs, prompting.conditions, shape)
+    graph = convert(what, program, module.inputs, prompting.conditions, shape)
     for number, name in enumerate(names):
         own = weights[name] if weights is not None else own_weights(model, name)
         bind_component(graph, f"encoders.{number}.", model, module.encoders[number], own)

@@ -65,12 +65,12 @@ def fetch(folder: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=folder) as draft:
             command = ["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", draft]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                process = subprocess.run(command, capture_output=True, text=True, check=False)
             except FileNotFoundError as error:
                 raise DipgoError(f"npm not found; install Node.js, or put {TARBALL} into {folder}") from error
-            if done.returncode or not Path(draft, TARBALL).exists():
-                said = " ".join(done.stderr.split())[:160]
-                raise DipgoError(f"npm cannot fetch {PACKAGE}@{VERSION} ({said}); or put {TARBALL} into {folder}")
+            if process.returncode or not Path(draft, TARBALL).exists():
+                reason = " ".join(process.stderr.split())[:160]
+                raise DipgoError(f"npm cannot fetch {PACKAGE}@{VERSION} ({reason}); or put {TARBALL} into {folder}")
             Path(draft, TARBALL).replace(tarball)
     if sha256_of(tarball) != SHA256:
         raise DipgoError(f"{tarball}: not the {VERSION} that was published; remove it to fetch it again")

@@ -30,38 +30,7 @@ from training.grids import save_grid
 STEPS = 50
 SHOWN = 48
 
-CARD = """# emoji-sd
-
-A text-to-image latent UNet that draws emoji: small enough to ship, in the exact format of Stable Diffusion 1.5. It is
-an ordinary diffusers folder; `StableDiffusionPipeline.from_pretrained` loads it without anything of dipgo.
-
-- **UNet**: `UNet2DConditionModel` with Stable Diffusion's block types, channels {unet_channels}, {layers} layers a
-  block, latent 4x16x16, ε-prediction; {unet:.1f} M parameters.
-- **Text**: `CLIPTextModel` of {text_layers} layers, width {text_width}, {text:.1f} M parameters; `CLIPTokenizer` with a
-  vocabulary of {vocabulary} learned from the captions.
-- **VAE**: `AutoencoderKL`, 64x64x3 pixels to 4x16x16, {vae:.1f} M parameters; {psnr:.1f} dB on pictures it never saw.
-- **Scheduler**: Stable Diffusion 1.5's (PNDM, scaled linear betas 0.00085 to 0.012). Weights are in half precision.
-- **Data**: {trained} emoji of the npm package `{package}` {version}, skin-tone variants left out; {held} more (5 %) are
-  held out, both lists are in `held-out.json`; `prompts.txt` has the first, for searches. The pictures are Google's
-  Noto Emoji, Apache License 2.0, the flags among them in the public domain; the package itself is MIT. Captions are
-  the names, alone or in a few more words.
-- **Training**: `python -m training.train_emoji_sd -o DIR` (`--device cuda`), seed {seed}, on {device}. VAE:
-  {vae_iterations} iterations, batch {vae_batch}, {vae_minutes:.1f} minutes. Text encoder and UNet together:
-  {unet_iterations} iterations, batch {unet_batch}, {unet_minutes:.1f} minutes, 10 % of the captions dropped, the
-  loss weighted by min-SNR 5, a moving average of the weights. `training.json` has sizes, times and losses.
-- **Quality**: of {count} training names ({steps} DDIM steps, guidance {guidance:g}, one image each), the training
-  picture nearest in the VAE's latent space is of the right category for {category:.1%}, and the very emoji for
-  {exact:.1%} (`quality.json`). By chance the category would be right for {chance:.1%}.
-
-`samples.png` shows names that it was trained on. These {shown} it has never seen (flags, which no name tells, left out;
-nothing else chosen), one image each, seeds 0 to {last}:
-
-![Held-out names](held-out.png)
-
-**What it cannot do**: draw anything but emoji of this style at 64x64; flags, signs and letters that it was not trained
-on; scenes, counts, or attributes in combinations far from the names. It knows its training pictures nearly by heart and
-puts their parts together for new names, so a prompt of unknown words gives a picture of something else.
-"""
+CARD = Path(__file__).with_name("emoji_card.md")
 
 
 def nearest(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -83,10 +52,10 @@ def judge(
     Emoji with the same picture count as one.
     """
     images = sample(pipe, [emoji[index].name for index in chosen], steps, guidance, seed)
-    found = nearest(encode(pipe.vae, images.to(pipe.device)).flatten(1).cpu(), latents)
+    neighbours = nearest(encode(pipe.vae, images.to(pipe.device)).flatten(1).cpu(), latents)
     own = torch.as_tensor(list(chosen))
-    exact = (latents[found] == latents[own]).all(1)
-    same = [emoji[f].category == emoji[k].category for f, k in zip(found.tolist(), chosen, strict=True)]
+    exact = (latents[neighbours] == latents[own]).all(1)
+    same = [emoji[f].category == emoji[k].category for f, k in zip(neighbours.tolist(), chosen, strict=True)]
     return {
         "count": len(chosen),
         "steps": steps,
@@ -105,15 +74,15 @@ def measure(
     """
     latents = encode(pipe.vae, to_unit(pictures).to(pipe.device)).flatten(1).cpu()
     order = np.random.default_rng(0).permutation(len(emoji)).tolist()
-    judged, others = order[:count], order[count : count + 60] or order[:60]
-    tried = []
+    chosen, others = order[:count], order[count : count + 60] or order[:60]
+    trials = []
     if len(guidances) > 1:
-        tried = [judge(pipe, emoji, latents, others, guidance, steps, seed=10_000) for guidance in guidances]
-    best = max(tried, key=lambda one: (one["category_accuracy"], one["exact_accuracy"]), default=None)
+        trials = [judge(pipe, emoji, latents, others, guidance, steps, seed=10_000) for guidance in guidances]
+    best = max(trials, key=lambda one: (one["category_accuracy"], one["exact_accuracy"]), default=None)
     guidance = best["guidance_scale"] if best else guidances[0]
     shares = np.unique([one.category for one in emoji], return_counts=True)[1] / len(emoji)
-    quality = judge(pipe, emoji, latents, judged, guidance, steps)
-    return quality | {"category_accuracy_by_chance": float((shares**2).sum()), "guidances_tried": tried}
+    quality = judge(pipe, emoji, latents, chosen, guidance, steps)
+    return quality | {"category_accuracy_by_chance": float((shares**2).sum()), "guidances_tried": trials}
 
 
 def card(pipe: Any, training: dict[str, Any], quality: dict[str, Any], counts: tuple[int, int, int]) -> str:
@@ -123,7 +92,7 @@ def card(pipe: Any, training: dict[str, Any], quality: dict[str, Any], counts: t
         for name, part in (("unet", "unet"), ("text", "text_encoder"), ("vae", "vae"))
     }
     stages = training["stages"]
-    return CARD.format(
+    return CARD.read_text().format(
         **millions,
         unet_channels=", ".join(str(width) for width in pipe.unet.config.block_out_channels),
         layers=pipe.unet.config.layers_per_block,
@@ -189,12 +158,12 @@ def run(folder: Path, package: Path, args: argparse.Namespace, guidances: Sequen
     known = [by_name[name] for name in names["training"]]
     quality = measure(pipe, [emoji[k] for k in known], pictures[known], args.count, guidances, args.steps)
     unseen = [name for name in names["held_out"] if emoji[by_name[name]].category != "Flags"]
-    shown = [unseen[k] for k in sorted(np.random.default_rng(0).permutation(len(unseen))[:SHOWN])]
-    images = sample(pipe, shown, args.steps, quality["guidance_scale"])
-    save_grid(images, folder / "held-out.png", columns=8, labels=shown)
+    examples = [unseen[k] for k in sorted(np.random.default_rng(0).permutation(len(unseen))[:SHOWN])]
+    images = sample(pipe, examples, args.steps, quality["guidance_scale"])
+    save_grid(images, folder / "held-out.png", columns=8, labels=examples)
     for name, text in (
         ("quality.json", json.dumps(quality, indent=2) + "\n"),
-        ("README.md", card(pipe, training, quality, (len(known), len(names["held_out"]), len(shown)))),
+        ("README.md", card(pipe, training, quality, (len(known), len(names["held_out"]), len(examples)))),
     ):
         with new_file(folder / name) as draft:
             draft.write_text(text)

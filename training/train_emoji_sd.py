@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from transformers import CLIPTokenizer
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, new_folder
+from dipgo.base.progress import Progress
+from dipgo.searching.run_folder import Run, open_run
 from training.emoji import Emoji, caption, captions, fetch, held_out, read_emoji, to_unit
 from training.emoji_model import (
     FULL,
@@ -67,6 +69,7 @@ class Workshop:
     emoji: list[Emoji]
     pictures: torch.Tensor
     held_out: np.ndarray
+    run: Run
 
     @property
     def work(self) -> Path:
@@ -75,12 +78,6 @@ class Workshop:
     @property
     def trained(self) -> np.ndarray:
         return np.setdiff1d(np.arange(len(self.emoji)), self.held_out)
-
-    def course(self, name: str, plan: tuple[int, int, float], *parts: str) -> Course:
-        """Return the course of a stage that depends on these parts of the size."""
-        iterations, batch, rate = plan
-        settings = {"seed": self.seed, **{part: getattr(self.size, part) for part in parts}}
-        return Course(name, iterations, batch, rate, settings=settings)
 
     def finished(self, stage: str, figures: dict[str, Any]) -> None:
         path = self.work / "training.json"
@@ -100,7 +97,7 @@ def train_vae(shop: Workshop) -> AutoencoderKL:
     if not folder.exists():
         torch.manual_seed(shop.seed)
         vae = new_vae(shop.size).to(shop.device, memory_format=torch.channels_last)
-        course = shop.course("vae", shop.size.vae_course, "vae")
+        course = Course("vae", *shop.size.vae_course)
         pictures = shop.pictures[shop.trained].to(shop.device)
         unseen = to_unit(shop.pictures[shop.held_out]).to(shop.device)
         example = to_unit(pictures[: course.batch])
@@ -115,11 +112,11 @@ def train_vae(shop: Workshop) -> AutoencoderKL:
             divergence = 0.5 * (mean.square() + log.exp() - 1 - log).mean()
             return F.mse_loss(decoded, picture) + 0.1 * F.l1_loss(decoded, picture) + 1e-4 * divergence
 
-        def watch(done: int, averaged: AutoencoderKL) -> None:
-            rows = [unseen[:10], decode(averaged, encode(averaged, unseen[:10]))]
-            save_grid(torch.cat(rows), shop.output / "progress" / f"vae-{done:06}.png", columns=10)
+        def watch(updates: int, average: AutoencoderKL) -> None:
+            rows = [unseen[:10], decode(average, encode(average, unseen[:10]))]
+            save_grid(torch.cat(rows), shop.output / "progress" / f"vae-{updates:06}.png", columns=10)
 
-        vae, figures = train(vae, loss_at, course, shop.work, watch)
+        vae, figures = train(vae, loss_at, course, shop.run, watch)
         latents = encode(vae, to_unit(pictures))
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         error = F.mse_loss(decode(vae, encode(vae, unseen)), unseen).item()
@@ -154,12 +151,12 @@ def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> 
     """Train text encoder and UNet together; return their moving averages."""
     torch.manual_seed(shop.seed)
     model = TextToImage(new_text_encoder(shop.size, tokenizer), new_unet(shop.size)).to(shop.device)
-    course = shop.course("unet", shop.size.unet_course, *(field.name for field in fields(Size)))
+    course = Course("unet", *shop.size.unet_course)
     latents, known = make_latents(shop, vae), [shop.emoji[index] for index in shop.trained]
     mirrors = np.array([one.mirrors for one in known])
     texts = ["", *dict.fromkeys(captions(known))]
     rows, ids = {text: row for row, text in enumerate(texts)}, token_ids(tokenizer, texts).to(shop.device)
-    kept = DDIMScheduler(**NOISE).alphas_cumprod.to(shop.device)
+    signals = DDIMScheduler(**NOISE).alphas_cumprod.to(shop.device)
     some = torch.arange(course.batch, device=shop.device)
     # On CPUs half precision gains nothing here.
     denoise = on_graph(
@@ -170,36 +167,36 @@ def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> 
         draw = Draw(shop.seed, iteration, shop.device)
         chosen = batch_of(len(known), course.batch, iteration, shop.seed)
         mirrored = mirrors[chosen] & (draw.numpy.random(len(chosen)) < 0.5) & shop.size.mirrored
-        said = [caption(known[index], draw.numpy) for index in chosen]
-        said = ["" if draw.numpy.random() < DROPPED else text for text in said]
+        prompts = [caption(known[index], draw.numpy) for index in chosen]
+        prompts = ["" if draw.numpy.random() < DROPPED else text for text in prompts]
         # Timesteps are spread over the batch: one in each of its equal parts.
         spread = (np.arange(len(chosen)) + draw.numpy.random(len(chosen))) / len(chosen)
-        timestep = torch.from_numpy((spread * len(kept)).astype(np.int64)).to(shop.device)
+        timestep = torch.from_numpy((spread * len(signals)).astype(np.int64)).to(shop.device)
         clean = latents[torch.from_numpy(mirrored.astype(np.int64)), torch.from_numpy(chosen)]
-        noise, signal = draw.noise(*clean.shape), kept[timestep][:, None, None, None]
+        noise, signal = draw.noise(*clean.shape), signals[timestep][:, None, None, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        predicted = denoise(noisy, timestep, ids[[rows[text] for text in said]])
+        predicted = denoise(noisy, timestep, ids[[rows[text] for text in prompts]])
         ratio = signal / (1 - signal)
         return (ratio.clamp(max=SNR_CAP) / ratio * (predicted - noise).square()).mean()
 
     shown = [*shop.trained[:: max(1, len(shop.trained) // 15)][:15], *shop.held_out[:5]]
     names = [shop.emoji[index].name for index in shown]
 
-    def watch(done: int, averaged: TextToImage) -> None:
-        images = sample(assemble(averaged, vae, tokenizer), names, shop.size.steps, guidance=4.0)
-        save_grid(images, shop.output / "progress" / f"unet-{done:06}.png", columns=10)
+    def watch(updates: int, average: TextToImage) -> None:
+        images = sample(assemble(average, vae, tokenizer), names, shop.size.steps, guidance=4.0)
+        save_grid(images, shop.output / "progress" / f"unet-{updates:06}.png", columns=10)
 
-    averaged, figures = train(model, loss_at, course, shop.work, watch)
+    average, figures = train(model, loss_at, course, shop.run, watch)
     shop.finished("unet", figures)
-    return averaged
+    return average
 
 
 def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Path:
     """Write the pipeline's folder in half precision, whole or not at all."""
     folder = shop.output / "emoji-sd"
-    seen = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
+    sampled = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
     pipe = assemble(model, vae, tokenizer)
-    images = sample(pipe, [shop.emoji[index].name for index in seen], 2 * shop.size.steps, guidance=4.0)
+    images = sample(pipe, [shop.emoji[index].name for index in sampled], 2 * shop.size.steps, guidance=4.0)
     with new_folder(folder, force=True, known_by="model_index.json") as draft:
         for part in (vae, model.text, model.unet):
             part.half()
@@ -240,9 +237,13 @@ def main() -> None:
     try:
         emoji, pictures = read_emoji(fetch(args.package or args.output))
         size = TRIAL if args.trial else SMALL if args.small else FULL
-        shop = Workshop(args.output, size, args.seed, args.device, emoji, pictures, held_out(pictures))
-        vae, tokenizer = train_vae(shop), make_tokenizer(shop)
-        print(write_model(shop, train_unet(shop, vae, tokenizer), vae, tokenizer))
+        settings = {"seed": args.seed, "size": asdict(size)}
+        with Progress().phases() as report:
+            run = open_run(args.output / "work", settings, resume=True, report=report)
+            shop = Workshop(args.output, size, args.seed, args.device, emoji, pictures, held_out(pictures), run)
+            vae, tokenizer = train_vae(shop), make_tokenizer(shop)
+            model = train_unet(shop, vae, tokenizer)
+        print(write_model(shop, model, vae, tokenizer))
     except DipgoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

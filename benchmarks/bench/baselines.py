@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.progress import Progress, one_line, silent
+from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
+from dipgo.base.progress import Report, silent
 from dipgo.graph.trace import trace
 from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, fixed_schedules, spaced
@@ -149,7 +150,7 @@ def compile_baselines(
     ratio: float,
     folder: Path,
     baselines: Mapping[str, Baseline] = BASELINES,
-    progress: Progress = silent,
+    progress: Report = silent,
     batch: int = 1,
     whole: bool = True,
 ) -> list[Compiled]:
@@ -161,8 +162,7 @@ def compile_baselines(
         batch: the bundle's images a call.
         whole: with what comes before and after the denoiser, as far as there is an exporter for it.
 
-    Returns:
-        One entry a baseline, in order; one that raises has its error in place of a folder.
+    One that raises has its error in place of a folder.
     """
     total = len(baselines) + 1
     progress("compile baselines", 0, total, "convert")

@@ -25,9 +25,9 @@ from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inpu
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.bench.timing import Timing, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
-from benchmarks.progress import Bars, Progress
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import refuse_existing
+from dipgo.base.progress import Report, silent
 from export.bundle import BundleRecord, open_bundle
 
 AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
@@ -40,17 +40,14 @@ def bench(
     config: BenchConfig = BenchConfig(),
     model: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Report = silent,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> ReportRecord:
     """Measure a bundle against baselines and write the report into ``output``.
 
     Args:
-        folder: the bundle.
         output: folder of the report; refused where it exists, without ``force``.
-        config: what is measured.
         model: where the bundle's model lies now, if not where it was compiled from.
-        progress: see :data:`benchmarks.progress.Progress`; None shows bars.
         baselines: by name, in the place of the suite's; the first is the full program.
 
     Raises:
@@ -61,7 +58,6 @@ def bench(
     settings = config.settings()
     refuse_existing(output, force, RECORD_FILE)
     load_at_start, clock_at_start = load_average(), clock()
-    progress = progress or Bars()
     bundle = open_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:
         scratch = Path(temporary)
@@ -75,8 +71,8 @@ def bench(
 
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
-    rows = rows_of(candidates, outcomes, inputs, record, converged)
-    scope = scope_of(record, outcomes[SUBJECT])
+    rows = [_row(each, outcomes, candidates[0], inputs, record, converged) for each in candidates]
+    scope = f"denoising loop, batch {latent_shape(record)[0]}, {outcomes[SUBJECT].label}"
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)
     report = ReportRecord(
@@ -112,39 +108,20 @@ def bench(
     return report
 
 
-def scope_of(record: BundleRecord, outcome: Outcome) -> str:
-    """Return what the wall times span, in words."""
-    return f"denoising loop, batch {latent_shape(record)[0]}, {outcome.label}"
-
-
-def rows_of(
-    candidates: Sequence[Candidate],
-    outcomes: Mapping[str, Outcome],
-    inputs: Sequence[Any],
-    record: BundleRecord,
-    converged: Outputs | None,
-) -> list[Row]:
-    """Return a row a candidate, in order: the full program, the bundle, the others.
-
-    ``inputs`` are the classes or prompts of the judged images, ``record`` is the bundle's.
-    """
-    full = candidates[0]
-    assert full.record
-    return [
-        _row(each, outcomes.get(each.name), outcomes[FULL], full.record.macs, inputs, record, converged)
-        for each in candidates
-    ]
-
-
 def _row(
     candidate: Candidate,
-    outcome: Outcome | None,
-    full: Outcome,
-    full_macs: int,
+    outcomes: Mapping[str, Outcome],
+    reference: Candidate,
     inputs: Sequence[Any],
     record: BundleRecord,
     converged: Outputs | None,
 ) -> Row:
+    """Return a candidate's row beside the full program, ``reference``.
+
+    ``inputs`` are the classes or prompts of the judged images, ``record`` is the bundle's.
+    """
+    assert reference.record
+    outcome, full, full_macs = outcomes.get(candidate.name), outcomes[FULL], reference.record.macs
     agreement = _agreement(candidate, outcome, full)
     error = candidate.error or (outcome.error if outcome else "not run")
     if not error and agreement is not None and not agreement <= AGREEMENT.get(record.dtype, AGREEMENT_HALF):

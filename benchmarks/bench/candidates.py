@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.baselines import Baseline, Compiled, baselines_for, compile_baselines
+from benchmarks.bench.baselines import Baseline, baselines_for, compile_baselines
 from benchmarks.bench.parity import Parity, measure
 from benchmarks.bench.quality import Outputs
 from benchmarks.bench.reference import conditions_as_arrays, made_by_many_steps, model_of, subnet_of, task_of
@@ -15,8 +16,9 @@ from benchmarks.bench.report import SUBJECT
 from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, TorchSpec, encodes, inputs_of, latent_shape, save
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.techniques import TECHNIQUES
-from benchmarks.progress import Progress, one_line
+from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
+from dipgo.base.progress import Report
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
@@ -46,52 +48,36 @@ def candidates_of(
     suite: Suite,
     baselines: Mapping[str, Baseline] | None,
     scratch: Path,
-    progress: Progress,
+    progress: Report,
 ) -> tuple[list[Candidate], Outputs | None]:
     """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
 
     The model in torch is let go of when this returns: it takes no part in the timing.
-    """
-    task = task_of(bundle, model_of(bundle, model), progress)
-    own = subject_candidate(bundle, SUBJECT, task, suite, scratch, progress)
-    assert isinstance(own.spec, ProgramSpec)
-    searched = subnet_of(bundle)
-    chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
-    techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
-    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, own.spec, bundle.record, scratch, progress)
-    if full.error:
-        raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
-    further = other_backends([full, own], suite, task, progress)
-    in_torch = torch_candidates(techniques, bundle, model, suite.threads or own_threads(own))
-    count = min(suite.converged_images, suite.images)
-    converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
-    return [full, own, *others, *further, *in_torch], converged
-
-
-def own_threads(candidate: Candidate) -> int | None:
-    """Return how many threads a small program takes by itself, so that torch gets as many; None is its own choice."""
-    from engines.pipeline.pipeline import load
-
-    assert isinstance(candidate.spec, ProgramSpec)
-    program = load(candidate.spec.folder, None, candidate.spec.backend)
-    return getattr(program.runner, "threads", None)
-
-
-def subject_candidate(
-    bundle: Bundle, name: str, task: Task, suite: Suite, scratch: Path, progress: Progress
-) -> Candidate:
-    """Verify the bundle and return it as a candidate in the first backend.
 
     Raises:
-        DipgoError: it does not run, or parity does not hold.
+        DipgoError: the bundle or the full program does not run, or the bundle's parity does not hold.
     """
+    task = task_of(bundle, model_of(bundle, model), progress)
     spec = ProgramSpec(folder=str(bundle.folder), backend=suite.backends[0], threads=suite.threads)
     with load(bundle.folder, suite.threads, suite.backends[0]) as program:
         parity = measure(program, task.pipe, suite.parity_images, PARITY_SEED, progress)
         if not parity.passed:
             raise DipgoError(f"{bundle.folder}: {parity_failure(parity)}; nothing was measured, export it again")
         spec = spec.model_copy(update={"conditions": write_conditions(program, task.pipe, suite.images, scratch)})
-    return Candidate(name, spec, bundle.record, parity)
+        # What a small program takes by itself, so that torch gets as many; None is its own choice.
+        threads = suite.threads or getattr(program.runner, "threads", None)
+    own, searched = Candidate(SUBJECT, spec, bundle.record, parity), subnet_of(bundle)
+    chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
+    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, spec, bundle.record, scratch, progress)
+    if full.error:
+        raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
+    further = other_backends([full, own], suite, task, progress)
+    torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
+    techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
+    in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
+    count = min(suite.converged_images, suite.images)
+    converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
+    return [full, own, *others, *further, *in_torch], converged
 
 
 def baseline_candidates(
@@ -101,7 +87,7 @@ def baseline_candidates(
     own: ProgramSpec,
     record: BundleRecord,
     scratch: Path,
-    progress: Progress,
+    progress: Report,
 ) -> list[Candidate]:
     """Compile and verify the baselines, the full program first; one that fails is listed with its error.
 
@@ -112,12 +98,16 @@ def baseline_candidates(
     candidates = []
     for number, baseline in enumerate(compiled):
         progress("verify baselines", number, len(compiled), baseline.name)
-        candidates.append(_verified(baseline, task, own))
+        candidate = Candidate(baseline.name, error=baseline.error)
+        if baseline.folder:
+            spec = own.model_copy(update={"folder": str(baseline.folder)})
+            candidate = _check(Candidate(baseline.name, spec, build_seconds=baseline.seconds), spec, task)
+        candidates.append(candidate)
     progress("verify baselines", len(compiled), len(compiled), "")
     return candidates
 
 
-def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Progress) -> list[Candidate]:
+def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Report) -> list[Candidate]:
     """Return programs in the suite's further backends, verified there too."""
     elsewhere: list[Candidate] = []
     for backend in suite.backends[1:]:
@@ -129,16 +119,8 @@ def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progre
                 continue
             spec = candidate.spec.model_copy(update={"backend": backend})
             assert isinstance(spec, ProgramSpec)
-            elsewhere.append(_check(replace(candidate, name=name, spec=spec), Path(spec.folder), task))
+            elsewhere.append(_check(replace(candidate, name=name, spec=spec), spec, task))
     return elsewhere
-
-
-def torch_candidates(names: list[str], bundle: Bundle, model: str | None, threads: int | None) -> list[Candidate]:
-    """Return the techniques of these names as candidates."""
-    return [
-        Candidate(name, TorchSpec(bundle=str(bundle.folder), model=model, technique=name, threads=threads))
-        for name in names
-    ]
 
 
 def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> list[str]:
@@ -157,19 +139,10 @@ def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> 
     return files
 
 
-def _verified(baseline: Compiled, task: Task, own: ProgramSpec) -> Candidate:
-    if baseline.folder is None:
-        return Candidate(baseline.name, error=baseline.error)
-    spec = own.model_copy(update={"folder": str(baseline.folder)})
-    return _check(Candidate(baseline.name, spec, build_seconds=baseline.seconds), baseline.folder, task)
-
-
-def _check(candidate: Candidate, folder: Path, task: Task) -> Candidate:
+def _check(candidate: Candidate, spec: ProgramSpec, task: Task) -> Candidate:
     """Measure a candidate's parity; one that fails it, or anything else, keeps only its error."""
-    spec = candidate.spec
-    assert isinstance(spec, ProgramSpec)
     try:
-        with load(folder, spec.threads, spec.backend) as program:
+        with load(Path(spec.folder), spec.threads, spec.backend) as program:
             parity = measure(program, task.pipe, images=1, seed=PARITY_SEED)
             record = program.record
     except Exception as error:  # a baseline may fail in any way; the others go on

@@ -15,7 +15,8 @@ from benchmarks.bench.subjects import IMAGE_SEED, ProgramSpec, TorchSpec
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import in_rounds
 from benchmarks.bench.worker import Worker
-from benchmarks.progress import NotMeasuredError, Progress, silent
+from benchmarks.failures import NotMeasuredError
+from dipgo.base.progress import Report, silent
 
 STEADY = 1e-4  # relative; how far two runs of one loop on the same noise may be apart
 
@@ -58,7 +59,7 @@ class Outcome:
 
 
 def measure_all(
-    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Progress = silent
+    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Report = silent
 ) -> dict[str, Outcome]:
     """Measure what ``specs`` say, by name; one that fails has an ``error`` and drops out, the others go on.
 
@@ -104,12 +105,16 @@ def _load(worker: Worker, outcome: Outcome, warm_up: int) -> None:
         outcome.first_seconds.append(worker.ask("warm_up", rounds=warm_up)["seconds"])
 
 
-def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Progress) -> None:
+def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, progress: Report) -> None:
     """Take this generation's share of the rounds, a scope after the other."""
     repeats = math.ceil(suite.repeats / suite.processes)
     for scope in dict.fromkeys(["loop", *suite.scopes]):
         if scope == "step":
-            _time_steps(workers, outcomes, min(repeats, 5))
+            for _ in range(min(repeats, 5)):
+                for name, worker in workers.items():
+                    if outcomes[name].error is None:
+                        with _listed(outcomes[name]):
+                            outcomes[name].steps.append(worker.ask("steps")["seconds"])
             continue
 
         def running(scope: str = scope) -> list[str]:
@@ -137,34 +142,22 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
         in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
         if scope == "loop":
             for name in running():
-                with _listed(outcomes[name]):
-                    _note_memory(workers[name], outcomes[name])
-
-
-def _note_memory(worker: Worker, outcome: Outcome) -> None:
-    """Note the most that was held so far: after the loop, before a decoder's memory counts."""
-    memory = worker.ask("memory")
-    outcome.resident = max(outcome.resident, memory["resident_peak"])
-    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
-    if "device_peak" in memory:
-        outcome.device = max(outcome.device or 0, memory["device_peak"])
-
-
-def _time_steps(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], repeats: int) -> None:
-    for _ in range(repeats):
-        for name, worker in workers.items():
-            if outcomes[name].error is None:
-                with _listed(outcomes[name]):
-                    outcomes[name].steps.append(worker.ask("steps")["seconds"])
+                outcome = outcomes[name]
+                with _listed(outcome):  # before a decoder's memory counts
+                    memory = workers[name].ask("memory")
+                    outcome.resident = max(outcome.resident, memory["resident_peak"])
+                    outcome.proportional = max(outcome.proportional, memory["proportional_peak"])
+                    if "device_peak" in memory:
+                        outcome.device = max(outcome.device or 0, memory["device_peak"])
 
 
 def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:
     """Read results; the first generation counts MACs and makes the images."""
     file = scratch / f"latents-{worker.pid}.npz"
     worker.ask("latents", file=str(file))
-    with np.load(file, allow_pickle=False) as held:
-        drift = latent_error(held["last"], held["first"])
-        outcome.final = held["first"]
+    with np.load(file, allow_pickle=False) as arrays:
+        drift = latent_error(arrays["last"], arrays["first"])
+        outcome.final = arrays["first"]
     if not drift <= STEADY:
         raise NotMeasuredError(f"its result changed from run to run by {drift:.1e} (relative), on the same noise")
     if first:
@@ -178,9 +171,9 @@ def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Outputs:
     for start in range(0, count, batch):
         file = scratch / f"outputs-{worker.pid}.npz"
         worker.ask("generate", start=start, count=count, seed=IMAGE_SEED, file=str(file))
-        with np.load(file, allow_pickle=False) as held:
-            latents.append(held["latents"])
-            images.append(held["images"] if "images" in held.files else latents_as_images(held["latents"]))
+        with np.load(file, allow_pickle=False) as arrays:
+            latents.append(arrays["latents"])
+            images.append(arrays["images"] if "images" in arrays.files else latents_as_images(arrays["latents"]))
     outputs = Outputs(np.concatenate(latents), np.concatenate(images))
     if not (np.isfinite(outputs.latents).all() and np.isfinite(outputs.images).all()):
         raise NotMeasuredError("its images are not finite")

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,8 @@ def write_report(
 ) -> None:
     """Write ``report.json``, ``report.html`` and ``report.md`` into ``folder``, whole or not at all.
 
-    Args:
-        pictures: images ``[n, height, width, channels]`` in [0, 1] by program, those of them that made any.
-        captions: what each image shows.
+    ``pictures`` are images ``[n, height, width, channels]`` in [0, 1] of the programs that made any, ``captions`` what
+    each of them shows.
 
     Raises:
         UsageError: the folder exists, without ``force``, or is no report's.
@@ -93,24 +93,19 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": milliseconds, "db": decibels, "size": file_size, "macs": macs}
+    environment.filters |= {"ms": milliseconds, "db": decibels}
+    environment.filters |= {"size": partial(scaled, units=_BYTES), "macs": partial(scaled, units=_MACS)}
     return environment.get_template(name)
 
 
-def file_size(count: int) -> str:
-    """Return a number of bytes as text."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= divisor:
-            return f"{count / divisor:.2f} {unit}"
-    return f"{count} B"
+_BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 0}
+_MACS = {"T": 1e12, "G": 1e9, "M": 1e6, "": 0}
 
 
-def macs(count: int) -> str:
-    """Return a number of MACs as text."""
-    for unit, divisor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= divisor:
-            return f"{count / divisor:.2f} {unit}"
-    return str(count)
+def scaled(count: int, units: Mapping[str, float]) -> str:
+    """Return a number as text, in the first unit that it reaches; in the last, of 0, as it is."""
+    unit, least = next((unit, least) for unit, least in units.items() if count >= least)
+    return f"{count / least:.2f} {unit}" if least else f"{count} {unit}".rstrip()
 
 
 def _data_uri(pixels: np.ndarray) -> str:
@@ -169,41 +164,15 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(report: ReportRecord) -> str:
-    """Return a line a program, then parity and scope."""
-    lines: list[tuple[str, ...]] = [("program", "MACs", "wall time", "speedup", "PSNR", "class accuracy")]
-    for row in report.rows:
-        if row.timing is None:
-            lines.append((row.name, f"not measured: {row.error}", "", "", "", ""))
-            continue
-        quality = row.quality
-        accuracy = quality.class_accuracy if quality else None
-        lines.append(
-            (
-                row.name,
-                "not counted" if row.macs is None else macs(row.macs),
-                milliseconds(row.timing.wall.median),
-                f"{row.timing.speedup.median:.2f}",
-                "reference"
-                if row is report.rows[0]
-                else "not judged"
-                if quality is None
-                else decibels(quality.psnr_db),
-                "not judged" if accuracy is None else f"{accuracy:.1%}",
-            )
-        )
+    """Return the summary's table as columns of text, then parity and scope."""
+    lines = [_COLUMNS, *([cell.strip("*") for cell in _cells(row)] for row in report.rows)]
     return "\n".join([*aligned(lines), f"parity: {report.parity.line()}; wall time: {report.scope}"])
 
 
-def aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of cells as columns, the first to the left; a line that has two cells alone goes its own way."""
-    whole = [line for line in lines if line[2]]
-    widths = [max(len(line[column]) for line in whole) for column in range(len(lines[0]))]
-    widths[0] = max(len(line[0]) for line in lines)
-    return [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        if line[2]
-        else f"{line[0].ljust(widths[0])}  {line[1]}"
-        for line in lines
-    ]
+    whole = [line for line in lines if any(line[2:])]
+    first, *widths = (max(map(len, cells)) for cells in zip(*whole, strict=True))
+    first = max(first, *(len(line[0]) for line in lines))
+    padded = [map(str.rjust, line[1:], widths) if line in whole else line[1:] for line in lines]
+    return ["  ".join([line[0].ljust(first), *cells]).rstrip() for line, cells in zip(lines, padded, strict=True)]

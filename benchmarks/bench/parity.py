@@ -8,8 +8,9 @@ other noise and round x at every step, which the program does not.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.reference import (
+    as_images,
     cast_pipeline,
     conditions_as_arrays,
     conditions_in,
@@ -27,7 +29,7 @@ from benchmarks.bench.reference import (
     subnet_of,
 )
 from benchmarks.bench.subjects import Inputs, encodes, inputs_of, latent_shape
-from benchmarks.progress import Bars, Progress, silent
+from dipgo.base.progress import Report, silent
 from dipgo.base.records import Record
 from dipgo.eager.gating import gated
 from dipgo.eager.trajectory import Trajectory
@@ -37,6 +39,7 @@ from dipgo.model.sampler import tabulate
 from dipgo.model.vae import from_vae
 from engines.pipeline.pipeline import load
 from engines.program import Program
+from engines.sizes import batches_of
 from export.compiler import scheduler_of
 
 TOLERANCE = 1e-4  # float32
@@ -80,28 +83,27 @@ def verify(
     model: str | None = None,
     images: int = 2,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Report = silent,
     backend: str = "onnxruntime",
 ) -> Parity:
     """Measure the parity of a bundle with its model, which ``model`` finds if it lies elsewhere now.
 
-    ``progress`` None shows bars; ``backend`` runs the program.
+    ``backend`` runs the program.
 
     Raises:
         DipgoError: a damaged bundle, or a model that is not the one it was compiled from.
     """
-    progress = progress or Bars()
     program = load(folder, backend=backend)
     pipe = model_of(program.bundle, model).pipeline()
     with program:
         return measure(program, pipe, images, seed, progress)
 
 
-def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progress: Progress = silent) -> Parity:
+def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progress: Report = silent) -> Parity:
     """Run a program and the float32 pipeline that it was compiled from on the same noise and classes or prompts.
 
-    Classes and prompts cycle (:func:`given_of`). The pipeline gets the SubNet's own scheduler, for the time of the
-    call; for a program of half precision it is copied in that dtype.
+    Classes and prompts cycle (:func:`~benchmarks.bench.subjects.inputs_for`). The pipeline runs as a copy that has the
+    SubNet's own scheduler, for a program of half precision in that dtype.
     """
     inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
     exact = _torch(program, pipe, inputs, seed, progress)
@@ -133,7 +135,7 @@ def _errors(actual: Outputs, expected: Outputs) -> tuple[float, float]:
     return latent, image
 
 
-def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Progress) -> Outputs:
+def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Report) -> Outputs:
     """Run the gated model in torch, in the way that the module's docstring names for this program."""
     calls = 0
 
@@ -155,15 +157,14 @@ def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Pro
 
 def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Call the gated pipeline itself."""
-    subnet = subnet_of(program.bundle)
-    changes = {name: None for name in _POSTPROCESSORS if getattr(pipe, name, None) is not None}
+    subnet, pipe = subnet_of(program.bundle), copy.copy(pipe)
+    for name in _POSTPROCESSORS:
+        if getattr(pipe, name, None) is not None:
+            setattr(pipe, name, None)
+    pipe.scheduler = scheduler_of(subnet)
     options = {"clean_caption": False} if "clean_caption" in inspect.signature(pipe.__call__).parameters else {}
     pipe.set_progress_bar_config(disable=True)
-    with (
-        _changed(pipe, changes | {"scheduler": scheduler_of(subnet)}),
-        gated(getattr(pipe, family_of(pipe).component), subnet),
-        _decoded(pipe.vae) as latents,
-    ):
+    with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe.vae) as latents:
         images = pipe(
             inputs,
             guidance_scale=subnet.sampler.guidance_scale,
@@ -188,25 +189,8 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
         if program.record.decoder is None:
-            return latent.numpy(), _pixels(latent)
+            return latent.numpy(), as_images(latent).numpy()
         return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
-
-
-def _pixels(decoded: torch.Tensor) -> np.ndarray:
-    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-@contextmanager
-def _changed(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
-    """Set attributes for the time of the context."""
-    held = {name: getattr(owner, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in held.items():
-            setattr(owner, name, value)
 
 
 @contextmanager
@@ -225,19 +209,18 @@ def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
         del vae.decode
 
 
-def _program(program: Program, pipe: Any | None, inputs: Inputs, seed: int, progress: Progress) -> Outputs:
+def _program(program: Program, pipe: Any | None, inputs: Inputs, seed: int, progress: Report) -> Outputs:
     """Run the compiled program; ``pipe`` makes the conditions of one that takes embeddings."""
     conditioning = program.record.conditioning
     noise, count = program.noise(len(inputs), seed), len(inputs)
     latents, images = [], []
-    for start in range(0, count, program.batch):
-        progress("verify: compiled", start, count, "")
-        chosen = np.arange(start, start + program.batch).clip(max=count - 1)
-        batch: Any = [inputs[k] for k in chosen]
+    for rows in batches_of(program.record, count):
+        progress("verify: compiled", int(rows[0]), count, "")
+        batch: Any = [inputs[row] for row in rows]
         conditions = program.conditions(batch) if pipe is None else conditions_as_arrays(pipe, batch, conditioning)
-        latents.append(program.denoise(noise[chosen], conditions))
+        latents.append(program.denoise(noise[rows], conditions))
         if program.record.decoder is None:  # the latents are the images
-            images.append(_pixels(torch.from_numpy(latents[-1])))
+            images.append(as_images(torch.from_numpy(latents[-1])).numpy())
         else:
             images.append(program.decode(latents[-1]).transpose(0, 2, 3, 1))
     progress("verify: compiled", count, count, "")

@@ -157,20 +157,9 @@ def is_digits(model: str, images: np.ndarray) -> bool:
     return model == "digits-dit" and images.shape[1:] == (32, 32, 1)
 
 
-def class_accuracy(images: np.ndarray, classes: Sequence[int]) -> float:
-    """Return the share of digits ``[n, 32, 32, 1]`` in [0, 1] that are classified as ``classes``."""
-    return float(classified(images, classes).mean())
-
-
 def classified(images: np.ndarray, classes: Sequence[int]) -> np.ndarray:
     """Return of each digit ``[n, 32, 32, 1]`` in [0, 1] whether it is classified as its class, bool ``[n]``."""
-    import torch
-
-    from benchmarks.bench.digit_classifier import load_classifier
-
-    with torch.no_grad():
-        logits = load_classifier()(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
-    right: np.ndarray = logits.argmax(dim=1).numpy() == np.asarray(classes)
+    right: np.ndarray = _seen_by_classifier(images)[1].argmax(axis=1) == np.asarray(classes)
     return right
 
 
@@ -210,13 +199,19 @@ def frechet_interval(features: np.ndarray, reference: np.ndarray) -> tuple[float
 
 def digit_features(images: np.ndarray) -> np.ndarray:
     """Return the classifier's features ``[n, 96]`` of digits ``[n, 32, 32, 1]`` in [0, 1], float64."""
+    return _seen_by_classifier(images)[0].astype(np.float64)
+
+
+def _seen_by_classifier(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classifier's features and logits of digits."""
     import torch
 
     from benchmarks.bench.digit_classifier import load_classifier
 
+    classifier = load_classifier()
     with torch.no_grad():
-        features = load_classifier().features(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
-    return features.double().numpy()
+        features = classifier.features(torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1)
+        return features.numpy(), classifier.head(features).numpy()
 
 
 @lru_cache(maxsize=1)

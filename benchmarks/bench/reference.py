@@ -12,8 +12,8 @@ from torch import nn
 from benchmarks.bench.quality import Outputs, latents_as_images
 from benchmarks.bench.subjects import IMAGE_SEED, Inputs, inputs_for, latent_shape
 from benchmarks.bench.suite import Suite
-from benchmarks.progress import Progress, silent
 from dipgo.base.errors import DipgoError
+from dipgo.base.progress import Report, silent
 from dipgo.model.families import Conditions, family_of, join
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
@@ -60,7 +60,7 @@ def subnet_of(bundle: Bundle) -> SubNet:
     return load_subnet(bundle.folder / bundle.record.subnet_file)
 
 
-def task_of(bundle: Bundle, model: Model, progress: Progress = silent) -> Task:
+def task_of(bundle: Bundle, model: Model, progress: Report = silent) -> Task:
     """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to, its scheduler included."""
     subnet = subnet_of(bundle)
     sampler = subnet.sampler
@@ -130,11 +130,15 @@ def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRe
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
-    decoded = vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float()
+    return as_images(vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float())
+
+
+def as_images(decoded: torch.Tensor) -> torch.Tensor:
+    """Return ``[n, channels, height, width]`` in [-1, 1] as ``[n, height, width, channels]``, clamped to [0, 1]."""
     return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Progress) -> Outputs:
+def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Report) -> Outputs:
     """Run many steps of DDIM on the first of the judged noise, in torch."""
     steps = suite.converged_steps
     long = converged(task, steps)
@@ -149,7 +153,7 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
             conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.guidance_scale > 1)
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
             if bundle.record.decoder is not None:
-                images.append((task.decode(latents[-1]) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+                images.append(as_images(task.decode(latents[-1])))
     progress(f"{steps} steps", count, count, "")
     final = np.concatenate(latents)
     return Outputs(final, np.concatenate(images) if images else latents_as_images(final))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from dipgo.base.records import Record
 from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
@@ -34,7 +35,7 @@ Inputs = list[Any]
 
 
 def inputs_of(program: Program, count: int) -> Inputs:
-    """Return ``count`` classes or prompts for a program, see :func:`given_for`."""
+    """Return ``count`` classes or prompts for a program, see :func:`inputs_for`."""
     return inputs_for(program.record.conditioning, count)
 
 
@@ -53,8 +54,15 @@ def latent_shape(record: BundleRecord) -> list[int]:
 
 def save(file: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays into an npz file, which :func:`numpy.load` reads without unpickling anything."""
-    held: dict[str, Any] = dict(arrays)
-    np.savez(file, **held)
+    entries: dict[str, Any] = dict(arrays)
+    np.savez(file, **entries)
+
+
+def step_seconds(program: Program, noise: np.ndarray, conditions: Mapping[str, np.ndarray]) -> list[float]:
+    """Run the loop and return the seconds of each step."""
+    marks = [time.perf_counter()]
+    program.denoise(noise, conditions, lambda step, epsilon: marks.append(time.perf_counter()))
+    return np.diff(marks).tolist()
 
 
 def encodes(program: Program) -> bool:
@@ -90,7 +98,7 @@ class TorchSpec(Record):
 Spec = Annotated[ProgramSpec | TorchSpec, Field(discriminator="kind")]
 
 
-class Subject(Protocol):
+class Subject(abc.ABC):
     """One thing to measure, loaded.
 
     Attributes:
@@ -102,18 +110,22 @@ class Subject(Protocol):
 
     label: str
     batch: int
-    device_seconds: float | None
-    graph_seconds: float | None
+    device_seconds: float | None = None
+    graph_seconds: float | None = None
 
+    @abc.abstractmethod
     def loop(self) -> np.ndarray:
         """Run the denoising loop on the timing seed's noise; returns the final latents ``[B, C, H, W]``."""
 
+    @abc.abstractmethod
     def pipeline(self) -> np.ndarray:
         """The same with what comes before and after: classes or prompts to images."""
 
+    @abc.abstractmethod
     def steps(self) -> list[float]:
         """Run the loop and return the seconds of each step."""
 
+    @abc.abstractmethod
     def generate(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return latents and images of the batch at ``start`` of ``count``, fewer in the last one.
 
@@ -123,8 +135,9 @@ class Subject(Protocol):
 
     def macs(self) -> int | None:
         """Return the multiply-accumulates of one trajectory and one row of the batch, where they must be counted."""
+        return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - what holds nothing leaves it
         """Let go of everything."""
 
 
@@ -132,7 +145,7 @@ class Stopwatch:
     """A runner like the one it is put around, but for the time it adds up.
 
     Attributes:
-        seconds: inside launches since it was last set to 0, prologues with them.
+        seconds: inside launches so far, prologues with them.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -160,7 +173,7 @@ class Stopwatch:
         return timed
 
 
-class ProgramSubject:
+class ProgramSubject(Subject):
     """A bundle's program."""
 
     def __init__(self, spec: ProgramSpec) -> None:
@@ -171,17 +184,14 @@ class ProgramSubject:
         self.program = Program(bundle, self._stopwatch or runner)
         self.program.__enter__()
         self.label, self.batch = self.program.runner.label, latent_shape(self.program.record)[0]
-        self.device_seconds: float | None = None
-        self.graph_seconds: float | None = None
         self._noise = self.program.noise(self.batch, TIMING_SEED)
         self._conditions = self._conditions_of(0, self.batch)
 
     def loop(self) -> np.ndarray:
-        if self._stopwatch is None:
-            return self.program.denoise(self._noise, self._conditions)
-        self._stopwatch.seconds = 0.0
+        before = self._stopwatch.seconds if self._stopwatch else 0.0
         latents = self.program.denoise(self._noise, self._conditions)
-        self.graph_seconds = self._stopwatch.seconds
+        if self._stopwatch:
+            self.graph_seconds = self._stopwatch.seconds - before
         return latents
 
     def pipeline(self) -> np.ndarray:
@@ -191,9 +201,7 @@ class ProgramSubject:
         return self.program.decode(self.program.denoise(self._noise, conditions))
 
     def steps(self) -> list[float]:
-        marks = [time.perf_counter()]
-        self.program.denoise(self._noise, self._conditions, lambda step, epsilon: marks.append(time.perf_counter()))
-        return np.diff(marks).tolist()
+        return step_seconds(self.program, self._noise, self._conditions)
 
     def generate(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         chosen = np.arange(start, start + self.batch).clip(max=count - 1)
@@ -204,16 +212,13 @@ class ProgramSubject:
             return latents[:size], None
         return latents[:size], self.program.decode(latents)[:size].transpose(0, 2, 3, 1)
 
-    def macs(self) -> None:
-        return None
-
     def close(self) -> None:
         self.program.__exit__(None, None, None)
 
     def _conditions_of(self, start: int, count: int) -> dict[str, np.ndarray]:
         if files := self.spec.conditions:
-            with np.load(Path(files[start // self.batch % len(files)]), allow_pickle=False) as held:
-                return {name: held[name] for name in held.files}
+            with np.load(Path(files[start // self.batch % len(files)]), allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
         inputs = inputs_of(self.program, count)
         return self.program.conditions(
             [inputs[index] for index in np.arange(start, start + self.batch).clip(max=count - 1)]
@@ -226,5 +231,4 @@ def subject_of(spec: ProgramSpec | TorchSpec) -> Subject:
         return ProgramSubject(spec)
     from benchmarks.bench.techniques import TorchSubject
 
-    subject: Any = TorchSubject(spec)
-    return subject
+    return TorchSubject(spec)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from dipgo.base.config import problem, unknown
 from dipgo.base.errors import UsageError
 from dipgo.base.records import Record
 
@@ -77,6 +78,9 @@ def load_suite(name: str) -> Suite:
     """
     import yaml  # type: ignore[import-untyped]
 
+    from benchmarks.bench.baselines import BASELINES, FURTHER
+    from benchmarks.bench.techniques import TECHNIQUES
+
     path = FOLDER / f"{name}.yaml" if name in suites() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no suite '{name}'; use {', '.join(suites())}, or give a .yaml file")
@@ -89,24 +93,9 @@ def load_suite(name: str) -> Suite:
     try:
         suite = Suite.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_first(error)}") from error
-    _check_names(path, suite)
-    return suite
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting '{place}'; there are {', '.join(Suite.model_fields)}"
-    return f"{place}: {first['msg']}"
-
-
-def _check_names(path: Path, suite: Suite) -> None:
-    from benchmarks.bench.baselines import BASELINES, FURTHER
-    from benchmarks.bench.techniques import TECHNIQUES
-
+        raise UsageError(f"{path}: {problem(error, Suite)}") from error
     known = [*BASELINES, *FURTHER, *TECHNIQUES]
-    for name in suite.baselines:
-        if name not in known:
-            raise UsageError(f"{path}: unknown baseline '{name}'; there are {', '.join(known)}")
+    strange = [name for name in suite.baselines if name not in known]
+    if strange:
+        raise UsageError(f"{path}: {unknown('baseline', strange[0], known)}")
+    return suite

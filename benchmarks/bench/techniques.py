@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
-from benchmarks.bench.subjects import TIMING_SEED, TorchSpec, inputs_for, latent_shape
-from benchmarks.progress import NotMeasuredError
+from benchmarks.bench.subjects import TIMING_SEED, Subject, TorchSpec, inputs_for, latent_shape
+from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
@@ -127,8 +127,8 @@ TECHNIQUES: Mapping[str, Technique] = {
 }
 
 
-class TorchSubject:
-    """The whole diffusers model, on the GPU where torch has one; see :class:`benchmarks.bench.subjects.Subject`.
+class TorchSubject(Subject):
+    """The whole diffusers model, on the GPU where torch has one.
 
     The loop is that of the diffusers pipelines, without their checks and bars.
     """
@@ -156,8 +156,6 @@ class TorchSubject:
         threads = torch.get_num_threads()
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
-        self.device_seconds: float | None = None
-        self.graph_seconds: float | None = None
         self._noise = self._noise_of(self.batch, TIMING_SEED)
         self._inputs = inputs_for(record.conditioning, self.batch)
         self._conditions = self._conditions_of(self._inputs)
@@ -206,9 +204,6 @@ class TorchSubject:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self._run(self._noise, self._conditions)
         return counter.get_total_flops() // 2 // (self.batch * (1 + self.guided.guided))
-
-    def close(self) -> None:
-        """Nothing is held that the process would not let go of."""
 
     def _run(self, noise: torch.Tensor, conditions: Any, after_step: Callable[[], None] | None = None) -> torch.Tensor:
         """Run the loop; float32 noise ``[B, C, H, W]`` to the final latents."""

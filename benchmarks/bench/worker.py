@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from pydantic import TypeAdapter
 
 from benchmarks.bench.subjects import ProgramSpec, Spec, Subject, TorchSpec, save, subject_of
-from benchmarks.progress import NotMeasuredError, one_line
+from benchmarks.failures import NotMeasuredError, one_line
 from dipgo.base.child_process import ChildError, ChildProcess, Parent
 from dipgo.base.process_memory import resident_peak
 
@@ -25,12 +26,9 @@ Answer = dict[str, Any]
 
 
 class Worker(ChildProcess):
-    """A process with one program; a context manager that ends it.
+    """A process with one program, which prints into ``log`` and may take ``patience`` seconds to answer.
 
-    Args:
-        spec: what to load.
-        log: a file for what the process prints.
-        patience: seconds that an answer may take.
+    A context manager that ends it.
     """
 
     def __init__(self, spec: ProgramSpec | TorchSpec, log: Path, patience: float) -> None:
@@ -84,8 +82,7 @@ class Server:
     def do_load(self, spec: dict[str, Any]) -> Answer:
         """Load the subject; seconds from the request until it is ready."""
         begin = time.perf_counter()
-        chosen: ProgramSpec | TorchSpec = TypeAdapter(Spec).validate_python(spec)
-        self.subject = subject_of(chosen)
+        self.subject = subject_of(TypeAdapter(Spec).validate_python(spec))
         return {"seconds": time.perf_counter() - begin, "label": self.subject.label, "batch": self.subject.batch}
 
     def do_warm_up(self, rounds: int) -> Answer:
@@ -144,15 +141,8 @@ class Server:
         return self.subject
 
     def _look_at_memory(self) -> None:
-        self.shared_peak = max(self.shared_peak, _proportional())
-
-
-def _proportional() -> int:
-    try:
-        with open("/proc/self/smaps_rollup") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-    except OSError:
-        return 0
+        memory = psutil.Process().memory_full_info()
+        self.shared_peak = max(self.shared_peak, getattr(memory, "pss", 0))  # Linux alone has it
 
 
 def _device_memory() -> Answer:

@@ -20,9 +20,7 @@ HEAD = ("case", "program", "time", "full model", "speedup", "PSNR", "from")
 def digest(results: Path, link: str) -> str:
     """Return the table: dipgo beside plain steps at equal MACs, and the published SubNet for speed alone.
 
-    Args:
-        results: the folder of committed results.
-        link: its address, as links on the page have it.
+    ``results`` is the folder of committed results, ``link`` its address in the page's links.
     """
     rows = []
     for stem, where in REPORTS.items():

@@ -13,10 +13,10 @@ Records = Mapping[str, Mapping[str, Any]]
 
 def tables(values: Mapping[str, Any]) -> list[str]:
     """Return the lines of the tables."""
-    found = list(_walk(values))
-    single = [(name, value) for name, value in found if isinstance(value, str)]
+    parts = list(_walk(values))
+    single = [(name, value) for name, value in parts if isinstance(value, str)]
     lines = _table(["figure", "value"], single) if single else []
-    for name, records in found:
+    for name, records in parts:
         if not isinstance(records, str):
             lines += [*[""] * bool(lines), f"{name}:", "", *_of_records(records)]
     return lines
@@ -26,9 +26,9 @@ def _of_records(records: Records) -> list[str]:
     """Return a table with a row a record and a column a figure; keys are shown where they are not numbers."""
     rows = {key: dict(_leaves(record)) for key, record in records.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    named = [] if all(key.isdigit() for key in records) else [""]
-    cells = [[*[key for _ in named], *(row.get(column, "") for column in columns)] for key, row in rows.items()]
-    return _table([*named, *columns], cells)
+    corner = [] if all(key.isdigit() for key in records) else [""]
+    cells = [[*[key for _ in corner], *(row.get(column, "") for column in columns)] for key, row in rows.items()]
+    return _table([*corner, *columns], cells)
 
 
 def _walk(value: Any, name: str = "") -> Iterator[tuple[str, str | Records]]:

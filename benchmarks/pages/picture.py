@@ -20,13 +20,10 @@ SIDE, LEFT, FONT = 96, 196, 17  # pixels: an image's side at least, the labels' 
 
 
 def picture(bundle: Path, report: ReportRecord, conditions: Inputs, path: Path) -> None:
-    """Save three labelled rows of images from the same noise: full, dipgo, fewer plain steps.
+    """Save three labelled rows of images from the same noise as PNG: full, dipgo, fewer plain steps.
 
-    Args:
-        bundle: the bundle that the report is about.
-        report: gives each row's time and PSNR, and the number of plain steps.
-        conditions: a class or prompt for each column.
-        path: the PNG file.
+    ``report``, on ``bundle``, gives times, PSNR and the number of plain steps; ``conditions`` are a class or prompt a
+    column.
     """
     measured = {row.name: row for row in report.rows if row.timing}
     rows = [measured[name] for name in ("full", SUBJECT, FEWER) if name in measured]

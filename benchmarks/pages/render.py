@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,14 @@ TODAY = {  # what records from before a renaming say, as it is called now
 
 
 def markdown(path: Path, source: str) -> str:
-    """Return a result's table, with where and at which commit it was measured.
-
-    Args:
-        path: the JSON file.
-        source: its address, as a link on the page has it.
+    """Return the table of a JSON file, ``source`` in the page's links, with where and at which commit it was measured.
 
     Raises:
         DipgoError: a result that cannot be read or shown.
     """
     raw = read_json(path, "result")
     try:
-        text = _renderer(raw)(raw, source).replace(f"[{source}]", f"[{path.name}]")
+        text = _shown(raw, source).replace(f"[{source}]", f"[{path.name}]")
     except (KeyError, TypeError, ValueError) as error:  # pydantic's is a ValueError
         raise DipgoError(f"{path}: not a result that can be shown ({' '.join(str(error).split())[:120]})") from error
     return f"{today(text)}\n\n{origin(raw)}."
@@ -59,35 +54,18 @@ def origin(raw: Raw) -> str:
     return "; ".join([f"commit {commit}" if commit else "commit not recorded", *machine])
 
 
-def _renderer(raw: Raw) -> Callable[[Raw, str], str]:
+def _shown(raw: Raw, source: str) -> str:
     schema = raw.get("schema")
-    if schema == SCHEMA:
-        return _report
+    if schema == SCHEMA:  # with the trade before the losses
+        report = ReportRecord.model_validate(raw)
+        ordered = sorted(report.headline, key=lambda headline: TRADE_FIRST[headline.kind])
+        return summary(report.model_copy(update={"headline": ordered}), source)
     if schema == gpu.SCHEMA:
-        return gpu.table
+        return gpu.table(raw, source)
     if "cells" in raw:
-        return _searches
+        return search_record.markdown(search_record.TableRecord.model_validate(raw), source)
     if "cases" in raw and schema is None:
-        return _exports
-    return _figures
-
-
-def _report(raw: Raw, source: str) -> str:
-    """Return a report's summary, the trade before the losses."""
-    report = ReportRecord.model_validate(raw)
-    ordered = sorted(report.headline, key=lambda headline: TRADE_FIRST[headline.kind])
-    return summary(report.model_copy(update={"headline": ordered}), source)
-
-
-def _searches(raw: Raw, source: str) -> str:
-    return search_record.markdown(search_record.TableRecord.model_validate(raw), source)
-
-
-def _exports(raw: Raw, source: str) -> str:
-    return export_table.markdown(export_table.ExportRecord.model_validate(raw), source)
-
-
-def _figures(raw: Raw, source: str) -> str:
-    shown = {name: value for name, value in raw.items() if name not in ("command", "environment")}
+        return export_table.markdown(export_table.ExportRecord.model_validate(raw), source)
+    figures = {name: value for name, value in raw.items() if name not in ("command", "environment")}
     command = f"`{raw['command']}`. " if "command" in raw else ""
-    return "\n".join([*tables(shown), "", f"{command}From [{source}]({source})."])
+    return "\n".join([*tables(figures), "", f"{command}From [{source}]({source})."])

@@ -36,13 +36,13 @@ def written(root: Path = ROOT) -> dict[Path, str]:
     """
     results = {path.stem: path for path in sorted((root / "benchmarks" / "results").glob("*.json"))}
     pages = [path for path in (root / "README.md", *sorted((root / "docs" / "results").glob("*.md"))) if path.is_file()]
-    made, homes = {}, {}
+    texts, homes = {}, {}
     for page in pages:
         text = page.read_text()
         homes.update(dict.fromkeys(places.names(text), page))
-        made[page] = places.fill(text, partial(_table, page=page, results=results))
+        texts[page] = places.fill(text, partial(_table, page=page, results=results))
     index = root / "benchmarks" / "RESULTS.md"
-    return {**made, index: _index(index, results, homes)}
+    return {**texts, index: _index(index, results, homes)}
 
 
 def _table(name: str, page: Path, results: dict[str, Path]) -> str:
@@ -60,7 +60,8 @@ def _index(index: Path, results: dict[str, Path], homes: dict[str, Path]) -> str
     lines += ["| result | shown in | measured at |", "|---|---|---|"]
     for name, path in results.items():
         page = homes.get(name)
-        shown = f"[{_title(page)}]({_link(page, index)})" if page else f"[below](#{name})"
+        title = page.read_text().partition("\n")[0].removeprefix("# ") if page else ""
+        shown = f"[{title}]({_link(page, index)})" if page else f"[below](#{name})"
         lines.append(f"| [{name}]({_link(path, index)}) | {shown} | {origin(read_json(path, 'result'))} |")
     missing = _not_measured(results)
     if missing:
@@ -82,10 +83,6 @@ def _not_measured(results: dict[str, Path]) -> list[str]:
         if path.stem not in measured:
             rows.append(f"| {path.stem}: {about} | `{command}` |")
     return rows
-
-
-def _title(page: Path) -> str:
-    return page.read_text().partition("\n")[0].removeprefix("# ")
 
 
 def _link(path: Path, page: Path) -> str:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -22,13 +23,16 @@ from tqdm import tqdm
 
 from benchmarks.environment import load_average
 from benchmarks.studies.prompts import prompts_of
+from benchmarks.studies.settings import Settings
 from benchmarks.studies.study import Study, StudyRecord, Words, origin, run
+from dipgo.base.config import checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import new_file
 from dipgo.base.records import Record, read_record
 from engines.pipeline.images import to_image
 from engines.pipeline.pipeline import load
 from engines.program import Program
+from engines.sizes import batches_of
 
 SCHEMA: Literal["dipgo.evaluation/1"] = "dipgo.evaluation/1"
 PLAN_FILE, RECORD_FILE, IMAGES = "plan.json", "evaluation.json", "images"
@@ -54,25 +58,6 @@ class Evaluation(StudyRecord):
     clip_score: float | None
     fid: float | None
     skipped: list[str]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is made, and scored with what; paths are local.
-
-    Attributes:
-        number: of prompts, the first so many; None takes all.
-        clip: folder of a CLIP model.
-        inception, real: torch-fidelity's weights, and a folder of pictures.
-    """
-
-    number: int | None = None
-    seed: int = 0
-    backend: str = "onnxruntime"
-    threads: int | None = None
-    clip: Path | None = None
-    inception: Path | None = None
-    real: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -122,15 +107,8 @@ def evaluate(bundle: Path, prompts: Path, output: Path, settings: Settings, shar
     if share.rank:
         return None
     pictures = [output / IMAGES / _name(index) for index in range(len(texts))]
-    scores, skipped = _scores(pictures, texts, settings)
-    record = Evaluation(
-        plan=plan,
-        model=model,
-        images=len(pictures),
-        skipped=skipped,
-        **scores,
-        **origin("benchmarks.studies.evaluate", sys.argv[1:], load_at_start),
-    )
+    place = origin("benchmarks.studies.evaluate", sys.argv[1:], load_at_start)
+    record = Evaluation(plan=plan, model=model, images=len(pictures), **_scores(pictures, texts, settings), **place)
     with new_file(output / RECORD_FILE) as draft:
         draft.write_text(record.text())
     return record
@@ -140,8 +118,8 @@ def _adopt(output: Path, plan: Plan, first: bool) -> None:
     """Begin a folder, or go on in one of the same plan; all processes check, the first one writes."""
     file = output / PLAN_FILE
     if file.is_file():
-        held = read_record(file, Plan, SCHEMA, "plan", "give another folder")
-        if held != plan:
+        earlier = read_record(file, Plan, SCHEMA, "plan", "give another folder")
+        if earlier != plan:
             raise UsageError(f"{output}: holds images of another bundle, prompts, number or seed; give another -o")
         return
     if output.exists() and any(output.iterdir()) and first:
@@ -154,38 +132,32 @@ def _adopt(output: Path, plan: Plan, first: bool) -> None:
 
 def _make(program: Program, prompts: Sequence[str], seed: int, folder: Path, share: Share) -> None:
     """Make those of this process's images that are missing, a batch at a time: every ``processes``-th is its own."""
-    mine = [
-        index for index in range(share.rank, len(prompts), share.processes) if not (folder / _name(index)).is_file()
-    ]
-    for start in tqdm(range(0, len(mine), program.batch), desc=f"images, process {share.rank}", disable=None):
-        chosen = mine[start : start + program.batch]
-        filled = [*chosen, *[chosen[-1]] * (program.batch - len(chosen))]
-        noise = np.concatenate([program.noise(1, seed + index) for index in filled])
-        latents = program.denoise(noise, program.conditions([prompts[index] for index in filled]))
+    own = range(share.rank, len(prompts), share.processes)
+    missing = np.array([index for index in own if not (folder / _name(index)).is_file()], int)
+    for places in tqdm(batches_of(program.record, len(missing)), desc=f"images, process {share.rank}", disable=None):
+        batch = missing[places].tolist()
+        noise = np.concatenate([program.noise(1, seed + index) for index in batch])
+        latents = program.denoise(noise, program.conditions([prompts[index] for index in batch]))
         pixels = program.decode(latents).transpose(0, 2, 3, 1)
-        for index, image in zip(chosen, pixels, strict=False):
+        for index, image in zip(dict.fromkeys(batch), pixels, strict=False):  # a last batch is filled up with its last
             with new_file(folder / _name(index)) as draft:
                 to_image(image).save(draft)
 
 
-def _scores(
-    pictures: Sequence[Path], prompts: Sequence[str], settings: Settings
-) -> tuple[dict[str, float | None], list[str]]:
-    scores: dict[str, float | None] = {"clip_score": None, "fid": None}
-    skipped = []
-    if settings.clip is None:
+def _scores(pictures: Sequence[Path], prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Return the fields of the record that hold scores, or say why there are none."""
+    from benchmarks.studies import scores
+
+    clip_score, fid, skipped = None, None, []
+    if settings.clip:
+        clip_score = scores.clip_score(pictures, prompts, settings.clip)
+    else:
         skipped.append("CLIP score: no weights were given; give --clip FOLDER")
+    if settings.inception and settings.real:
+        fid = scores.fid(pictures, settings.real, settings.inception)
     else:
-        from benchmarks.studies.scores import clip_score
-
-        scores["clip_score"] = clip_score(pictures, prompts, settings.clip)
-    if settings.inception is None or settings.real is None:
         skipped.append("FID: no weights were given; give --inception FILE and --real FOLDER")
-    else:
-        from benchmarks.studies.scores import fid
-
-        scores["fid"] = fid(pictures, settings.real, settings.inception)
-    return scores, skipped
+    return {"clip_score": clip_score, "fid": fid, "skipped": skipped}
 
 
 def _name(index: int) -> str:
@@ -200,16 +172,13 @@ def main(words: Words | None = None) -> None:
     study.parser.add_argument(
         "--prompts", type=Path, required=True, help="COCO captions .json, PartiPrompts .tsv, text"
     )
-    study.parser.add_argument("--number", type=int, help="the first so many prompts; all by default")
-    study.parser.add_argument("--seed", type=int, default=0)
-    study.parser.add_argument("--backend", default="onnxruntime")
-    study.parser.add_argument("--threads", type=int)
-    study.parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
-    study.parser.add_argument("--inception", type=Path, help="torch-fidelity's Inception weights, for FID")
-    study.parser.add_argument("--real", type=Path, help="folder of real pictures, for FID")
+    for name, field in Settings.model_fields.items():
+        study.parser.add_argument(f"--{name}", default=SUPPRESS, help=field.description)
     options = study.options()
     folder: Path = options.output
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    settings = checked(
+        Settings, {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    )
     state = PartialState(cpu=True)
     share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
     record = evaluate(options.bundle, options.prompts, folder, settings, share)

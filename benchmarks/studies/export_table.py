@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.studies.study import Study, StudyRecord, Words, run, run_alone
+from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
 from dipgo.base.process_memory import resident_peak
@@ -100,7 +100,7 @@ def subnet_of(model: Model) -> SubNet:
 
 
 def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Path) -> dict[str, float]:
-    """Export in this process; returns what only it can know: its times by graph and its peak memory.
+    """Export in this process; returns the figures of a case that only it can know.
 
     A further graph is timed by putting the program together again, when all that graphs share is at hand.
     """
@@ -123,40 +123,38 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     for graph in assembled.models.values():
         ir.to_proto(graph).SerializeToString()
     further = (time.perf_counter() - started) / len(assembled.models)
-    return {"first": total - further * (len(assembled.graphs) - 1), "further": further, "peak": peak}
+    first = total - further * (len(assembled.graphs) - 1)
+    times = {"seconds_first_graph": round(first, 2), "seconds_further_graph": round(further, 3)}
+    return times | {"peak_bytes": int(peak)}
 
 
-def measure(folder: Path, subnet: Path, dtype: str, weights: str) -> Case:
+def measure(study: Study, folder: Path, subnet: Path, dtype: str, weights: str) -> Case:
     """Export in a process of its own and describe the bundle."""
     output = folder if weights == "in-place" else folder.parent / "bundle"
-    words = ["--one", folder, subnet, dtype, weights, "-o", output]
     started = time.perf_counter()
     try:
-        printed = run_alone("benchmarks.studies.export_table", words)
+        inside = study.alone("--one", folder, subnet, dtype, weights, "-o", output)
     except DipgoError as error:
         raise DipgoError(f"export of {folder.name} failed: {error}") from error
     seconds = time.perf_counter() - started
-    inside = json.loads(printed.splitlines()[-1])
     record = BundleRecord.model_validate_json((output / "bundle.json").read_text())
     graphs = [record.files[graph.file].bytes for graph in record.graphs.values()]
-    held = sum(file.bytes for name, file in record.files.items() if "/" in name)
+    stored_bytes = sum(file.bytes for name, file in record.files.items() if "/" in name)
     case = Case(
         model=folder.name,
         weights=weights,
         dtype=dtype,
         parameters=sum(part.parameters for part in record.parts),
         seconds=round(seconds, 1),
-        seconds_first_graph=round(inside["first"], 2),
-        seconds_further_graph=round(inside["further"], 3),
-        peak_bytes=int(inside["peak"]),
         graphs=len(graphs),
         largest_graph_bytes=max(graphs),
         graphs_bytes=sum(graphs),
-        copied_bytes=held if weights == "copy" else 0,
-        weights_bytes=held,
+        copied_bytes=stored_bytes if weights == "copy" else 0,
+        weights_bytes=stored_bytes,
         slots_bytes=sum(slot.bytes for slot in record.slots),
         naive_cache_bytes=record.naive_cache_bytes,
         parts=record.parts,
+        **inside,
     )
     if weights == "copy":
         shutil.rmtree(output)
@@ -214,7 +212,7 @@ def main(words: Words | None = None) -> None:
             checkpoint = make_checkpoint(name, dtype, Path(scratch))
             subnet = Path(scratch) / f"{name}.subnet.json"
             save_subnet(subnet_of(find_model(str(checkpoint))), subnet, force=True)
-            cases += [measure(checkpoint, subnet, dtype, weights) for weights in ("copy", "in-place")]
+            cases += [measure(study, checkpoint, subnet, dtype, weights) for weights in ("copy", "in-place")]
             shutil.rmtree(checkpoint)
     record = ExportRecord(cases=cases, **study.origin())
     study.write(record)

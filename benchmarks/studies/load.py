@@ -15,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -65,78 +66,71 @@ class LoadRecord(StudyRecord):
     memory: dict[str, dict[str, int]]
 
 
-class Clients:
-    """Clients in threads, each with a connection of its own; ``requests`` of them in all.
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request: the image of a pair of class and seed, a refusal, or neither where it was lost."""
 
-    ``at`` is called with the number of requests served so far, when it is one of ``marks``.
-    """
-
-    def __init__(
-        self, port: int, labels: Sequence[str], requests: int, marks: Sequence[int], at: Callable[[int], None]
-    ) -> None:
-        self.port, self.labels, self.marks, self.at = port, labels, marks, at
-        self._numbers, self._requests = count(), requests
-        self._lock = threading.Lock()
-        self._first: dict[int, np.ndarray] = {}
-        self.latencies: list[float] = []
-        self.refused: Counter[str] = Counter()
-        self.wrong = 0
-
-    def run(self, clients: int) -> float:
-        """Send all requests; returns the seconds that it took."""
-        started = time.perf_counter()
-        threads = [threading.Thread(target=self._client) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - started
-
-    def _client(self) -> None:
-        import tritonclient.http as triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        from tritonclient.utils import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
-            InferenceServerException,
-        )
-
-        with triton.InferenceServerClient(f"127.0.0.1:{self.port}", network_timeout=300) as client:
-            while (number := next(self._numbers)) < self._requests:
-                pair = number % PAIRS
-                label = triton.InferInput("class", [1, 1], "BYTES")
-                label.set_data_from_numpy(np.array([[self.labels[pair % len(self.labels)].encode()]], np.object_))
-                seed = triton.InferInput("seed", [1, 1], "INT64")
-                seed.set_data_from_numpy(np.array([[pair]], np.int64))
-                started = time.perf_counter()
-                try:
-                    answer = client.infer(NAME, [label, seed], outputs=[triton.InferRequestedOutput("image")])
-                    self._served(pair, answer.as_numpy("image"), time.perf_counter() - started)
-                except InferenceServerException as error:
-                    with self._lock:
-                        self.refused[f"{error.status()} {error.message().split('] ')[-1]}"] += 1
-                except Exception:  # no answer at all: neither served nor refused
-                    continue
-
-    def _served(self, pair: int, image: np.ndarray, seconds: float) -> None:
-        with self._lock:
-            self.latencies.append(seconds)
-            self.wrong += not np.array_equal(self._first.setdefault(pair, image), image)
-            if len(self.latencies) in self.marks:
-                self.at(len(self.latencies))
+    pair: int
+    seconds: float
+    image: bytes | None = None
+    refusal: str | None = None
 
 
-def phase(sent: Clients, clients: int, queue: int, requests: int) -> Phase:
-    """Send requests and describe what came of them."""
-    seconds = sent.run(clients)
-    latencies = np.array(sent.latencies or [np.nan]) * 1e3
+def ask(client: Any, label: str, pair: int) -> Answer:
+    """Ask for one image."""
+    import tritonclient.http as triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from tritonclient.utils import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        InferenceServerException,
+    )
+
+    subject, seed = triton.InferInput("class", [1, 1], "BYTES"), triton.InferInput("seed", [1, 1], "INT64")
+    subject.set_data_from_numpy(np.array([[label.encode()]], np.object_))
+    seed.set_data_from_numpy(np.array([[pair]], np.int64))
+    image = refusal = None
+    started = time.perf_counter()
+    try:
+        answer = client.infer(NAME, [subject, seed], outputs=[triton.InferRequestedOutput("image")])
+        image = answer.as_numpy("image").tobytes()
+    except InferenceServerException as error:
+        refusal = f"{error.status()} {error.message().split('] ')[-1]}"
+    except Exception:  # no answer at all
+        refusal = None
+    return Answer(pair, time.perf_counter() - started, image, refusal)
+
+
+def answers(port: int, labels: Sequence[str], requests: range, clients: int) -> list[Answer]:
+    """Send requests by clients in threads, each with a connection of its own, one request after the other."""
+    import tritonclient.http as triton
+
+    own = threading.local()
+
+    def connect() -> None:
+        own.client = triton.InferenceServerClient(f"127.0.0.1:{port}", network_timeout=300)
+
+    def send(number: int) -> Answer:
+        pair = number % PAIRS
+        return ask(own.client, labels[pair % len(labels)], pair)
+
+    with ThreadPoolExecutor(clients, initializer=connect) as pool:
+        return list(pool.map(send, requests))
+
+
+def phase(sent: Sequence[Answer], seconds: float, clients: int, queue: int) -> Phase:
+    """Describe what came of requests."""
+    served = [answer for answer in sent if answer.image is not None]
+    refused = Counter(answer.refusal for answer in sent if answer.refusal)
+    first = {answer.pair: answer.image for answer in reversed(served)}
+    latencies = np.array([answer.seconds for answer in served] or [np.nan]) * 1e3
     return Phase(
         clients=clients,
         queue=queue,
-        requests=requests,
-        served=len(sent.latencies),
-        refused=dict(sent.refused),
-        lost=requests - len(sent.latencies) - sent.refused.total(),
-        wrong_images=sent.wrong,
+        requests=len(sent),
+        served=len(served),
+        refused=dict(refused),
+        lost=len(sent) - len(served) - refused.total(),
+        wrong_images=sum(answer.image != first[answer.pair] for answer in served),
         seconds=round(seconds, 2),
-        images_per_s=round(len(sent.latencies) / seconds, 2),
+        images_per_s=round(len(served) / seconds, 2),
         latency_ms={f"p{q}": round(float(np.percentile(latencies, q)), 1) for q in (50, 95, 99)},
     )
 
@@ -191,14 +185,16 @@ def measure(bundle: Path, server: Path | None, clients: int, requests: int) -> d
         write_repository(bundle, Path(folder), Deployment(name=NAME, link=True, limits=limits))
         with served(Path(folder), server) as (port, process):
             version = version_of(port)
-            marks = {"after 0": memory(process)}
-
-            def mark(number: int) -> None:
-                marks[f"after {number}"] = memory(process)
-
-            saturation = phase(Clients(port, labels, requests, (100, requests), mark), clients, limits.queue, requests)
-            many = 6 * limits.queue
-            overload = phase(Clients(port, labels, many, (), mark), 3 * limits.queue, limits.queue, many)
+            marks, sent, seconds = {"after 0": memory(process)}, [], 0.0
+            for part in (range(min(100, requests)), range(min(100, requests), requests)):
+                started = time.perf_counter()
+                sent += answers(port, labels, part, clients)
+                seconds += time.perf_counter() - started
+                marks[f"after {part.stop}"] = memory(process)
+            saturation = phase(sent, seconds, clients, limits.queue)
+            many, started = 3 * limits.queue, time.perf_counter()
+            sent = answers(port, labels, range(2 * many), many)
+            overload = phase(sent, time.perf_counter() - started, many, limits.queue)
             marks["after the overload"] = memory(process)
     return {
         "server": version,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def fid(images: Sequence[Path], real: Path, weights: Path) -> float:
         raise DipgoError(f"FID needs torchmetrics and torch-fidelity; {_CURE}") from error
     except Exception as error:  # torch raises many kinds for weights that it cannot read
         raise DipgoError(f"{weights}: not torch-fidelity's Inception ({' '.join(str(error).split())[:160]})") from error
-    for paths, is_real in ((pictures, True), (images, False)):
-        _feed(metric, paths, is_real)
+    for path in pictures:
+        metric.update(_pixels(path)[None], real=True)
+    for path in images:
+        metric.update(_pixels(path)[None], real=False)
     return float(metric.compute())
 
 
@@ -73,16 +75,11 @@ def _clip(folder: Path) -> tuple[Any, Any]:
 
 
 def _bare(features: Callable[..., Any]) -> Callable[..., Any]:
-    def bare(*given: Any, **options: Any) -> Any:
-        found = features(*given, **options)
-        return getattr(found, "pooler_output", found)
+    def bare(*inputs: Any, **options: Any) -> Any:
+        output = features(*inputs, **options)
+        return getattr(output, "pooler_output", output)
 
     return bare
-
-
-def _feed(metric: Any, paths: Iterable[Path], is_real: bool) -> None:
-    for path in paths:
-        metric.update(_pixels(path)[None], real=is_real)
 
 
 def _pixels(path: Path) -> torch.Tensor:

@@ -36,14 +36,14 @@ def curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         budget = rest.partition("-")[0]
         seconds[budget].append(record["seconds"])
         losses[budget].append(-record["loss"] if phase == "backups" else np.nan)
-    found = {}
+    by_budget = {}
     for budget, values in losses.items():
         learning = ~np.isnan(values)
         if learning.sum() < WINDOW:
             raise DipgoError(f"{folder}: fewer than {WINDOW} iterations at {budget}; let the search learn for longer")
         quality = np.convolve(np.array(values)[learning], np.full(WINDOW, 1 / WINDOW), mode="valid")
-        found[budget] = (np.cumsum(seconds[budget])[learning][WINDOW - 1 :], quality)
-    return found
+        by_budget[budget] = (np.cumsum(seconds[budget])[learning][WINDOW - 1 :], quality)
+    return by_budget
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:

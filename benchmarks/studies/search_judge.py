@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.bench.quality import class_accuracy, image_psnr, is_digits, psnr
+from benchmarks.bench.quality import classified, image_psnr, is_digits, psnr
+from benchmarks.bench.reference import as_images
 from benchmarks.bench.reference import converged as converged_task
 from benchmarks.bench.subjects import IMAGE_SEED
 from benchmarks.studies.search_record import CONVERGED_STEPS, Cell
@@ -31,10 +32,9 @@ class Judge:
 
     def full(self, task: Task, batches: int | None = None) -> np.ndarray:
         """Return images of the full model under ``task``'s sampler, ``[n, height, width, channels]`` in [0, 1]."""
-        found = []
-        for batch in tqdm(self.batches[:batches], desc=f"full, {task.sampler.steps} steps", leave=False):
-            found.append(self._images(task.trajectory.full(batch.noise, batch.conditions)[-1]))
-        return np.concatenate(found)
+        shown = tqdm(self.batches[:batches], desc=f"full, {task.sampler.steps} steps", leave=False)
+        latents = (task.trajectory.full(batch.noise, batch.conditions)[-1] for batch in shown)
+        return np.concatenate([self._images(latent) for latent in latents])
 
     def on_sites_of(self, subnet: SubNet) -> Task:
         """Return the task on a SubNet's sites, which may be of another granularity than the one given."""
@@ -42,16 +42,12 @@ class Judge:
             self._tasks[subnet.sites] = self.task.with_sites(",".join(site.name for site in subnet.sites))
         return self._tasks[subnet.sites]
 
-    def found(self, subnet: SubNet) -> np.ndarray:
+    def images_of(self, subnet: SubNet) -> np.ndarray:
         """Return the images of a SubNet."""
-        trajectory = self.on_sites_of(subnet).trajectory
-        backups = subnet.schedule.tensors()
-        found = []
+        trajectory, backups = self.on_sites_of(subnet).trajectory, subnet.schedule.tensors()
         with torch.no_grad():
-            for batch in self.batches:
-                latents = trajectory.gated(batch.noise, batch.conditions, subnet.gates, backups)
-                found.append(self._images(latents[-1]))
-        return np.concatenate(found)
+            latents = (trajectory.gated(b.noise, b.conditions, subnet.gates, backups)[-1] for b in self.batches)
+            return np.concatenate([self._images(latent) for latent in latents])
 
     def cell(self, row: str, budget: float, ratio: float, images: np.ndarray, **more: object) -> Cell:
         close = None
@@ -71,12 +67,13 @@ class Judge:
         )
 
     def accuracy(self, images: np.ndarray) -> float | None:
-        return class_accuracy(images, self.labels.tolist()) if is_digits(self.task.model.name, images) else None
+        return (
+            float(classified(images, self.labels.tolist()).mean()) if is_digits(self.task.model.name, images) else None
+        )
 
     def _images(self, latent: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
-            decoded = self.task.decode(latent)
-        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+            return as_images(self.task.decode(latent)).numpy()
 
 
 def _labels(batch: Batch) -> np.ndarray:

@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.studies.study import Study, StudyRecord, Words, run
@@ -29,10 +29,10 @@ from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.gate_training import paper_scores
 from dipgo.searching.losses import final_latent
-from dipgo.searching.memory import Iteration, MemoryEstimate, memory_estimate
+from dipgo.searching.memory import Iteration, memory_estimate
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
-from dipgo.searching.task import Pool, Task, make_task
+from dipgo.searching.task import Pool, make_task
 from dipgo.searching.training_loop import Descent, Training
 
 FULL_STEPS, FULL_POOL = 50, 512
@@ -86,19 +86,19 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
     _ = pool[0]
     schedule = spaced(task.trace.macs, task.sampler.calls, 0.6, Rule(history=EXTRAPOLATION))
     for recompute in ways:
-        changed = task.with_trajectory(recompute=recompute)
-        pruner = Pruner(task.sampler.calls, len(task.trace.sites))
-        backups = Backups(task.trace, schedule)
-        for name, estimate, training in (
-            ("SuperNet", _estimate(task, recompute, None, pruner), _supernet(changed, pool, pruner)),
-            (
-                "learned backups",
-                _estimate(task, recompute, schedule.gates, backups),
-                _backup_fit(changed, pool, backups),
-            ),
+        pruner, backups = Pruner(task.sampler.calls, len(task.trace.sites)), Backups(task.trace, schedule)
+        trajectory = task.with_trajectory(recompute=recompute).trajectory
+        gates = Training(trajectory, pool, final_latent, Descent(2, 0.1, "sgd", clip=1.0), Run().phase("gates"))
+        weights = replace(gates, descent=Descent(2, 1e-2), phase=Run().phase("backups"))
+        for name, module, hard, learn in (
+            ("SuperNet", pruner, None, partial(paper_scores, pruner, task.trace.macs, gates)),
+            ("learned backups", backups, schedule.gates, partial(learn_backups, backups, weights)),
         ):
+            learned = sum(parameter.numel() for parameter in module.parameters())
+            iteration = Iteration(gates=hard, history=2, recompute=recompute, learned=learned, adam=hard is not None)
+            estimate = memory_estimate(task.trace, task.sampler.calls, iteration)
             started = time.perf_counter()
-            peak = _peak_above(training)
+            peak = _peak_above(learn)
             expected = estimate.total - estimate.weights - estimate.pool
             yield {
                 "what": name,
@@ -109,23 +109,6 @@ def _measured(model: Model, sites: str, steps: int, ways: Sequence[bool]) -> Ite
                 "ratio": round(expected / peak, 3),
                 "seconds": round(time.perf_counter() - started, 1),
             }
-
-
-def _supernet(task: Task, pool: Pool, pruner: Pruner) -> Callable[[], object]:
-    descent = Descent(2, 0.1, "sgd", clip=1.0)
-    training = Training(task.trajectory, pool, final_latent, descent, Run().phase("gates"))
-    return lambda: paper_scores(pruner, task.trace.macs, training)
-
-
-def _backup_fit(task: Task, pool: Pool, backups: Backups) -> Callable[[], object]:
-    training = Training(task.trajectory, pool, final_latent, Descent(2, 1e-2), Run().phase("backups"))
-    return lambda: learn_backups(backups, training)
-
-
-def _estimate(task: Task, recompute: bool, gates: np.ndarray | None, module: torch.nn.Module) -> MemoryEstimate:
-    learned = sum(parameter.numel() for parameter in module.parameters())
-    iteration = Iteration(gates=gates, history=2, recompute=recompute, learned=learned, adam=gates is not None)
-    return memory_estimate(task.trace, task.sampler.calls, iteration)
 
 
 def _full_size(model: Model, sites: str) -> dict[str, Any]:

@@ -114,5 +114,5 @@ def _text(cell: Cell | None) -> str:
     if cell is None:
         return ""
     close = f" ({cell.converged_db:.1f})" if cell.converged_db is not None else ""
-    seen = f" \\| {cell.class_accuracy:.1%}" if cell.class_accuracy is not None else ""
-    return f"{cell.psnr_db:.1f} / {cell.image_psnr_db:.1f}{close}{seen}"
+    accuracy = f" \\| {cell.class_accuracy:.1%}" if cell.class_accuracy is not None else ""
+    return f"{cell.psnr_db:.1f} / {cell.image_psnr_db:.1f}{close}{accuracy}"

@@ -22,6 +22,7 @@ from benchmarks.bench.quality import psnr
 from benchmarks.studies.search_judge import Judge
 from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from benchmarks.studies.study import Study, Words, run
+from dipgo.base.config import problem
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 from dipgo.model.models import Model, find_model
@@ -42,12 +43,14 @@ SAME_DB = 0.02  # the mean over images of the same schedule on the same noise, o
 CLOSE_DB = 3.0  # schedules that far below the best one there might be the best on other noise
 
 
-def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None) -> Iterator[Cell]:
-    """Yield all rows of the budgets that ``found`` was searched for, fixed schedules on the sites of each.
+def cells(
+    judge: Judge, searched: list[SubNet], paper: list[SubNet], earlier: TableRecord | None = None
+) -> Iterator[Cell]:
+    """Yield all rows of the budgets of ``searched``, fixed schedules on the sites of each.
 
     With an earlier table the rows of fixed schedules are those that it has.
     """
-    for subnet in found:
+    for subnet in searched:
         task = judge.on_sites_of(subnet)
         budget = subnet.search.budget or 0.0
         steps = max(2, round(task.sampler.steps * budget))
@@ -63,12 +66,12 @@ def cells(judge: Judge, found: list[SubNet], paper: list[SubNet], earlier: Table
             yield from fixed_cells(judge, task, subnet, budget)
         for one in paper:
             if one.search.budget == budget:
-                yield judge.cell(PAPER, budget, one.cost.ratio, judge.found(one), what=one.search.chosen)
+                yield judge.cell(PAPER, budget, one.cost.ratio, judge.images_of(one), what=one.search.chosen)
         yield judge.cell(
             DIPGO,
             budget,
             subnet.cost.ratio,
-            judge.found(subnet),
+            judge.images_of(subnet),
             what=subnet.search.chosen,
             search_seconds=subnet.search.seconds,
         )
@@ -82,19 +85,19 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     against it. Where no site makes the output, no step can be skipped whole; so schedules on ``block`` sites count
     too, which the search has not seen.
     """
-    judged: dict[str, Cell] = {}
+    by_name: dict[str, Cell] = {}
     blocks = [] if task.trace.output_sites() else [judge.task.with_sites("block")]
     for own, where in [(task, ""), *((block, ", by block") for block in blocks)]:
         fixed = _fixed(own, searched, budget)
         for name in tqdm(_in_question(own, fixed), desc=f"fixed policies{where}, {budget:g}", leave=False):
-            judged[f"{name}{where}"] = _judged(judge, own, fixed, name, budget, where)
+            by_name[f"{name}{where}"] = _judged(judge, own, fixed, name, budget, where)
     for name, row in PLAIN_ROWS.items():
-        if name in judged:
-            yield judged[name].model_copy(update={"row": row})
-    deep = [cell for name, cell in judged.items() if name.startswith(DEEP)]
+        if name in by_name:
+            yield by_name[name].model_copy(update={"row": row})
+    deep = [cell for name, cell in by_name.items() if name.startswith(DEEP)]
     if deep:
         yield _best(deep, DEEP_ROW)
-    yield _best(list(judged.values()), BEST)
+    yield _best(list(by_name.values()), BEST)
 
 
 def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
@@ -107,9 +110,9 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
     fixed = _fixed(task, searched, budget)
     known = {row: name for name, row in PLAIN_ROWS.items() if name in fixed}
     rows = {*PLAIN_ROWS.values(), DEEP_ROW, BEST}
-    found = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
-    checked = next((cell for cell in found if cell.row in known), None)
-    if checked is None or found[-1].row != BEST:
+    earlier_rows = [cell for cell in earlier.cells if cell.budget == budget and cell.row in rows]
+    checked = next((cell for cell in earlier_rows if cell.row in known), None)
+    if checked is None or earlier_rows[-1].row != BEST:
         raise DipgoError(f"the earlier table has no fixed policies at {budget:g}; leave out --policies-of")
     then = len(checked.each_psnr_db)
     if then != len(judge.reference):
@@ -123,7 +126,7 @@ def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, ear
             f"at {budget:g} '{checked.row}' has {now:.2f} dB, in the earlier table {checked.image_psnr_db:.2f} dB; "
             "leave out --policies-of"
         )
-    return found
+    return earlier_rows
 
 
 def _fixed(task: Task, searched: SubNet, budget: float) -> dict[str, Schedule]:
@@ -133,14 +136,14 @@ def _fixed(task: Task, searched: SubNet, budget: float) -> dict[str, Schedule]:
 def _in_question(task: Task, fixed: Mapping[str, Schedule]) -> list[str]:
     """Return the fixed schedules that rows name, and those that might be the best of all."""
     first = noise.Judge(task, FIRST, 6_000_000, Run(), FIRST)
-    seen = {name: first.psnr(schedule) for name, schedule in fixed.items()}
-    least = max(seen.values(), default=0.0) - CLOSE_DB
-    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or seen[name] >= least]
+    psnrs = {name: first.psnr(schedule) for name, schedule in fixed.items()}
+    least = max(psnrs.values(), default=0.0) - CLOSE_DB
+    return [name for name in fixed if name in PLAIN_ROWS or name.startswith(DEEP) or psnrs[name] >= least]
 
 
 def _judged(judge: Judge, task: Task, fixed: Mapping[str, Schedule], name: str, budget: float, where: str = "") -> Cell:
     subnet = task.subnet(fixed[name], method=name)
-    return judge.cell("", budget, subnet.cost.ratio, judge.found(subnet), what=f"{name}{where}")
+    return judge.cell("", budget, subnet.cost.ratio, judge.images_of(subnet), what=f"{name}{where}")
 
 
 def _best(judged: Sequence[Cell], row: str) -> Cell:
@@ -193,13 +196,10 @@ def read_table(path: Path) -> TableRecord:
     Raises:
         DipgoError: no file, or none of these.
     """
-    content = read_json(path, "table of searches")
     try:
-        return TableRecord.model_validate(content)
+        return TableRecord.model_validate(read_json(path, "table of searches"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise DipgoError(f"{path}: not a table of searches ({where}: {first['msg']})") from error
+        raise DipgoError(f"{path}: not a table of searches ({problem(error, TableRecord)})") from error
 
 
 def main(words: Words | None = None) -> None:
@@ -210,9 +210,6 @@ def main(words: Words | None = None) -> None:
     study.parser.add_argument("--policies-of", type=Path, metavar="FILE", help="an earlier table with these schedules")
     study.parser.add_argument("--images", type=int, default=256)
     study.parser.add_argument("--converged", type=int, default=64, help="images of the 500-step trajectory; 0 for none")
-    study.parser.add_argument(
-        "--publish", metavar="MARKER", help="put the table into the README, between these markers"
-    )
     options = study.options()
     earlier = options.policies_of and read_table(options.policies_of)
     searched = load_folder(options.searched)

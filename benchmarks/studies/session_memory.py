@@ -54,9 +54,9 @@ def measure(folder: Path, share: bool, sessions: int, runs: int) -> dict[str, An
         session.run(None, feed)  # the first one touches the weights
         times = []
         for _ in range(runs):
-            begun = time.perf_counter()
+            began = time.perf_counter()
             session.run(None, feed)
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - began)
         medians.append(statistics.median(times))
     return {
         "sessions": len(opened),

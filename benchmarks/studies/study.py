@@ -67,8 +67,16 @@ class Study:
         return origin(self.module, self._words, self._load)
 
     def alone(self, *words: object) -> dict[str, Any]:
-        """Run this module with these words in a process of its own; returns what its last line of JSON holds."""
-        return dict(json.loads(run_alone(self.module, words).splitlines()[-1]))
+        """Run this module with these words in a process of its own; returns what its last line of JSON holds.
+
+        Raises:
+            DipgoError: it failed; with the last line that it said.
+        """
+        command = [sys.executable, "-m", self.module, *map(str, words)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=python_environment())
+        if process.returncode:
+            raise DipgoError((process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+        return dict(json.loads(process.stdout.splitlines()[-1]))
 
     def write(self, record: Record) -> None:
         """Write the record."""
@@ -81,19 +89,6 @@ def origin(module: str, words: Words, load_at_start: list[float]) -> dict[str, A
     """Return the command and the environment of a :class:`StudyRecord`."""
     command = shlex.join(["python", "-m", module, *words])
     return {"command": command, "environment": environment(load_at_start)}
-
-
-def run_alone(module: str, words: Sequence[object]) -> str:
-    """Run a module in a Python process of its own and return what it prints.
-
-    Raises:
-        DipgoError: it failed; with the last line that it said.
-    """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=python_environment())
-    if done.returncode:
-        raise DipgoError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout
 
 
 def run(main: Callable[[], object]) -> None:

@@ -56,20 +56,20 @@ class Progress:
 
     @contextmanager
     def phases(self) -> Iterator[Report]:
-        """Yield a report function that shows one progress bar a phase."""
+        """Yield a report function that shows one progress bar a phase, which ends where another one begins."""
         if not (self.visible and is_main()):
             yield silent
             return
         from tqdm import tqdm
 
-        bars: dict[str, tqdm[Any]] = {}
+        bar: tqdm[Any] | None = None
 
         def report(phase: str, iteration: int, total: int, figure: str) -> None:
-            if phase not in bars:
-                for before in bars.values():
-                    before.close()
-                bars[phase] = tqdm(total=total, desc=phase)
-            bar = bars[phase]
+            nonlocal bar
+            if bar is None or bar.desc != phase:
+                if bar is not None:
+                    bar.close()
+                bar = tqdm(total=total, desc=phase)
             bar.total = total  # in some phases it grows
             bar.set_postfix_str(figure, refresh=iteration == total)
             bar.update(iteration - bar.n)
@@ -77,7 +77,7 @@ class Progress:
         try:
             yield report
         finally:
-            for bar in bars.values():
+            if bar is not None:
                 bar.close()
 
 

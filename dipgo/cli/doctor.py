@@ -151,7 +151,7 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
         "torch-compile": compiler,
         "torch-aot": compiler,
     }
-    return {name: checks[name]() if name in checks else _imports(module) for name, (module, _) in BACKENDS.items()}
+    return {name: checks[name]() if name in checks else _imports(module) for name, (module, *_) in BACKENDS.items()}
 
 
 def _card(devices: list[str]) -> str:

@@ -98,10 +98,9 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
         yield table(api.bench(bundle, output / "report", recipe.bench, model=place, force=force, progress=True))
         yield f"report: {output / 'report' / 'report.html'}"
     if recipe.evaluate:
-        from benchmarks.studies.evaluate import Settings, Share, evaluate
+        from benchmarks.studies.evaluate import evaluate
 
-        settings = Settings(**recipe.evaluate.model_dump(exclude={"prompts"}))
-        evaluation = evaluate(bundle, recipe.evaluate.prompts, output / "evaluation", settings, Share())
+        evaluation = evaluate(bundle, recipe.evaluate.prompts, output / "evaluation", recipe.evaluate)
         if evaluation:
             scores = [f"{name} {getattr(evaluation, name)}" for name in ("clip_score", "fid")]
             yield f"evaluation: {output / 'evaluation'}, {evaluation.images} images, {', '.join(scores)}"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from benchmarks.bench.config import BenchConfig
-from dipgo.base.config import Backend, Config, Threads, checked, unknown
+from benchmarks.studies.settings import Settings
+from dipgo.base.config import Config, checked, unknown
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.own_packages import ROOT
 from dipgo.cli.bench import VerifyConfig
@@ -22,17 +23,10 @@ SCHEMA = "dipgo.recipe/1"
 SHIPPED = ("dipgo/", "benchmarks/")  # files that come with dipgo, wherever it is installed
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(Settings):
     """An image for each prompt of a file, and scores; see :mod:`benchmarks.studies.evaluate`."""
 
     prompts: Path = Field(description="COCO captions .json, PartiPrompts .tsv, or text.")
-    number: int | None = Field(None, ge=1, description="The first so many prompts; all by default.")
-    seed: int = Field(0, ge=0, description="Of the first image; each further one has the next.")
-    backend: Backend = "onnxruntime"
-    threads: Threads = None
-    clip: Path | None = Field(None, description="Folder of a CLIP model, for the CLIP score.")
-    inception: Path | None = Field(None, description="torch-fidelity's Inception weights, for FID.")
-    real: Path | None = Field(None, description="Folder of real pictures, for FID.")
 
 
 class Recipe(Config):

@@ -48,9 +48,6 @@ class Trajectory:
     """A denoiser, its sites and its sampler.
 
     Attributes:
-        guided: the denoiser with guidance.
-        sites: the sites that gates refer to.
-        sampler: the table.
         live_sites: ``Trace.live_sites``; without it every site counts as read in every step, which costs memory only.
         precision: what the denoiser computes in, by autocast; None is float32. Weights, latents and solver stay
             float32.
@@ -74,29 +71,21 @@ class Trajectory:
 
     def full(self, noise: torch.Tensor, conditions: Conditions) -> list[torch.Tensor]:
         """Run with every gate 1, without gradient; returns the latents after 0, 1, … calls, each ``[B, C, H, W]``."""
-
-        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return self._call(latent, timestep, conditions)
-
         with torch.no_grad():
-            return self.integrate(noise, denoise)
+            return self.integrate(noise, lambda step, latent, timestep: self._call(latent, timestep, conditions))
 
     def observed(
         self, noise: torch.Tensor, conditions: Conditions, observe: Callable[[int, int, list[torch.Tensor]], None]
     ) -> None:
         """Run with every gate 1, without gradient, and show ``observe`` the outputs of each site at each step."""
 
-        def denoise(step: int, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            def intercept(site: int, compute: Callable[[], Any]) -> Any:
-                output = compute()
-                observe(step, site, take_apart(output)[0])
-                return output
-
-            with intercepting(self.guided.denoiser, self.names, intercept):
-                return self._call(latent, timestep, conditions)
+        def rule(step: int, site: int, past: Past, compute: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+            outputs = compute()
+            observe(step, site, outputs)
+            return outputs
 
         with torch.no_grad():
-            self.integrate(noise, denoise)
+            self._intercepted(noise, conditions, [{}] * self.sampler.calls, rule)
 
     def gated(
         self, noise: torch.Tensor, conditions: Conditions, gates: np.ndarray, backups: Backups

@@ -37,21 +37,15 @@ class Facts(Record):
         """Return what ``dipgo models`` prints."""
         lines = []
         for title, weights in (("built in:", True), ("architectures, without weights:", False)):
-            lines += [
-                title,
-                *(_line(name, facts) for name, facts in self.models.items() if facts.weights is weights),
-                "",
-            ]
-        lines.append(
+            models = [_line(name, facts) for name, facts in self.models.items() if facts.weights is weights]
+            lines += [title, *models, ""]
+        lines += [
             "denoisers with sites of their own, from a diffusers folder or a hub id (granularity: site patterns):"
-        )
+        ]
         for denoiser, sites in self.families.items():
             lines += [f"  {denoiser}", *(f"    {spec}: {', '.join(patterns)}" for spec, patterns in sites.items())]
-        lines.append(
-            "  any other class of diffusers that is called on a latent, a timestep and at most text embeddings: "
-            "--sites PATTERN,…"
-        )
-        return lines
+        other = "any other class of diffusers that is called on a latent, a timestep and at most text embeddings"
+        return [*lines, f"  {other}: --sites PATTERN,…"]
 
 
 def read_facts() -> Facts:

@@ -38,10 +38,10 @@ def node_macs(node: Node) -> int:
         return 0
 
     def blank(value: Any) -> Any:
-        held = value.meta.get("val") if isinstance(value, Node) else value
-        if isinstance(held, torch.Tensor):
-            return torch.empty([size_hint(size) for size in held.shape], dtype=held.dtype, device="meta")
-        return size_hint(held)
+        example = value.meta.get("val") if isinstance(value, Node) else value
+        if isinstance(example, torch.Tensor):
+            return torch.empty([size_hint(size) for size in example.shape], dtype=example.dtype, device="meta")
+        return size_hint(example)
 
     args, kwargs = pytree.tree_map_only(Node, blank, (node.args, node.kwargs))
     with FlopCounterMode(display=False) as counter:

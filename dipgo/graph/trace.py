@@ -32,9 +32,7 @@ class Trace:
     """A traced denoiser.
 
     Attributes:
-        model: what was traced.
         program: the exported program; its outputs are ε, then every site's outputs in order.
-        sites: the sites, with their costs.
         outputs: for each site, the names of the nodes that are its outputs.
         epsilon: the name of the node that is ε.
         guidance_scale: of the guidance inside the graph.
@@ -84,14 +82,8 @@ class Trace:
 
     def output_sites(self) -> list[int]:
         """Return the sites through which everything passes: skip one, and no other site is read in that step."""
-        ones = np.ones(len(self.sites), bool)
-        through = []
-        for site in range(len(ones)):
-            row = ones.copy()
-            row[site] = False
-            if self.live_sites(row) == {site}:
-                through.append(site)
-        return through
+        sites = np.arange(len(self.sites))
+        return [site for site in sites.tolist() if self.live_sites(sites != site) == {site}]
 
     def execution_order(self) -> list[int]:
         """Return the sites in the order in which a call computes them."""
@@ -175,13 +167,10 @@ def trace(
     dynamic = (images | sides, images, dict.fromkeys(conditions, images))
     program = export_tapped(Tapped(guided, names), (latent, torch.ones(_EXAMPLE_BATCH), conditions), dynamic)
 
-    results = list(program.graph_module.graph.output_node().args[0])
-    epsilon, flat = results[0].name, [node.name for node in results[1:]]
-    counts = [len(leaves) for leaves in _output_leaves(program)]
-    outputs, position = [], 0
-    for count in counts:
-        outputs.append(tuple(flat[position : position + count]))
-        position += count
+    spec, results = program.call_spec.out_spec, program.graph_module.graph.output_node().args[0]
+    assert spec is not None
+    epsilon, taps = pytree.tree_unflatten([node.name for node in results], spec)
+    outputs = tuple(tuple(tensors) for tensors in taps)
     _refuse_shared_outputs(program, names, outputs)
 
     nodes = {node.name: node for node in program.graph_module.graph.nodes if node.op != "output"}
@@ -191,7 +180,7 @@ def trace(
         model=model,
         program=program,
         sites=tuple(Site(name, 0, 0, rank - 1 if rank == 3 else 1) for name, rank in zip(names, ranks, strict=True)),
-        outputs=tuple(outputs),
+        outputs=outputs,
         epsilon=epsilon,
         guidance_scale=guidance_scale,
         dtype=dtype,
@@ -224,15 +213,7 @@ def _growth(size: Any, batch: Any) -> tuple[int, int]:
     return per_image, per_image
 
 
-def _output_leaves(program: ExportedProgram) -> list[list[int]]:
-    """Return the structure of the taps: for each site, one entry an output."""
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    return list(leaves[1])
-
-
-def _refuse_shared_outputs(program: ExportedProgram, names: Sequence[str], outputs: list[tuple[str, ...]]) -> None:
+def _refuse_shared_outputs(program: ExportedProgram, names: Sequence[str], outputs: Sequence[tuple[str, ...]]) -> None:
     placeholders = {node.name for node in program.graph_module.graph.nodes if node.op == "placeholder"}
     owner: dict[str, str] = {}
     for site, values in zip(names, outputs, strict=True):

@@ -130,11 +130,11 @@ def guidance_passes(trace: Trace) -> dict[str, int]:
 
 def learn_backups(backups: Backups, training: Training, share: float | None = None) -> None:
     """Learn the corrections by gradient through the gated trajectory; ``share`` is of the costs, to report."""
-    figures = {} if share is None else {"kept": share}
+    figures, trajectory = {} if share is None else {"kept": share}, training.trajectory
 
     def loss_at(number: int) -> tuple[torch.Tensor, dict[str, float]]:
         batch, target = training.batches[number]
-        latents = training.trajectory.gated(batch.noise, batch.conditions, backups.gates, backups())
+        latents = trajectory.gated(batch.noise, batch.conditions, backups.gates, backups())
         return training.loss(latents, target), figures
 
-    optimise(backups, loss_at, training.descent, training.trajectory, training.phase)
+    optimise(backups, loss_at, training.descent, training.phase, trajectory.device, trajectory.precision)

@@ -53,8 +53,8 @@ def candidates(context: SearchContext, budget: float, last: Schedule | None) -> 
         for number, start in enumerate(context.starts, 1)
         if start.schedule.fits(context.costs, budget)
     ]
-    named = _without_rule(context, budget, fixed, last) | _best_of_fixed(context, budget, fixed)
-    different = {gates.tobytes(): (name, gates) for name, gates in reversed(named.items())}
+    proposals = _without_rule(context, budget, fixed, last) | _best_of_fixed(context, budget, fixed)
+    different = {gates.tobytes(): (name, gates) for name, gates in reversed(proposals.items())}
     learned = [candidate for candidate in starts if candidate.schedule.learned]
     for candidate in learned:
         different.pop(candidate.schedule.gates.tobytes(), None)
@@ -145,7 +145,7 @@ def _dropped(context: SearchContext, budget: float, rule: Rule) -> np.ndarray:
         def score(gates: np.ndarray) -> float:
             return context.ground.psnr(extrapolation(trace, gates, slope))
 
-        gates = drop_cheapest(context.costs, above, budget, score, settings.drops, context.seed, report)
+        gates = drop_cheapest(context.costs, above, budget, score, settings.drops, settings.seed, report)
         return {"gates": gates.astype(np.uint8)}
 
     return context.run.once(f"drops-{budget:g}-{rule.spacing}", dropped)["gates"].astype(bool)

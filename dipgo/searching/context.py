@@ -35,7 +35,6 @@ class SearchContext:
     task: Task
     costs: Costs
     settings: SearchConfig
-    seed: int
     run: Run
     pool: Pool
     judge: Judge
@@ -50,7 +49,7 @@ class SearchContext:
     @cached_property
     def drift(self) -> np.ndarray:
         """How far every site moves from step to step; measured once, when first needed."""
-        return self.run.once("drift", lambda: {"drift": drift_of(self.task, self.seed)})["drift"]
+        return self.run.once("drift", lambda: {"drift": drift_of(self.task, self.settings.seed)})["drift"]
 
     def training(self, descent: Descent, phase: Phase) -> Training:
         """Return what a phase learns with."""

@@ -63,6 +63,6 @@ def paper_scores(pruner: Pruner, costs: Costs, training: Training, sparsity: Spa
             loss = loss + sparsity.alpha * (gates[1:] * gamma).sum(dim=1).mean()
         return loss, {"kept": share}
 
-    optimise(pruner, loss_at, training.descent, trajectory, training.phase)
+    optimise(pruner, loss_at, training.descent, training.phase, trajectory.device, trajectory.precision)
     with torch.no_grad():
         return pruner().numpy()

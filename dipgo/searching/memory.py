@@ -175,16 +175,16 @@ def _saved_bytes(
     forward: Callable[[], torch.Tensor], module: torch.nn.Module, aside: Sequence[torch.Tensor] = ()
 ) -> tuple[int, int]:
     """Return the bytes that autograd saves in a call, parameters and ``aside`` left out, and the largest tensor's."""
-    held: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        held.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
     own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers(), *aside]}
-    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
     del result
     sizes = {key: size for key, size in sizes.items() if key not in own}
     return sum(sizes.values()), max(sizes.values())

@@ -62,5 +62,5 @@ class Outputs:
         if not isinstance(search, dict) or not isinstance(search.get("settings"), dict):
             return False
         own = {"method": self.config.method, "budget": budget, "seed": self.config.seed, **self.config.deciding()}
-        noted = search["settings"] | search
-        return bool(json.loads(json.dumps(own)) == {name: noted.get(name) for name in own})
+        theirs = search["settings"] | search
+        return bool(json.loads(json.dumps(own)) == {name: theirs.get(name) for name in own})

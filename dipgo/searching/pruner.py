@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dipgo.base.errors import UsageError
-
 ATTENTION = {"step": ("step",), "site": ("site",), "both": ("step", "site")}
-
-
-def check_dimensions(width: int, layers: int, heads: int, hidden: int, attention: str) -> None:
-    """Refuse, with UsageError, dimensions that make no network."""
-    if attention not in ATTENTION:
-        raise UsageError(f"unknown attention '{attention}'; use {', '.join(ATTENTION)}")
-    if min(width, heads, hidden) < 1 or layers < 0 or width % heads:
-        raise UsageError(f"pruner of width {width}, {heads} heads, hidden {hidden}: heads must divide the width")
 
 
 class Pruner(nn.Module):
@@ -34,9 +24,6 @@ class Pruner(nn.Module):
         layers: of the encoder; with ``"both"`` each is two, one a direction.
         heads: of the attention; they divide D.
         hidden: width of the feed-forward layers and of the prediction heads.
-
-    Raises:
-        UsageError: dimensions that make no network.
     """
 
     def __init__(
@@ -50,7 +37,6 @@ class Pruner(nn.Module):
         attention: str = "step",
     ) -> None:
         super().__init__()
-        check_dimensions(width, layers, heads, hidden, attention)
         self.steps, self.sites, self.attention = steps, sites, attention
         self.queries = nn.Parameter(torch.randn(steps, sites, width))
         self.scopes = ATTENTION[attention] * layers

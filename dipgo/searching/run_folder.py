@@ -164,8 +164,8 @@ class Phase:
 
     def tell(self, iteration: int, total: int, figures: Mapping[str, float]) -> None:
         """Report and log an iteration (from 1): ``loss``, ``kept`` (MACs, as a ratio) and whatever else there is."""
-        kept = f", kept {figures['kept']:.1%}" if "kept" in figures else ""
-        self.run.report(self.name, iteration, total, f"loss {figures['loss']:.2e}{kept}")
+        share = f", kept {figures['kept']:.1%}" if "kept" in figures else ""
+        self.run.report(self.name, iteration, total, f"loss {figures['loss']:.2e}{share}")
         if self.run.journal:
             self.run.journal.write(self.name, iteration, figures)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +113,6 @@ def sweep(
         task,
         costs,
         config,
-        config.seed,
         run,
         pool=Pool(task, config.pool, config.batch, config.seed + 1, group, config.chunk),
         judge=Judge(task, config.held_out, 2_000_000 + config.seed, run, config.chunk),
@@ -122,34 +120,38 @@ def sweep(
         loss=make_loss(config.loss, task.decode, config.step_weights),
         starts=starts,
     )
-    return _subnets(context, budgets, method, profile)
+    return _subnets(context, profile)
 
 
-def _subnets(
-    context: SearchContext, budgets: Sequence[float], method: str, profile: LatencyProfile | None
-) -> Iterator[SubNet]:
-    task, clock = context.task, context.run.clock
+def _subnets(context: SearchContext, profile: LatencyProfile | None) -> Iterator[SubNet]:
+    task, clock, settings = context.task, context.run.clock, context.settings
     last, scores, shared = None, None, 0.0
-    if method == "paper":
+    if settings.method == "paper":
         clock.start("scores")
-        scores = _paper_scores(context, min(budgets))
+        scores = _paper_scores(context, min(settings.budget))
         shared = _seconds(context, "scores")
-    for budget in sorted(set(budgets), reverse=True):
+    choices = [str(choice) for choice in task.sampling.choices]
+    for budget in sorted(set(settings.budget), reverse=True):
         clock.start(f"{budget:g}")
-        judged = _dipgo(context, budget, last) if scores is None else [_paper(context, budget, scores)]
+        if scores is None:
+            judged, starts = candidates(context, budget, last)
+            judged += with_learned_backups(context, budget, starts[: settings.contenders])
+        else:
+            schedule = Schedule(POSTPROCESSES[settings.postprocess](context.costs, scores, budget, 1))
+            judged = [Candidate("paper", schedule, context.judge(schedule))]
         best = max(judged, key=lambda candidate: candidate.psnr)
         fixed = [candidate for candidate in judged if candidate.fixed]
         last = best.schedule
         yield task.subnet(
             best.schedule,
-            method=method,
+            method=settings.method,
             budget=budget,
             cost=_cost(context, best.schedule, profile),
-            seed=context.seed,
-            choices=_choices(task.sampling.choices),
+            seed=settings.seed,
+            choices={"count": len(choices), "sha256": sha256_of_json(choices)},
             starts=[digest_of(start) for start in context.starts],
             processes=context.run.processes.count,
-            settings=context.settings.deciding(),
+            settings=settings.deciding(),
             seconds=round(shared + _seconds(context, f"{budget:g}"), 1),
             chosen=best.name,
             best_policy=max(fixed, key=lambda candidate: candidate.psnr).name if fixed else None,
@@ -157,11 +159,6 @@ def _subnets(
             versions={name: version(name) for name in ("dipgo", "torch", "diffusers")}
             | {"python": platform.python_version()},
         )
-
-
-def _choices(choices: Sequence[object]) -> dict[str, Any]:
-    """Return how many prompts or classes noise is paired with, and a digest of them in their order."""
-    return {"count": len(choices), "sha256": sha256_of_json([str(choice) for choice in choices])}
 
 
 def _seconds(context: SearchContext, part: str) -> float:
@@ -176,11 +173,6 @@ def _cost(context: SearchContext, schedule: Schedule, profile: LatencyProfile | 
     return BudgetKind(kind="latency", ratio=round(schedule.share(context.costs), 6), profile=profile)
 
 
-def _dipgo(context: SearchContext, budget: float, last: Schedule | None) -> list[Candidate]:
-    judged, best = candidates(context, budget, last)
-    return [*judged, *with_learned_backups(context, budget, best[: context.settings.contenders])]
-
-
 def _paper_scores(context: SearchContext, least: float) -> np.ndarray:
     settings = context.settings
     dimensions = (settings.width, settings.layers, settings.heads, settings.hidden, settings.attention)
@@ -188,8 +180,3 @@ def _paper_scores(context: SearchContext, least: float) -> np.ndarray:
     training = context.training(gate_descent(settings), context.run.phase("gates"))
     sparsity = Sparsity(settings.alpha, min(settings.tau, least), settings.gamma)
     return paper_scores(pruner, context.costs, training, sparsity)
-
-
-def _paper(context: SearchContext, budget: float, scores: np.ndarray) -> Candidate:
-    schedule = Schedule(POSTPROCESSES[context.settings.postprocess](context.costs, scores, budget, 1))
-    return Candidate("paper", schedule, context.judge(schedule))

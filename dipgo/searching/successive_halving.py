@@ -58,9 +58,9 @@ def _on(context: SearchContext, budget: float, trial: Trial, iterations: int, ph
     """Learn on for so many iterations, and judge."""
     training = context.training(backup_descent(context.settings, iterations, budget), context.run.phase(phase))
     learn_backups(trial.backups, training, trial.start.schedule.share(context.costs))
-    done, schedule = trial.iterations + iterations, trial.backups.schedule()
-    name = f"{trial.start.name}, backups learned, {done} iterations"
-    return replace(trial, iterations=done, candidate=Candidate(name, schedule, context.judge(schedule)))
+    total, schedule = trial.iterations + iterations, trial.backups.schedule()
+    name = f"{trial.start.name}, backups learned, {total} iterations"
+    return replace(trial, iterations=total, candidate=Candidate(name, schedule, context.judge(schedule)))
 
 
 def _ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,9 +217,6 @@ class Pool:
             images.append(self._chunk(int(row) // self.depth)[int(row) % self.depth][index])
         latents = [torch.cat(parts) for parts in zip(*(image.latents for image in images), strict=True)]
         return _join([image.batch for image in images]), latents
-
-    def __iter__(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
-        return (self[number] for number in itertools.count())
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the row that each column takes at each place of an epoch, int ``[rows, columns]``."""

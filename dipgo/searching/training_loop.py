@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError
 from dipgo.eager.trajectory import Trajectory
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.journal import peak_memory
@@ -21,8 +22,11 @@ from dipgo.searching.task import Batches
 LossAt = Callable[[int], tuple[torch.Tensor, Mapping[str, float]]]
 """From the number of a batch to its loss and figures to report (``kept``: the ratio of MACs that it ran)."""
 
-OPTIMISERS = ("adam", "sgd")
-SCHEDULES = ("cosine", "constant")
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.99)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,11 @@ class Descent:
     """How a phase descends.
 
     Attributes:
-        iterations: updates of the parameters.
         rate: the highest learning rate.
-        optimiser: ``adam`` or ``sgd`` (without momentum, as in the paper).
+        optimiser: ``adam``, ``adamw``, or ``sgd`` (without momentum, as in the paper).
         schedule: ``cosine`` down to zero after the last iteration (Loshchilov & Hutter 2017, eq. 5), or ``constant``.
         warmup: iterations over which the rate first rises in a straight line.
-        weight_decay: added to the gradient, L2.
+        weight_decay: added to the gradient, L2; of ``adamw`` taken off the parameters.
         clip: the highest norm of the gradient; 0 leaves it as it is.
         accumulate: batches whose gradients make one update.
     """
@@ -48,14 +51,6 @@ class Descent:
     weight_decay: float = 0.0
     clip: float = 0.0
     accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        if self.optimiser not in OPTIMISERS:
-            raise UsageError(f"unknown optimiser '{self.optimiser}'; use {' or '.join(OPTIMISERS)}")
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"unknown schedule '{self.schedule}'; use {' or '.join(SCHEDULES)}")
-        if not 0 <= self.rate < math.inf or self.accumulate < 1 or min(self.warmup, self.clip, self.weight_decay) < 0:
-            raise UsageError("learning rate, warm-up, clipping and weight decay are 0 or more, accumulation 1 or more")
 
     def rate_at(self, iteration: int) -> float:
         """Return the learning rate of an iteration, from 0."""
@@ -103,25 +98,33 @@ class Training:
     phase: Phase
 
 
-def optimise(module: nn.Module, loss_at: LossAt, descent: Descent, trajectory: Trajectory, phase: Phase) -> None:
+def optimise(
+    module: nn.Module,
+    loss_at: LossAt,
+    descent: Descent,
+    phase: Phase,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> None:
     """Descend on ``loss_at`` over the parameters of ``module``, from where ``phase`` was left.
 
     Iteration i (from 0) uses the batches i A … i A + A - 1 with A = ``accumulate``, and nothing else that is drawn,
-    so a run that was killed and resumed equals one that was not. Parameters and optimiser are float32; where the
-    trajectory computes in float16 the loss is scaled (Micikevicius et al. 2018). With several processes each
-    computes the loss of its share, and gradients are averaged: the result is that of one process with the joint batch.
+    so a run that was killed and resumed equals one that was not. Parameters and optimiser are float32; where
+    ``loss_at`` computes in float16 (``precision``) the loss is scaled (Micikevicius et al. 2018). With several
+    processes each computes the loss of its share, and gradients are averaged: the result is that of one process with
+    the joint batch.
 
-    The module is moved to the trajectory's device and, at the end, back to the CPU.
+    The module is moved to the device and, at the end, to the CPU.
 
     Raises:
         DipgoError: a loss or gradient that is NaN or infinite (the parameters are those before that iteration, and the
             last checkpoint is kept), a checkpoint that does not fit, a full disk.
     """
-    device, run = trajectory.device, phase.run
+    run = phase.run
     module.to(device)
     parameters = list(module.parameters())
-    optimiser = _optimiser(descent, parameters)
-    scaler = torch.amp.GradScaler(device.type, enabled=trajectory.precision == torch.float16)
+    optimiser = OPTIMISERS[descent.optimiser](parameters, lr=descent.rate, weight_decay=descent.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     first = phase.restore(module, optimiser, scaler)
     for iteration in range(first, descent.iterations):
         started = time.perf_counter()
@@ -153,11 +156,6 @@ def optimise(module: nn.Module, loss_at: LossAt, descent: Descent, trajectory: T
         if due > 0:
             phase.keep(iteration + 1, module, optimiser, scaler)
     module.to("cpu")
-
-
-def _optimiser(descent: Descent, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kind = torch.optim.Adam if descent.optimiser == "adam" else torch.optim.SGD
-    return kind(parameters, lr=descent.rate, weight_decay=descent.weight_decay)
 
 
 def _update(

@@ -41,14 +41,7 @@ class DeviceArray:
 
     def reshape(self, *shape: int) -> DeviceArray:
         """Return a view in another shape of the same size; one entry may be -1."""
-        size = prod(self.shape)
-        if -1 in shape:
-            others = -prod(shape)
-            if others == 0 or size % others:
-                raise ValueError(f"cannot reshape {self.shape} into {shape}")
-            shape = tuple(size // others if entry == -1 else entry for entry in shape)
-        if prod(shape) != size:
-            raise ValueError(f"cannot reshape {self.shape} into {shape}")
+        shape = np.empty(self.shape, np.void).reshape(shape).shape  # elements of no size
         return DeviceArray(self._memory, self.pointer, shape, self.dtype)
 
 
@@ -84,10 +77,20 @@ class Stream:
         Raises:
             DipgoError: it does not fit into the device's memory; names the sizes.
         """
-        array = self._allocate(shape, dtype)
+        size = prod(shape) * Dtype(dtype).itemsize
+        memory = _Memory()
+        try:
+            pointer = int(call("cudaMalloc", max(size, 1)))
+        except CudaError as error:
+            free, total = call("cudaMemGetInfo")
+            raise DipgoError(
+                f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} of {total / 1e9:.2f} GB free; "
+                "export with --graphs segment, which holds every weight once, or a smaller --batch"
+            ) from error
+        weakref.finalize(memory, call_quietly, "cudaFree", pointer)
         with self.lock:
-            call("cudaMemsetAsync", array.pointer, 0, array.bytes, self.handle)
-        return array
+            call("cudaMemsetAsync", pointer, 0, size, self.handle)
+        return DeviceArray(memory, pointer, shape, dtype)
 
     def write(self, target: DeviceArray, values: np.ndarray) -> None:
         """Copy values of the host, in the target's shape and cast to its dtype; they may change once this returns."""
@@ -147,20 +150,6 @@ class Stream:
 
         weakref.finalize(launch, call_quietly, "cudaGraphExecDestroy", executable)
         return launch
-
-    def _allocate(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        size = prod(shape) * Dtype(dtype).itemsize
-        memory = _Memory()
-        try:
-            pointer = int(call("cudaMalloc", max(size, 1)))
-        except CudaError as error:
-            free, total = call("cudaMemGetInfo")
-            raise DipgoError(
-                f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} of {total / 1e9:.2f} GB free; "
-                "export with --graphs segment, which holds every weight once, or a smaller --batch"
-            ) from error
-        weakref.finalize(memory, call_quietly, "cudaFree", pointer)
-        return DeviceArray(memory, pointer, shape, dtype)
 
 
 class _Memory:

@@ -34,7 +34,7 @@ class CudaRunner(StreamRunner):
         DipgoError: the provider is not in the installed onnxruntime, or there is no GPU.
     """
 
-    def __init__(self, bundle: Bundle, provider: str) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, provider: str = CUDA) -> None:
         super().__init__(bundle)
         self.provider = provider
         _require(provider)
@@ -129,16 +129,6 @@ class CudaRunner(StreamRunner):
         if self.provider == CUDA:
             return [cuda]
         return [(TENSORRT, common | tensorrt_options(record)), cuda]
-
-
-def cuda_runner(bundle: Bundle, threads: int | None = None) -> CudaRunner:
-    """Return the runner of backend ``onnxruntime-cuda``."""
-    return CudaRunner(bundle, CUDA)
-
-
-def tensorrt_runner(bundle: Bundle, threads: int | None = None) -> CudaRunner:
-    """Return the runner of backend ``onnxruntime-tensorrt``; engines are built on entering it, and kept."""
-    return CudaRunner(bundle, TENSORRT)
 
 
 def tensorrt_options(record: BundleRecord) -> dict[str, str]:

@@ -87,8 +87,3 @@ class OnnxRuntimeRunner:
         if file not in self._sessions:
             self._sessions[file] = session_from_graph(self.bundle.folder / file, self.threads, self._share_weights)
         return self._sessions[file]
-
-
-def cpu_runner(bundle: Bundle, threads: int | None = None) -> OnnxRuntimeRunner:
-    """Return the runner of backend ``onnxruntime``."""
-    return OnnxRuntimeRunner(bundle, threads)

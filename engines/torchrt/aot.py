@@ -7,6 +7,7 @@ below ``$XDG_CACHE_HOME/dipgo``, not in the bundle, because code from a bundle t
 from __future__ import annotations
 
 import platform
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -37,9 +38,7 @@ def build(
     """Compile every graph of a bundle that has no package yet, at all of :func:`sizes_built`; return the packages.
 
     Args:
-        bundle: the bundle.
         device: what the packages are to run on; it must be here.
-        force: compile again what is there already.
         progress: wraps the list of what is to be compiled, in the order of what is returned.
 
     Raises:
@@ -155,10 +154,7 @@ def _machine(device: torch.device) -> str:
     """Name what machine code is made for."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: *(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    name = model[1].strip() if model else platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

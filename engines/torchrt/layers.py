@@ -120,10 +120,6 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     return F.pixel_shuffle(x, blocksize)
 
 
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
 def _in_float32(stash_type: int) -> None:
     if stash_type != 1:
         raise Unsupported("without statistics in float32")

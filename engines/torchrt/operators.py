@@ -51,7 +51,7 @@ OPERATORS = {
     "Expand": Operator(tensors.expand, (1,)),
     "Gather": Operator(tensors.gather),
     "GatherND": Operator(tensors.gather_nd),
-    "Gelu": Operator(layers.gelu),
+    "Gelu": Operator(F.gelu),
     "Gemm": Operator(layers.gemm),
     "Greater": Operator(torch.gt),
     "GroupNormalization": Operator(layers.group_normalization),

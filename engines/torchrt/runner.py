@@ -31,22 +31,24 @@ class TorchRunner:
 
     On a GPU everything is enqueued on the device's default stream, so launches of all threads follow each other. While
     a runner of a float32 bundle is entered, convolutions and products are computed in full float32, not in TF32.
-    ``threads`` is the process's number of threads for torch; None leaves it alone.
+    ``threads`` is the process's number of threads for torch; None leaves it alone. ``way`` is ``eager``, ``compiled``
+    when they first run, or ``AOTInductor``, by packages that ``dipgo build`` has made.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, way: str, make: Make, threads: int | None = None) -> None:
-        self.bundle, self.device, self.threads = bundle, device, threads
-        self._make = make
-        if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, way: str = "eager", device: str | None = None
+    ) -> None:
+        self.bundle, self.threads, self._make = bundle, threads, _WAYS[way]
+        self.device = torch.device(device) if device else default_device()
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
         else:
             count = threads or torch.get_num_threads()
             where = f"CPU, {count} thread{'s' * (count > 1)}"
         self.label = f"torch {torch.__version__} {way}, {where}"
-        self._weights = Weights(bundle.folder, device)
-        self._graphs: dict[
-            str, dict[Any, tuple[TorchGraph, Function]]
-        ] = {}  # by file and shapes, the last used at the end
+        self._weights = Weights(bundle.folder, self.device)
+        # By file and shapes, the last used at the end.
+        self._graphs: dict[str, dict[Any, tuple[TorchGraph, Function]]] = {}
         self._lock = threading.Lock()
         self._capture: Capture | None = None
         self._precision: tuple[bool, bool] | None = None
@@ -119,26 +121,6 @@ class TorchRunner:
             return graphs[key]
 
 
-def eager_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
-    """Return the runner of backend ``torch``."""
-    return TorchRunner(bundle, default_device(), "eager", _eager, threads)
-
-
-def eager_cpu_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
-    """Return the runner of backend ``torch-cpu``."""
-    return TorchRunner(bundle, torch.device("cpu"), "eager", _eager, threads)
-
-
-def compiling_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
-    """Return the runner of backend ``torch-compile``; graphs are compiled when they first run."""
-    return TorchRunner(bundle, default_device(), "compiled", _compile, threads)
-
-
-def package_runner(bundle: Bundle, threads: int | None = None) -> TorchRunner:
-    """Return the runner of backend ``torch-aot``, for which ``dipgo build`` has made packages."""
-    return TorchRunner(bundle, default_device(), "AOTInductor", load, threads)
-
-
 def default_device() -> torch.device:
     """Return the current GPU, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -153,6 +135,9 @@ def _compile(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
     mode = "max-autotune-no-cudagraphs" if graph.device.type == "cuda" else "default"
     function: Function = torch.compile(graph.module, mode=mode, fullgraph=True, dynamic=False)
     return function
+
+
+_WAYS: dict[str, Make] = {"eager": _eager, "compiled": _compile, "AOTInductor": load}
 
 
 def _set_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:

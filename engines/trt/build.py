@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import full_disk
+from dipgo.base.progress import Report, silent
 from dipgo.base.records import Record
 from engines.cuda.runtime import Device, find_device
 from engines.trt.library import Library, find_library, library_named
@@ -20,8 +21,6 @@ from engines.trt.processes import each
 from engines.trt.store import EngineRecord, engine_path, find_engine, graphs_of, key_of, save_engine
 from engines.trt.timing import timing_file
 from export.bundle import AxisRecord, Bundle, open_bundle
-
-Report = Callable[[str, int, int, str], None]
 
 WAITING = "waiting for another build of this bundle"
 
@@ -56,23 +55,20 @@ def build(
     bundle: Bundle,
     workers: int = 1,
     force: bool = False,
-    options: BuildOptions | None = None,
-    report: Report = lambda phase, done, total, figure: None,
+    options: BuildOptions = BuildOptions(),
+    report: Report = silent,
 ) -> Build:
     """Build the TensorRT engines of a bundle that it does not hold yet; a killed build goes on where it was.
 
     Args:
         bundle: a bundle; if anything must be built, all its files are checked before.
         workers: engines to build at a time. On a GPU more than one disturb each other's timings.
-        force: build all of them again.
-        options: what changes the engines.
         report: called with a phase, how many engines are there, how many there will be, and a name.
 
     Raises:
         DipgoError: no TensorRT or no ``cuda-bindings`` here, a TensorRT that does not take a graph, a bundle that is
             damaged or cannot be written.
     """
-    options = options or BuildOptions()
     device = find_device()
     library = find_library(device)
     target = library.target(device)
@@ -88,7 +84,10 @@ def build(
         with _alone(tasks[0].engine.parent, report):
             records = {} if force else _engines_there(tasks)  # another process may have built them
             missing = [task for task in tasks if task.graph.file not in records]
-            missing.sort(key=lambda task: -_cost(bundle, task.graph))
+            # The largest first, as far as MACs are known: those of the text encoder and the decoder are not.
+            macs = {part.file: part.macs for part in bundle.record.graphs.values()}
+            macs |= {part.file: part.macs for part in bundle.record.prologues}
+            missing.sort(key=lambda task: -macs.get(task.graph.file, 0))
             report("build", len(records), len(tasks), "")
             for record in build_all(missing, workers):
                 records[record.graph] = record
@@ -124,20 +123,21 @@ def make_engine(task: Task) -> EngineRecord:
     start = time.perf_counter()
     library = library_named(task.library)
     plan = plan_from_graph(library, task.path, task.graph, task.axes, task.options, task.timing)
-    facts = {
-        "graph": task.graph.file,
-        "key": task.key,
-        "library": library.name,
-        "version": library.version,
-        "target": task.target,
-        "options": task.options.model_dump(),
-        "inputs": list(task.graph.inputs),
-        "outputs": list(task.graph.outputs),
-        "layers": plan.layers,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
     with full_disk(task.engine):
-        return save_engine(task.engine, plan.data, facts)
+        return save_engine(
+            task.engine,
+            plan.data,
+            graph=task.graph.file,
+            key=task.key,
+            library=library.name,
+            version=library.version,
+            target=task.target,
+            options=task.options.model_dump(),
+            inputs=task.graph.inputs,
+            outputs=task.graph.outputs,
+            layers=plan.layers,
+            seconds=round(time.perf_counter() - start, 3),
+        )
 
 
 def _task(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> Task:
@@ -157,13 +157,6 @@ def _task(bundle: Bundle, graph: Graph, library: Library, target: str, options: 
 def _engines_there(tasks: list[Task]) -> dict[str, EngineRecord]:
     records = {task.graph.file: find_engine(task.engine, task.key) for task in tasks}
     return {file: record for file, record in records.items() if record is not None}
-
-
-def _cost(bundle: Bundle, graph: Graph) -> int:
-    """Return a graph's MACs, to begin with the largest: the text encoder's and decoder's are not known."""
-    record = bundle.record
-    macs = {part.file: part.macs for part in record.graphs.values()}
-    return (macs | {part.file: part.macs for part in record.prologues}).get(graph.file, 0)
 
 
 @contextmanager

@@ -49,23 +49,20 @@ def plan_from_graph(
     path: Path,
     graph: Graph,
     axes: Mapping[str, AxisRecord],
-    options: BuildOptions | None = None,
+    options: BuildOptions = BuildOptions(),
     timing: Path | None = None,
 ) -> Plan:
     """Build an engine.
 
     Args:
-        library: the TensorRT to build with.
         path: the graph's file, its weights beside it as it says.
         graph: what the network's inputs and outputs must be.
         axes: the ranges of the symbolic dimensions in ``graph``; none where all are fixed.
-        options: what changes the engine.
         timing: a file of kernel timings, read and added to; None where it would serve nothing.
 
     Raises:
         DipgoError: TensorRT refuses the graph, or builds no engine of it.
     """
-    options = options or BuildOptions()
     trt = library.module
     logger, errors = listener(library)
     builder = trt.Builder(logger)

@@ -27,7 +27,7 @@ class TensorRtRunner(StreamRunner):
     activations, as much as the largest asks for.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         super().__init__(bundle)
         self.label = "TensorRT"
         self._graphs = {graph.file: graph for graph in graphs_of(bundle.record)}
@@ -120,8 +120,3 @@ class TensorRtRunner(StreamRunner):
         if options.strip:
             refit(library, engine, bundle.folder / file)
         return LoadedEngine(library, engine, path, self._errors)
-
-
-def tensorrt_runner(bundle: Bundle, threads: int | None = None) -> TensorRtRunner:
-    """Return the runner of backend ``tensorrt``; ``threads`` is for backends on the CPU."""
-    return TensorRtRunner(bundle)

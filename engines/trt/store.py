@@ -7,7 +7,6 @@ engine without one is a build that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +102,7 @@ def find_engine(path: Path, key: str, check: bool = False) -> EngineRecord | Non
     return record
 
 
-def save_engine(path: Path, data: Any, facts: Mapping[str, Any]) -> EngineRecord:
+def save_engine(path: Path, data: Any, **facts: Any) -> EngineRecord:
     """Write an engine (a buffer) and its record; ``facts`` are the fields that are not about the file."""
     record_path(path).unlink(missing_ok=True)
     with new_file(path) as draft:

@@ -23,7 +23,9 @@ def timing_file(library: Library, target: str) -> Path | None:
 
 def use_timings(config: Any, path: Path, errors: list[str]) -> None:
     """Let a build read the timings in a file. One that TensorRT does not take is kept aside as ``….damaged``."""
-    if not _load(config, path, errors):
+    before = len(errors)
+    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if timings is None or not config.set_timing_cache(timings, False) or len(errors) > before:
         keep_aside(path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
@@ -40,15 +42,7 @@ def add_timings(config: Any, path: Path) -> None:
             draft.write_bytes(timings.serialize())
 
 
-def keep_aside(path: Path) -> Path:
-    """Give a damaged file another name, in the place of an older one; returns it."""
-    aside = path.with_name(f"{path.name}.damaged")
+def keep_aside(path: Path) -> None:
+    """Give a damaged file another name, in the place of an older one."""
     if path.exists():
-        path.replace(aside)
-    return aside
-
-
-def _load(config: Any, path: Path, errors: list[str]) -> bool:
-    before = len(errors)
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    return cache is not None and config.set_timing_cache(cache, False) and len(errors) == before
+        path.replace(path.with_name(f"{path.name}.damaged"))

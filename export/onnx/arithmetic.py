@@ -10,6 +10,7 @@ import onnx_ir as ir
 import sympy  # type: ignore[import-untyped]
 
 from dipgo.base.errors import DipgoError
+from export.onnx.passes import constant
 
 _MANY = 64  # elements; no shape has as many
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
@@ -90,7 +91,7 @@ class SizeBuilder:
         """Return a value of these sizes ``[n]`` int64, or of a single one without a dimension."""
         if all(not size.free_symbols for size in sizes):
             numbers = np.array(whole(np.array(sizes, object)), np.int64)
-            return self._add(_constant(numbers if one_dimensional else numbers.reshape(()), self._name()))
+            return self._add(constant(self._name(), numbers if one_dimensional else numbers.reshape(())))
         pieces = [self._size(size) for size in sizes]
         joined = pieces[0]
         if len(pieces) > 1:
@@ -115,7 +116,7 @@ class SizeBuilder:
 
     def _factor(self, base: sympy.Expr) -> ir.Value:
         if not base.free_symbols:
-            return self._add(_constant(np.array([int(base)], np.int64), self._name()))
+            return self._add(constant(self._name(), np.array([int(base)], np.int64)))
         if base not in self.reads:
             raise DipgoError(f"the size {base} does not follow from the batch and the latent's size")
         source, position, ratio = self.reads[base]
@@ -140,11 +141,4 @@ class SizeBuilder:
 def _node(op: str, inputs: Sequence[ir.Value], name: str, **attributes: int) -> ir.Node:
     node = ir.node(op, list(inputs), attributes, name=name)
     node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
-    return node
-
-
-def _constant(array: np.ndarray, name: str) -> ir.Node:
-    node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=name)
-    node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.INT64)
-    node.outputs[0].shape = ir.Shape(array.shape)
     return node

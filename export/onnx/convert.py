@@ -44,31 +44,30 @@ _TIDY = ir.passes.Sequential(
 )
 
 
-def convert(what: str, program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def convert(
+    what: str,
+    program: ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    sizes: Sequence[Size] | None = None,
+) -> ir.Model:
     """Convert an exported program to ONNX; :mod:`export.onnx.passes` mend the graph.
 
-    Its parameters are initializers without values, for :func:`export.onnx.weights.bind`. What was converted before
-    comes from the disk (:mod:`export.onnx.cache`).
+    With ``sizes`` of its first input it is simplified at these, see :func:`specialise`. Its parameters are initializers
+    without values, for :func:`export.onnx.weights.bind`. What was converted before comes from the disk
+    (:mod:`export.onnx.cache`).
 
     Raises:
         DipgoError: ``what`` has no ONNX form; the message holds the exporter's first words on it.
     """
-    names = list(inputs), list(outputs)
-    return cached(["convert", digest_of_program(program), *names], lambda: _converted(what, program, *names))
-
-
-def convert_at(
-    what: str, program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], sizes: Sequence[Size]
-) -> ir.Model:
-    """Convert a program as :func:`convert` does, simplified at these sizes of its first input."""
 
     def make() -> ir.Model:
         model = _converted(what, program, list(inputs), list(outputs))
-        specialise(model, inputs[0], sizes)
+        if sizes is not None:
+            specialise(model, inputs[0], sizes)
         return model
 
-    key = ["convert_at", digest_of_program(program), list(inputs), list(outputs), list(sizes)]
-    return cached(key, make)
+    return cached(["convert", digest_of_program(program), inputs, outputs, sizes], make)
 
 
 def export_module(

@@ -17,6 +17,7 @@ from export.bundle import Size
 from export.onnx.cache import cached, digest_of_program
 from export.onnx.convert import convert, specialise
 from export.onnx.weights import Weights, bind
+from export.plan.hoisting import sources_of
 from export.plan.launches import EPSILON, LATENT
 from export.sizes import Sizes
 
@@ -28,7 +29,6 @@ class DenoiserGraph:
     """The whole denoiser in ONNX.
 
     Attributes:
-        trace: what it was made from.
         sizes: of ``model``: images a call, and the latent's sides.
         symbolic: the graph as converted, for any number of images.
         model: the graph at ``sizes``, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
@@ -62,14 +62,8 @@ class DenoiserGraph:
     @cached_property
     def loop_nodes(self) -> frozenset[ir.Node]:
         """The nodes that depend on the latent's values."""
-        latent = next(value for value in self.model.graph.inputs if value.name == LATENT)
-        reached = {latent}
-        nodes = set()
-        for node in self.model.graph:
-            if node.op_type != "Shape" and reached.intersection(node.inputs):
-                nodes.add(node)
-                reached.update(node.outputs)
-        return frozenset(nodes)
+        sources = sources_of(self.model.graph)
+        return frozenset(node for node in self.model.graph if LATENT in sources[node.outputs[0]])
 
     @property
     def rows(self) -> set[Size]:

@@ -93,7 +93,7 @@ class WidenAttentionMasks(NodePass):
         if len(mask.shape) < 2 or mask.shape[-2] != 1 or not isinstance(queries, int) or queries == 1:
             return False
         sizes = [1] * (len(mask.shape) - 2) + [queries, 1]  # Expand broadcasts both ways
-        target = _constant(f"{node.name}_mask_sizes", np.array(sizes, np.int64))
+        target = constant(f"{node.name}_mask_sizes", np.array(sizes, np.int64))
         wide = ir.node("Expand", [mask, target.outputs[0]], name=f"{node.name}_mask")
         wide.outputs[0].name = f"{node.name}_mask"
         wide.outputs[0].type = mask.type
@@ -165,7 +165,8 @@ def _bypass(node: ir.Node, source: ir.Value) -> None:
     node.replace_input_with(0, source)
 
 
-def _constant(name: str, array: np.ndarray) -> ir.Node:
+def constant(name: str, array: np.ndarray) -> ir.Node:
+    """Return a node that holds an array, and its output of the same name."""
     node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=name)
     value = node.outputs[0]
     value.name, value.shape = name, ir.Shape(array.shape)

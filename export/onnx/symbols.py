@@ -177,19 +177,16 @@ def _split(graph: ir.Graph, node: ir.Node, size: np.ndarray, source: Sequence[sy
     graph.remove(node, safe=True)
 
 
-def _symbolic(value: ir.Value) -> list[sympy.Expr]:
+def _symbolic(value: ir.Value, divide: str = "//") -> list[sympy.Expr]:
     """Return a value's sizes over the exporter's symbols."""
     assert value.shape is not None
-    return [_parse(str(size) if isinstance(size, int) else str(size.value or "unknown")) for size in value.shape]
+    texts = [str(size if isinstance(size, int) else size.value or "unknown") for size in value.shape]
+    return [_parse(text.replace("//", divide)) for text in texts]
 
 
 def _exact(value: ir.Value) -> list[sympy.Expr]:
     """Return a value's sizes over the axes: their divisions come out even."""
-    assert value.shape is not None
-    return [
-        _parse(str(size) if isinstance(size, int) else str(size.value or "unknown").replace("//", "/"))
-        for size in value.shape
-    ]
+    return _symbolic(value, divide="/")
 
 
 @lru_cache(maxsize=65536)

@@ -6,8 +6,6 @@ the pipeline folder can be the bundle folder itself.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +19,6 @@ from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of_json, sha256_once
 from dipgo.model.safetensors_index import Stored, is_whole, read_pieces, safetensors_header, stored_tensors
-
-_FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one of them is written to
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,8 @@ def place(files: Iterable[Path], root: Path, folder: Path, digests: Mapping[Path
     for file in files:
         location = _relative(file, root)
         with new_file(folder / location) as draft:
-            by_path[location] = _copy(file, draft, (digests or {}).get(file))
+            _copy(file, draft)
+        by_path[location] = (digests or {}).get(file) or sha256_once(file)
     return by_path
 
 
@@ -183,25 +180,11 @@ def _converted(values: torch.Tensor, dtype: Dtype, file: Path, name: str) -> tor
     return converted
 
 
-def _copy(source: Path, target: Path, digest: str | None) -> str:
-    """Copy a file, by sharing its blocks where possible, and return its SHA-256, ``digest`` if that is known."""
-    if _cloned(source, target):
-        return digest or sha256_once(source)
-    if digest is not None:
-        shutil.copyfile(source, target)  # inside the kernel
-        return digest
-    hasher = hashlib.sha256()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while piece := reader.read(2**20):
-            writer.write(piece)
-            hasher.update(piece)
-    return hasher.hexdigest()
-
-
-def _cloned(source: Path, target: Path) -> bool:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer, _FICLONE, reader.fileno())
-        except OSError:  # another file system, or one that cannot
-            return False
-    return True
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, by sharing its blocks where the file system can."""
+    try:
+        with source.open("rb") as reader, target.open("wb") as writer:
+            while os.copy_file_range(reader.fileno(), writer.fileno(), 2**30):
+                pass
+    except (AttributeError, OSError):  # Linux alone has it, and not between all file systems
+        shutil.copyfile(source, target)

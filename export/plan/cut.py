@@ -27,7 +27,6 @@ class Loop:
     """What all graphs of a loop have in common.
 
     Attributes:
-        denoiser: the denoiser.
         earlier: names of the values that tables and prologues compute before the loop.
         tables: those of them that are tables.
         backups: the SubNet's backup tensors by name; empty where skipped sites serve their last output as it is.

@@ -59,7 +59,7 @@ def hoist(graph: ir.Graph, known: Iterable[str], rows: Iterable[Size]) -> Hoisti
             (shapes, mostly) is computed anew where it is read.
     """
     known, rows = set(known), set(rows)
-    sources = _sources(graph)
+    sources = sources_of(graph)
     binding: dict[str, Binding] = {}
     readers: dict[str, set[Binding]] = {}
     for node in graph:
@@ -81,7 +81,7 @@ def _first(shape: ir.Shape) -> Size | None:
     return size if isinstance(size, int) else size.value
 
 
-def _sources(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
+def sources_of(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
     """Return the names of the graph's inputs whose values each value depends on; shapes are no values."""
     sources: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
     for node in graph:
@@ -105,7 +105,7 @@ def parts(graph: ir.Graph, rows: int, loop: int, calls: int, values: Mapping[str
     A parameter that several binding times read counts with the latest.
     """
     order: tuple[Binding, ...] = ("table", "prompt", "steps", "loop")
-    sources = _sources(graph)
+    sources = sources_of(graph)
     nodes: dict[Binding, list[ir.Node]] = {part: [] for part in order}
     for node in graph:
         own = binding_of(sources[node.outputs[0]])

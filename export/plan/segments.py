@@ -83,19 +83,19 @@ def _columns(work: Work, signatures: Sequence[frozenset[int]]) -> dict[ir.Node, 
     for computed in signatures:
         stops = {*work.loop.earlier, *work.features(set(range(len(denoiser.features))) - computed)}
         stack = [denoiser.producers[name] for name in [EPSILON, *work.features(computed)] if name not in stops]
-        seen: set[ir.Node] = set()
+        nodes: set[ir.Node] = set()
         while stack:
             node = stack.pop()
-            if node not in seen:
-                seen.add(node)
+            if node not in nodes:
+                nodes.add(node)
                 stack.extend(
                     producer
                     for value in node.inputs
                     if value is not None and value.name not in stops and (producer := value.producer()) is not None
                 )
-        live.append(seen)
+        live.append(nodes)
     return {
         node: column
         for node in denoiser.model.graph
-        if node in denoiser.loop_nodes and any(column := tuple(node in seen for seen in live))
+        if node in denoiser.loop_nodes and any(column := tuple(node in nodes for nodes in live))
     }

@@ -27,9 +27,9 @@ class Allocation:
 
 def prune(launches: Sequence[Launch], until: Mapping[Value, int]) -> list[Launch]:
     """Leave out the writes that no launch reads, but for the values ``until`` names."""
-    read = set(until).union(*(launch.reads.values() for launch in launches))
+    needed = set(until).union(*(launch.reads.values() for launch in launches))
     return [
-        replace(launch, writes={name: value for name, value in launch.writes.items() if value in read})
+        replace(launch, writes={name: value for name, value in launch.writes.items() if value in needed})
         for launch in launches
     ]
 

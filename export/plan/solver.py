@@ -44,9 +44,9 @@ def recurrence(sampler: Sampler, launched: Sequence[int]) -> Recurrence | None:
     """
     rows = by_launch(sampler, launched)
     for history in range(1, LONGEST + 1):
-        found = _solve(rows, history)
-        if _reproduces(found, rows):
-            return found
+        candidate = _solve(rows, history)
+        if _reproduces(candidate, rows):
+            return candidate
     return None
 
 
@@ -73,16 +73,16 @@ def _solve(rows: np.ndarray, history: int) -> Recurrence:
     return Recurrence(latents, outputs)
 
 
-def _reproduces(found: Recurrence, rows: np.ndarray) -> bool:
+def _reproduces(candidate: Recurrence, rows: np.ndarray) -> bool:
     vectors = np.random.default_rng(0).normal(size=(rows.shape[1], 256))
     expected = rows @ vectors
     latents = [expected[0].astype(np.float32)]
     epsilons = vectors[1:].astype(np.float32)
     for launch in range(len(rows) - 1):
         total = np.zeros(vectors.shape[1], np.float32)
-        for term in range(min(found.history, launch + 1)):
-            total += np.float32(found.latents[launch, term]) * latents[launch - term]
-            total += np.float32(found.outputs[launch, term]) * epsilons[launch - term]
+        for term in range(min(candidate.history, launch + 1)):
+            total += np.float32(candidate.latents[launch, term]) * latents[launch - term]
+            total += np.float32(candidate.outputs[launch, term]) * epsilons[launch - term]
         latents.append(total)
         error = np.linalg.norm(total - expected[launch + 1])
         if not error <= _TOLERANCE * np.linalg.norm(expected[launch + 1]):

@@ -12,7 +12,7 @@ from benchmarks.bench.bench import bench
 from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.report import ReportRecord
 from benchmarks.bench.suite import Suite
-from benchmarks.progress import silent
+from dipgo.base.progress import silent
 from dipgo.searching.task import Task
 from tests import zoo
 from tests.models import random_subnet

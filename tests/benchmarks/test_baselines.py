@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.bench.baselines import BASELINES, compile_baselines, steps_at
-from benchmarks.progress import one_line
+from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
 from dipgo.schedule.schedule import Schedule
 from export.bundle import open_bundle

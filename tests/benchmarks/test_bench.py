@@ -11,7 +11,7 @@ from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.page import table
 from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
-from benchmarks.progress import silent
+from dipgo.base.progress import silent
 from tests import zoo
 from tests.benchmarks.test_parity import perturb_the_weights
 from tests.checks import misused, refused
@@ -49,10 +49,13 @@ def test_a_baseline_that_crashes_is_listed_with_its_error(measured):
 def test_the_table_has_a_line_a_program_then_parity(measured):
     report, _ = measured
     header, *lines, parity = table(report).splitlines()
-    assert re.split(r"  +", header) == ["program", "MACs", "wall time", "speedup", "PSNR", "class accuracy"]
+    assert re.split(r"  +", header) == [
+        *("program", "MACs", "wall time", "speedup"),
+        *("efficiency", "PSNR to full", "class accuracy"),
+    ]
     assert len(lines) == len(report.rows)
-    assert re.fullmatch(r"full +\d+\.\d\d M +\S+ ms +1\.00 +reference +not judged", lines[0])
-    assert re.fullmatch(r"dipgo +\d+\.\d\d M +\S+ ms +\d+\.\d\d +\d+\.\d dB +not judged", lines[1])
+    assert re.fullmatch(r"full +100\.0% +\S+ ms +1\.00 +1\.00 +reference", lines[0])
+    assert re.fullmatch(r"dipgo +\d+\.\d% +\S+ ms +\d+\.\d\d +\d+\.\d\d +\d+\.\d dB", lines[1])
     assert parity.startswith("parity: relative error ")
     assert "denoising loop, batch 1, ONNX Runtime CPU, 1 thread" in parity
 

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 import dipgo
 from benchmarks.bench.parity import TOLERANCE, measure, verify
 from benchmarks.bench.quality import latent_error
-from benchmarks.progress import silent
 from dipgo.base.files import sha256_of
+from dipgo.base.progress import silent
 from export.bundle import BundleRecord
 from tests.checks import refused
 

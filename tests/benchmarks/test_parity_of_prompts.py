@@ -13,7 +13,7 @@ from benchmarks.bench.candidates import parity_failure
 from benchmarks.bench.parity import TOLERANCE, measure, verify
 from benchmarks.bench.reference import cast_pipeline, model_of
 from benchmarks.bench.subjects import PROMPTS, inputs_of
-from benchmarks.progress import silent
+from dipgo.base.progress import silent
 from dipgo.model.models import find_model
 from export.bundle import open_bundle
 from export.compiler import compile_subnet

@@ -1,15 +1,13 @@
-from benchmarks.progress import Bars
+from dipgo.base.progress import Progress
 
 
 def test_bars_show_each_phase_to_its_end(capsys):
-    bars = Bars()
-    for done in range(4):
-        bars("first", done, 3)
-    bars("second", 1, 2, "half")
-    bars.close()
+    with Progress().phases() as report:
+        for done in range(4):
+            report("first", done, 3, "")
+        report("second", 1, 2, "half")
+        report("first", 1, 1, "again")
     shown = capsys.readouterr()
-    assert "first" in shown.err
-    assert "3/3" in shown.err
-    assert "1/2" in shown.err
-    assert "half" in shown.err
+    for text in ("first", "3/3", "1/2", "half", "again", "1/1"):
+        assert text in shown.err
     assert shown.out == ""

@@ -50,7 +50,7 @@ def test_a_subnet_of_other_sites_gives_its_own_images(judge):
             epsilon = task.trajectory.guided(latent, timestep.expand(len(latent)), batch.conditions)
             latent = scheduler.step(epsilon, timestep, latent).prev_sample
         images = (task.decode(latent) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.allclose(judge.found(subnet), images, atol=1e-4)
+    assert np.allclose(judge.images_of(subnet), images, atol=1e-4)
 
 
 def test_every_row_is_there_at_the_budget(judge):
@@ -59,7 +59,7 @@ def test_every_row_is_there_at_the_budget(judge):
     plain = {"fewer steps, same solver", "fewer steps, DPM-Solver++ 2M", "uniform reuse", BEST}
     assert plain | {PAPER, DIPGO} <= found.keys()
     assert found["**dipgo**"].macs_ratio == pytest.approx(ours.cost.ratio, abs=1e-4)
-    assert found["**dipgo**"].psnr_db == psnr(judge.found(ours), judge.reference)
+    assert found["**dipgo**"].psnr_db == psnr(judge.images_of(ours), judge.reference)
     assert found["the paper's method"].macs_ratio == pytest.approx(paper.cost.ratio, abs=1e-4)
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
 
@@ -93,7 +93,7 @@ def test_what_is_no_table_is_refused(tmp_path, capsys):
     with refused("no such table of searches"):
         read_table(tmp_path / "none.json")
     (tmp_path / "some.json").write_text("{}")
-    with refused(r"not a table of searches \(command: Field required\)"):
+    with refused(r"not a table of searches \(command is missing\)"):
         read_table(tmp_path / "some.json")
 
 
@@ -104,7 +104,7 @@ def test_the_best_fixed_policy_is_the_best_of_all(judge):
     noted = {name: 1.0 if "late" in name else 20.0 for name in fixed}
     ours = replace(ours, search=ours.search.model_copy(update={"held_out_psnr_db": noted}))
     best = next(cell for cell in cells(judge, [ours], []) if cell.row == "best fixed policy of all")
-    images = {name: judge.found(judge.task.subnet(schedule)) for name, schedule in fixed.items()}
+    images = {name: judge.images_of(judge.task.subnet(schedule)) for name, schedule in fixed.items()}
     assert best.psnr_db == max(psnr(each, judge.reference) for each in images.values())
     assert best.image_psnr_db == max(image_psnr(each, judge.reference).mean() for each in images.values())
     assert best.psnr_db == psnr(images[best.what], judge.reference)
@@ -123,7 +123,7 @@ def test_whole_steps_count_among_fixed_policies():
     fixed = fixed_schedules(blocks.trace.macs, STEPS, BUDGET)
     whole = [name for name in fixed if "reuse, whole" in name]
     assert any(name.endswith("plain") for name in whole)
-    figures = [psnr(judge.found(blocks.subnet(fixed[name])), judge.reference) for name in whole]
+    figures = [psnr(judge.images_of(blocks.subnet(fixed[name])), judge.reference) for name in whole]
     assert best.psnr_db >= max(figures)
 
 

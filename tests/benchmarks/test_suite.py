@@ -34,12 +34,12 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (ABOUT + "rounds: 3\n", "unknown setting 'rounds'; there are about, baselines"),
-        (ABOUT + "repeats: none\n", "repeats: "),
-        (ABOUT + "repeats: 0\n", "repeats: "),
-        (ABOUT + "scopes: [wall]\n", "scopes.0: "),
-        (ABOUT + "baselines: [slower steps]\n", "unknown baseline 'slower steps'; there are full, fewer steps"),
-        ("images: 3\n", "about: "),
+        (ABOUT + "rounds: 3\n", "unknown option 'rounds'; did you mean 'seconds'?"),
+        (ABOUT + "repeats: none\n", "repeats = 'none': "),
+        (ABOUT + "repeats: 0\n", "repeats = 0: "),
+        (ABOUT + "scopes: [wall]\n", "scopes = 'wall': "),
+        (ABOUT + "baselines: [slower steps]\n", "unknown baseline 'slower steps'; did you mean 'fewer steps'?"),
+        ("images: 3\n", "about is missing"),
         ("- about\n", "not a suite"),
         ("about: [\n", "not a readable suite"),
     ],

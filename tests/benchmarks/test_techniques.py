@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
 from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, first_block_cache
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from export.bundle import open_bundle
 from tests import zoo
 from tests.models import random_subnet

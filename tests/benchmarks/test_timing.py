@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from benchmarks.bench.timing import order, paired, spread, summarise, time_interleaved
+from benchmarks.bench.timing import in_rounds, order, paired, spread, timing_of
 
 
 def test_spread_is_the_median_and_the_5th_and_95th_percentile():
@@ -14,36 +14,23 @@ def test_spread_is_the_median_and_the_5th_and_95th_percentile():
 
 def test_speedup_is_paired_within_rounds():
     # The machine slows down fourfold in the second round; the candidate is twice as fast throughout.
-    timings = summarise({"full": [2.0, 8.0, 2.0], "fast": [1.0, 4.0, 1.0]})
-    speedup = timings["fast"].speedup
-    assert (speedup.median, speedup.p5, speedup.p95) == (2.0, 2.0, 2.0)
-    assert timings["full"].speedup.median == 1.0
-    assert timings["fast"].wall.median == 1.0
-    assert timings["fast"].samples == [1.0, 4.0, 1.0]
+    full, fast = [2.0, 8.0, 2.0], [1.0, 4.0, 1.0]
+    timing = timing_of(fast, full)
+    assert (timing.speedup.median, timing.speedup.p5, timing.speedup.p95) == (2.0, 2.0, 2.0)
+    assert timing_of(full, full).speedup.median == 1.0
+    assert timing.wall.median == 1.0
+    assert timing.samples == [1.0, 4.0, 1.0]
     with pytest.raises(ValueError, match="longer"):
         paired([1.0], [1.0, 2.0])
 
 
-def test_every_other_round_runs_backwards():
-    ran: list[str] = []
-    candidates = {name: (lambda name=name: ran.append(name)) for name in "abc"}
-    timings = time_interleaved(candidates, repeats=2, warm_up=1)
-    assert "".join(ran) == "abc" + "aabbcc" + "ccbbaa"  # warm-up, then each twice: untimed, timed
-    assert [len(timing.samples) for timing in timings.values()] == [2, 2, 2]
+def test_every_other_round_runs_backwards_and_all_take_at_least_the_seconds_asked_for():
+    ran, seen, started = [], [], time.perf_counter()
+    assert in_rounds(lambda: list("abc"), ran.append, repeats=3, seconds=0) == 3
+    assert "".join(ran) == "abc" + "cba" + "abc"
     assert order("ab", 3) == ["b", "a"]
-
-
-def test_time_is_taken_as_long_as_asked_and_tells_slow_from_fast():
-    started = time.perf_counter()
-    timings = time_interleaved({"nap": lambda: time.sleep(0.005)}, repeats=2, seconds=0.1, warm_up=0)
+    rounds = in_rounds(lambda: ["nap"], lambda name: time.sleep(0.005), repeats=2, seconds=0.1)
     assert time.perf_counter() - started >= 0.1
-    assert 2 < len(timings["nap"].samples) <= 20
-    timings = time_interleaved({"full": lambda: time.sleep(0.002), "slowed": lambda: time.sleep(0.01)}, repeats=5)
-    assert timings["slowed"].wall.median >= 0.01
-    assert timings["slowed"].speedup.p95 < 1
-
-
-def test_progress_ends_at_its_total():
-    seen = []
-    time_interleaved({"a": int}, repeats=3, warm_up=1, progress=lambda *told: seen.append(told[:3]))
-    assert seen == [("warm up", 0, 1), ("warm up", 1, 1), ("time", 1, 3), ("time", 2, 3), ("time", 3, 3)]
+    assert 2 < rounds <= 20
+    in_rounds(lambda: ["a"], lambda name: None, repeats=3, seconds=0, progress=lambda *told: seen.append(told[:3]))
+    assert seen == [("time", 1, 3), ("time", 2, 3), ("time", 3, 3)]

@@ -8,7 +8,7 @@ import pytest
 import dipgo
 from benchmarks.bench.subjects import IMAGE_SEED, TIMING_SEED, ProgramSpec, inputs_of
 from benchmarks.bench.worker import Worker
-from benchmarks.progress import NotMeasuredError
+from benchmarks.failures import NotMeasuredError
 from tests.checks import refused
 
 

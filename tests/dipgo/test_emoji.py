@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from dipgo.model.models import find_model
+from dipgo.searching.run_folder import Cadence, open_run
 from tests.checks import refused
 from training import emoji as data
 from training import emoji_quality, train_emoji_sd
@@ -154,7 +155,8 @@ def fit(folder, stop_at=None, rate=0.05):
         x = Draw(0, iteration).noise(8, 3)
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-    return train(model, loss_at, Course("line", 60, 8, rate, checkpoint_seconds=0.0), folder)
+    run = open_run(folder, {"rate": rate}, resume=True, cadence=Cadence(iterations=1))
+    return train(model, loss_at, Course("line", 60, 8, rate), run)
 
 
 def test_a_training_goes_on_to_the_same_result(tmp_path):
@@ -172,11 +174,12 @@ def test_a_training_goes_on_to_the_same_result(tmp_path):
 
 def test_what_ends_a_training(tmp_path):
     fit(tmp_path)
-    with refused(r"line\.safetensors: a checkpoint of other settings"):
+    with refused(r"was begun with rate = 0\.05, now it is 0\.01"):
         fit(tmp_path, rate=0.01)
     model = nn.Linear(1, 1)
-    with refused("loss at iteration"):
-        train(model, lambda k: model.weight.sum() * float("nan"), Course("x", 5, 1, 0.1), tmp_path)
+    with refused("the loss is nan at iteration 1"):
+        run = open_run(tmp_path / "run", {})
+        train(model, lambda k: model.weight.sum() * float("nan"), Course("x", 5, 1, 0.1), run)
 
 
 SCRIPT = """

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dipgo.base.config import checked
 from dipgo.model.models import find_model
 from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
 from dipgo.schedule.schedule import Schedule
@@ -88,9 +89,10 @@ def test_rates():
 
 
 def test_descents_that_make_no_sense():
-    for wrong in ({"optimiser": "lion"}, {"schedule": "step"}, {"accumulate": 0}, {"clip": -1}, {"rate": math.nan}):
+    makes_no_sense = {"optimiser": "lion", "gate_schedule": "step", "accumulate": 0, "clip": -1, "gate_rate": math.nan}
+    for name, value in makes_no_sense.items():
         with misused("."):
-            Descent(**{"iterations": 1, "rate": 0.1} | wrong)
+            checked(SearchConfig, {"steps": 4, "budget": 0.5, name: value})
 
 
 @pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "ssim+l1")])
@@ -119,7 +121,7 @@ def test_clipping_bounds_the_update(task):
     module = torch.nn.Linear(3, 1)
     before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     data, descent = 100 * torch.ones(2, 3), Descent(1, 1.0, "sgd", "constant", clip=0.5)
-    optimise(module, lambda _: (module(data).square().sum(), {}), descent, task.trajectory, Run().phase("p"))
+    optimise(module, lambda _: (module(data).square().sum(), {}), descent, Run().phase("p"), task.trajectory.device)
     moved = torch.nn.utils.parameters_to_vector(module.parameters()) - before
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
@@ -136,7 +138,7 @@ def test_float16_scales_the_loss_and_leaves_out_overflows(task):
         # float16 on the way: its largest value, 65504, is below the first scale, 65536
         return (module.weight.sum().half() * 1).float(), {}
 
-    optimise(module, loss_at, Descent(4, 0.25, "sgd", "constant"), half, Run().phase("p"))
+    optimise(module, loss_at, Descent(4, 0.25, "sgd", "constant"), Run().phase("p"), half.device, half.precision)
     assert values == [1.0, 1.0, 0.75, 0.5], "the first update overflowed, the others did not"
 
 

@@ -7,8 +7,8 @@ import torch
 
 import dipgo
 from benchmarks.bench.parity import verify
-from benchmarks.progress import silent
 from dipgo.base.errors import DipgoError
+from dipgo.base.progress import silent
 from engines.torchrt.loader import module_from_graph
 from engines.torchrt.weights import Weights
 from export.bundle import open_bundle

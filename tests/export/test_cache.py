@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from export.onnx import cache, convert
-from export.onnx.convert import convert_at, export_module
+from export.onnx.convert import convert as convert_at
+from export.onnx.convert import export_module
 
 
 class Scaled(nn.Module):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from export.onnx.convert import convert_at, export_module, simplify
+from export.onnx.convert import convert, export_module, simplify
 from export.onnx.passes import MEND
 from tests import zoo
 
@@ -51,7 +51,7 @@ class _Tiny(torch.nn.Module):
 
 def test_tiny_addends_and_idle_squeezes():
     program = export_module("tiny", _Tiny().eval(), [torch.ones(2, 3)])
-    model = convert_at("tiny", program, ["x"], ["a", "b", "c"], (2, 3))
+    model = convert("tiny", program, ["x"], ["a", "b", "c"], (2, 3))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
