@@ -68,11 +68,11 @@ def export(
         UsageError, DipgoError: in one line, what is wrong and what to do.
     """
     from dipgo.schedule.subnet import load_subnet
-    from export.bundle import RECORD_FILE
+    from export.bundle import BUNDLE
 
     chosen = _options(ExportConfig, config, options)
     if chosen.weights == "copy":
-        refuse_existing(Path(output), force, RECORD_FILE)
+        refuse_existing(Path(output), force, BUNDLE)
     if isinstance(subnet, str | Path):
         subnet = load_subnet(Path(subnet))
     source = _model_of(model or subnet.model.name)
@@ -139,17 +139,17 @@ def compile(
     Returns:
         The bundle's folder.
     """
-    from benchmarks.bench.report import RECORD_FILE as REPORT_FILE
-    from export.bundle import RECORD_FILE as BUNDLE_FILE
+    from benchmarks.bench.report import REPORT
+    from export.bundle import BUNDLE
 
     chosen, output = _options(SearchConfig, config, options), Path(output)
     if chosen.several:
         raise UsageError("give one budget to compile; 'dipgo search' takes several")
     bundle, report = output / "bundle", output / "report"
     refuse_to_fill(output, force or chosen.resume)
-    refuse_existing(bundle, force, BUNDLE_FILE)
+    refuse_existing(bundle, force, BUNDLE)
     if bench_config:
-        refuse_existing(report, force, REPORT_FILE)
+        refuse_existing(report, force, REPORT)
     ((_, subnet),) = search_into(output / "subnet.json", model, chosen, force, Progress(progress))
     export(subnet, bundle, export_config, model=model, force=force, progress=progress)
     if bench_config:

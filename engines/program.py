@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from dipgo.base.errors import UsageError
 from engines.backend import Runner
 from engines.classes import class_of, class_rows
 from engines.context_pool import ContextPool
+from engines.finite import check_finite
 from engines.pipeline.formats import draw_noise
-from engines.pipeline.text import TextEncoder
+from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, cells_of
 from engines.steps import Steps, Walk
-from export.axes import shape_at, values_at
+from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
 
 AfterStep = Callable[[int, np.ndarray], None]
@@ -84,14 +85,16 @@ class Program:
 
     def conditions(
         self,
-        subjects: Sequence[int] | Sequence[str],
-        negative: str | None = None,
+        subjects: Sequence[int] | Sequence[Text],
+        negative: Text | None = None,
         size: tuple[int, int] | None = None,
+        clip_skip: int = 0,
     ) -> dict[str, np.ndarray]:
         """Return the graph inputs for one batch of subjects: classes or prompts.
 
         ``negative`` is a prompt to stay away from; None is the pipeline's own way without one. ``size`` is height and
-        width of the images in pixels; None is :attr:`size`.
+        width of the images in pixels; None is :attr:`size`. A prompt may be one for each text encoder;
+        ``clip_skip`` leaves out the last layers of the encoders.
 
         Raises:
             UsageError: classes for a model of prompts or the reverse, a class that the model lacks, a size that the
@@ -107,16 +110,27 @@ class Program:
             return {conditioning.inputs[0].name: class_rows(self.record, subjects)}
         if self._text is None:
             raise UsageError(f"{folder}: holds no text encoder; pass embeddings to denoise()")
-        if not all(isinstance(prompt, str) for prompt in subjects):
+        if not all(isinstance(prompt, str | Each) for prompt in subjects):
             raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
-        rows = self._text([str(prompt) for prompt in subjects], negative, conditioning.guided)
+        rows = self._text(cast(Sequence[Text], subjects), negative, conditioning.guided, clip_skip)
         if conditioning.encoder and conditioning.encoder.sized:
-            sizes = self.axes_of(self.latent_shape(len(subjects), size))
+            sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
-                rows[name][:] = shape_at(row, sizes)
-        return {tensor.name: rows[tensor.name].astype(Dtype(tensor.dtype).numpy) for tensor in conditioning.inputs}
+                rows[name][:] = sizes_at(row, sizes)
+        return {
+            tensor.name: check_finite(
+                self.record, rows[tensor.name].astype(Dtype(tensor.dtype).numpy), f"'{tensor.name}' of the prompt"
+            )
+            for tensor in conditioning.inputs
+        }
 
-    def check_negative(self, negative: str | None) -> None:
+    @property
+    def encoders(self) -> int:
+        """How many text encoders read prompts, each of which may be given one of its own."""
+        encoder = self.record.conditioning.encoder
+        return len(encoder.tokenizers) if encoder else 0
+
+    def check_negative(self, negative: Text | None) -> None:
         """Refuse a negative prompt that nothing would come of; the empty one is everybody's."""
         if negative and not self.record.conditioning.guided:
             scale = self.record.sampler.guidance_scale
@@ -166,7 +180,8 @@ class Program:
         if self.makes_pixels:
             return (latent / 2 + np.float32(0.5)).clip(0, 1)
         decoder = self._decoder()
-        return self.runner.run(decoder.file, {decoder.input.name: latent})[decoder.output.name]
+        pixels = self.runner.run(decoder.file, {decoder.input.name: latent})[decoder.output.name]
+        return check_finite(self.record, pixels, "the image that the VAE decodes")
 
     def generate(
         self,

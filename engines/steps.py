@@ -11,6 +11,7 @@ import numpy as np
 
 from engines.context import ExecutionContext
 from engines.context_pool import ContextPool
+from engines.finite import NotFinite, check_finite
 from engines.sizes import batches_of
 
 
@@ -69,12 +70,25 @@ class Steps:
             self._pool.launches += len(context.steps[step])
 
     def epsilon(self, step: int) -> np.ndarray:
-        """Return ε after a step, float32 ``[n, C, H, W]``, a copy."""
-        return self._read(self.record.steps[step].epsilon)
+        """Return ε after a step, float32 ``[n, C, H, W]``, a copy.
+
+        Raises:
+            NotFinite: it holds infinity or NaN.
+        """
+        values = self._read(self.record.steps[step].epsilon)
+        return check_finite(self.record, values, f"ε of step {step + 1} of {len(self.record.steps)}")
 
     def result(self) -> np.ndarray:
-        """Return x after the last step, float32 ``[n, C, H, W]``, of graphs that hold the solver."""
-        return self._read(self.record.solver.result)
+        """Return x after the last step, float32 ``[n, C, H, W]``, of graphs that hold the solver.
+
+        Raises:
+            NotFinite: it holds infinity or NaN.
+        """
+        return check_finite(self.record, self._read(self.record.solver.result), "the final latent")
+
+    def again(self) -> Steps:
+        """Return the steps of the same images, in contexts of their own."""
+        return Steps(self._pool, (self.count, *self._image), self._conditions)
 
     def _read(self, slot: int) -> np.ndarray:
         values = [context.runner.read(context.slots[slot]) for context in self._contexts]
@@ -86,7 +100,7 @@ class Walk:
 
     Sums are in float64, over the whole history, from the sampler's table: their terms cancel. ``watched`` says whether
     :attr:`latent` will be read in between where graphs hold the solver. Then it is summed up here too, and differs
-    from a graph's own x by rounding.
+    from a graph's own x by rounding. Values that stop being finite raise NotFinite, with the step.
 
     Attributes:
         step: the next one; after the last, how many there are.
@@ -122,8 +136,19 @@ class Walk:
     def latent(self) -> np.ndarray:
         """x before :attr:`step`, float32 ``[n, C, H, W]``, an array of its own."""
         if self._in_graphs and self.step == len(self.steps.record.steps):
-            return self.steps.result()
+            try:
+                return self.steps.result()
+            except NotFinite:
+                self._raise_at_the_step()
+                raise
         return self._sum(self.step).astype(np.float32)
+
+    def _raise_at_the_step(self) -> None:
+        """Go the same way again and look at every ε: graphs that hold the solver hand out the last x alone."""
+        with self.steps.again() as steps:
+            walk = Walk(steps, self._history[0])
+            while walk.step < len(steps.record.steps):
+                walk.advance()
 
     def _sum(self, step: int) -> np.ndarray:
         history = self._history[: step + 1].reshape(step + 1, -1)

@@ -10,10 +10,13 @@ import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 from dipgo.base.errors import DipgoError, UsageError
-from export.bundle import AxisRecord, Size, TensorRecord
+from export.graphs import AxisRecord, Size, TensorRecord
+
+MOST_ELEMENTS = 2**40
 
 _OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -37,9 +40,21 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
         raise DipgoError(f"'{size[:80]}' is no size over {', '.join(values) or 'no axes'}; export it again") from error
 
 
+def sizes_at(sizes: Sequence[Size], values: Mapping[str, int]) -> tuple[int, ...]:
+    """Return sizes for values of the axes."""
+    return tuple(evaluate(size, values) for size in sizes)
+
+
 def shape_at(shape: Sequence[Size], values: Mapping[str, int]) -> tuple[int, ...]:
-    """Return a shape for values of the axes."""
-    return tuple(evaluate(size, values) for size in shape)
+    """Return a tensor's shape for values of the axes.
+
+    Raises:
+        DipgoError: sizes below 1, or more elements than any machine holds.
+    """
+    sizes = sizes_at(shape, values)
+    if min(sizes, default=1) < 1 or prod(sizes) > MOST_ELEMENTS:
+        raise DipgoError(f"{list(shape)} is no shape of a tensor with {dict(values)}; export it again")
+    return sizes
 
 
 def values_at(axes: Mapping[str, AxisRecord], which: Literal["min", "opt", "max"]) -> dict[str, int]:

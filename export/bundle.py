@@ -6,30 +6,76 @@ in the folder and point into the weights files, which lie as in the pipeline's o
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import sha256_of, sha256_of_json
-from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
-from export.graphs import AxisRecord, GraphRecord, PrologueRecord, Size, TensorRecord
+from dipgo.base.files import Kind, sha256_of, sha256_of_json
+from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
+from dipgo.base.records import (
+    MOST_CALLS,
+    Count,
+    FileName,
+    Line,
+    ModelIdentity,
+    Record,
+    SamplerIdentity,
+    Sha256,
+    Timestep,
+    read_object,
+    read_record,
+)
+from dipgo.model.safetensors_index import read_file
+from export.graphs import (
+    AxisRecord,
+    DtypeName,
+    GraphRecord,
+    PrologueRecord,
+    Shape,
+    Size,
+    TensorRecord,
+    Tensors,
+    read_signature,
+)
+from export.invariants import problems
 
 SCHEMA = "dipgo.bundle/1"
 RECORD_FILE = "bundle.json"
+CURE = "export it again"
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "bundle-1.json"
+
+WEIGHTS = ".safetensors"
+ENGINES = "engines"
+"""The folder for what is built of a bundle's graphs."""
+_ENGINE = re.compile(r"\.engine(\.json|\.damaged)?$|^\.lock$")
+
+Slot = Annotated[int, Field(ge=0, lt=100_000)]
+Class = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the files that a bundle's record names, and its engines; also of a record that is not valid any more."""
+    try:
+        files = list(read_object(folder / RECORD_FILE, "bundle").get("files", ()))
+    except (DipgoError, TypeError):
+        files = []
+    return files + [f"{ENGINES}/{path.name}" for path in folder.glob(f"{ENGINES}/*") if _ENGINE.search(path.name)]
+
+
+BUNDLE = Kind(RECORD_FILE, files_of)
 
 
 class LaunchRecord(Record):
     """One launch of a graph: ``reads`` maps inputs to slots, ``writes`` outputs to slots."""
 
-    graph: str
-    reads: dict[str, int]
-    writes: dict[str, int]
+    graph: Line
+    reads: dict[Line, Slot]
+    writes: dict[Line, Slot]
 
 
 class StepRecord(Record):
@@ -38,10 +84,10 @@ class StepRecord(Record):
     ``latent`` is the slot of x before the step, ``epsilon`` the slot of ε after it.
     """
 
-    timestep: float
-    launches: list[LaunchRecord]
-    latent: int
-    epsilon: int
+    timestep: Timestep
+    launches: list[LaunchRecord] = Field(max_length=1000)
+    latent: Slot
+    epsilon: Slot
 
 
 class SlotRecord(Record):
@@ -50,9 +96,9 @@ class SlotRecord(Record):
     ``bytes`` are those of the largest sizes.
     """
 
-    dtype: str
-    shape: list[Size]
-    bytes: int
+    dtype: DtypeName
+    shape: Shape
+    bytes: Count
 
 
 class SolverRecord(Record):
@@ -67,22 +113,24 @@ class SolverRecord(Record):
     """
 
     kind: Literal["graph", "host"]
-    history: int
-    result: int
+    history: int = Field(ge=0, le=MOST_CALLS)
+    result: Slot
 
 
 class TokenizerRecord(Record):
     """A tokenizer (file of the ``tokenizers`` library) and the inputs of the text graph that it fills.
 
-    Every prompt is cut and padded to ``length`` tokens.
+    Every prompt is cut and padded to ``length`` tokens. ``expands`` has the tokens that stand for several vectors of a
+    textual inversion, and what they are replaced by.
     """
 
-    file: str
-    ids: str
-    mask: str | None
-    length: int
-    pad_token: str
-    pad_id: int
+    file: FileName
+    ids: Line
+    mask: Line | None
+    length: int = Field(ge=1, le=2**20)
+    pad_token: Line
+    pad_id: int = Field(ge=0, lt=2**31)
+    expands: dict[Line, str] = Field(default_factory=dict)
 
 
 class TextRecord(Record):
@@ -90,17 +138,18 @@ class TextRecord(Record):
 
     ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
     lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each; those of them
-    that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``).
+    that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``). Outputs
+    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, ….
     """
 
-    file: str
-    tokenizers: list[TokenizerRecord]
-    inputs: list[TensorRecord]
-    outputs: list[TensorRecord]
+    file: FileName
+    tokenizers: list[TokenizerRecord] = Field(max_length=8)
+    inputs: Tensors
+    outputs: Tensors
     unconditional: Literal["encoded", "zeros"]
     lower: bool
-    fixed: dict[str, list[float]]
-    sized: dict[str, list[Size]] = Field(default_factory=dict)
+    fixed: dict[Line, list[FiniteFloat]]
+    sized: dict[Line, list[Size]] = Field(default_factory=dict)
 
 
 class ConditioningRecord(Record):
@@ -111,32 +160,32 @@ class ConditioningRecord(Record):
 
     kind: Literal["class", "prompt", "nothing"]
     guided: bool
-    inputs: list[TensorRecord]
-    null_class: int | None = None
-    labels: dict[str, int] = Field(default_factory=dict)
-    prompts: list[str] = Field(default_factory=list)
+    inputs: Tensors
+    null_class: Class | None = None
+    labels: dict[Line, Class] = Field(default_factory=dict)
+    prompts: list[Line] = Field(default_factory=list)
     encoder: TextRecord | None = None
 
 
 class DecoderRecord(Record):
     """The VAE decoder: latent to pixels in [0, 1]."""
 
-    file: str
+    file: FileName
     input: TensorRecord
     output: TensorRecord
 
 
 class FileRecord(Record):
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Sha256
 
 
 class PartRecord(Record):
     """A part of the denoiser by binding time: when it runs, its parameters, its MACs in one trajectory."""
 
     part: Literal["table", "prompt", "steps", "loop"]
-    parameters: int
-    macs: int
+    parameters: Count
+    macs: Count
 
 
 class BundleRecord(Record):
@@ -149,26 +198,26 @@ class BundleRecord(Record):
     dtype: Literal["float32", "float16", "bfloat16"]
     layout: Literal["signature", "segment", "step"]
     latent: TensorRecord
-    axes: dict[str, AxisRecord] = Field(
+    axes: dict[Line, AxisRecord] = Field(
         default_factory=dict,
         description="sizes that are chosen at run time: batch in images, height and width in cells of the latent",
     )
-    cell: int = Field(default=8, description="pixels a side of a cell of the latent")
+    cell: int = Field(default=8, ge=1, le=1024, description="pixels a side of a cell of the latent")
     conditioning: ConditioningRecord
     solver: SolverRecord
-    prologues: list[PrologueRecord]
-    graphs: dict[str, GraphRecord]
-    slots: list[SlotRecord]
-    steps: list[StepRecord]
-    parts: list[PartRecord]
-    tables_file: str = Field(description="values by step: backup weights, timestep embeddings, the solver")
+    prologues: list[PrologueRecord] = Field(max_length=100)
+    graphs: dict[Line, GraphRecord] = Field(min_length=1)
+    slots: list[SlotRecord] = Field(max_length=100_000)
+    steps: list[StepRecord] = Field(min_length=1, max_length=MOST_CALLS)
+    parts: list[PartRecord] = Field(min_length=1, max_length=4)
+    tables_file: FileName = Field(description="values by step: backup weights, timestep embeddings, the solver")
     decoder: DecoderRecord | None
-    subnet_file: str
-    macs: int = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
-    naive_cache_bytes: int = Field(description="what the cache would take if every site's outputs were kept")
+    subnet_file: FileName
+    macs: Count = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
+    naive_cache_bytes: Count = Field(description="what the cache would take if every site's outputs were kept")
     weights: Literal["copy", "in-place"]
-    files: dict[str, FileRecord]
-    versions: dict[str, str]
+    files: dict[FileName, FileRecord]
+    versions: dict[Line, Line]
     sha256: str = Field(default="", description="of this record as canonical JSON, with this field empty")
 
     @property
@@ -205,8 +254,9 @@ def json_schema() -> dict[str, Any]:
     return BundleRecord.model_json_schema(by_alias=True)
 
 
+@dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk, validated.
+    """A bundle on disk, whose parts fit together: see :mod:`export.invariants`.
 
     Attributes:
         folder: where it lies.
@@ -214,36 +264,50 @@ class Bundle:
         tables: values by step, ``[calls, …]`` each, by name.
     """
 
-    def __init__(self, folder: Path, record: BundleRecord) -> None:
-        self.folder = folder
-        self.record = record
-        try:
-            self.tables: dict[str, np.ndarray] = load_file(folder / record.tables_file)
-        except SafetensorError as error:
-            path = folder / record.tables_file
-            raise DipgoError(f"{path}: not a safetensors file ({error}); export it again") from error
+    folder: Path
+    record: BundleRecord
+    tables: dict[str, np.ndarray]
 
 
 def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
-    """Read a bundle and check its files against their recorded sizes and checksums.
+    """Read a bundle, check its files against their recorded sizes and checksums, and that its parts fit together.
 
     Raises:
-        DipgoError: no bundle there, another schema version, or a missing, altered or unlisted file.
+        DipgoError: no bundle there, another schema version, a missing, altered or unlisted file, a link, or records
+            that contradict each other, the tables or the graphs.
     """
     if not folder.is_dir():
         raise DipgoError(f"{folder}: no such bundle; make one with 'dipgo export' or 'dipgo compile'")
-    record = read_record(folder / RECORD_FILE, BundleRecord, SCHEMA, "bundle", "export it again")
+    path = folder / RECORD_FILE
+    record = read_record(path, BundleRecord, SCHEMA, "bundle", CURE)
     if record.sha256 != record.sealed().sha256:
-        path = folder / RECORD_FILE
         raise DipgoError(
-            f"{path}: altered since the bundle was made (checksum differs), or made by another dipgo; export it again"
+            f"{path}: altered since the bundle was made (checksum differs), or made by another dipgo; {CURE}"
         )
     if unlisted := sorted(record.used - record.files.keys()):
-        raise DipgoError(f"{folder / RECORD_FILE}: '{unlisted[0]}' is not among its files; export it again")
+        raise DipgoError(f"{path}: '{unlisted[0]}' is not among its files; {CURE}")
     for name, expected in record.files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            raise DipgoError(f"{path}: missing from the bundle; export it again")
-        if path.stat().st_size != expected.bytes or (check_files and sha256_of(path) != expected.sha256):
-            raise DipgoError(f"{path}: altered since the bundle was made (checksum differs); export it again")
-    return Bundle(folder, record)
+        _check_place(folder, name, expected.bytes)
+        if name.endswith(WEIGHTS) and name not in record.used:
+            read_file(folder / name)  # of any size, and filled by its tensors
+        elif expected.bytes > LARGEST_TENSORS:  # its reader allows less
+            raise DipgoError(f"{folder / name}: larger than any such part of a bundle; {CURE}")
+    for name, expected in record.files.items() if check_files else ():
+        if sha256_of(folder / name) != expected.sha256:
+            raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
+    tables = read_tensors(folder / record.tables_file, "table of a bundle", CURE)
+    graphs = {name: read_signature(folder / name, CURE) for name in record.tensors}
+    for problem in problems(record, tables, graphs):
+        raise DipgoError(f"{path}: {problem}; {CURE}")
+    return Bundle(folder, record, tables)
+
+
+def _check_place(folder: Path, name: str, size: int) -> None:
+    """Check that a file lies in the bundle, not behind a link, and has its size."""
+    path = folder / name
+    if ".." in Path(name).parts or not path.is_relative_to(folder) or not path.is_file():
+        raise DipgoError(f"{path}: missing from the bundle; {CURE}")
+    if path.resolve() != folder.resolve() / name:
+        raise DipgoError(f"{path}: lies behind a link, which a bundle has none of; copy the bundle with cp -rL")
+    if path.stat().st_size != size:
+        raise DipgoError(f"{path}: altered since the bundle was made (its size differs); {CURE}")

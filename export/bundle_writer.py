@@ -13,7 +13,7 @@ from pathlib import Path
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import full_disk, new_file, new_folder, refuse_existing, refuse_unwritable, sha256_of, sha256_once
 from dipgo.base.records import read_json
-from export.bundle import RECORD_FILE, FileRecord
+from export.bundle import BUNDLE, RECORD_FILE, FileRecord
 from export.onnx.weights import Weights, check_in_place, place
 
 Files = dict[str, FileRecord]
@@ -41,7 +41,7 @@ def check_delivery(folder: Path, root: Path, how: str, force: bool, names: Itera
                 f"{folder}: is a pipeline's own folder ({MODEL_FILE}), which a bundle in its place would delete; give "
                 "another -o"
             )
-        refuse_existing(folder, force, RECORD_FILE)
+        refuse_existing(folder, force, BUNDLE)
         return
     refuse_unwritable(folder, folder)
     if folder.resolve() != root.resolve():
@@ -80,7 +80,7 @@ def deliver(
     check_delivery(folder, root, how, force)
     records: Files = {}
     if how == "copy":
-        with new_folder(folder, force, RECORD_FILE) as draft:
+        with new_folder(folder, force, BUNDLE) as draft:
             for part in weights:
                 known = {file: sha256_once(file) for file in part.files}
                 for location, digest in place(known, part.root, draft, known).items():
@@ -132,7 +132,7 @@ def _owned(folder: Path) -> set[str]:
     try:
         content = read_json(record, "bundle's record")
         # Weights and other files of the pipeline lie in folders of their own.
-        files = {name: entry for name, entry in content["files"].items() if "/" not in name}
+        files = {name: entry for name, entry in content["files"].items() if "/" not in name and name != MODEL_FILE}
         digests = {name: content["schema"] != UNFINISHED and entry["sha256"] for name, entry in files.items()}
     except (DipgoError, AttributeError, KeyError, TypeError) as error:
         raise DipgoError(f"{record}: not a bundle's record; remove it and export again") from error

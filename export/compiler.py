@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from dipgo.base.dtypes import PRECISIONS, Dtype
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import sha256_of
 from dipgo.graph.trace import Trace, trace
 from dipgo.model.families import latent_size
@@ -27,7 +28,7 @@ from export.bundle import (
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
 from export.component_weights import weights_in_place
-from export.components import components_of
+from export.components import components_of, left_out
 from export.config import ExportConfig
 from export.converted import Prepared, prepare
 from export.onnx import constants
@@ -163,7 +164,10 @@ def compile_subnet(
         for name in (model.family.component, *(components_of(model) if whole else ())):
             check_weights(weights_in_place(model, name, dtype), model.folder)
     check_model(subnet, model)
-    model.check_loop()
+    model.check_loop(scheduler_of(subnet))
+    if whole:
+        for line in left_out(model):
+            warnings.warn(line, DipgoWarning, stacklevel=2)
     sizes = sizes_for(model, config.batch, config.size)
     height, width = sizes.latent_at(0, "opt")[2:]
     own = (sizes.height, sizes.width) == latent_size(model.config)
@@ -187,7 +191,12 @@ def scheduler_of(subnet: SubNet) -> Any:
         raise DipgoError(
             f"the installed diffusers has no {subnet.sampler.class_name}; install the version it came from"
         )
-    return scheduler_class.from_config(subnet.sampler.config)
+    try:
+        return scheduler_class.from_config(subnet.sampler.config)
+    except Exception as error:  # whatever a constructor says of its arguments
+        raise DipgoError(
+            f"the SubNet's {subnet.sampler.class_name} cannot be made of its configuration ({error}); search again"
+        ) from error
 
 
 def normalise(subnet: SubNet, traced: Trace) -> SubNet:

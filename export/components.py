@@ -6,6 +6,8 @@ Parameters are never read, so that a text encoder of billions of them converts i
 from __future__ import annotations
 
 import importlib
+import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -88,6 +90,24 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
             # Pages of a fresh allocation that nobody touches take no memory (as in Model.empty_denoiser).
             setattr(part, own, nn.Parameter(torch.empty(parameter.shape, dtype=own_dtype), requires_grad=False))
     return module.eval()
+
+
+def left_out(model: Model) -> list[str]:
+    """Return what the pipeline does to users' prompts and images that a bundle does not, a line each."""
+    import diffusers
+
+    index = read_object(model.folder / "model_index.json", "model_index.json")
+    name = str(index.get("_class_name"))
+    pipeline = getattr(diffusers, name, None)
+    call = inspect.signature(pipeline.__call__).parameters if pipeline else {}
+    lines = []
+    if class_of(model, "safety_checker"):
+        lines.append(f"the bundle has no safety checker: images that {name} blackens come out as they are")
+    if pipeline and "add_watermarker" in inspect.signature(pipeline.__init__).parameters and find_spec("imwatermark"):
+        lines.append(f"the bundle adds no watermark, as {name} does where invisible-watermark is installed")
+    if "clean_caption" in call and call["clean_caption"].default and find_spec("bs4") and find_spec("ftfy"):
+        lines.append(f"the bundle does not clean captions, as {name} does unless it is given clean_caption=False")
+    return lines
 
 
 def foreign(model: Model, name: str, library: str, class_name: str) -> DipgoError:

@@ -87,6 +87,8 @@ def pixels_of_cell(model: Model) -> int:
 def _side(model: Model, text: str, own: int) -> Side:
     cell, multiple = pixels_of_cell(model), size_multiple(model.config)
     first, best, last = parse_range(text, "--size")
+    if first == last and model.family.uneven:
+        multiple = 1
     pixels = [first, last] if best is None else [first, best, last]
     for number in pixels:
         if number % (cell * multiple):

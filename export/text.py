@@ -33,7 +33,8 @@ def text_to_onnx(
     """Convert the text encoders to one graph for ``rows`` prompts at a time, and write out the tokenizers.
 
     Inputs are ``input_ids`` ``[rows, tokens]`` int64, ``input_ids_2`` for a second tokenizer, and ``attention_mask``
-    where an encoder takes one. Outputs are the conditions that depend on the prompt, in ``dtype``. ``weights`` gives
+    where an encoder takes one. Outputs are the conditions that depend on the prompt, in ``dtype``, then
+    ``encoder_hidden_states.1``, … with one, … of the last layers skipped. ``weights`` gives
     those of each encoder; None takes the folder's own, as they are. ``sizes`` None are the model's own.
 
     Returns:
@@ -54,7 +55,9 @@ def text_to_onnx(
     shape = (rows, prompting.tokens)
     what = "the text encoder"
     program = export_module(what, module, [torch.ones(shape, dtype=torch.int64) for _ in module.inputs])
-    graph = convert(what, program, module.inputs, prompting.conditions, shape)
+    skips = prompting.skips([encoder.config for encoder in module.encoders])
+    outputs = [*prompting.conditions, *(f"{prompting.conditions[0]}.{skip + 1}" for skip in range(skips))]
+    graph = convert(what, program, module.inputs, outputs, shape)
     for number, name in enumerate(names):
         own = weights[name] if weights is not None else own_weights(model, name)
         bind_component(graph, f"encoders.{number}.", model, module.encoders[number], own)
@@ -107,8 +110,9 @@ def _check_conditions(model: Model, graph: ir.Model, rows: int) -> None:
     expected = model.family.example(model.config, rows)
     for value in graph.graph.outputs:
         record = tensor_record(value)
-        if record.name not in expected or record.shape != list(expected[record.name].shape):
-            shape = list(expected[record.name].shape) if record.name in expected else "none"
+        name = record.name.partition(".")[0]
+        if name not in expected or record.shape != list(expected[name].shape):
+            shape = list(expected[name].shape) if name in expected else "none"
             raise DipgoError(
                 f"{model.folder}: the text encoder makes '{record.name}' {record.shape}, the denoiser takes {shape}; "
                 "they belong to different models"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, one_line
 from dipgo.model.families import Prompting
 from dipgo.model.models import Model
 from export.bundle import TokenizerRecord
@@ -21,6 +22,11 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
     """Return the record and the file of an encoder's tokenizer, the pipeline's ``number``-th."""
     name = prompting.tokenizers[prompting.encoders.index(encoder)]
     tokenizer = _load_tokenizer(model, name)
+    if prompting.own_length and tokenizer.model_max_length != prompting.tokens:
+        raise DipgoError(
+            f"{model.folder / name}: cuts prompts at {tokenizer.model_max_length} tokens, not at {prompting.tokens}; "
+            "not supported"
+        )
     suffix = f"_{number + 1}" if number else ""
     record = TokenizerRecord(
         file=f"{name}.json",
@@ -29,6 +35,7 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
         length=prompting.tokens,
         pad_token=tokenizer.pad_token,
         pad_id=tokenizer.pad_token_id,
+        expands=_expands(tokenizer) if prompting.own_length else {},
     )
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -37,11 +44,24 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
     alone = Tokenizer.from_str(content)
     alone.enable_truncation(record.length)
     alone.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
-    for probe in _PROBES:
+    for probe in (*_PROBES, *(f"a {token} b" for token in tokenizer.added_tokens_encoder)):
         expected = tokenizer(probe, padding="max_length", max_length=record.length, truncation=True).input_ids
         if alone.encode(probe).ids != expected:
             raise DipgoError(f"{model.folder / name}: a tokenizer that does more than its file says; not supported")
     return record, content.encode()
+
+
+def _expands(tokenizer: Any) -> dict[str, str]:
+    """Return the tokens of textual inversions of several vectors, ``<cat>``, and all: ``<cat> <cat>_1 <cat>_2``.
+
+    As diffusers' ``maybe_convert_prompt`` has it.
+    """
+    added, expands = tokenizer.added_tokens_encoder, {}
+    for token in added:
+        vectors = [token, *itertools.takewhile(added.__contains__, (f"{token}_{k}" for k in itertools.count(1)))]
+        if len(vectors) > 1:
+            expands[token] = " ".join(vectors)
+    return expands
 
 
 def _load_tokenizer(model: Model, name: str) -> Any:
@@ -71,11 +91,7 @@ def _load_tokenizer(model: Model, name: str) -> Any:
                 raise DipgoError(
                     f"{folder}: only the sentencepiece library reads it; pip install sentencepiece"
                 ) from error
-            raise DipgoError(f"{folder}: not a tokenizer ({_one_line(error)}); download or save it again") from error
+            raise DipgoError(f"{folder}: not a tokenizer ({one_line(error)}); download or save it again") from error
         if hasattr(tokenizer, "backend_tokenizer"):
             return tokenizer
     raise DipgoError(f"{folder}: {class_name} is no tokenizer of the tokenizers library; not supported")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

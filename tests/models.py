@@ -65,7 +65,7 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
     return _stirred(UNet2DConditionModel(**config | changes))
 
 
-def _vae(scale: int, width: int = 4, **changes: Any) -> AutoencoderKL:
+def vae(scale: int, width: int = 4, **changes: Any) -> AutoencoderKL:
     """Return a VAE of four latent channels whose images are ``scale`` times as large as the latent."""
     levels = scale.bit_length()
     torch.manual_seed(1)
@@ -100,11 +100,10 @@ def tiny_dit(folder: Path) -> str:
     torch.manual_seed(0)
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 1}
     transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=1000, **size)
-    vae = _vae(2, 16, sample_size=16, scaling_factor=0.5)
     for parameter in transformer.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # adaLN and biases away from their tidy start
     scheduler = DDIMScheduler(clip_sample=False)
-    DiTPipeline(transformer.eval(), vae, scheduler).save_pretrained(folder)
+    DiTPipeline(transformer.eval(), vae(2, 16, sample_size=16, scaling_factor=0.5), scheduler).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"] = {"0": "cat", "1": "dog", "2": "fox"}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -118,7 +117,7 @@ def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
     scheduler = kind(prediction_type=prediction, steps_offset=1, beta_schedule="scaled_linear", **options)
     text = {"text_encoder": _clip(24), "tokenizer": _clip_tokenizer()}
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(vae=_vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
+    pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -133,13 +132,13 @@ def tiny_sdxl(folder: Path) -> str:
     text = {"text_encoder": _clip(8), "text_encoder_2": _clip(16, projected=True)}
     text |= {"tokenizer": _clip_tokenizer(), "tokenizer_2": _clip_tokenizer()}
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
-    pipe = StableDiffusionXLPipeline(vae=_vae(2), unet=unet, scheduler=scheduler, add_watermarker=False, **text)
+    pipe = StableDiffusionXLPipeline(vae=vae(2), unet=unet, scheduler=scheduler, add_watermarker=False, **text)
     pipe.save_pretrained(folder)
     return str(folder)
 
 
-def tiny_pixart(folder: Path, sample_size: int = 32) -> str:
-    """Save a PixArtAlphaPipeline of two blocks; at a sample size of 128 it is conditioned by sizes too."""
+def tiny_pixart(folder: Path, sample_size: int = 32, pipeline: Any = PixArtAlphaPipeline) -> str:
+    """Save a PixArt pipeline of two blocks; Alpha's at a sample size of 128 is conditioned by sizes too."""
     torch.manual_seed(0)
     size = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24}
     patches = {"sample_size": sample_size, "patch_size": sample_size // 8}
@@ -148,7 +147,7 @@ def tiny_pixart(folder: Path, sample_size: int = 32) -> str:
     encoder = T5EncoderModel(T5Config(vocab_size=30, d_model=12, d_kv=6, num_heads=2, d_ff=16, num_layers=2)).eval()
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02)
     text = {"tokenizer": _t5_tokenizer(), "text_encoder": encoder}
-    PixArtAlphaPipeline(vae=_vae(8), transformer=transformer, scheduler=scheduler, **text).save_pretrained(folder)
+    pipeline(vae=vae(8), transformer=transformer, scheduler=scheduler, **text).save_pretrained(folder)
     return str(folder)
 
 
@@ -177,11 +176,13 @@ def tiny_sana(folder: Path) -> str:
     both |= {f"{way}_qkv_multiscales": ((),) * 6 for way in ("encoder", "decoder")}
     blocks = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
     blocks |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
-    vae = AutoencoderDC(latent_channels=4, attention_head_dim=2, **both, **blocks)
+    coder = AutoencoderDC(latent_channels=4, attention_head_dim=2, **both, **blocks)
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
-    SanaPipeline(_t5_tokenizer(), encoder.eval(), vae.eval(), _stirred(transformer), scheduler).save_pretrained(folder)
+    SanaPipeline(_t5_tokenizer(), encoder.eval(), coder.eval(), _stirred(transformer), scheduler).save_pretrained(
+        folder
+    )
     return str(folder)
 
 

@@ -235,7 +235,13 @@ def test_force_replaces_what_dipgo_made_alone(
     code, _, err = dipgo(*(places.get(argument, argument) for argument in arguments), "--force")
     assert code == 2
     assert f"{mine.parent}: holds no {known_by}, so --force does not replace it" in err
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    known = mine.parent / known_by
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text("{}")
+    code, _, err = dipgo(*(places.get(argument, argument) for argument in arguments), "--force")
+    assert code == 2
+    assert f"{mine.parent}: holds photo, which --force would delete" in err
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([mine, known])
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])

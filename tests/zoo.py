@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import PixArtSigmaPipeline
 from filelock import FileLock
 
 from dipgo.graph.trace import Trace
@@ -40,6 +41,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "pixart": models.tiny_pixart,
     "pixart-512": partial(models.tiny_pixart, sample_size=64),
     "pixart-1024": partial(models.tiny_pixart, sample_size=128),  # which takes sizes as conditions too
+    "pixart-sigma": partial(models.tiny_pixart, sample_size=64, pipeline=PixArtSigmaPipeline),
     "sana": models.tiny_sana,
     "unconditional": models.tiny_unconditional,
 }

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_file, new_folder
+from dipgo.base.files import Kind, files_below, new_file, new_folder
 from dipgo.base.progress import Progress
 from dipgo.searching.run_folder import Run, open_run
 from training.emoji import Emoji, caption, captions, fetch, held_out, read_emoji, to_unit
@@ -197,7 +197,7 @@ def write_model(shop: Workshop, model: TextToImage, vae: AutoencoderKL, tokenize
     sampled = np.random.default_rng(shop.seed).permutation(shop.trained)[:40]
     pipe = assemble(model, vae, tokenizer)
     images = sample(pipe, [shop.emoji[index].name for index in sampled], 2 * shop.size.steps, guidance=4.0)
-    with new_folder(folder, force=True, known_by="model_index.json") as draft:
+    with new_folder(folder, force=True, kind=Kind("model_index.json", files_below)) as draft:
         for part in (vae, model.text, model.unet):
             part.half()
         pipe.save_pretrained(draft)

@@ -20,7 +20,7 @@ from benchmarks.bench.page import write_report
 from benchmarks.bench.parity import TOLERANCE
 from benchmarks.bench.quality import Outputs, compare, latent_error
 from benchmarks.bench.reference import subnet_of
-from benchmarks.bench.report import RECORD_FILE, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
+from benchmarks.bench.report import REPORT, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
 from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inputs_for, latent_shape
 from benchmarks.bench.techniques import TECHNIQUES
 from benchmarks.bench.timing import Timing, spread, timing_of
@@ -56,7 +56,7 @@ def bench(
         UsageError: an output that exists, or a suite that is wrong.
     """
     settings = config.settings()
-    refuse_existing(output, force, RECORD_FILE)
+    refuse_existing(output, force, REPORT)
     load_at_start, clock_at_start = load_average(), clock()
     bundle = open_bundle(folder)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:

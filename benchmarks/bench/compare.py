@@ -17,12 +17,13 @@ import numpy as np
 from benchmarks.bench.page import aligned, template
 from benchmarks.bench.report import RECORD_FILE, ReportRecord, Row, milliseconds, read_report
 from dipgo.base.errors import DipgoError
-from dipgo.base.files import new_folder
+from dipgo.base.files import Kind, new_folder
 
 RESAMPLES = 20_000
 CHANCE = 0.05  # that any interval misses
 FEWEST = 6  # rounds or images: resamples of fewer hardly differ from each other, whatever chance did to them
 NAMES = ("comparison.html", "comparison.md")
+COMPARISON = Kind(NAMES[0], lambda folder: NAMES)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compare(first: Path, second: Path) -> Comparison:
 
 def write_comparison(comparison: Comparison, folder: Path, force: bool = False) -> None:
     """Write ``comparison.html`` and ``comparison.md`` into ``folder``, whole or not at all."""
-    with new_folder(folder, force, NAMES[0]) as draft:
+    with new_folder(folder, force, COMPARISON) as draft:
         page = template("comparison.html").render(comparison=comparison, cells=_cells)
         (draft / NAMES[0]).write_text(page)
         (draft / NAMES[1]).write_text(_markdown(comparison) + "\n")

@@ -15,11 +15,20 @@ from markupsafe import Markup
 
 from benchmarks.bench.baselines import FULL
 from benchmarks.bench.plots import heatmap, pareto, points_of, step_bars
-from benchmarks.bench.report import RECORD_FILE, SUBJECT, ReportRecord, Row, decibels, milliseconds
+from benchmarks.bench.report import (
+    PAGE_FILE,
+    RECORD_FILE,
+    REPORT,
+    SUBJECT,
+    SUMMARY_FILE,
+    ReportRecord,
+    Row,
+    decibels,
+    milliseconds,
+)
 from dipgo.base.files import new_folder
 from engines.pipeline.images import to_image
 
-PAGE_FILE, SUMMARY_FILE = "report.html", "report.md"
 SMALL = 128  # images with shorter sides are shown enlarged, pixel by pixel
 LARGE = 256  # those with longer ones as thumbnails
 SHOWN_SMALL, SHOWN = 16, 4  # images a program
@@ -55,7 +64,7 @@ def write_report(
         for row in report.rows
         if row.name in pictures and not row.error
     ]
-    with new_folder(folder, force, RECORD_FILE) as draft:
+    with new_folder(folder, force, REPORT) as draft:
         (draft / RECORD_FILE).write_text(report.text())
         (draft / PAGE_FILE).write_text(render(report, strips, captions[:shown], size))
         (draft / SUMMARY_FILE).write_text(summary(report) + "\n")

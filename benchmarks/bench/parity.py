@@ -162,7 +162,9 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
         if getattr(pipe, name, None) is not None:
             setattr(pipe, name, None)
     pipe.scheduler = scheduler_of(subnet)
-    options = {"clean_caption": False} if "clean_caption" in inspect.signature(pipe.__call__).parameters else {}
+    height, width = program.size
+    options = {"clean_caption": False, "use_resolution_binning": False, "height": height, "width": width}
+    accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe.vae) as latents:
         images = pipe(
@@ -171,7 +173,7 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             num_inference_steps=subnet.sampler.steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
-            **options,
+            **{name: value for name, value in options.items() if name in accepted},
         ).images
     return torch.cat(latents).numpy(), images
 

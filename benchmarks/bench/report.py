@@ -17,12 +17,15 @@ from benchmarks.bench.quality import CEILING_DB, Quality
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import Spread, Timing
 from benchmarks.environment import Environment
+from dipgo.base.files import Kind
 from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.schedule.subnet import Cost
 
 SCHEMA: Literal["dipgo.report/1"] = "dipgo.report/1"
 RECORD_FILE = "report.json"
-Kind = Literal["loss", "result", "note"]
+PAGE_FILE, SUMMARY_FILE = "report.html", "report.md"
+REPORT = Kind(RECORD_FILE, lambda folder: (PAGE_FILE, SUMMARY_FILE))
+Tone = Literal["loss", "result", "note"]
 EQUAL = 1.1  # a baseline with up to so many times the bundle's MACs is one at equal compute
 POOR = 0.5  # an efficiency below this says that the program, not its schedule, is slow
 SUBJECT = "dipgo"  # the row of the bundle that the report is about
@@ -81,7 +84,7 @@ class Row(Record):
 class Headline(Record):
     """One of the report's first lines, computed from its rows."""
 
-    kind: Kind
+    kind: Tone
     line: str
 
 
@@ -167,7 +170,7 @@ def headlines(
             f"PSNR to the full program's images over {own.quality.images} images: "
             f"{decibels(own.quality.psnr_db)}{best}."
         )
-    kinds: dict[Kind, list[str]] = {"loss": losses, "result": results, "note": _notes(model, rows, place)}
+    kinds: dict[Tone, list[str]] = {"loss": losses, "result": results, "note": _notes(model, rows, place)}
     return [Headline(kind=kind, line=line) for kind, lines in kinds.items() for line in lines]
 
 

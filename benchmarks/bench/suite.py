@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dipgo.base.config import problem, unknown
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.inputs import read_yaml
 from dipgo.base.records import Record
 
 FOLDER = Path(__file__).parents[1] / "suites"
@@ -76,8 +77,6 @@ def load_suite(name: str) -> Suite:
         UsageError: no such suite, a file that is not YAML, an unknown key, a value that is wrong, or a baseline that
             nobody knows.
     """
-    import yaml  # type: ignore[import-untyped]
-
     from benchmarks.bench.baselines import BASELINES, FURTHER
     from benchmarks.bench.techniques import TECHNIQUES
 
@@ -85,9 +84,9 @@ def load_suite(name: str) -> Suite:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no suite '{name}'; use {', '.join(suites())}, or give a .yaml file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not a readable suite ({' '.join(str(error).split())})") from error
+        raw = read_yaml(path, "suite")
+    except DipgoError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: not a suite; give settings as 'name: value' lines")
     try:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 from dipgo.base.errors import DipgoError
-from dipgo.base.records import read_json
+from dipgo.base.inputs import read_json, read_text
 from dipgo.model.prompts import read_prompts
 
 COLUMN = "Prompt"  # of PartiPrompts
+LARGEST = 256 * 2**20  # bytes; the captions of COCO-2017 for training have 92 MB
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -30,7 +32,7 @@ def prompts_of(path: Path) -> list[str]:
 
 
 def _captions(path: Path) -> list[str]:
-    raw = read_json(path, "caption file")
+    raw = read_json(path, "caption file", LARGEST)
     first: dict[int, tuple[int, str]] = {}
     try:
         for entry in raw["annotations"]:
@@ -46,9 +48,9 @@ def _captions(path: Path) -> list[str]:
 
 def _column(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows: list[dict[str, Any]] = list(csv.DictReader(stream, delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = io.StringIO(read_text(path, "table"), newline="")
+        rows: list[dict[str, Any]] = list(csv.DictReader(text, delimiter="\t"))
+    except csv.Error as error:
         raise DipgoError(f"{path}: not a readable table ({error})") from error
     if rows and COLUMN not in rows[0]:
         raise DipgoError(f"{path}: has no column '{COLUMN}'; give PartiPrompts.tsv, COCO captions or text")

@@ -26,7 +26,7 @@ class Judge:
         self._tasks = {task.trace.sites: task}
         self.batches = [task.sampling.draw(CHUNK, IMAGE_SEED + number) for number in range(-(-images // CHUNK))]
         self.reference = self.full(task)
-        self.labels = np.concatenate([_labels(batch) for batch in self.batches])
+        self.labels = [label for batch in self.batches for label in _labels(batch)]
         long = -(-converged // CHUNK)
         self.converged = self.full(converged_task(task, CONVERGED_STEPS), long) if converged else None
 
@@ -67,17 +67,13 @@ class Judge:
         )
 
     def accuracy(self, images: np.ndarray) -> float | None:
-        return (
-            float(classified(images, self.labels.tolist()).mean()) if is_digits(self.task.model.name, images) else None
-        )
+        return float(classified(images, self.labels).mean()) if is_digits(self.task.model.name, images) else None
 
     def _images(self, latent: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
             return as_images(self.task.decode(latent)).numpy()
 
 
-def _labels(batch: Batch) -> np.ndarray:
+def _labels(batch: Batch) -> list[int]:
     labels = batch.conditions.get("class_labels")
-    if labels is None:
-        return np.zeros(len(batch.noise), int)
-    return labels[-len(batch.noise) :].numpy()
+    return [0] * len(batch.noise) if labels is None else labels[-len(batch.noise) :].tolist()

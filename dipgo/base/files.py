@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,22 +63,55 @@ def refuse_unwritable(folder: Path, output: Path) -> None:
         raise UsageError(f"{output}: {nearest} is no folder that can be written to; give another path")
 
 
-def refuse_existing(path: Path, force: bool, known_by: str | None = None) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that we write, for telling what in one of them is ours.
+
+    Attributes:
+        known_by: a file that each of them holds.
+        files: from a folder of this kind to the other files that belong to it, as paths below it.
+    """
+
+    known_by: str
+    files: Callable[[Path], Iterable[str]] = lambda folder: ()
+
+    def stranger(self, folder: Path) -> str | None:
+        """Return a file or link in a folder of this kind that does not belong to it; None where all is ours."""
+        own = {self.known_by, *self.files(folder)}
+        return next((file for file in files_below(folder) if file not in own), None)
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Yield the files and links in a folder and the folders in it, as paths below it; links are not followed."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in (*files, *links):
+            yield Path(place, name).relative_to(folder).as_posix()
+
+
+def refuse_existing(path: Path, force: bool, kind: Kind | None = None) -> None:
     """Refuse an output that exists already, or that cannot be written, before any work is done for it.
 
-    ``known_by`` is for folders: a file that each of their kind holds. With ``force`` what holds no such file is refused
-    too, since it is somebody's else; but an empty folder is not, nor a link, of which no more than itself is lost.
+    ``kind`` is for folders. With ``force`` too what is not wholly of this kind is refused, since it is somebody else's;
+    but an empty folder is not, nor a link, of which no more than itself is lost.
     """
     refuse_unwritable(path.absolute().parent, path)
     _refuse_there(path, force)
-    if known_by is None or path.is_symlink() or not path.exists():
+    if kind is None or path.is_symlink() or not path.exists():
         return
     try:
-        known = (path / known_by).is_file() or (path.is_dir() and not any(path.iterdir()))
+        known = (path / kind.known_by).is_file()
+        stranger = kind.stranger(path) if known else None
+        empty = path.is_dir() and not any(path.iterdir())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give another path") from error
-    if not known:
-        raise UsageError(f"{path}: holds no {known_by}, so --force does not replace it; give another path")
+    if not known and not empty:
+        raise UsageError(f"{path}: holds no {kind.known_by}, so --force does not replace it; give another path")
+    if stranger:
+        raise UsageError(
+            f"{path}: holds {stranger}, which --force would delete and is not part of what it replaces; move it away, "
+            "or give another path"
+        )
     if os.path.ismount(path):
         raise UsageError(f"{path}: is where a file system is mounted, which nothing replaces; give a folder in it")
 
@@ -113,21 +147,21 @@ def new_file(path: Path, force: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path, force: bool = False, known_by: str | None = None) -> Iterator[Path]:
+def new_folder(path: Path, force: bool = False, kind: Kind | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it goes.
 
     With ``force`` it replaces what :func:`refuse_existing` lets it; of a link, the link itself.
     """
     if path.name in ("", ".."):  # "." would be its own parent
         path = path.resolve()
-    refuse_existing(path, force, known_by)
+    refuse_existing(path, force, kind)
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with full_disk(path):
             yield draft
-        refuse_existing(path, force, known_by)  # again: the work may have taken minutes
+        refuse_existing(path, force, kind)  # again: the work may have taken minutes
         with _written(path):
             draft.chmod(0o755)
             _put(draft, path)

@@ -24,7 +24,7 @@ def bar(label: str) -> Any:
     from tqdm import tqdm
 
     def progress(items: Iterable[Any]) -> Iterator[Any]:
-        return iter(tqdm(items, desc=label, leave=False))
+        return iter(tqdm(items, desc=label, leave=False, disable=None))  # None: shown in a terminal alone
 
     return progress
 
@@ -63,13 +63,14 @@ class Progress:
         from tqdm import tqdm
 
         bar: tqdm[Any] | None = None
+        shown = ""
 
         def report(phase: str, iteration: int, total: int, figure: str) -> None:
-            nonlocal bar
-            if bar is None or bar.desc != phase:
+            nonlocal bar, shown
+            if bar is None or shown != phase:
                 if bar is not None:
                     bar.close()
-                bar = tqdm(total=total, desc=phase)
+                bar, shown = tqdm(total=total, desc=phase, disable=None), phase
             bar.total = total  # in some phases it grows
             bar.set_postfix_str(figure, refresh=iteration == total)
             bar.update(iteration - bar.n)
@@ -79,6 +80,13 @@ class Progress:
         finally:
             if bar is not None:
                 bar.close()
+
+
+def close_bars() -> None:
+    """Close the bars that are still on the screen, so that what is printed next has a line of its own."""
+    std = sys.modules.get("tqdm.std")
+    for each in list(std.tqdm._instances) if std else []:
+        each.close()
 
 
 def is_main() -> bool:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from dipgo.base.errors import DipgoError
+from dipgo.base.inputs import read_json
 
 R = TypeVar("R", bound="Record")
+
+MOST_CALLS = 2000  # of the denoiser in a trajectory: Heun makes 1999 in the 1000 steps that models are trained for
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""A name or a line of text, which can be shown: without control characters."""
+FileName = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Timestep = Annotated[float, Field(ge=-1e6, le=1e6)]
+_MOST_ERRORS = 1000
 
 
 class Record(BaseModel):
@@ -26,30 +36,28 @@ class Record(BaseModel):
 class ModelIdentity(Record):
     """Which model an artifact belongs to. Fingerprints are SHA-256; random weights have none."""
 
-    name: str
-    class_name: str = Field(alias="class")
-    config_sha256: str
-    weights_sha256: str | None
+    name: Line
+    class_name: Line = Field(alias="class")
+    config_sha256: Line
+    weights_sha256: Line | None
 
 
 class SamplerIdentity(Record):
     """The sampler that the gates belong to, as its diffusers class and configuration."""
 
-    class_name: str = Field(alias="class")
+    class_name: Line = Field(alias="class")
     config: dict[str, Any]
-    steps: int = Field(ge=2)
-    timesteps: list[float]
-    guidance_scale: float = Field(allow_inf_nan=False)
+    steps: int = Field(ge=2, le=MOST_CALLS)
+    timesteps: list[Timestep] = Field(min_length=1, max_length=MOST_CALLS)
+    guidance_scale: FiniteFloat
 
-
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file, or say in one line why not."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DipgoError(f"{path}: no such {what}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DipgoError(f"{path}: not a readable {what} ({error})") from error
+    @field_validator("config")
+    @classmethod
+    def _is_of_a_scheduler(cls, config: dict[str, Any]) -> dict[str, Any]:
+        trained = config.get("num_train_timesteps", 1000)
+        if type(trained) is not int or not 0 < trained <= 100_000:  # schedulers make tables of so many
+            raise ValueError(f"num_train_timesteps is {str(trained)[:40]}, expected 1 to 100000")
+        return config
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
@@ -71,12 +79,15 @@ def read_record(path: Path, kind: type[R], schema: str, what: str, cure: str) ->
 
 def validated(raw: Any, path: Path, kind: type[R], schema: str, cure: str) -> R:
     """Return what was read from ``path`` as a record; DipgoError where it is none of this version."""
-    found = raw.get("schema") if isinstance(raw, dict) else None
-    if found != schema:
-        raise DipgoError(f"{path}: schema is {found!r}, this version reads '{schema}'; {cure}")
+    version = raw.get("schema") if isinstance(raw, dict) else None
+    if version != schema:
+        said = repr(version) if isinstance(version, str) else "missing"
+        raise DipgoError(f"{path}: schema is {said}, this version reads '{schema}'; {cure}")
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        if error.error_count() > _MOST_ERRORS:  # to list them would take more memory than the file
+            raise DipgoError(f"{path}: no record of this kind; {cure}") from None
+        first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DipgoError(f"{path}: {place}: {first['msg']}; {cure}, or mend the file") from error

@@ -66,11 +66,11 @@ def bench(
 
 
 def compare_with(first: Path, second: Path, output: Path | None, force: bool) -> None:
-    from benchmarks.bench.compare import NAMES, compare, text, write_comparison
+    from benchmarks.bench.compare import COMPARISON, compare, text, write_comparison
     from dipgo.base.files import refuse_existing
 
     if output is not None:
-        refuse_existing(output, force, NAMES[0])
+        refuse_existing(output, force, COMPARISON)
     comparison = compare(first, second)
     typer.echo(text(comparison))
     if output is not None:

@@ -22,10 +22,10 @@ def export(
     """Compile a SubNet into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the program."""
     from dipgo.base.files import refuse_existing
     from dipgo.schedule.subnet import load_subnet
-    from export.bundle import RECORD_FILE
+    from export.bundle import BUNDLE
 
     if config.weights == "copy":  # before anything that takes time is imported
-        refuse_existing(output, force, RECORD_FILE)
+        refuse_existing(output, force, BUNDLE)
     searched = load_subnet(subnet)
     from dipgo import api
     from dipgo.model.models import find_model

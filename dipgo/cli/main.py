@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, DipgoWarning, is_out_of_memory
 from dipgo.base.own_packages import check_packages, leave_working_directory
-from dipgo.base.progress import is_main
+from dipgo.base.progress import close_bars, is_main
+from dipgo.base.text import printable
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+TRACEBACK = "DIPGO_TRACEBACK"
 
 
 def application() -> typer.Typer:
     """Return the commands, a module for each kind; those import what they need when they run."""
     from dipgo.cli.bench import bench, verify
     from dipgo.cli.build import build
+    from dipgo.cli.checkpoint import import_checkpoint
     from dipgo.cli.compile import compile_
     from dipgo.cli.doctor import doctor
     from dipgo.cli.export import export, inspect
@@ -39,10 +46,11 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    commands = (models, search, import_, export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
-    for command in commands:
+    to_subnet = (models, search, import_, import_checkpoint)
+    to_images = (export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
+    for command in (*to_subnet, *to_images):
         epilog = settings_text(SearchConfig) if command is search else None
-        app.command(name=command.__name__.rstrip("_"), epilog=epilog)(with_options(command))
+        app.command(name=command.__name__.rstrip("_").replace("_", "-"), epilog=epilog)(with_options(command))
     app.add_typer(recipe, name="recipe")
     return app
 
@@ -56,6 +64,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for them takes longer than all else
+    warnings.showwarning = _warn
     leave_working_directory()
     os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that are started from here
     try:
@@ -67,17 +76,37 @@ def main() -> None:
     except TyperException as error:
         code = _fail(f"{error.format_message().rstrip('.')}; see 'dipgo --help'", 2)
     except OSError as error:  # of the system, such as a name that is too long; what we know has a better line
-        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        known = f"{error.filename or 'the system'}: {error.strerror or error}"
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else known, 1)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error) and os.environ.get(TRACEBACK):
+            raise
+        code = _fail(OUT_OF_MEMORY if is_out_of_memory(error) else _fault(error), 1)
     if code == INTERRUPTED:
         code = _fail("interrupted; what was not finished was not written", 1)
     sys.exit(int(code or 0))
 
 
+def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print what a user should know of a result, and nothing of what libraries tell their developers."""
+    if issubclass(category, DipgoWarning):
+        close_bars()
+        print(f"dipgo: {printable(str(message))}", file=sys.stderr)
+
+
+def _fault(error: Exception) -> str:
+    """Return one line on an error that nobody foresaw."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"a fault of dipgo's own: {type(error).__name__}{place}: {error}; {TRACEBACK}=1 shows all of it, report it"
+
+
 def _fail(message: str, code: int) -> int:
+    close_bars()
     if is_main():  # all processes stop for one reason
-        print(f"dipgo: {' '.join(message.split())}", file=sys.stderr)
+        print(f"dipgo: {printable(message)}", file=sys.stderr)
     return code
 
 

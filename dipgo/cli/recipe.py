@@ -109,17 +109,17 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
 
 
 def _check_outputs(recipe: Recipe, force: bool) -> None:
-    from benchmarks.bench.report import RECORD_FILE as REPORT_FILE
+    from benchmarks.bench.report import REPORT
     from dipgo.base.files import refuse_existing
     from dipgo.searching.outputs import Outputs
-    from export.bundle import RECORD_FILE as BUNDLE_FILE
+    from export.bundle import BUNDLE
 
     output = recipe.output
     if recipe.search:
         Outputs(output / ("subnets" if recipe.search.several else "subnet.json"), recipe.search, force).check()
     if recipe.export and recipe.export.weights == "copy":
-        refuse_existing(output / "bundle", force, BUNDLE_FILE)
+        refuse_existing(output / "bundle", force, BUNDLE)
     if recipe.bench:
-        refuse_existing(output / "report", force, REPORT_FILE)
+        refuse_existing(output / "report", force, REPORT)
     if recipe.run:
         refuse_existing(output / "images.png", force)

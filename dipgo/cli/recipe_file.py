@@ -12,6 +12,7 @@ from benchmarks.bench.config import BenchConfig
 from benchmarks.studies.settings import Settings
 from dipgo.base.config import Config, checked, unknown
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.inputs import parse_yaml, read_yaml
 from dipgo.base.own_packages import ROOT
 from dipgo.cli.bench import VerifyConfig
 from dipgo.cli.run import RunConfig
@@ -73,13 +74,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = (), kind: type[Recipe] = 
     Raises:
         UsageError, DipgoError: in one line, with file and key.
     """
-    import yaml  # type: ignore[import-untyped]
-
-    path = _located(file)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DipgoError(f"{file}: not a readable recipe ({' '.join(str(error).split())})") from error
+    raw = read_yaml(_located(file), "recipe")
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
         raise DipgoError(f"{file}: schema is {schema!r}, this version reads '{SCHEMA}'; 'dipgo recipe ls' lists some")
@@ -98,8 +93,6 @@ def _located(file: Path) -> Path:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    import yaml
-
     place, equals, text = override.partition("=")
     *sections, name = place.split(".")
     if not equals or not name:
@@ -112,9 +105,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not isinstance(inner, dict):
         raise UsageError(f"'{override}': '{'.'.join(sections)}' is one value, without keys")
     try:
-        inner[name] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"'{override}': not a value ({' '.join(str(error).split())})") from error
+        inner[name] = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"'{override}': not a value ({error})") from error
 
 
 def _with_shipped_files(value: Any) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.graph.outputs import take_apart
 from dipgo.model.families import Conditions, Family, GuidedDenoiser, latent_size
 from dipgo.model.models import Model
@@ -67,13 +68,21 @@ class Tapped(nn.Module):
             return self.guided.denoiser.get_submodule(name).register_forward_hook(hook)
 
         handles = [tap(name) for name in self.names]
-        epsilon = self.guided(latent, timestep, conditions)
-        for handle in handles:
-            handle.remove()
+        try:
+            epsilon = self.guided(latent, timestep, conditions)
+        finally:
+            for handle in handles:
+                handle.remove()
         idle = [name for name in self.names if name not in taps]
         if idle:
             raise DipgoError(f"site '{idle[0]}' never runs in a call of the denoiser; leave it out")
-        return epsilon, [take_apart(taps[name])[0] for name in self.names]
+        outputs = {name: take_apart(taps[name])[0] for name in self.names}
+        for name, tensors in outputs.items():
+            if other := next((type(value).__name__ for value in tensors if not isinstance(value, torch.Tensor)), None):
+                raise DipgoError(
+                    f"site '{name}' hands on a {other} beside tensors, which is not supported; leave it out"
+                )
+        return epsilon, list(outputs.values())
 
 
 def size_multiple(config: Mapping[str, Any]) -> int:
@@ -109,7 +118,22 @@ def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, 
     except DipgoError:
         raise
     except Exception as error:  # whatever the model's code or torch.export may raise
+        if (reason := _refuses(tapped.guided, example)) is not None:
+            name = type(tapped.guided.denoiser).__name__
+            raise DipgoError(
+                f"{name} takes other inputs than dipgo makes up for it ({reason}); not supported"
+            ) from error
         raise DipgoError(_untraceable(tapped.guided.denoiser, error)) from error
+
+
+def _refuses(guided: GuidedDenoiser, example: tuple[Any, ...]) -> str | None:
+    """Return why a denoiser cannot be called on example inputs at all; None where it can."""
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            guided(*example)
+    except Exception as error:  # whatever the model's code may raise
+        return one_line(error)
+    return None
 
 
 class _OpenSizes(TorchFunctionMode):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.costs import Costs
-from dipgo.graph.exported import Tapped, export_tapped, free_sides, in_dtype
+from dipgo.graph.exported import Tapped, export_tapped, free_sides, in_dtype, size_multiple
 from dipgo.graph.macs import node_macs
 from dipgo.graph.sites import Site, site_names
 from dipgo.model.families import GuidedDenoiser
@@ -147,7 +147,8 @@ def trace(
     The number of images stays symbolic; no weights are read. In a ``dtype`` of 16 bits the graph computes what
     ``pipe.to(dtype)`` would, but for guidance, which is float32 (see
     :func:`~dipgo.graph.exported.in_dtype`). With ``size``, height and width of the latent, these stay symbolic too, in
-    multiples of :func:`~dipgo.graph.exported.size_multiple`; MACs are then those at ``size``.
+    multiples of :func:`~dipgo.graph.exported.size_multiple`; MACs are then those at ``size``. At a ``size`` of other
+    sides they are fixed.
 
     Raises UsageError for bad patterns, for a ``size`` where the denoiser takes its own
     alone, and for a guidance that is not finite, DipgoError where torch.export cannot trace the model.
@@ -163,7 +164,8 @@ def trace(
     _, channels, *own = model.latent_shape(_EXAMPLE_BATCH)
     latent = torch.zeros(_EXAMPLE_BATCH, channels, *(size or own))
     images = {0: Dim.AUTO}
-    sides = {} if size is None else free_sides(model, denoiser)
+    free = size is not None and not any(side % size_multiple(model.config) for side in size)
+    sides = free_sides(model, denoiser) if free else {}
     dynamic = (images | sides, images, dict.fromkeys(conditions, images))
     program = export_tapped(Tapped(guided, names), (latent, torch.ones(_EXAMPLE_BATCH), conditions), dynamic)
 
@@ -185,7 +187,7 @@ def trace(
         guidance_scale=guidance_scale,
         dtype=dtype,
         size=(latent.shape[2], latent.shape[3]),
-        free=size is not None,
+        free=free,
         shapes={
             name: tuple(_growth(length, batch) for length in node.meta["val"].shape)
             for name, node in nodes.items()

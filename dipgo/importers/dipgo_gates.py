@@ -11,12 +11,14 @@ The JSON has the keys as text, ``"block_order": ["down/block/0/0", …]``, and `
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo.base.records import MOST_CALLS
 from dipgo.importers.pickles import PERSISTENT, Call, Name, read_pickle
 from dipgo.importers.published import Published, by_call, is_mask
 from dipgo.schedule.search_record import Cost
@@ -30,6 +32,7 @@ _TENSOR = "torch._utils._rebuild_tensor_v2"
 _STORAGE = "torch.storage._load_from_bytes"
 _GLOBALS = (_TENSOR, _STORAGE, "collections.OrderedDict")  # the last for a tensor's backward hooks, always empty
 _DTYPES = {"torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.HalfStorage": "<f2"}
+_MOST_BLOCKS = 200
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch's legacy files
 
 Key = tuple[Any, ...]
@@ -112,9 +115,12 @@ def read_gates_pickle(data: bytes) -> DipgoGates:
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) and step for step in steps):
         raise ValueError("the pickle is not a list of dicts, one per step")
     keys = tuple(steps[0])
+    if len(steps) > MOST_CALLS or len(keys) > _MOST_BLOCKS:
+        raise ValueError(f"the pickle has {len(steps)} steps of {len(keys)} blocks, more than any model")
     if not all(isinstance(key, tuple) for key in keys) or any(step.keys() != steps[0].keys() for step in steps):
         raise ValueError("the pickle's steps do not have the same blocks as keys")
-    return _checked(keys, np.array([[_gate(step[key]) for key in keys] for step in steps], bool))
+    storage = cache(_storage)  # gates may share one
+    return _checked(keys, np.array([[_gate(step[key], storage) for key in keys] for step in steps], bool))
 
 
 def _checked(keys: tuple[Key, ...], gates: np.ndarray, source: str | None = None) -> DipgoGates:
@@ -137,13 +143,13 @@ def _module(key: Key, ups: int) -> str:
     )
 
 
-def _gate(tensor: Any) -> bool:
+def _gate(tensor: Any, read: Callable[[bytes], np.ndarray]) -> bool:
     match tensor:
         case Call(name, (Call(inner, (bytes(payload),)), int(offset), (2,), (1,), *_)) if (name, inner) == (
             _TENSOR,
             _STORAGE,
         ):
-            pair = _storage(payload)[max(offset, 0) : offset + 2].tolist()
+            pair = read(payload)[max(offset, 0) : offset + 2].tolist()
         case _:
             raise ValueError("a gate in it is not a tensor of two values")
     if pair not in ([0, 1], [1, 0]):
@@ -160,11 +166,15 @@ def _storage(payload: bytes) -> np.ndarray:
     stream = io.BytesIO(payload)
     magic, protocol, system = (read_pickle(stream, ()) for _ in range(3))
     stored = read_pickle(stream, _DTYPES)
-    keys = read_pickle(stream, ())
+    match read_pickle(stream, ()):
+        case [str(own)]:
+            pass
+        case _:
+            raise ValueError("a tensor's storage holds something else than one storage")
     if (magic, protocol) != (_MAGIC, _PROTOCOL) or not isinstance(system, dict) or not system.get("little_endian"):
         raise ValueError("a tensor's storage is not in torch's legacy format, little-endian")
     match stored:
-        case Call(name, (("storage", Name(kind), key, _, int(length), _),)) if name == PERSISTENT and keys == [key]:
+        case Call(name, (("storage", Name(kind), str(key), _, int(length), _),)) if name == PERSISTENT and key == own:
             dtype = np.dtype(_DTYPES[kind])
         case _:
             raise ValueError("a tensor's storage holds something else than one storage")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ import numpy as np
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import sha256_of
-from dipgo.base.records import read_json
+from dipgo.base.inputs import parse_json, read_input
+from dipgo.base.records import MOST_CALLS, read_json
 from dipgo.importers.deepcache import read_deepcache
 from dipgo.importers.dipgo_gates import read_fact_sheet, read_gates_pickle
 from dipgo.importers.masks import read_step_mask
@@ -37,7 +37,7 @@ KNOWN = (
     "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask (list of 0 and 1), "
     "SmoothCache's schedule"
 )
-_LARGEST = 64 * 2**20  # bytes; the published gates are 0.2 MB
+_LARGEST = 4 * 2**20  # bytes; the published gates are 0.2 MB
 
 
 def read_schedule(path: Path) -> Published:
@@ -46,26 +46,22 @@ def read_schedule(path: Path) -> Published:
     Raises:
         DipgoError: a file that is missing, not UTF-8, of no known format, or wrong within its format.
     """
+    data = read_input(path, "schedule file", _LARGEST)
     try:
-        data = path.read_bytes() if path.stat().st_size <= _LARGEST else None
-    except FileNotFoundError as error:
-        raise DipgoError(f"{path}: no such file") from error
-    except OSError as error:
-        raise DipgoError(f"{path}: cannot be read ({error.strerror})") from error
-    if data is None:
-        raise DipgoError(f"{path}: larger than any schedule; {KNOWN}")
-    try:
-        return read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
+        published = read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
+        if (published.steps or 0) > MOST_CALLS:
+            raise ValueError(f"it has {published.steps} steps, more than {MOST_CALLS}")
+        return published
     except ValueError as error:
         raise DipgoError(f"{path}: {error}; {KNOWN}") from error
 
 
 def _read_text(data: bytes) -> Published:
     try:
-        document = json.loads(data.decode())
+        document = parse_json(data.decode())
     except UnicodeDecodeError as error:
         raise ValueError("neither UTF-8 text nor a pickle of gates") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError("neither JSON nor a pickle of gates") from error
     for read in FORMATS:
         published = read(document)
@@ -113,9 +109,9 @@ def import_subnet(
     from dipgo.model.sampler import make_scheduler, tabulate
 
     own = find_model(name)
-    own.check_loop()
     index = read_json(own.folder / "model_index.json", "model_index.json")
     scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
+    own.check_loop(scheduler)
     table = tabulate(scheduler, count, own.family.scales_noise)
     if guidance_scale is None:
         guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))

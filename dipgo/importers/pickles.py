@@ -20,6 +20,8 @@ _CONSTANTS = {
     *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"),
 }
 _WORDS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_MOST_PENDING = 100_000  # values on the stack; picklers batch by a thousand
+_LONGEST_KEY = 8  # parts
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,12 @@ class Name:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """A call that the pickle asks for; it is not made."""
+    """A call that the pickle asks for; it is not made.
+
+    It equals itself alone: arguments may hold themselves, or one value along more ways than can be counted.
+    """
 
     name: str
     arguments: tuple[Any, ...]
@@ -45,7 +50,9 @@ def read_pickle(stream: BinaryIO, names: Collection[str]) -> Any:
         names: the globals that may occur, as ``module.name``.
 
     Returns:
-        Lists, tuples, dicts (keys: strings, numbers and flat tuples of them), constants, :class:`Name`, :class:`Call`.
+        Lists, tuples, dicts (keys: strings, numbers and short flat tuples of them), constants, :class:`Name`,
+        :class:`Call`. A value may be held many times, and a list or dict hold itself: walk none, and compare none, of
+        which the depth is not known. Time and memory are linear in the length of the pickle.
 
     Raises:
         ValueError: not a pickle, a global that is not among ``names``, or an opcode that plain values do not need.
@@ -54,6 +61,8 @@ def read_pickle(stream: BinaryIO, names: Collection[str]) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             machine.step(opcode.name, argument)
+            if len(machine.stack) > _MOST_PENDING:
+                raise _Refused("the pickle holds more values at a time than gates need")
         (result,) = machine.stack
     except _Refused:
         raise
@@ -114,7 +123,9 @@ class _Machine:
                 stack.append(self.name(*self.above(len(stack) - 2)))
             case "REDUCE":
                 function, arguments = self.above(len(stack) - 2)
-                stack.append(Call(function.name, tuple(arguments)))
+                if not isinstance(function, Name) or not isinstance(arguments, tuple):
+                    raise TypeError("a call without a name or a tuple of arguments")
+                stack.append(Call(function.name, arguments))
             case "BINPERSID":
                 stack.append(Call(PERSISTENT, (stack.pop(),)))
             case _:
@@ -135,8 +146,9 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not all(isinstance(part, str | int) for part in (key if isinstance(key, tuple) else (key,))):
-                raise _Refused("a key of a dict in the pickle is neither text, a number nor a flat tuple of them")
+            parts = key if isinstance(key, tuple) else (key,)
+            if len(parts) > _LONGEST_KEY or not all(isinstance(part, str | int) for part in parts):
+                raise _Refused("a key of a dict in the pickle is neither text, a number nor a short tuple of them")
             self.stack[-1][key] = value
 
     def name(self, module: str, name: str) -> Name:

@@ -36,6 +36,10 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")
+    if config.get("quantization_config"):
+        raise UsageError(f"{index_file}: the denoiser is quantised, which is not supported; save it dequantised")
+    if component_class(index, "vae")[1] == "ConsistencyDecoderVAE":
+        raise UsageError(f"{index_file}: the VAE draws noise while it decodes, which is not supported")
     scheduler = component_class(index, "scheduler")[1]
     if "FlowMatch" in scheduler:
         raise UsageError(f"{index_file}: samples by flow matching ({scheduler}), which is not supported yet")

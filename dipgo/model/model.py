@@ -101,14 +101,14 @@ class Model:
                 "--random-weights where images do not matter"
             )
 
-    def check_loop(self) -> None:
+    def check_loop(self, scheduler: Any) -> None:
         """Refuse a pipeline of a class without an entry whose loop is not the one that is reproduced.
 
-        Its loop runs for a step around a stand-in for the denoiser, whose weights are not read. Architectures and
-        random weights are not checked: what they lack the loop would need.
+        Its loop runs for a step under a scheduler around a stand-in for the denoiser, whose weights are not read.
+        Architectures and random weights are not checked: what they lack the loop would need.
         """
         if not self.family.pipelines and self.weights_files:
-            self.family.check(self.pipeline(self.empty_denoiser()))
+            self.family.check(self.pipeline(self.empty_denoiser()), scheduler)
 
     def pipeline(self, denoiser: nn.Module | None = None) -> Any:
         """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.
@@ -122,11 +122,13 @@ class Model:
         """
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
         self.require_weights()
         scheduler = self._scheduler()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         own: dict[str, Any] = {"scheduler": scheduler}
         if self.random_weights:
             own |= self._drawn_components()

@@ -9,17 +9,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from dipgo.base.dtypes import BY_SAFETENSORS, Dtype
 from dipgo.base.errors import DipgoError
-from dipgo.base.records import read_json
+from dipgo.base.inputs import open_input, parse_json, read_json
+
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
 
 ALIGNMENT = 64  # of the data in files that dipgo writes, for vector loads from mapped memory
 _SHARD = re.compile(r"-\d+-of-\d+")
-_HEADER_LIMIT = 100_000_000  # as safetensors itself has it
+_HEADER_LIMIT = 25_000_000  # as the hub has it
 _PIECE = 2**24  # bytes in memory at a time; a multiple of every element's size
 
 
@@ -105,7 +106,7 @@ def safetensors_header(tensors: Mapping[str, tuple[Dtype, Sequence[int]]]) -> by
 def read_file(file: Path) -> dict[str, Stored]:
     """Return where the tensors of one file lie, having checked that they fill it exactly."""
     try:
-        with file.open("rb") as stream:
+        with open_input(file, "safetensors file", None) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
@@ -113,10 +114,10 @@ def read_file(file: Path) -> dict[str, Stored]:
             if length > _HEADER_LIMIT:
                 raise _damaged(file, f"a header of {length} bytes, above {_HEADER_LIMIT}")
             text = stream.read(length).decode()
-            header = json.loads(text)
+            header = parse_json(text)
     except OSError as error:
         raise _damaged(file, error.strerror or "cannot be read") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(file, "its header is not JSON") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) and text.startswith("{") else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -145,6 +146,8 @@ def is_whole(file: Path, expected: Mapping[str, tuple[Dtype, tuple[int, ...]]]) 
 
 def read_pieces(stored: Stored) -> Iterator[torch.Tensor]:
     """Yield a tensor's values, flat, at most 16 MiB at a time."""
+    import torch
+
     with stored.file.open("rb") as stream:
         stream.seek(stored.offset)
         for start in range(0, stored.length, _PIECE):

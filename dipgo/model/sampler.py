@@ -94,9 +94,9 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     scheduler_class: Any = getattr(diffusers, class_name, None)
     try:
         known = hasattr(scheduler_class, "set_timesteps")
-        if known and name is not None and "clip_sample" not in base.config:
-            if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
-                overrides = overrides | {"clip_sample": False}
+        options = inspect.signature(scheduler_class.__init__).parameters if known else {}
+        if name is not None and "clip_sample" in options and "clip_sample" not in base.config:
+            overrides = overrides | {"clip_sample": False}
         scheduler = scheduler_class.from_config(base.config, **overrides) if known else None
     except Exception as error:  # a package that is not there, or whatever a constructor says of its arguments
         raise UsageError(

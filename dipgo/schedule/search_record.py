@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from dipgo.base.records import Record
+from dipgo.base.records import Count, Record
 from dipgo.graph.costs import Costs
 from dipgo.graph.latency import LatencyProfile
 from dipgo.schedule.schedule import Schedule
@@ -16,9 +16,9 @@ class Cost(Record):
     """Multiply-accumulates of one trajectory at batch 1, attention products included: all gates 1, and as gated."""
 
     kind: Literal["macs"] = "macs"
-    full: int = Field(gt=0)
-    subnet: int = Field(ge=0)
-    ratio: float
+    full: int = Field(gt=0, lt=2**63)
+    subnet: Count
+    ratio: float = Field(ge=0, allow_inf_nan=False)
 
     @classmethod
     def of(cls, schedule: Schedule, costs: Costs) -> Cost:

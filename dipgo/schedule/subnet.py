@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of
-from dipgo.base.records import ModelIdentity, Record, SamplerIdentity, read_record
+from dipgo.base.inputs import LARGEST_TENSORS, open_input, read_tensors
+from dipgo.base.records import MOST_CALLS, Count, FileName, Line, ModelIdentity, Record, SamplerIdentity, read_record
 from dipgo.graph.sites import Site
 from dipgo.schedule.schedule import Schedule, backup_name, site_of_backup
 from dipgo.schedule.search_record import Cost, SearchRecord
@@ -31,17 +31,17 @@ SCHEMA_FILE = Path(__file__).parents[1] / "schemas" / "subnet-1.json"
 
 
 class SiteRecord(Record):
-    name: str
-    macs: int = Field(ge=0)
-    params: int = Field(ge=0)
-    channel_axis: int = Field(ge=0)
+    name: Line
+    macs: Count
+    params: Count
+    channel_axis: int = Field(ge=0, le=7)
 
 
 class BackupRecord(Record):
     """Learned backups: ``terms`` is K, how many computed outputs are combined; the weights lie in ``file``."""
 
-    terms: int = Field(ge=1)
-    file: str
+    terms: int = Field(ge=1, le=MOST_CALLS)
+    file: FileName
     sha256: str
 
 
@@ -51,8 +51,10 @@ class SubNetRecord(Record):
     schema_id: Literal["dipgo.subnet/1"] = Field(alias="schema", default="dipgo.subnet/1")
     model: ModelIdentity
     sampler: SamplerIdentity
-    sites: list[SiteRecord] = Field(min_length=1)
-    gates: list[list[Annotated[int, Field(ge=0, le=1)]]] = Field(description="[steps][sites], 1 = compute")
+    sites: list[SiteRecord] = Field(min_length=1, max_length=10_000)
+    gates: list[list[Annotated[int, Field(ge=0, le=1)]]] = Field(
+        description="[steps][sites], 1 = compute", max_length=MOST_CALLS
+    )
     backup: BackupRecord | None
     cost: Cost
     search: SearchRecord
@@ -113,9 +115,13 @@ def check(subnet: SubNet, history: int | None = None) -> None:
     if not gates[0].all():
         raise ValueError("step 0 skips a site, but nothing is cached yet; the first row of gates must be all 1")
     names = {site.name for site in subnet.sites}
+    if len(names) < count:
+        raise ValueError("two sites have one name")
     for name, weights in backups.items():
         if site_of_backup(name) not in names:
             raise ValueError(f"backup tensor '{name}' belongs to no site")
+        if weights.dtype != np.float32:
+            raise ValueError(f"'{name}' is {weights.dtype}, expected float32")
         if weights.ndim not in (2, 3, 4) or weights.shape[:2] != (calls, history):
             raise ValueError(
                 f"'{name}' is {list(weights.shape)}, expected [{calls}, {history}], with channels after it, or 2 "
@@ -175,12 +181,10 @@ def load_subnet(path: Path) -> SubNet:
         beside = path.parent / record.backup.file
         if record.backup.file != Path(record.backup.file).name or not beside.is_file():
             raise DipgoError(f"{path}: its backup weights '{record.backup.file}' are not beside it; copy both files")
+        open_input(beside, "backup weights", LARGEST_TENSORS).close()
         if sha256_of(beside) != record.backup.sha256:
             raise DipgoError(f"{beside}: not the weights that {path.name} was saved with; copy both files again")
-        try:
-            weights = load_file(beside)
-        except SafetensorError as error:
-            raise DipgoError(f"{beside}: not a safetensors file ({error}); search again") from error
+        weights = read_tensors(beside, "backup weights", "search again")
     ragged = len({len(row) for row in record.gates}) != 1
     gates = np.zeros((len(record.gates), 0), bool) if ragged else np.array(record.gates, bool)
     sites = tuple(Site(**site.model_dump()) for site in record.sites)

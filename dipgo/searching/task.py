@@ -124,14 +124,15 @@ def make_task(
     """
     place = _device(device)
     pipe = model.pipeline()
-    if model.weights_files:
-        model.family.check(pipe)
     drawn_from = choices_of(model.family, model.labels(), choices.prompts, choices.classes, model.prompts())
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
         guidance_scale = default_guidance(type(pipe))
-    table = tabulate(make_scheduler(sampler, model.scheduler), steps, model.family.scales_noise)
+    scheduler = make_scheduler(sampler, model.scheduler)
+    if model.weights_files:
+        model.family.check(pipe, scheduler)
+    table = tabulate(scheduler, steps, model.family.scales_noise)
     traced = sites if isinstance(sites, Trace) else trace(model, sites, guidance_scale)
     family = model.family
     denoiser = getattr(pipe, family.component)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, DipgoWarning
 from engines.backend import Launch
 from engines.cuda.runtime import CudaError
 from engines.cuda.stream import DeviceArray, Stream
@@ -78,4 +78,4 @@ def replay_of(launches: Sequence[Launch], capture: Callable[[Launch], Launch]) -
 def warn_of_no_graph(reason: str) -> None:
     """Warn that a trajectory is launched step by step, and say why."""
     detail = " ".join(reason.split())[:200]
-    warnings.warn(f"no CUDA graph of the trajectory, it runs step by step: {detail}", stacklevel=3)
+    warnings.warn(f"no CUDA graph of the trajectory, it runs step by step: {detail}", DipgoWarning, stacklevel=3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, not_imported
 
 INSTALL = "run: pip install 'cuda-bindings>=13,<14' (or <13 for a driver of CUDA 12)"
 
@@ -66,7 +66,7 @@ def bindings() -> Any:
     try:
         from cuda.bindings import runtime  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DipgoError(f"cuda-bindings is not installed; {INSTALL}") from error
+        raise not_imported("cuda-bindings", error, INSTALL) from error
     return runtime
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.base.dtypes import Dtype
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, not_imported
 from dipgo.base.files import cache_root
 from engines.backend import Launch
 from engines.cuda.buffers import StreamRunner, warn_of_no_graph
@@ -154,7 +154,7 @@ def _require(provider: str) -> None:
     try:
         import onnxruntime
     except ImportError as error:
-        raise DipgoError("onnxruntime is not installed; run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
+        raise not_imported("onnxruntime", error, "run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
     if provider not in onnxruntime.get_available_providers():
         raise DipgoError(f"this onnxruntime has no {provider}; {_INSTALL}")
     onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, is_out_of_memory, not_imported
 
 
 def session_from_graph(path: Path, threads: int | None = None, share_weights: bool = False) -> Any:
@@ -24,7 +24,7 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
     try:
         import onnxruntime
     except ImportError as error:
-        raise DipgoError("onnxruntime is not installed; run: pip install onnxruntime") from error
+        raise not_imported("onnxruntime", error, "run: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -41,11 +41,18 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
         )
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
-        detail = " ".join(str(error).split())[:300]
-        cure = "export it again"
-        if "bfloat16" in detail or "NOT_IMPLEMENTED" in detail:  # no kernel of an operator in this type
-            cure = "ONNX Runtime's CPU has no bfloat16: export with --dtype fp16 or fp32, or give --backend torch"
-        raise DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}") from error
+        raise refusal(path, error) from error
+
+
+def refusal(path: Path, error: Exception) -> DipgoError:
+    """Return why ONNX Runtime does not load or run a graph, as one line."""
+    detail = " ".join(str(error).split())[:300]
+    cure = "export it again"
+    if "bfloat16" in detail or "NOT_IMPLEMENTED" in detail:  # no kernel of an operator in this type
+        cure = "ONNX Runtime's CPU has no bfloat16: export with --dtype fp16 or fp32, or give --backend torch"
+    if is_out_of_memory(error):
+        return DipgoError(f"{path}: ONNX Runtime is {OUT_OF_MEMORY}")
+    return DipgoError(f"{path}: ONNX Runtime refuses it ({detail}); {cure}")
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engines.backend import Launch
-from engines.onnxrt.loader import session_from_graph
+from engines.onnxrt.loader import refusal, session_from_graph
 from export.bundle import Bundle
 
 # In small graphs waking a second thread costs more than it brings: digits-dit (64 M MACs a row) takes 1.9 ms a step on
@@ -73,7 +73,10 @@ class OnnxRuntimeRunner:
         arrays = (dict(inputs), dict(outputs))
 
         def launch(_arrays: Any = arrays) -> None:
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # as where a class is beyond a table's end
+                raise refusal(self.bundle.folder / file, error) from error
 
         return launch
 
@@ -81,7 +84,10 @@ class OnnxRuntimeRunner:
         """Run a graph once on these inputs; its session is opened when it is first needed."""
         session = self._session(file)
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except Exception as error:
+            raise refusal(self.bundle.folder / file, error) from error
 
     def _session(self, file: str) -> Any:
         if file not in self._sessions:

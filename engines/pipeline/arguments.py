@@ -11,6 +11,9 @@ from typing import Any
 from dipgo.base.errors import UsageError
 from export.bundle import BundleRecord
 
+MICRO_CONDITIONS = "time_ids"
+"""SDXL's condition of sizes and crops, six numbers: the original size, the crop's corner, the target size."""
+
 Check = Callable[[BundleRecord, str, Any], None]
 
 
@@ -69,7 +72,7 @@ def _steps(record: BundleRecord, name: str, value: Any) -> None:
 
 def _guidance(record: BundleRecord, name: str, value: Any) -> None:
     mine = record.sampler.guidance_scale
-    if abs(value - mine) > 1e-6 and not (value <= 1 and mine <= 1):
+    if not abs(value - mine) <= 1e-6 and not (value <= 1 and mine <= 1):  # NaN is near to nothing
         raise _refusal(name, value, mine)
 
 
@@ -102,6 +105,22 @@ def _only(*neutral: Any) -> Check:
     return check
 
 
+def _clip_skip(record: BundleRecord, name: str, value: Any) -> None:
+    encoder = record.conditioning.encoder
+    most = sum("." in output.name for output in encoder.outputs) if encoder else 0
+    if value not in range(most + 1):
+        raise _refusal(name, value, f"0 to {most}" if most else None, "give that, or embeddings")
+
+
+def _pair(record: BundleRecord, name: str, value: Any) -> None:
+    """Accept a size or place in pixels, where sizes are among the conditions."""
+    if not any(tensor.name == MICRO_CONDITIONS for tensor in record.conditioning.inputs):
+        raise UsageError(f"{name} is given, the model takes none; leave it out")
+    plain = _plain(value)
+    if not isinstance(plain, list) or len(plain) != 2 or not all(isinstance(side, int | float) for side in plain):
+        raise UsageError(f"{name} = {_few(plain)}; give two numbers, of height and width")
+
+
 def _any(record: BundleRecord, name: str, value: Any) -> None:
     """Accept everything: it makes no difference to a bundle."""
 
@@ -123,16 +142,18 @@ CHECKS: dict[str, Check] = {
     "eta": _only(0.0),
     "guidance_rescale": _only(0.0),
     "denoising_end": _only(),
-    "clip_skip": _only(),
+    "clip_skip": _clip_skip,
     "cross_attention_kwargs": _only({}),
     "attention_kwargs": _only({}),
     "ip_adapter_image": _only(),
     "ip_adapter_image_embeds": _only(),
     "use_clipped_model_output": _only(False),
-    "crops_coords_top_left": _only([0, 0]),
-    "negative_crops_coords_top_left": _only([0, 0]),
-    "negative_original_size": _only(),
-    "negative_target_size": _only(),
+    "original_size": _pair,
+    "target_size": _pair,
+    "crops_coords_top_left": _pair,
+    "negative_original_size": _pair,
+    "negative_target_size": _pair,
+    "negative_crops_coords_top_left": _pair,
     "clean_caption": _only(False),
     "complex_human_instruction": _only(),
     "max_sequence_length": _tokens,

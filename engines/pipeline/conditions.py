@@ -9,10 +9,13 @@ import numpy as np
 
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
+from engines.finite import check_input
+from engines.pipeline.arguments import MICRO_CONDITIONS
 from engines.pipeline.formats import is_torch, to_array
+from engines.pipeline.text import Each
 from engines.program import Program
 from engines.steps import rows_of
-from export.axes import shape_at
+from export.axes import sizes_at
 
 EMBEDDINGS = {
     "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),
@@ -20,6 +23,9 @@ EMBEDDINGS = {
     "text_embeds": ("negative_pooled_prompt_embeds", "pooled_prompt_embeds"),
 }
 """The arguments of diffusers pipelines, unconditional and conditional, that a denoiser's conditions are made of."""
+
+
+_MICRO_ARGUMENTS = ("original_size", "crops_coords_top_left", "target_size")
 
 
 def conditions_of(
@@ -50,16 +56,64 @@ def conditions_of(
         if subjects is not None:
             raise UsageError("both prompt and prompt_embeds are given; give one of them")
         conditions = _from_embeddings(program, arguments, repeats, size)
+        _set_micro_conditions(conditions, conditioning.guided, size, arguments)
         return len(next(iter(conditions.values()))) // (1 + conditioning.guided), conditions
-    kinds: tuple[type, ...] = (str,) if conditioning.kind == "prompt" else (int, np.integer)
+    kinds: tuple[type, ...] = (str, Each) if conditioning.kind == "prompt" else (int, np.integer)
     values = to_array(subjects).tolist() if is_torch(subjects) or isinstance(subjects, np.ndarray) else subjects
     values = [values] if isinstance(values, kinds) else values
     if not isinstance(values, list | tuple) or not values or not all(isinstance(each, kinds) for each in values):
         argument = "prompt" if conditioning.kind == "prompt" else "class_labels"
         raise UsageError(f"{folder}: conditioned by {conditioning.kind}; give {argument}, one or a list")
-    conditions = _from_subjects(program, values, arguments.get("negative_prompt"), size)
+    conditions = _from_subjects(program, values, size, arguments)
+    _set_micro_conditions(conditions, conditioning.guided, size, arguments)
     images = np.arange(len(values)).repeat(repeats)
     return len(images), rows_of(conditions, images, len(values))
+
+
+def for_each(program: Program, first: Any, second: Any, name: str) -> Any:
+    """Return prompts for two text encoders: those of the first, or pairs where the second has others.
+
+    Raises:
+        UsageError: others for a second encoder that is not there, or another number of them.
+    """
+    if second is None or second == first:
+        return first
+    encoder = program.record.conditioning.encoder
+    if first is None and name == "prompt":
+        raise UsageError("prompt_2 is given without prompt; give both, or prompt alone")
+    if first is None and encoder and encoder.unconditional == "zeros":
+        return None  # as SDXL's pipeline has it
+    if program.encoders < 2:
+        raise UsageError(f"{name}_2 is given, the bundle has no second text encoder; leave it out")
+    firsts, seconds = ([each] if each is None or isinstance(each, str) else each for each in (first, second))
+    if len(firsts) != len(seconds):
+        raise UsageError(f"{len(seconds)} of {name}_2 for {len(firsts)} of {name}; give as many")
+    pairs = [Each((one or "", other or "")) for one, other in zip(firsts, seconds, strict=True)]
+    return pairs[0] if isinstance(second, str) else pairs
+
+
+def _micro_conditions(size: tuple[int, int], arguments: Mapping[str, Any]) -> np.ndarray:
+    """Return SDXL's micro-conditions of the unconditional and the conditional pass, ``[2, 6]``, as its pipeline does.
+
+    ``size`` is height and width of the images in pixels, which stand for sizes that are not given.
+    """
+
+    def row(prefix: str) -> list[float]:
+        original, corner, target = (arguments.get(f"{prefix}{name}") for name in _MICRO_ARGUMENTS)
+        return [*(original or size), *(corner or (0, 0)), *(target or size)]
+
+    own = all(arguments.get(f"negative_{name}") is not None for name in ("original_size", "target_size"))
+    return np.array([row("negative_" if own else ""), row("")], np.float32)
+
+
+def _set_micro_conditions(
+    conditions: dict[str, np.ndarray], guided: bool, size: tuple[int, int], arguments: Mapping[str, Any]
+) -> None:
+    """Write the sizes and crops of a call over the bundle's own."""
+    if MICRO_CONDITIONS in conditions:
+        rows = conditions[MICRO_CONDITIONS]
+        # Repeated as diffusers does it: of several images every other row of a pass is the other pass's.
+        rows[:] = np.resize(_micro_conditions(size, arguments)[1 - guided :], rows.shape)
 
 
 def _refuse_unread(program: Program, arguments: Mapping[str, Any]) -> None:
@@ -81,14 +135,16 @@ def _embeddings(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _from_subjects(
-    program: Program, values: Sequence[Any], negative: str | Sequence[str] | None, size: tuple[int, int]
+    program: Program, values: Sequence[Any], size: tuple[int, int], arguments: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Return the conditions of prompts or classes; ``negative`` is one for all or one each."""
-    if negative is None or isinstance(negative, str):
-        return program.conditions(values, negative, size)
+    """Return the conditions of prompts or classes; a negative prompt is one for all or a list, one each."""
+    negative, clip_skip = arguments.get("negative_prompt"), arguments.get("clip_skip") or 0
+    if negative is None or isinstance(negative, str | Each):
+        return program.conditions(values, negative, size, clip_skip)
     if len(negative) != len(values):
         raise UsageError(f"{len(negative)} negative prompts for {len(values)} prompts; give as many, or one")
-    single = [program.conditions([value], other, size) for value, other in zip(values, negative, strict=True)]
+    pairs = zip(values, negative, strict=True)
+    single = [program.conditions([value], other, size, clip_skip) for value, other in pairs]
     stacks = {name: np.stack([one[name] for one in single], axis=1) for name in single[0]}
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in stacks.items()}
 
@@ -105,8 +161,8 @@ def _from_embeddings(
     conditioning = program.record.conditioning
     constants: dict[str, Sequence[float]] = {}
     if conditioning.encoder:
-        axes = program.axes_of(program.latent_shape(1, size))
-        sizes = {name: shape_at(row, axes) for name, row in conditioning.encoder.sized.items()}
+        axes = program.axes_of(program.latent_shape(program.batch, size))
+        sizes = {name: sizes_at(row, axes) for name, row in conditioning.encoder.sized.items()}
         constants = {**conditioning.encoder.fixed, **sizes}
     conditions: dict[str, np.ndarray] = {}
     names: list[str] = []
@@ -120,7 +176,7 @@ def _from_embeddings(
             names.append(name)
             if arguments.get(name) is None:
                 raise UsageError(f"{name} is missing; give it with the other embeddings")
-            rows = to_array(arguments[name])
+            rows = check_input(to_array(arguments[name]), name)
             passes.append(rows.repeat(repeats, axis=0))
             shape = [len(passes[0]) // repeats, *tensor.shape[1:]]
             if list(rows.shape) != shape:

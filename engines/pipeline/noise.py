@@ -13,15 +13,19 @@ def torch_randn(shape: Sequence[int], seed: int) -> np.ndarray:
     torch draws one 32-bit Mersenne Twister word per value, keeps 24 bits as a uniform number, and turns blocks of 16
     into normal ones by Box-Muller: eight radii, eight angles. The last, incomplete block is drawn anew as a whole.
 
+    Of a seed torch's CPU generator takes the low 32 bits.
+
     Raises:
-        ValueError: fewer than 16 values (torch then uses another method), or a seed that is no unsigned 32-bit number.
+        ValueError: fewer than 16 values (torch then uses another method), or a seed that torch refuses.
     """
     count = int(np.prod(shape))
     if count < 16:
         raise ValueError(f"{count} values: fewer than the 16 that torch's vectorised method starts at")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed} is outside 0 to {2**32 - 1}")
-    words = np.random.RandomState(seed).randint(0, 2**32, size=count + (16 if count % 16 else 0), dtype=np.uint32)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed {seed} is outside {-(2**63)} to {2**64 - 1}")
+    words = np.random.RandomState(seed % 2**32).randint(
+        0, 2**32, size=count + (16 if count % 16 else 0), dtype=np.uint32
+    )
     uniform = (words & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
     values = uniform[:count]
     whole = count - count % 16

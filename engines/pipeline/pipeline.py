@@ -14,9 +14,10 @@ from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import UsageError
 from dipgo.base.records import SamplerIdentity
 from engines.backends import DEFAULT, runner_for
+from engines.finite import check_input
 from engines.pipeline.arguments import CHECKS, check_arguments, check_scheduler
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
-from engines.pipeline.conditions import EMBEDDINGS, conditions_of
+from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.program import Program
@@ -25,8 +26,8 @@ from engines.steps import Steps, Walk, rows_of
 from export.bundle import open_bundle
 
 _PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
-_SIZES = ("original_size", "target_size")
-_ARGUMENTS = {*CHECKS, *_SIZES, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
+_COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_ARGUMENTS = {*CHECKS, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
 class Pipeline(Program):
@@ -44,6 +45,18 @@ class Pipeline(Program):
         self._calls = Calls()
         self._lock = threading.Lock()
         self._is_open = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a call's own of diffusers (``_guidance_scale``, …) as the argument, components not at all.
+
+        Raises:
+            UsageError: a bundle's cannot change.
+        """
+        if name in _COMPONENTS:
+            raise UsageError(f"{name} is compiled into the bundle and cannot be set; export a bundle of the new one")
+        if name.startswith("_"):
+            check_arguments(self.record, {name[1:]: value})
+        super().__setattr__(name, value)
 
     def __enter__(self) -> Pipeline:
         with self._lock:
@@ -83,7 +96,7 @@ class Pipeline(Program):
         Args:
             prompt: one or a list, for a bundle of prompts; else classes, as the pipelines' first argument is.
             class_labels: one or a list of numbers.
-            prompt_2, negative_prompt_2: None or the same as the first.
+            prompt_2, negative_prompt_2: for the second text encoder, where there is one; None is the same as the first.
             height, width: of the images in pixels; None is :attr:`size`.
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
@@ -94,19 +107,14 @@ class Pipeline(Program):
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
                 step. It may stop the call, but not change it: a program's solver is compiled too.
             callback_on_step_end_tensor_inputs: ``latents`` or nothing.
-            **arguments: of other diffusers pipelines. Embeddings count; all others must be the bundle's own.
+            **arguments: of other diffusers pipelines. Embeddings, ``clip_skip`` and SDXL's sizes and crops count; all
+                others must be the bundle's own.
 
         Raises:
             UsageError: another step count, size, guidance, … than the bundle's, naming both; or bad input.
             TypeError: an argument that no diffusers pipeline of this kind takes.
         """
         self._check(arguments, output_type)
-        for name, second, first in (
-            ("prompt_2", prompt_2, prompt),
-            ("negative_prompt_2", negative_prompt_2, arguments.get("negative_prompt")),
-        ):
-            if second is not None and second != first:
-                raise UsageError(f"{name} differs from {name[:-2]}, a bundle encodes one for both; leave it out")
         if prompt is not None and class_labels is not None:
             raise UsageError("both prompt and class_labels are given; give one of them")
         convert = to_tensor if is_torch(generator) or is_torch(latents) else np.asarray
@@ -114,10 +122,13 @@ class Pipeline(Program):
         if callback_on_step_end:
             tensors = getattr(callback_on_step_end, "tensor_inputs", None) or callback_on_step_end_tensor_inputs
             callback = StepCallback(callback_on_step_end, self, tensors, convert)
-        subjects = prompt if class_labels is None else class_labels
+        subjects = for_each(self, prompt, prompt_2, "prompt") if class_labels is None else class_labels
+        negative = arguments.get("negative_prompt")
+        arguments["negative_prompt"] = for_each(self, negative, negative_prompt_2, "negative_prompt")
         with self._calls.one() as call:
             self.__enter__()
-            size = self._size(height, width, arguments)
+            size = (height or self.size[0], width or self.size[1])
+            self.latent_shape(1, size)  # refuses others
             count, conditions = conditions_of(self, subjects, num_images_per_prompt, batch_size, size, arguments)
             noise = self._noise(self.latent_shape(count, size), generator, latents)
 
@@ -192,19 +203,10 @@ class Pipeline(Program):
         if output_type != "latent" and self.record.decoder is None and not self.makes_pixels:
             raise UsageError(f"{self.bundle.folder}: holds no VAE decoder; ask for output_type='latent'")
 
-    def _size(self, height: int | None, width: int | None, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Return height and width in pixels; SDXL's micro-conditions must be the same."""
-        size = (height or self.size[0], width or self.size[1])
-        self.latent_shape(1, size)
-        for name in _SIZES:
-            if arguments.get(name) is not None and tuple(arguments[name]) != size:
-                raise UsageError(f"{name} = {tuple(arguments[name])}, a bundle's is the size of its images, {size}")
-        return size
-
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
         if latents is None:
             return draw_noise(shape, generator)
-        noise = to_array(latents)
+        noise = check_input(to_array(latents), "latents")
         if noise.shape != shape:
             raise UsageError(f"latents are {list(noise.shape)}, this call is for {list(shape)}")
         return noise.astype(np.float32, copy=False)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError, DipgoWarning, UsageError, one_line
+from dipgo.base.inputs import read_text
 from export.bundle import TextRecord, TokenizerRecord
+
+LARGEST_TOKENIZER = 64 * 2**20  # bytes
+
+
+class Each(tuple[str, ...]):
+    """A prompt for each tokenizer."""
+
+
+Text = str | Each
+"""A prompt for all tokenizers, or one for each."""
 
 Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -29,15 +41,30 @@ class TextEncoder:
         self._rows = int(record.inputs[0].shape[0])
         self._tokenizers = [_load(folder / tokenizer.file, tokenizer) for tokenizer in record.tokenizers]
 
-    def __call__(self, prompts: Sequence[str], negative: str | None, guided: bool) -> dict[str, np.ndarray]:
+    @property
+    def skips(self) -> int:
+        """How many of the encoders' last layers ``clip_skip`` may leave out."""
+        return sum("." in output.name for output in self.record.outputs)
+
+    def __call__(
+        self, prompts: Sequence[Text], negative: Text | None, guided: bool, clip_skip: int = 0
+    ) -> dict[str, np.ndarray]:
         """Return the conditions of one or more prompts, a row each, with the dtypes of the graph's outputs.
 
         When ``guided`` those of the unconditional pass come first, 2 B rows in all. They encode ``negative``; None
         means the pipeline's own way: the empty prompt's encoding, or zeros. ``negative`` is not read otherwise.
+        ``clip_skip``, up to :attr:`skips`, leaves out the last layers of the encoders, for the prompts alone.
+
+        A prompt that is cut is said by a :class:`~dipgo.base.errors.DipgoWarning`.
         """
         zeros = negative is None and self.record.unconditional == "zeros"
         texts = [] if zeros or not guided else [negative or ""] * len(prompts)
-        conditions = self._encode([*texts, *prompts])
+        outputs = self._encode([*texts, *prompts])
+        conditions = {name: value for name, value in outputs.items() if "." not in name}
+        if clip_skip:
+            name, _, _ = next(name for name in outputs if "." in name).partition(".")
+            skipped = outputs[f"{name}.{clip_skip}"]
+            conditions[name] = np.concatenate([conditions[name][: len(texts)], skipped[len(texts) :]])
         if guided and zeros:
             conditions = {name: np.concatenate([np.zeros_like(value), value]) for name, value in conditions.items()}
         rows = (2 if guided else 1) * len(prompts)
@@ -46,25 +73,30 @@ class TextEncoder:
             conditions[name] = np.tile(np.asarray(row, dtype), (rows, 1))
         return conditions
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def tokens(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
         """Return the graph's inputs ``[len(texts), length]`` int64: ids and, where the encoder takes one, the mask.
 
         Raises:
             UsageError: half a character of UTF-16, which bytes on the command line become that are no UTF-8.
         """
-        for text in texts:
-            _check_text(text)
-        if self.record.lower:
-            texts = [text.lower().strip() for text in texts]
         inputs = {}
-        for record, tokenizer in zip(self.record.tokenizers, self._tokenizers, strict=True):
-            encodings = tokenizer.encode_batch(list(texts))
+        for number, (record, tokenizer) in enumerate(zip(self.record.tokenizers, self._tokenizers, strict=True)):
+            own = [text if isinstance(text, str) else text[number] for text in texts]
+            for text in own:
+                _check_text(text)
+            if self.record.lower:
+                own = [text.lower().strip() for text in own]
+            if record.expands:
+                own = [_expanded(text, tokenizer, record.expands) for text in own]
+            encodings = tokenizer.encode_batch(own)
             inputs[record.ids] = np.array([encoding.ids for encoding in encodings], np.int64)
             if record.mask is not None:
                 inputs[record.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+            for text, encoding in dict(zip(own, encodings, strict=True)).items():
+                _say_what_is_cut(text, encoding, record.length)
         return inputs
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def _encode(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
         """Encode each different text once, as many at a time as the graph has rows; the last call is filled up."""
         different = list(dict.fromkeys(texts))
         calls = []
@@ -79,6 +111,26 @@ class TextEncoder:
         }
 
 
+def _expanded(text: str, tokenizer: Tokenizer, expands: Mapping[str, str]) -> str:
+    """Return a prompt with every vector of its textual inversions, where only the first is written."""
+    encoding = tokenizer.encode(text)
+    tokens = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
+    for token in tokens & expands.keys():
+        text = text.replace(token, expands[token])
+    return text
+
+
+def _say_what_is_cut(text: str, encoding: Encoding, length: int) -> None:
+    """Warn of the end of a prompt that is longer than ``length`` tokens."""
+    if not encoding.overflowing:
+        return
+    special = encoding.special_tokens_mask
+    end = max((stop for (_, stop), mark in zip(encoding.offsets, special, strict=True) if not mark), default=0)
+    rest = " ".join(text[end:].split())
+    rest = rest if len(rest) <= 80 else f"{rest[:80]}…"
+    warnings.warn(f"the prompt is cut at {length} tokens; not read: '{rest}'", DipgoWarning, stacklevel=2)
+
+
 def _check_text(text: str) -> None:
     try:
         text.encode()
@@ -89,10 +141,9 @@ def _check_text(text: str) -> None:
 
 def _load(path: Path, record: TokenizerRecord) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_text(path, "tokenizer", LARGEST_TOKENIZER))
+        tokenizer.enable_truncation(record.length)
+        tokenizer.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
     except Exception as error:  # the library raises plain Exceptions
-        detail = " ".join(str(error).split())[:160]
-        raise DipgoError(f"{path}: not a readable tokenizer ({detail}); export the bundle again") from error
-    tokenizer.enable_truncation(record.length)
-    tokenizer.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
+        raise DipgoError(f"{path}: not a readable tokenizer ({one_line(error)}); export the bundle again") from error
     return tokenizer

@@ -16,13 +16,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.base.files import new_folder
+from dipgo.base.files import Kind, files_below, new_folder
 from engines.backends import BACKENDS, DEFAULT
 from engines.serving.limits import Limits
 from engines.sizes import batch_of
 from engines.trt.store import FOLDER as ENGINES
 from engines.trt.store import record_path
-from export.bundle import RECORD_FILE, BundleRecord, open_bundle
+from export.bundle import RECORD_FILE, BundleRecord, files_of, open_bundle
 
 MODEL = Path(__file__).with_name("model.py")
 CONFIG, VERSION, BUNDLE, WARMUP = "config.pbtxt", "1", "bundle", "warmup"
@@ -57,6 +57,19 @@ class _Input:
     optional: bool
 
 
+def _files(model: Path) -> list[str]:
+    """Return the files of a model's folder: what is written here, and what Python compiles of it."""
+    bundle, code = model / VERSION / BUNDLE, model / VERSION / "__pycache__"
+    files = [CONFIG, f"{VERSION}/{MODEL.name}", f"{VERSION}/{BUNDLE}"]  # the last where it is a link
+    files += [f"{VERSION}/{BUNDLE}/{name}" for name in (RECORD_FILE, *files_of(bundle))]
+    return files + [
+        f"{folder.relative_to(model)}/{file}" for folder in (model / WARMUP, code) for file in files_below(folder)
+    ]
+
+
+REPOSITORY = Kind(f"{VERSION}/{BUNDLE}/{RECORD_FILE}", _files)
+
+
 def write_repository(bundle: Path, root: Path, deployment: Deployment | None = None, force: bool = False) -> Path:
     """Write a model repository, or one more model into it; returns the model's folder ``root/name``.
 
@@ -79,7 +92,7 @@ def write_repository(bundle: Path, root: Path, deployment: Deployment | None = N
         raise UsageError(f"{bundle}: is the copy that the link would replace; link to the bundle that it was made from")
     if root.is_file():
         raise UsageError(f"{root}: is a file; give a folder for the model repository")
-    with new_folder(target, force, f"{VERSION}/{BUNDLE}/{RECORD_FILE}") as draft:
+    with new_folder(target, force, REPOSITORY) as draft:
         (draft / CONFIG).write_text(config_text(record, name, deployment))
         version = draft / VERSION
         version.mkdir()

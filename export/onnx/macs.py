@@ -7,7 +7,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from export.axes import shape_at
+from export.axes import sizes_at
 from export.onnx.symbols import sizes_of
 
 CONSTANTS = "constants.safetensors"  # the file of large constants that are no weights
@@ -48,7 +48,7 @@ def weights_read(graph: ir.Graph, nodes: Iterable[ir.Node] | None = None) -> dic
 
 
 def _shape(value: ir.Value | None, values: Mapping[str, int]) -> tuple[int, ...]:
-    return shape_at(sizes_of(value), values) if value is not None and value.shape is not None else ()
+    return sizes_at(sizes_of(value), values) if value is not None and value.shape is not None else ()
 
 
 def _conv(node: ir.Node, values: Mapping[str, int]) -> int:

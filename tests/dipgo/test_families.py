@@ -1,5 +1,8 @@
 """Every family against the real diffusers pipeline; and classes that no family names."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -8,14 +11,15 @@ from dipgo.eager.gating import gated
 from dipgo.graph.trace import trace
 from dipgo.model.families import join
 from dipgo.model.models import find_model
+from dipgo.model.sampler import make_scheduler
 from dipgo.searching.task import make_task
 from tests import models, zoo
-from tests.checks import misused
+from tests.checks import misused, refused
 from tests.models import random_subnet
 
 STEPS = 4
 PROMPTS = ["a cat", "two dogs in the rain"]
-KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "sana", "unconditional"]
+KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "pixart-sigma", "sana", "unconditional"]
 
 
 def run_pipeline(task, seed):
@@ -64,8 +68,30 @@ def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
     assert isinstance(tasks[1].pipe.scheduler, DDPMScheduler)
 
 
+def test_a_pipeline_that_clips_is_checked_without_and_runs_under_another_sampler(tmp_path):
+    folder = tmp_path / "clips"
+    models.tiny_unconditional(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": True}))
+    with misused("DDIMScheduler is not linear as configured: it clips"):
+        make_task(find_model(str(folder)), STEPS, None, "mid_block", guidance_scale=1.0)
+    task = make_task(find_model(str(folder)), STEPS, "dpm++2m", "mid_block", guidance_scale=1.0)
+    task.pipe.scheduler = make_scheduler("dpm++2m", task.pipe.scheduler)
+    assert torch.isfinite(run_trajectory(task, 5)).all()
+
+
+def test_a_folder_without_its_scheduler_is_refused(tmp_path):
+    folder = shutil.copytree(zoo.pipeline("unconditional"), tmp_path / "model")
+    (folder / "scheduler" / "scheduler_config.json").write_text("[]")
+    with refused("no JSON object"):
+        make_task(find_model(str(folder)), STEPS, "ddim", "mid_block", guidance_scale=1.0)
+    shutil.rmtree(folder / "scheduler")
+    with refused("scheduler_config.json: no such scheduler configuration"):
+        make_task(find_model(str(folder)), STEPS, "ddim", "mid_block", guidance_scale=1.0)
+
+
 def test_examples_have_the_form_of_conditions():
-    for name in ("sdxl", "pixart-1024", "sana"):
+    for name in ("sdxl", "pixart-1024", "pixart-sigma", "sana"):
         model = zoo.model(name)
         made, example = join(*model.family.conditions(model.pipeline(), PROMPTS), True), model.family.example
         forms = [

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from dipgo.base.files import cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
+from dipgo.base.files import Kind, cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
 from dipgo.base.records import read_json
 from tests.checks import misused, refused
 
 KNOWN_BY = "made.json"
+KIND = Kind(KNOWN_BY, lambda folder: ("old",))
 
 
 def write(path, force=True):
-    with new_folder(path, force, KNOWN_BY) as draft:
+    with new_folder(path, force, KIND) as draft:
         (draft / KNOWN_BY).write_text("new")
 
 
@@ -37,11 +38,26 @@ def test_what_is_somebody_else_s_is_not_replaced_with_force(tmp_path, kind):
         path.mkdir()
     mine = path / "photo" if kind == "folder" else path
     mine.write_text("mine")
-    for refuse in (lambda: refuse_existing(path, True, KNOWN_BY), lambda: write(path)):
+    for refuse in (lambda: refuse_existing(path, True, KIND), lambda: write(path)):
         with misused(r"out: holds no made\.json, so --force does not replace it"):
             refuse()
     assert mine.read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("beside", ["photo", "deep/photo", "link"])
+def test_what_lies_beside_our_files_is_not_deleted(tmp_path, beside):
+    write(tmp_path / "out")
+    mine = tmp_path / "out" / beside
+    mine.parent.mkdir(exist_ok=True)
+    if beside == "link":
+        mine.symlink_to(tmp_path)
+    else:
+        mine.write_text("mine")
+    for refuse in (lambda: refuse_existing(tmp_path / "out", True, KIND), lambda: write(tmp_path / "out")):
+        with misused(f"out: holds {beside}, which --force would delete .*; move it away"):
+            refuse()
+    assert mine.exists()
 
 
 def test_what_comes_while_an_output_is_made_is_kept(tmp_path):
@@ -102,7 +118,7 @@ def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, 
 
 def test_the_root_and_mounts_are_never_replaced(tmp_path, monkeypatch):
     """A mount's files would be gone before its folder proves to be in use."""
-    for refuse in (lambda: refuse_existing(Path("/"), True, KNOWN_BY), lambda: write(Path("/"))):
+    for refuse in (lambda: refuse_existing(Path("/"), True, KIND), lambda: write(Path("/"))):
         with misused(r"^/: (holds no made\.json|/ is no folder that can be written to)"):
             refuse()
     write(tmp_path / "out", force=False)
@@ -116,7 +132,7 @@ def test_the_root_and_mounts_are_never_replaced(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_read_is_not_replaced(tmp_path):
     (tmp_path / "out").mkdir(mode=0)
     with misused(r"out: cannot be read \(Permission denied\); give another path"):
-        refuse_existing(tmp_path / "out", True, KNOWN_BY)
+        refuse_existing(tmp_path / "out", True, KIND)
 
 
 def test_a_folder_that_is_filled_keeps_what_it_has(tmp_path):

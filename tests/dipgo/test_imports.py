@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import gated
+from dipgo.importers import dipgo_gates
 from dipgo.importers.deepcache import full_steps, read_deepcache
 from dipgo.importers.importer import apply, import_subnet, read_schedule
 from dipgo.model.sampler import make_scheduler, tabulate
@@ -199,6 +201,54 @@ def test_wrong_pickles_are_refused(content, message, tmp_path):
         read_schedule(write(tmp_path / "gates.pkl", content))
 
 
+def a_step(payload):
+    """Opcodes of a step of one gate, whose storage is given as opcodes; the step is memo 1."""
+    storage = b"ctorch.storage\n_load_from_bytes\n" + payload + b"\x85R"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\2\x85K\1\x85\x89NtR"
+    return b"}q\1(X\2\0\0\0upX\5\0\0\0blockK\0K\0t" + tensor + b"s"
+
+
+def gate_of_storage(key):
+    """A pickle of one gate, whose storage has a key that is given as opcodes, in both places where it stands."""
+    stored = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + key + b"X\3\0\0\0cpuK\2NtQ"
+    system = pickle.dumps({"little_endian": True}, 2)
+    payload = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + system
+    payload += b"\x80\2" + stored + b".\x80\2]" + key + b"a." + (2).to_bytes(8, "little") + np.float32([0, 1]).tobytes()
+    return b"\x80\3]" + a_step(b"B" + len(payload).to_bytes(4, "little") + payload) + b"a."
+
+
+LARGE = {
+    "one value along 2^45 ways": gate_of_storage(b")" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(45))),
+    "a list that holds itself": gate_of_storage(b"]q\0h\0a"),
+    "a flood of None": b"\x80\2" + b"N" * 4_000_000 + b".",
+    "a flood of lists": b"\x80\2](" + (b"]" * 90_000 + b"e(") * 20 + b"e.",
+    "a long key often": b"\x80\2}q\1(" + b"K\1" * 90_000 + b"tq\2" + b"h\1h\2Ns" * 700_000 + b".",
+    "long arguments often": b"\x80\2](" + b"N" * 90_000 + b"eq\2" + b"ccollections\nOrderedDict\nh\2R" * 90_000,
+    "one step often": b"\x80\3](" + a_step(b"C\3abc") + b"h\1" * 90_000 + (b"e(" + b"h\1" * 90_000) * 15 + b"e.",
+    "above the limit": b"\x80\2" + b"}" * 64_000_000,
+}
+
+
+@pytest.mark.parametrize("name", list(LARGE))
+def test_pickles_take_time_and_memory_linear_in_their_length(name, tmp_path):
+    start = time.process_time()
+    with refused(r"known formats|larger than any schedule file"):
+        read_schedule(write(tmp_path / "gates.pkl", LARGE[name]))
+    assert time.process_time() - start < 10, "hangs do not end within a minute"
+
+
+def test_a_payload_that_gates_share_is_read_once(tmp_path, monkeypatch):
+    gates = some_gates(steps=200)
+    both = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    rows = [dict(zip(KEYS, [both[int(gate)] for gate in row], strict=True)) for row in gates]
+    calls = []
+    read = dipgo_gates._storage
+    monkeypatch.setattr(dipgo_gates, "_storage", lambda payload: calls.append(payload) or read(payload))
+    published = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(rows)))
+    assert np.array_equal(published.gates, gates)
+    assert len(calls) <= 2
+
+
 # DeepCache
 
 
@@ -345,9 +395,9 @@ def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with refused("no such file"):
+    with refused("no such schedule file"):
         read_schedule(tmp_path / "none.json")
-    with refused("cannot be read"):
+    with refused(r"not a readable schedule file \(a folder"):
         read_schedule(tmp_path)
 
 

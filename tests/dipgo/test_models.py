@@ -117,6 +117,7 @@ def folder_of(tmp_path, pipeline, component, denoiser, **config):
         ("LDMTextToImagePipeline", "unet", "UNet2DConditionModel", {}, "samples in a way of its own"),
         ("MyPipeline", "unet", "UNet2DConditionModel", {}, "MyPipeline samples in a way of its own"),
         ("MyPipeline", "unet", "UNet2DModel", {}, "has no MyPipeline"),
+        ("DDPMPipeline", "unet", "UNet2DModel", {"quantization_config": {"load_in_8bit": True}}, "is quantised"),
         ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", {"time_cond_proj_dim": 256}, "LCM"),
         ("KandinskyPipeline", "unet", "UNet2DConditionModel", {}, "samples in a way of its own"),
         (

@@ -23,6 +23,7 @@ from dipgo.searching.search import search
 from dipgo.searching.task import Choices
 from dipgo.searching.training_loop import Descent, Training
 from tests import zoo
+from tests.checks import misused
 
 STEPS = 8
 TINY = zoo.search_config(STEPS)
@@ -213,6 +214,11 @@ def test_what_is_judged_at_once_does_not_matter(task):
     black, grey = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), -0.8)
     both = psnr(torch.cat([grey, black]), torch.cat([black, black]))
     assert both.tolist() == pytest.approx([20.0, 70.0], abs=1e-4)
+
+
+def test_step_weights_are_one_a_call():
+    with misused("2 step weights for 4 calls"):
+        search(zoo.task("dit", 4), SearchConfig(steps=4, budget=0.5, step_weights=(1.0, 1.0)))
 
 
 def test_searches_are_reproducible(task, found):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.eager.gating import intercepting
 from dipgo.graph.costs import check_budget
+from dipgo.graph.exported import Tapped, export_tapped
 from dipgo.graph.liveness import canonical, plan
 from dipgo.graph.macs import call_macs, layer_macs
 from dipgo.graph.trace import trace
@@ -181,3 +182,26 @@ def test_what_cannot_be_traced_is_named_with_its_line(tiny_dit, sites, capfd):
     with refused(rf"^torch\.export cannot trace _Branching: {place} goes by the values .*"):
         trace(model, sites, 1.0)
     assert capfd.readouterr() == ("", "")
+
+
+class Parts(torch.nn.Module):
+    """A denoiser with a site that hands out None beside its tensor, as the last block of an MMDiT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.denoiser = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        self.denoiser.add_module("pair", Pair())
+
+    def forward(self, latent, timestep, conditions):
+        return self.denoiser.pair(self.denoiser[0](latent))[0]
+
+
+class Pair(torch.nn.Module):
+    def forward(self, value):
+        return value * 2, None
+
+
+def test_a_site_that_hands_out_none_is_refused_by_its_name():
+    example = (torch.zeros(3, 4), torch.ones(3), {})
+    with refused("site 'pair' hands on a NoneType beside tensors, which is not supported"):
+        export_tapped(Tapped(Parts(), ["pair"]), example, ({}, {}, {}))

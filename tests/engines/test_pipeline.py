@@ -87,7 +87,7 @@ def test_seeds_and_generators(sd, pipe):
     for generator, message in (
         (np.random.default_rng(0), "generator is a Generator; give a seed, a torch.Generator"),
         ([1, 2], "2 generators for 3 images"),
-        (-1, "seed -1 is outside"),
+        (2**64, "seed 18446744073709551616 is outside"),
     ):
         with misused(message):
             sd.call(pipe, generator=generator)
@@ -166,13 +166,19 @@ def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
         ({"eta": 1.0}, "eta = 1.0, the bundle was compiled for 0.0"),
         ({"timesteps": [3, 2, 1]}, r"timesteps = \[3.0, 2.0, 1.0\], the bundle was compiled for \["),
         ({"sigmas": [1.0, 0.5]}, r"sigmas = \[1.0, 0.5\]"),
-        ({"clip_skip": 1}, "clip_skip = 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale = nan, the bundle was compiled for"),
+        (
+            {"latents": np.full((3, 4, 8, 8), np.nan)},
+            r"latents is not finite \(768 of 768 values are infinite or NaN\)",
+        ),
+        ({"clip_skip": 3}, "clip_skip = 3, the bundle was compiled for 0 to 2"),
         ({"guidance_rescale": 0.5}, "guidance_rescale = 0.5, the bundle was compiled for 0.0"),
         ({"cross_attention_kwargs": {"scale": 1}}, "cross_attention_kwargs = .*scale"),
         ({"ip_adapter_image": "x.png"}, "ip_adapter_image = x.png"),
-        ({"original_size": (8, 8)}, r"original_size = \(8, 8\), .* \(16, 16\)"),
+        ({"original_size": (8, 8)}, "original_size is given, the model takes none; leave it out"),
         ({"max_sequence_length": 10}, "max_sequence_length = 10, the bundle was compiled for 77"),
-        ({"prompt_2": "other"}, "prompt_2 differs from prompt"),
+        ({"prompt_2": "other"}, "prompt_2 is given, the bundle has no second text encoder"),
+        ({**EMBEDDINGS, "prompt_embeds": EMBEDDED + np.inf}, "prompt_embeds is not finite"),
         ({"prompt": [1, 2]}, "conditioned by prompt; give prompt, one or a list"),
         ({"prompt": []}, "conditioned by prompt; give prompt, one or a list"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),

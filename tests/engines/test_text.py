@@ -20,7 +20,7 @@ from tests import zoo
 from tests.checks import refused
 
 PROMPTS = ["a red fox", "", "  Ünïcödé 猫 & <b>HTML</b>, 3.5!\n", "fox " * 200]
-KINDS = {"sd": "sd", "sdxl": "sdxl", "pixart": "pixart-1024"}  # which takes sizes too
+KINDS = {"sd": "sd", "sdxl": "sdxl", "pixart": "pixart-1024", "sigma": "pixart-sigma"}
 ROWS = 3  # fewer than the prompts, and no divisor of their number
 
 
@@ -65,7 +65,8 @@ def encoder(model):
 
 def reference(kind, pipe, prompts, negative=None):
     """Return what the pipeline itself gives its denoiser: the unconditional rows, then the conditional, in float32."""
-    given = {} if negative is None else {"negative_prompt": negative if kind == "pixart" else [negative] * len(prompts)}
+    one_for_all = kind in ("pixart", "sigma")
+    given = {} if negative is None else {"negative_prompt": negative if one_for_all else [negative] * len(prompts)}
     given |= {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     conditional, *more = pipe.encode_prompt(prompts, **given)
     if kind == "sd":
@@ -76,8 +77,9 @@ def reference(kind, pipe, prompts, negative=None):
         passes |= {"time_ids": (sizes, sizes)}
     else:
         passes = {"encoder_hidden_states": (more[1], conditional), "encoder_attention_mask": (more[2], more[0])}
-        passes |= {"resolution": (torch.full((len(prompts), 2), 1024.0),) * 2}
-        passes |= {"aspect_ratio": (torch.ones(len(prompts), 1),) * 2}
+        if kind == "pixart":  # Alpha's largest takes sizes too
+            passes |= {"resolution": (torch.full((len(prompts), 2), 1024.0),) * 2}
+            passes |= {"aspect_ratio": (torch.ones(len(prompts), 1),) * 2}
     return {name: torch.cat(both).float().numpy() for name, both in passes.items()}
 
 

@@ -23,7 +23,9 @@ class Prompting:
         tokens: what every prompt is cut and padded to.
         conditions: the conditions that depend on the prompt.
         encode: ``(encoders, token ids [B, tokens] of each, attention mask [B, tokens] or None of each) -> values`` of
-            :attr:`conditions`.
+            :attr:`conditions`, then of the first of them with the last layer skipped, the last two, … (``clip_skip``).
+        skips: ``configurations of the encoders -> how many layers may be skipped``.
+        own_length: whether prompts are cut to the tokenizer's own ``model_max_length``, which must be :attr:`tokens`.
         masked: ``text encoder's config -> whether it is given an attention mask``.
         lower: whether prompts are stripped and lower-cased first.
         zeros: entry of ``model_index.json`` by which zeros stand for no prompt, not the empty prompt's encoding.
@@ -39,6 +41,8 @@ class Prompting:
     encode: Callable[
         [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
     ]
+    skips: Callable[[Sequence[Any]], int] = field(default=lambda configs: 0)
+    own_length: bool = False
     masked: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
     lower: bool = False
     zeros: str | None = None
@@ -67,9 +71,11 @@ class Family:
             unconditional one always is.
         scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
         null_class: the label of the unconditional half, where classes condition.
-        check: ``pipeline ->`` nothing; raises UsageError where its loop is not the one that is reproduced.
+        check: ``(pipeline, scheduler or None for its own) ->`` nothing; raises UsageError where its loop is not the one
+            that is reproduced.
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
         prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
+        uneven: whether a latent's sides need not be multiples of its coarsest cell: UNets that resize to fit.
         upcasts_vae: ``denoiser config -> whether the pipeline decodes in float32 where the VAE asks for it``
             (``force_upcast``, which every diffusers VAE has by default, and most pipelines ignore).
     """
@@ -86,9 +92,10 @@ class Family:
     conditional_first: bool = False
     scales_noise: bool = True
     null_class: int | None = None
-    check: Callable[[Any], None] = field(default=lambda pipe: None)
+    check: Callable[[Any, Any], None] = field(default=lambda pipe, scheduler: None)
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
+    uneven: bool = False
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
 
     def conditions(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:

@@ -21,7 +21,7 @@ from torch import nn
 from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Conditions, Family, latent_size
 from dipgo.model.families.guided import GuidedDenoiser
-from dipgo.model.sampler import make_scheduler, tabulate
+from dipgo.model.sampler import Sampler, make_scheduler, tabulate
 
 _WIDTHS = ("caption_channels", "joint_attention_dim", "encoder_hid_dim", "cross_attention_dim")  # the first counts
 _ASKED_FOR_BY = {  # optional inputs that some configurations make necessary
@@ -30,7 +30,7 @@ _ASKED_FOR_BY = {  # optional inputs that some configurations make necessary
     "added_cond_kwargs": ("addition_embed_type", "use_additional_conditions"),
 }
 _NO_CONDITION = ("timestep", "return_dict")
-_CURE = "it needs an entry in dipgo/families"
+_CURE = "it needs an entry in dipgo/model/families"
 _STEPS, _GUIDANCE = 4, 3.0  # while a pipeline is watched
 _TOLERANCE = 1e-3
 
@@ -130,7 +130,8 @@ class _Generic:
 
     def encode(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:
         example = self.example(getattr(pipe, self.component).config, 1)
-        self.check(pipe)
+        if pipe not in self.checked:
+            self.check(pipe)
         if not example:
             return {}, {}
         both = self._conditions(pipe, self._watch(pipe, given, 1)[0], example)
@@ -189,20 +190,30 @@ class _Generic:
                 )
         return {name: value.to(example[name].dtype) for name, value in passed.items()}
 
-    def check(self, pipe: Any) -> None:
-        """Compare the pipeline's first step with the same step by the sampler's table, once.
+    def check(self, pipe: Any, scheduler: Any = None) -> None:
+        """Compare the pipeline's first step under a scheduler with the same step by the sampler's table.
 
-        A pipeline whose own sampler has no table (DDPM draws noise) is checked with DDIM.
+        A pipeline whose own sampler has no table (DDPM draws noise, others clip) is checked with DDIM, which does not.
         """
-        if pipe in self.checked:
-            return
         denoiser = getattr(pipe, self.component)
         denoiser.forward = self._stand_in(denoiser)
         try:
-            self._compare(pipe, self.example(denoiser.config, 1))
+            self._compare(pipe, self.example(denoiser.config, 1), scheduler)
         finally:
             del denoiser.forward
         self.checked.add(pipe)
+
+    def _first_steps(self, pipe: Any, *schedulers: Any) -> tuple[Sampler, dict[str, Any], dict[str, Any]]:
+        """Return the table of the first scheduler that has one and that the pipeline runs, and two calls under it."""
+        for scheduler in schedulers:
+            try:
+                table = tabulate(make_scheduler(None, scheduler), _STEPS, scales_noise=False)
+                pipe.scheduler = scheduler
+                first, second = self._watch(pipe, ["a"], 2)
+                return table, first, second
+            except UsageError as error:
+                reason = error
+        raise reason
 
     def _stand_in(self, denoiser: Any) -> Callable[..., Any]:
         """Return a ``forward`` that takes no time: its output tells rows, timesteps and conditions apart."""
@@ -222,16 +233,11 @@ class _Generic:
 
         return forward
 
-    def _compare(self, pipe: Any, example: Conditions) -> None:
+    def _compare(self, pipe: Any, example: Conditions, scheduler: Any) -> None:
         denoiser, own = getattr(pipe, self.component), pipe.scheduler
+        ddim = type(make_scheduler("ddim", own)).from_config(own.config, clip_sample=False, thresholding=False)
         try:
-            table = tabulate(make_scheduler(None, own), _STEPS, scales_noise=False)
-        except UsageError:
-            other = make_scheduler("ddim", own)
-            table = tabulate(other, _STEPS, scales_noise=False)
-            pipe.scheduler = other
-        try:
-            first, second = self._watch(pipe, ["a"], 2)
+            table, first, second = self._first_steps(pipe, scheduler or own, ddim)
         finally:
             pipe.scheduler = own
         shape = (1, denoiser.config["in_channels"], *latent_size(denoiser.config))

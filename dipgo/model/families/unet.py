@@ -12,6 +12,7 @@ from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
 
 TOKENS = 77  # of CLIP's text encoders
+_SKIPS = 3  # the most layers that clip_skip leaves out in a bundle
 _UNSUPPORTED = {  # a config entry that asks for a further input: who has it
     "class_embed_type": "a class or noise-level embedding",
     "num_class_embeds": "a class or noise-level embedding",
@@ -73,17 +74,33 @@ def _call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, giv
 def _encode_sd(
     encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:
-    """CLIP's last hidden state, after the final norm."""
-    return (encoders[0](ids[0], attention_mask=masks[0])[0],)
+    """CLIP's last hidden state, after the final norm; those of layers before it get the same norm."""
+    encoder: Any = encoders[0]
+    output = encoder(ids[0], attention_mask=masks[0], output_hidden_states=True)
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    skipped = [norm(output.hidden_states[-1 - skip]) for skip in range(1, 1 + _skips_sd([encoder.config]))]
+    return (output[0], *skipped)
 
 
 def _encode_sdxl(
     encoders: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:
     """The last hidden state but one of each encoder, side by side, and the last encoder's pooled embedding."""
-    made = [encoder(tokens, output_hidden_states=True) for encoder, tokens in zip(encoders, ids, strict=True)]
-    hidden = torch.cat([output.hidden_states[-2] for output in made], dim=-1)
-    return hidden, made[-1][0]
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder, tokens in zip(encoders, ids, strict=True)]
+
+    def hidden(skip: int) -> torch.Tensor:
+        return torch.cat([output.hidden_states[-2 - skip] for output in outputs], dim=-1)
+
+    skips = _skips_sdxl([encoder.config for encoder in encoders])
+    return hidden(0), outputs[-1][0], *(hidden(skip) for skip in range(1, 1 + skips))
+
+
+def _skips_sd(configs: Sequence[Any]) -> int:
+    return min(_SKIPS, *(config.num_hidden_layers for config in configs))
+
+
+def _skips_sdxl(configs: Sequence[Any]) -> int:
+    return min(_SKIPS, *(config.num_hidden_layers - 1 for config in configs))
 
 
 _SD = Prompting(
@@ -92,6 +109,8 @@ _SD = Prompting(
     tokens=TOKENS,
     conditions=("encoder_hidden_states",),
     encode=_encode_sd,
+    skips=_skips_sd,
+    own_length=True,
     masked=lambda config: bool(config.get("use_attention_mask")),
     prefixes=("text_model.",),
 )
@@ -101,6 +120,8 @@ _SDXL = Prompting(
     tokens=TOKENS,
     conditions=("encoder_hidden_states", "text_embeds"),
     encode=_encode_sdxl,
+    skips=_skips_sdxl,
+    own_length=True,
     zeros="force_zeros_for_empty_prompt",
     fixed=lambda config, vae_scale: {"time_ids": _time_ids(config, 1, vae_scale)},
     prefixes=("text_model.",),
@@ -131,6 +152,7 @@ UNET = Family(
     encode=_encode,
     example=_example,
     call=_call,
+    uneven=True,
     prompting=lambda config: _SDXL if _is_sdxl(config) else _SD,
     upcasts_vae=_is_sdxl,
 )

@@ -1,0 +1,283 @@
+"""What holds of every bundle that is read: its records, tables and graphs fit together, so that it runs.
+
+The bounds of single fields stand where the fields are (:mod:`export.bundle`, :mod:`export.graphs`). Here is what ties
+them to each other: each rule yields a line on whatever breaks it. Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dipgo.base.errors import DipgoError
+from export.axes import shape_at
+from export.graphs import GraphRecord, PrologueRecord, Signature, Size, TensorRecord
+
+if TYPE_CHECKING:
+    from export.bundle import BundleRecord, SlotRecord
+
+Problems = Iterator[str]
+Tables = Mapping[str, np.ndarray]
+
+
+def problems(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signature]) -> Problems:
+    """Yield what is wrong with a bundle, the simplest first; nothing where all parts fit together.
+
+    ``signatures`` are those of the graphs' files, by name.
+    """
+    program = _Program(record, tables)
+    try:
+        yield from chain(
+            program.latents(),
+            _files(record, signatures),
+            program.signatures(signatures),
+            program.timesteps(),
+            program.solver(),
+            program.prologues(),
+            program.launches(),
+            program.conditions(),
+            program.prompts(),
+            program.images(),
+        )
+    except DipgoError as error:  # of a size
+        yield str(error)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor as what it is bound to must be: its type, and its shapes at all corners of the axes' ranges."""
+
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_real(self) -> bool:
+        return "float" in self.dtype
+
+    def at_step(self, steps: int) -> _Value | None:
+        """Return one of ``steps`` equal parts of the first dimension; None where there are no such."""
+        if any(not shape or shape[0] % steps for shape in self.shapes):
+            return None
+        return _Value(self.dtype, tuple((shape[0] // steps, *shape[1:]) for shape in self.shapes))
+
+
+class _Program:
+    """The rules on the program; methods are named by what they are about."""
+
+    def __init__(self, record: BundleRecord, tables: Tables) -> None:
+        self.record, self.tables = record, tables
+        self.calls = len(record.steps)
+        ends = [sorted({axis.min, axis.opt, axis.max}) for axis in record.axes.values()]
+        self._corners = [dict(zip(record.axes, values, strict=True)) for values in product(*ends)]
+        self._values: dict[tuple[str, tuple[Size, ...]], _Value] = {}
+
+    def value(self, tensor: TensorRecord | SlotRecord) -> _Value:
+        key = tensor.dtype, tuple(tensor.shape)
+        if key not in self._values:
+            self._values[key] = _Value(tensor.dtype, tuple(shape_at(tensor.shape, sizes) for sizes in self._corners))
+        return self._values[key]
+
+    @cached_property
+    def latent(self) -> _Value:
+        return self.value(self.record.latent)
+
+    @cached_property
+    def passes(self) -> int:
+        """The passes of guidance that a step computes."""
+        return 2 if self.record.conditioning.guided else 1
+
+    @cached_property
+    def given(self) -> dict[str, _Value]:
+        """What steps read beside slots and tables, by name: conditions, and what prologues compute of them."""
+        values = {tensor.name: self.value(tensor) for tensor in self.record.conditioning.inputs}
+        for prologue in self.record.prologues:
+            values |= self._computed(prologue)
+        return values
+
+    def latents(self) -> Problems:
+        shape = self.record.latent.shape
+        names = ("batch", None, "height", "width")
+        if len(shape) != 4 or any(isinstance(a, str) and a != b for a, b in zip(shape, names, strict=False)):
+            yield f"'latent' is {shape}, not [batch, channels, height, width]"
+        elif set(self.record.axes) != {size for size in shape if isinstance(size, str)}:
+            yield "'axes' are not the sizes that 'latent' leaves open"
+        elif self.latent.dtype != "float32":
+            yield f"'latent' is {self.latent.dtype}, not float32"
+
+    def signatures(self, signatures: Mapping[str, Signature]) -> Problems:
+        for file, tensors in self.record.tensors.items():
+            actual = signatures[file]
+            for mine, its in zip(tensors, (actual.inputs, actual.outputs), strict=True):
+                own = {tensor.name: self.value(tensor) for tensor in mine}
+                if len(own) != len(mine) or own != {tensor.name: self.value(tensor) for tensor in its}:
+                    yield f"'{file}' has other inputs or outputs than the record says"
+
+    def timesteps(self) -> Problems:
+        if [step.timestep for step in self.record.steps] != self.record.sampler.timesteps:
+            yield "'steps' are not at the timesteps of 'sampler'"
+        if not self.record.steps[0].launches:
+            yield "step 0 launches nothing"
+
+    def solver(self) -> Problems:
+        for name, shape in (("rows", (self.calls + 1, self.calls + 1)), ("input_scale", (self.calls,))):
+            table = self.tables.get(f"solver.{name}")
+            if table is None or table.shape != shape or not np.isfinite(table).all():
+                yield f"the table 'solver.{name}' is not {list(shape)} finite numbers"
+        steps = self.record.steps
+        slots = {step.epsilon for step in steps} | {step.latent for step in steps if step.launches}
+        if self.record.solver.kind == "graph":
+            slots.add(self.record.solver.result)
+        for slot in sorted(slots):
+            value = self._slot(slot)
+            if value is None or not value.is_real or value.shapes != self.latent.shapes:
+                yield f"slot {slot} is to hold a latent, and is none"
+
+    def prologues(self) -> Problems:
+        known = {tensor.name: self.value(tensor) for tensor in self.record.conditioning.inputs}
+        for prologue in self.record.prologues:
+            steps = self._steps(prologue)
+            for tensor in prologue.inputs:
+                part = self.value(tensor).at_step(steps)
+                if part is None or not self._fed(prologue, tensor, part, steps, known):
+                    yield f"nothing that fits is given to '{tensor.name}' of '{prologue.file}'"
+            if any(self.value(tensor).at_step(steps) is None for tensor in prologue.outputs):
+                yield f"'{prologue.file}' does not compute a row for each of {steps} steps"
+            known |= self._computed(prologue)
+
+    def _fed(
+        self, prologue: PrologueRecord, tensor: TensorRecord, part: _Value, steps: int, known: Mapping[str, _Value]
+    ) -> bool:
+        """Whether an input of a prologue, ``part`` of it a step, is fed by a table, the timesteps or a value."""
+        if tensor.name in prologue.rows:
+            table = self.tables.get(prologue.rows[tensor.name].tensor)
+            shapes = [(steps, *shape) for shape in part.shapes]
+            return table is not None and all(_spreads((*table.shape[:1], 1, *table.shape[1:]), s) for s in shapes)
+        if tensor.name == "timestep":
+            return all(len(shape) == 1 for shape in part.shapes)
+        return known.get(tensor.name) == part
+
+    def launches(self) -> Problems:
+        graphs = {
+            name: (
+                {tensor.name: self.value(tensor) for tensor in graph.inputs},
+                {tensor.name: self.value(tensor) for tensor in graph.outputs},
+            )
+            for name, graph in self.record.graphs.items()
+        }
+        for number, step in enumerate(self.record.steps):
+            for launch in step.launches:
+                if launch.graph not in graphs:
+                    yield f"step {number} launches '{launch.graph}', which is none of its graphs"
+                    continue
+                inputs, outputs = graphs[launch.graph]
+                for tensors, slots in ((inputs, launch.reads), (outputs, launch.writes)):
+                    for name, slot in slots.items():
+                        if name not in tensors or self._slot(slot) != tensors[name]:
+                            yield f"step {number}: '{name}' of '{launch.graph}' does not fit into slot {slot}"
+                graph = self.record.graphs[launch.graph]
+                for name, value in inputs.items():
+                    if name not in launch.reads and not self._is_given(graph, name, value):
+                        yield f"step {number}: nothing that fits is given to '{name}' of '{launch.graph}'"
+
+    def _is_given(self, graph: GraphRecord, name: str, value: _Value) -> bool:
+        if name not in graph.rows:
+            return name == "timestep" or self.given.get(name) == value
+        row = graph.rows[name]
+        table = self.tables.get(row.tensor)
+        if table is None or len(table) != self.calls:
+            return False
+        return all(row.fits(table.shape, shape) for shape in value.shapes)
+
+    def conditions(self) -> Problems:
+        conditioning = self.record.conditioning
+        rows = [shape[0] * self.passes for shape in self.latent.shapes]
+        values = {tensor.name: self.value(tensor) for tensor in conditioning.inputs}
+        for name, value in values.items():
+            if [shape[:1] for shape in value.shapes] != [(count,) for count in rows]:
+                yield f"the condition '{name}' has no row for each image and pass of guidance"
+        counts = {"nothing": (0,), "class": (1,), "prompt": range(1, 100)}
+        if len(values) != len(conditioning.inputs) or len(values) not in counts[conditioning.kind]:
+            yield f"conditioned by {conditioning.kind}, with {len(conditioning.inputs)} inputs"
+        if conditioning.kind == "class":
+            if any(value.dtype != "int64" or len(value.shapes[0]) != 1 for value in values.values()):
+                yield "the class is no list of whole numbers"
+            if conditioning.guided and conditioning.null_class is None:
+                yield "guided, without a class that stands for none"
+
+    def prompts(self) -> Problems:
+        conditioning, encoder = self.record.conditioning, self.record.conditioning.encoder
+        if encoder is None:
+            return
+        inputs = {tensor.name: self.value(tensor) for tensor in encoder.inputs}
+        lengths: dict[str, int] = {}
+        for tokenizer in encoder.tokenizers:
+            names = [tokenizer.ids, *([] if tokenizer.mask is None else [tokenizer.mask])]
+            lengths |= dict.fromkeys(names, tokenizer.length)
+        rows = inputs[encoder.inputs[0].name].shapes[0][:1] if inputs else ()
+        if not rows or inputs != {
+            name: _Value("int64", ((*rows, length),) * len(self._corners)) for name, length in lengths.items()
+        }:
+            yield "the tokenizers do not give what the text encoder takes"
+        encoded = {tensor.name: [shape[1:] for shape in self.value(tensor).shapes] for tensor in encoder.outputs}
+        fixed = {name: [(len(row),)] * len(self._corners) for name, row in encoder.fixed.items()}
+        made = encoded | fixed
+        for tensor in conditioning.inputs:
+            if made.get(tensor.name) != [shape[1:] for shape in self.value(tensor).shapes]:
+                yield f"the text encoder does not give the condition '{tensor.name}'"
+        for name, shapes in encoded.items():
+            if "." in name and shapes != encoded.get(name.partition(".")[0]):
+                yield f"the text encoder's '{name}' is not of the shape of what it stands for"
+        for name, sizes in encoder.sized.items():
+            if len(sizes) != len(encoder.fixed.get(name, ())):
+                yield f"'sized' has another length than 'fixed' for '{name}'"
+
+    def images(self) -> Problems:
+        decoder, cell = self.record.decoder, self.record.cell
+        channels = self.latent.shapes[0][1]
+        if decoder is None:
+            if self.record.conditioning.kind == "nothing" and channels not in (1, 3):
+                yield f"its latents are images, and have {channels} channels"
+            return
+        pixels, side = self.value(decoder.output), self.value(decoder.input)
+        if side != self.latent:
+            yield "the decoder does not take the latent"
+        images = [(b, h * cell, w * cell) for b, _, h, w in self.latent.shapes]
+        if not pixels.is_real or any(
+            len(shape) != 4 or shape[1] not in (1, 3) or (shape[0], *shape[2:]) != image
+            for shape, image in zip(pixels.shapes, images, strict=True)
+        ):
+            yield f"the decoder makes no images with {cell} pixels for each cell of the latent"
+
+    def _slot(self, number: int) -> _Value | None:
+        return self.value(self.record.slots[number]) if number < len(self.record.slots) else None
+
+    def _steps(self, prologue: PrologueRecord) -> int:
+        return self.calls if prologue.kind == "steps" else 1
+
+    def _computed(self, prologue: PrologueRecord) -> dict[str, _Value]:
+        """Return what a prologue computes for one step, by name."""
+        values = {tensor.name: self.value(tensor).at_step(self._steps(prologue)) for tensor in prologue.outputs}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _files(record: BundleRecord, signatures: Mapping[str, Signature]) -> Problems:
+    graphs = len(record.graphs) + len(record.prologues)
+    graphs += (record.conditioning.encoder is not None) + (record.decoder is not None)
+    if len(record.tensors) != graphs:
+        yield "two graphs have one file"
+    for file, signature in signatures.items():
+        for name in sorted(signature.weights - record.files.keys()):
+            yield f"'{file}' has weights in '{name}', which is not among its files"
+
+
+def _spreads(shape: Sequence[int], target: tuple[int, ...]) -> bool:
+    """Whether numpy broadcasts a shape to another."""
+    try:
+        return np.broadcast_shapes(tuple(shape), target) == target
+    except ValueError:
+        return False
