@@ -241,7 +241,7 @@ def test_what_a_bundle_of_classes_and_of_latents_alone_refuses():
             program.generate([0], 3)
         for given in ({"negative_prompt": "blue"}, {"prompt_embeds": EMBEDDED}, {"pooled_prompt_embeds": EMBEDDED}):
             with misused(f"conditioned by class; leave {next(iter(given))} out"):
-                program(class_labels=[0], **given)
+                program(class_labels=[0], output_type="latent", **given)
         assert program.contexts.launches == 0
 
 
