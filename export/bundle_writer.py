@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.base.files import full_disk, new_file, new_folder, refuse_existing, refuse_unwritable, sha256_of, sha256_once
+from dipgo.base.files import (
+    draft_folder,
+    full_disk,
+    new_file,
+    new_folder,
+    refuse_existing,
+    refuse_unwritable,
+    sha256_of,
+    sha256_once,
+)
 from dipgo.base.records import read_json
 from export.bundle import BUNDLE, RECORD_FILE, FileRecord
 from export.onnx.weights import Weights, check_in_place, place
@@ -94,7 +102,7 @@ def deliver(
                 bytes=file.stat().st_size, sha256=sha256_once(file)
             )
     with full_disk(folder):
-        draft = Path(tempfile.mkdtemp(prefix=".bundle-", dir=folder))
+        draft = draft_folder(folder, "bundle")
     try:
         with full_disk(folder):
             yield draft, records

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from dipgo.base.errors import DipgoError, UsageError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-_DRAFT = re.compile(r"\..+-[a-z0-9_]{8}\.\w+")  # as mkstemp names the drafts of new_file
+_DRAFT = re.compile(r"\.(.+)\.dipgo-[a-z0-9_]{8}(\.\w+)?(-replaced)?")  # as tempfile names drafts
+_DAY = 24 * 3600  # seconds after which nobody works on a draft any more
 
 
 def sha256_of(path: Path) -> str:
@@ -133,7 +135,8 @@ def new_file(path: Path, force: bool = True) -> Iterator[Path]:
     refuse_existing(path, force)
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        remove_drafts(path.parent, _DAY)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.dipgo-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     draft = Path(name)
     try:
@@ -157,7 +160,7 @@ def new_folder(path: Path, force: bool = False, kind: Kind | None = None) -> Ite
     refuse_existing(path, force, kind)
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        draft = draft_folder(path.parent, path.name)
     try:
         with full_disk(path):
             yield draft
@@ -187,11 +190,24 @@ def _put(draft: Path, path: Path) -> None:
         aside.unlink()
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what :func:`new_file` has left half written in a folder where it was killed."""
+def draft_folder(parent: Path, name: str) -> Path:
+    """Return a new, hidden folder in ``parent`` for what is to be ``name``; drafts of past days go."""
+    remove_drafts(parent, _DAY)
+    return Path(tempfile.mkdtemp(prefix=f".{name}.dipgo-", dir=parent))
+
+
+def remove_drafts(folder: Path, age: float = 0) -> None:
+    """Remove from a folder what kills have left half written there, ``age`` seconds ago or earlier.
+
+    What was moved aside goes only where what was to replace it is in its place.
+    """
     for path in folder.iterdir():
-        if _DRAFT.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink()
+        draft = _DRAFT.fullmatch(path.name)
+        if draft is None or path.is_symlink() or (draft[3] and not os.path.lexists(folder / draft[1])):
+            continue
+        with suppress(OSError):  # another process may have done it
+            if time.time() - path.stat().st_mtime >= age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_file(path: Path, cure: str) -> BaseFileLock:

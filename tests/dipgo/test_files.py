@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,22 @@ def test_drafts_that_a_kill_left_go_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(kept) + 3
     remove_drafts(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".git"])
+
+
+def test_drafts_of_past_days_go_when_something_is_written_beside_them(tmp_path):
+    """What was moved aside stays until what was to replace it is there."""
+    names = [".out.dipgo-abcdefgh", ".out.dipgo-abcdefgh-replaced", ".old.dipgo-abcdefgh-replaced", ".a-database"]
+    for name in [*names, ".new.dipgo-abcdefgh"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    for name in names:
+        os.utime(tmp_path / name, (0, time.time() - 90_000))
+    with new_folder(tmp_path / "out"):
+        pass
+    with new_file(tmp_path / "x.json"):
+        pass
+    left = [".old.dipgo-abcdefgh-replaced", ".a-database", ".new.dipgo-abcdefgh", "out", "x.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
 
 
 @pytest.mark.parametrize("there", [True, False])

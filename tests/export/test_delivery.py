@@ -192,7 +192,7 @@ def test_in_place_an_interruption_leaves_what_the_next_export_replaces(model, mo
     calls, replace = [], Path.replace
 
     def interrupted(path, target):
-        if target.parent == model.folder and path.parent.name.startswith(".bundle-"):
+        if target.parent == model.folder and path.parent.name.startswith(".bundle.dipgo-"):
             calls.append(path)
             if len(calls) > moved:
                 raise KeyboardInterrupt
