@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 from unittest import mock
 
@@ -17,6 +18,11 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def sets(settings: Mapping[str, object]) -> list[str]:
+    """Return settings of a search as options."""
+    return [f"--set={name}={value}" for name, value in settings.items()]
 
 
 def dipgo(*arguments: object) -> Done:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dipgo.graph.trace import Trace
+from dipgo.searching.task import Task
 from tests import zoo
 
 # For the processes that tests start: two of them whose threads wait for each other on two cores take minutes.
@@ -23,9 +25,9 @@ LONGEST = [  # first, so that both workers end at about the same time
     "export/test_dynamic.py",
     "test_cli.py",
     "dipgo/test_optimise.py",
-    "test_emoji_sd.py",
     "benchmarks/test_bench.py",
     "dipgo/test_published.py",
+    "dipgo/test_sweep.py",
     "export/test_components.py",
     "engines/test_attach.py",
     "engines/test_torch_runner.py",
@@ -68,6 +70,18 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 def one_thread() -> None:
     """On models as small as these, threads cost more than they bring."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def task(request: pytest.FixtureRequest) -> Task:
+    """A search's task on the tiny DiT, of as many steps as the module says in ``STEPS``."""
+    return zoo.task("dit", request.module.STEPS)
+
+
+@pytest.fixture(scope="session")
+def blocks() -> Trace:
+    """A UNet's blocks, without guidance."""
+    return zoo.trace("sd", "block", 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -57,50 +57,30 @@ def _stirred(module: nn.Module) -> nn.Module:
 
 def _unet(**changes: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (16, 32, 32),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 24,
-        "attention_head_dim": 2,
-        "norm_num_groups": 8,
-    }
+    down = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    config = {"block_out_channels": (16, 32, 32), "down_block_types": down, "up_block_types": up}
+    config |= {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 8}
+    config |= {"cross_attention_dim": 24, "attention_head_dim": 2}
     return _stirred(UNet2DConditionModel(**config | changes))
 
 
-def tiny_vae() -> AutoencoderKL:
-    """Return a decoder for latents of four channels."""
-    torch.manual_seed(1)
-    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
-
-
-def vae(scale: int) -> AutoencoderKL:
+def vae(scale: int, width: int = 4, **changes: Any) -> AutoencoderKL:
     """Return a VAE of four latent channels whose images are ``scale`` times as large as the latent."""
     levels = scale.bit_length()
     torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(4,) * levels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=4,
-        norm_num_groups=2,
-    ).eval()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    blocks |= {"block_out_channels": (width,) * levels, "norm_num_groups": width // 2}
+    return AutoencoderKL(latent_channels=4, **blocks, **changes).eval()
+
+
+TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def _clip(width: int, projected: bool = False) -> nn.Module:
     torch.manual_seed(2)
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=52,
-        eos_token_id=53,
-    )
+    size = {"hidden_size": width, "intermediate_size": 16, "projection_dim": 16}
+    config = CLIPTextConfig(vocab_size=54, bos_token_id=52, eos_token_id=53, **size, **TWO_LAYERS)
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
@@ -118,32 +98,12 @@ def _t5_tokenizer() -> T5Tokenizer:
 def tiny_dit(folder: Path) -> str:
     """Save a DiTPipeline with random weights: latent 4x8x8, images 16x16x3, 4 sites by layer, classes 0 to 2."""
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=1,
-        num_embeds_ada_norm=1000,
-    )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 1}
+    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=1000, **size)
     for parameter in transformer.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # adaLN and biases away from their tidy start
     scheduler = DDIMScheduler(clip_sample=False)
-    DiTPipeline(transformer.eval(), vae.eval(), scheduler).save_pretrained(folder)
+    DiTPipeline(transformer.eval(), vae(2, 16, sample_size=16, scaling_factor=0.5), scheduler).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"] = {"0": "cat", "1": "dog", "2": "fox"}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -155,80 +115,48 @@ def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
     kind = DDIMScheduler if prediction == "v_prediction" else PNDMScheduler
     options = {"clip_sample": False} if kind is DDIMScheduler else {"skip_prk_steps": True}
     scheduler = kind(prediction_type=prediction, steps_offset=1, beta_schedule="scaled_linear", **options)
-    StableDiffusionPipeline(
-        vae=vae(2),
-        text_encoder=_clip(24),
-        tokenizer=_clip_tokenizer(),
-        unet=_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    text = {"text_encoder": _clip(24), "tokenizer": _clip_tokenizer()}
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
+    pipe.save_pretrained(folder)
     return str(folder)
 
 
 def tiny_sdxl(folder: Path) -> str:
     """Save a StableDiffusionXLPipeline: transformers of differing depth, pooled embeddings and sizes as conditions."""
-    unet = _unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=24,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-    )
-    StableDiffusionXLPipeline(
-        vae=vae(2),
-        text_encoder=_clip(8),
-        text_encoder_2=_clip(16, projected=True),
-        tokenizer=_clip_tokenizer(),
-        tokenizer_2=_clip_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
-        add_watermarker=False,
-    ).save_pretrained(folder)
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    depths = {"transformer_layers_per_block": (1, 2), "reverse_transformer_layers_per_block": (1, 1)}
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
+    blocks = {"block_out_channels": (16, 32), "down_block_types": down, "up_block_types": up}
+    unet = _unet(use_linear_projection=True, addition_embed_type="text_time", **blocks, **depths, **sizes)
+    text = {"text_encoder": _clip(8), "text_encoder_2": _clip(16, projected=True)}
+    text |= {"tokenizer": _clip_tokenizer(), "tokenizer_2": _clip_tokenizer()}
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+    pipe = StableDiffusionXLPipeline(vae=vae(2), unet=unet, scheduler=scheduler, add_watermarker=False, **text)
+    pipe.save_pretrained(folder)
     return str(folder)
 
 
 def tiny_pixart(folder: Path, sample_size: int = 32, pipeline: Any = PixArtAlphaPipeline) -> str:
     """Save a PixArt pipeline of two blocks; Alpha's at a sample size of 128 is conditioned by sizes too."""
     torch.manual_seed(0)
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=2,
-        cross_attention_dim=24,
-        sample_size=sample_size,
-        patch_size=sample_size // 8,
-        caption_channels=12,
-    )
+    size = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24}
+    patches = {"sample_size": sample_size, "patch_size": sample_size // 8}
+    transformer = _stirred(PixArtTransformer2DModel(caption_channels=12, **size, **patches))
     torch.manual_seed(2)
-    encoder = T5EncoderModel(T5Config(vocab_size=30, d_model=12, d_kv=6, num_heads=2, d_ff=16, num_layers=2))
-    pipeline(
-        tokenizer=_t5_tokenizer(),
-        text_encoder=encoder.eval(),
-        vae=vae(8),
-        transformer=_stirred(transformer),
-        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02),
-    ).save_pretrained(folder)
+    encoder = T5EncoderModel(T5Config(vocab_size=30, d_model=12, d_kv=6, num_heads=2, d_ff=16, num_layers=2)).eval()
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02)
+    text = {"tokenizer": _t5_tokenizer(), "text_encoder": encoder}
+    pipeline(vae=vae(8), transformer=transformer, scheduler=scheduler, **text).save_pretrained(folder)
     return str(folder)
 
 
 def tiny_unconditional(folder: Path, pipeline: Any = DDIMPipeline, scheduler: Any = DDIMScheduler) -> str:
     """Save a pipeline of a UNet2DModel: images of 8x8x3 from a class without an entry, which nothing conditions."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    size = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1}
+    unet = UNet2DModel(attention_head_dim=4, norm_num_groups=4, **blocks, **size)
     pipeline(_stirred(unet), scheduler(clip_sample=False)).save_pretrained(folder)
     return str(folder)
 
@@ -236,54 +164,25 @@ def tiny_unconditional(folder: Path, pipeline: Any = DDIMPipeline, scheduler: An
 def tiny_sana(folder: Path) -> str:
     """Save a SanaPipeline: linear attention, flow prediction, a class without an entry."""
     torch.manual_seed(0)
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=12,
-        sample_size=16,
-        patch_size=2,
-    )
+    size = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 16, "patch_size": 2}
+    size |= {"num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 12}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    transformer = SanaTransformer2DModel(**size, **cross)
     torch.manual_seed(2)
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=30,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=6,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        )
-    )
-    vae = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(4,) * 6,
-        decoder_block_out_channels=(4,) * 6,
-        encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(1,) * 6,
-        encoder_qkv_multiscales=((),) * 6,
-        decoder_qkv_multiscales=((),) * 6,
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-    )
+    text = {"vocab_size": 30, "hidden_size": 12, "intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 6}
+    encoder = Gemma2Model(Gemma2Config(pad_token_id=0, eos_token_id=1, bos_token_id=2, **text, **TWO_LAYERS))
+    vae_of = {"block_types": "ResBlock", "block_out_channels": (4,) * 6, "layers_per_block": (1,) * 6}
+    both = {f"{way}_{name}": value for way in ("encoder", "decoder") for name, value in vae_of.items()}
+    both |= {f"{way}_qkv_multiscales": ((),) * 6 for way in ("encoder", "decoder")}
+    blocks = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    blocks |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+    coder = AutoencoderDC(latent_channels=4, attention_head_dim=2, **both, **blocks)
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
-    SanaPipeline(_t5_tokenizer(), encoder.eval(), vae.eval(), _stirred(transformer), scheduler).save_pretrained(folder)
+    SanaPipeline(_t5_tokenizer(), encoder.eval(), coder.eval(), _stirred(transformer), scheduler).save_pretrained(
+        folder
+    )
     return str(folder)
 
 

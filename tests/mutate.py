@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -30,42 +30,27 @@ import yaml
 ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).with_name("faults.yaml")
 LIMIT = 2400  # seconds for the tests of one fault; one that hangs them is caught, too
+OPTIONS = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of one place.
-
-    Attributes:
-        name: what goes wrong, in a word or three.
-        file: where, from the root.
-        before, after: the text that stands there once, and what it becomes.
-        tests: files or tests that run first.
-    """
+    """A fault: the text ``before``, which stands once in a file, becomes ``after``; ``tests`` run first."""
 
     name: str
     file: str
     before: str
     after: str
-    tests: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a fault: the test that caught it, or None where all passed."""
-
-    fault: str
-    caught_by: str | None
-    seconds: float
+    tests: Sequence[str]
 
 
 def read_faults(names: Sequence[str] = ()) -> list[Fault]:
-    """Return the faults of these names, or all; each stands in the code exactly once.
+    """Return the faults of these names, or all.
 
     Raises:
         SystemExit: a name that is unknown, or a fault whose text the code no longer holds once.
     """
-    faults = [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(FAULTS.read_text())]
+    faults = [Fault(**entry) for entry in yaml.safe_load(FAULTS.read_text())]
     unknown = set(names) - {fault.name for fault in faults}
     if unknown:
         raise SystemExit(f"{', '.join(sorted(unknown))}: no fault of {FAULTS.name}")
@@ -76,82 +61,68 @@ def read_faults(names: Sequence[str] = ()) -> list[Fault]:
     return [fault for fault in faults if not names or fault.name in names]
 
 
-def copy_tree(folder: Path) -> None:
+def copy_tree(folder: Path) -> Path:
     """Copy what git knows or would add."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    return folder
 
 
-def try_fault(fault: Fault, tree: Path, rounds: int = 3) -> Outcome:
-    """Run the tests on a tree with the fault in it, and mend the tree again."""
-    begun = time.monotonic()
-    path = tree / fault.file
+def try_fault(fault: Fault, tree: Path, rounds: int) -> dict[str, Any]:
+    """Run the tests on a tree with the fault in it, and mend the tree again; returns which test failed first."""
+    begun, path = time.monotonic(), tree / fault.file
     whole = path.read_text()
     path.write_text(whole.replace(fault.before, fault.after))
+    folders = sorted({str(Path(test.partition("::")[0]).parent) for test in fault.tests})
     try:
         caught = None
-        for selection in _rounds(fault)[:rounds]:
+        for selection in [fault.tests, folders, ["tests"]][:rounds]:
             caught = caught or first_failure(tree, selection)
-        return Outcome(fault.name, caught, round(time.monotonic() - begun, 1))
     finally:
         path.write_text(whole)
-
-
-def _rounds(fault: Fault) -> list[list[str]]:
-    folders = sorted({str(Path(test.partition("::")[0]).parent) for test in fault.tests})
-    return [list(fault.tests), folders, ["tests"]]
+    return {"fault": fault.name, "caught_by": caught, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def first_failure(tree: Path, selection: Sequence[str]) -> str | None:
     """Return the first test of the fast tier that fails in a tree, None where none does."""
-    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
-    command = [sys.executable, "-m", "pytest", *options, *selection]
+    command = [sys.executable, "-m", "pytest", *OPTIONS, *selection]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    options: dict[str, Any] = {"cwd": tree, "env": environment, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
-        )
+        done = subprocess.run(command, timeout=LIMIT, check=False, **options)
     except subprocess.TimeoutExpired:
         return "a test that never ends"
-    if done.returncode == 0:
-        return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
+    failed = failed or ([f"pytest ended with {done.returncode}"] if done.returncode else [])
+    return failed[0].split(" - ")[0] if failed else None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="FAULT", help="which; all by default")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="trees at a time")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="1: the tests named beside a fault; 2: their folder; 3: all"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="1: a fault's own tests; 2: their folder; 3: all")
     parser.add_argument("-o", "--output", type=Path, help="where the outcomes go, as JSON; rewritten as they come")
-    options = parser.parse_args(arguments)
-    faults = read_faults(options.names)
+    options = parser.parse_args()
     outcomes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         trees: Queue[Path] = Queue()
         for number in range(options.jobs):
-            tree = Path(folder) / str(number)
-            copy_tree(tree)
-            trees.put(tree)
+            trees.put(copy_tree(Path(folder) / str(number)))
 
-        def run(fault: Fault) -> Outcome:
+        def run(fault: Fault) -> dict[str, Any]:
             tree = trees.get()
             try:
                 return try_fault(fault, tree, options.rounds)
             finally:
                 trees.put(tree)
 
-        for outcome in pool.map(run, faults):
-            print(f"{outcome.fault}: {outcome.caught_by or 'SURVIVES'} ({outcome.seconds:.0f} s)", flush=True)
-            outcomes.append(asdict(outcome))
+        for outcome in pool.map(run, read_faults(options.names)):
+            print("{fault}: {caught_by} ({seconds:.0f} s)".format_map(outcome), flush=True)
+            outcomes.append(outcome)
             if options.output:
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(outcomes, indent=2) + "\n")

@@ -1,9 +1,10 @@
 """The command line: the whole path in a real process, and one line for everything that is wrong."""
 
 import json
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -22,15 +23,13 @@ from dipgo.schedule.subnet import load_subnet, save_subnet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
 from tests import zoo
-from tests.command import dipgo
+from tests.command import dipgo, sets
 from tests.models import random_subnet
 
 SEARCH = ("search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "OUT")
 
 
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", 4)
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def bundle(subnet_file, tmp_path_factory):
 def prompted(tmp_path_factory):
     """A Stable Diffusion pipeline with a SubNet, and its bundle, which takes prompts."""
     folder = tmp_path_factory.mktemp("cli")
-    task = zoo.task("sd", 4)
+    task = zoo.task("sd", STEPS)
     subnet = random_subnet(task.trace, task.sampler, 1, terms=2, channels=2)
     save_subnet(subnet, folder / "subnet.json")
     assert dipgo("export", folder / "subnet.json", "-o", folder / "bundle").code == 0
@@ -92,33 +91,17 @@ def test_merged_graphs_are_told_by_share(prompted, tmp_path):
     assert float(told[2]) < float(told[1]) <= 100
 
 
-def test_search_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path):
-    command = ["search", tiny_dit, "--steps", 4, "--budget", 1, "--start", subnet_file]
-    quick = [f"--set={setting}" for setting in ("drops=0", "contenders=1", "trial_iterations=0", "held_out=2")]
-    command += [*quick, "--set=backup_iterations=0", "--set=drops_on=1", "--set=pool=0"]
-    code, _, err = dipgo(*command, "-o", tmp_path / "s.json")
-    assert code == 0, err
-    assert "given 1" in load_subnet(tmp_path / "s.json").search.held_out_psnr_db
-
-
-@pytest.mark.parametrize("negative", [None, "blue"])
-def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, negative):
+def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path):
     pipe, subnet, bundle = prompted
     code, out, _ = dipgo("verify", bundle)
     assert code == 0, out
     arguments = ["run", bundle, "--prompt", "a red fox", "-n", 2, "--seed", 3, "-o", tmp_path / "x.png"]
-    code, out, _ = dipgo(*arguments, *(["--negative", negative] if negative else []))
+    code, out, _ = dipgo(*arguments, "--negative", "blue")
     assert code == 0, out
-    pipe.set_progress_bar_config(disable=True)
+    given = {"negative_prompt": ["blue"] * 2, "guidance_scale": 4.0, "output_type": "np"}
     with gated(pipe.unet, subnet):
-        images = pipe(
-            ["a red fox"] * 2,
-            negative_prompt=[negative] * 2 if negative else None,
-            guidance_scale=4.0,
-            num_inference_steps=4,
-            generator=torch.Generator().manual_seed(3),
-            output_type="np",
-        ).images
+        generator = torch.Generator().manual_seed(3)
+        images = pipe(["a red fox"] * 2, num_inference_steps=STEPS, generator=generator, **given).images
     with Image.open(tmp_path / "x.png") as picture:
         pixels = np.asarray(picture).astype(int)
     expected = np.concatenate(list(images), axis=1) * 255  # side by side
@@ -127,15 +110,20 @@ def test_prompts_give_the_pictures_of_the_pipeline(prompted, tmp_path, negative)
     assert expected.std() > 1
 
 
-def test_search_keeps_the_budget(tiny_dit, tmp_path):
+def test_search_keeps_the_budget_and_starts_from_a_subnet(tiny_dit, subnet_file, tmp_path):
     output = tmp_path / "s.json"
-    arguments = ("search", tiny_dit, "--steps", 5, "--budget", 0.6, "--preset", "quick", "-o", output)
-    code, out, _ = dipgo(*arguments)
+    arguments = ("search", tiny_dit, "--steps", STEPS, "--budget", 0.6, "--preset", "quick", "--start", subnet_file)
+    code, out, _ = dipgo(*arguments, *sets(zoo.LEAST), "-o", output)
     assert code == 0, out
-    subnet = load_subnet(output)
+    subnet, document = load_subnet(output), json.loads(output.read_text())
+    assert (document["model"]["name"], document["sampler"]["class"]) == (tiny_dit, "DDIMScheduler")
+    assert len(document["gates"]) == document["sampler"]["steps"] == STEPS
+    assert document["cost"]["kind"] == "macs"
     one_site = subnet.sites[0].macs / subnet.cost.full
     assert 0.6 - one_site <= subnet.cost.ratio <= 0.6
-    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
+    judged = subnet.search.held_out_psnr_db
+    assert subnet.search.psnr_db == max(judged.values())
+    assert any(name.startswith("given 1") for name in judged)
 
 
 def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monkeypatch):
@@ -165,91 +153,62 @@ def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monke
     file.write_text("schema: dipgo.recipe/1\nabout: mine\nmodel: m\noutput: o\nsearch: {steps: 4, budget: 0.5}\n")
     config = read_recipe(file, ["search.sharpness=3"], WiderRecipe).search
     assert config.sharpness == 3
-    small = {"held_out": 2, "drops": 0, "drops_on": 1, "contenders": 1, "trial_iterations": 0, "backup_iterations": 0}
-    assert search(task, config.changed(**small)).search.settings["sharpness"] == 3
+    small = {"drops": 0, "contenders": 1, "trial_iterations": 0, "backup_iterations": 0}
+    assert search(task, config.changed(**zoo.LEAST | small)).search.settings["sharpness"] == 3
 
 
-def test_help_names_every_command():
-    code, out, _ = dipgo("--help")
-    assert code == 0
-    for command in ("models", "search", "import", "export", "verify", "run", "bench", "inspect", "compile", "recipe"):
-        assert f"\n  {command} " in out
+SEARCHING = ["search", "MODEL", "--steps", 5, "-o", "OUT", "--budget"]
+BY_CLASS, BY_PROMPT = ("conditioned by class; give --class alone", "conditioned by prompt; give --prompt alone")
+BAD_INPUT = [
+    ([*SEARCHING, 0], 2, "budget 0 is outside (0, 1]"),
+    ([*SEARCHING, 0.1], 2, "what step 0 and the ungated parts"),
+    ([*SEARCH, "--steps", 1], 2, "--steps 1: should be greater"),
+    ([*SEARCH, "--steps", "five"], 2, "--steps five: should be a valid integer"),
+    ([*SEARCH, "--sites", "x.*"], 2, "matches no module"),
+    ([*SEARCH, "--sampler", "y"], 2, "unknown sampler 'y'"),
+    ([*SEARCH, "--method", "q"], 2, "--method q: should be 'dipgo' or"),
+    (["search", "nowhere", *SEARCH[2:]], 1, "no model 'nowhere'"),
+    ([*SEARCH, "-o", "SUBNET"], 2, "--force"),
+    ([*SEARCH, "--resume"], 2, "need --run-folder"),
+    ([*SEARCH, "--set", "alfa=1"], 2, "did you mean 'alpha'?"),
+    ([*SEARCH, "--classes", "wolf"], 2, "class 'wolf'"),
+    ([*SEARCH, "--prompts", "p.txt"], 2, "by classes"),
+    ([*SEARCH, "--device", "cuda:9"], 2, "device 'cuda:9'"),
+    ([*SEARCH, "--start", "x.json"], 1, "no such SubNet"),
+    ([*SEARCH, "--start", "SUBNET"], 2, "give its --steps"),
+    ([*SEARCH, "--guidance", "nan"], 2, "--guidance nan"),
+    ([*SEARCH, "--set", "tau=inf"], 2, "--set tau=inf: should be a finite"),
+    (["search", "MODEL"], 2, "Missing option"),
+    (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
+    (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
+    (["export", "SUBNET", "--batch", "7" * 5000, "-o", "OUT"], 2, "give a number, min:max or min:opt:max"),
+    (["run", "BUNDLE", "--class", "wolf", "-o", "OUT"], 2, "class 'wolf' is unknown"),
+    (["run", "nowhere", "--class", "1", "-o", "OUT"], 1, "no such bundle"),
+    (["run", "n" * 300, "--class", "1", "-o", "OUT"], 1, "name too long"),
+    (["run", "BUNDLE", "--class", "1", "--threads", "100000", "-o", "OUT"], 2, "--threads"),
+    (["run", "BUNDLE", "--class", "7" * 5000, "-o", "OUT"], 2, "is unknown to"),
+    (["run", "BUNDLE", "--class", "1", "-o", ".."], 2, "-o ..: names no file; give one, such as out.png"),
+    (["run", "BUNDLE", "-o", "OUT"], 2, BY_CLASS),
+    (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, BY_CLASS),
+    (["run", "PROMPTED", "-o", "OUT"], 2, BY_PROMPT),
+    (["run", "PROMPTED", "--class", "1", "-o", "OUT"], 2, BY_PROMPT),
+    (["run", "PROMPTED", "--class", "1", "--prompt", "a", "-o", "OUT"], 2, "give --prompt alone"),
+    (["run", "PROMPTED", "--prompt", "\udcff", "-o", "OUT"], 2, "the prompt is not valid Unicode ('\\udcff' at"),
+    (["deploy", "BUNDLE", "--triton", "OUT", "--wait", "inf"], 2, "--wait"),
+    (["inspect", "none.json"], 1, "none.json: no such SubNet"),
+    (["verify", "nowhere"], 1, "no such bundle"),
+    (["nonsense"], 2, "nonsense"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["search", "MODEL", "--steps", 5, "--budget", 0, "-o", "OUT"], 2, "budget 0 is outside (0, 1]"),
-        (["search", "MODEL", "--steps", 5, "--budget", 1.5, "-o", "OUT"], 2, "budget 1.5 is outside (0, 1]"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.1, "-o", "OUT"], 2, "what step 0 and the ungated parts"),
-        (["search", "MODEL", "--steps", 1, "--budget", 0.5, "-o", "OUT"], 2, "--steps 1: should be greater"),
-        ([*SEARCH, "--sites", "x.*"], 2, "matches no module"),
-        ([*SEARCH, "--sampler", "y"], 2, "unknown sampler 'y'"),
-        (
-            [*SEARCH, "--preset", "z"],
-            2,
-            "--preset z: should be 'default' or",
-        ),
-        (
-            [*SEARCH, "--method", "q"],
-            2,
-            "--method q: should be 'dipgo' or",
-        ),
-        (["search", "nowhere", "--steps", 5, "--budget", 0.5, "-o", "OUT"], 1, "no model 'nowhere'"),
-        (["search", "MODEL", "--steps", 5, "--budget", 0.5, "-o", "SUBNET"], 2, "--force"),
-        (
-            ["search", "MODEL", "--steps", "five", "--budget", 0.5, "-o", "OUT"],
-            2,
-            "--steps five: should be a valid integer",
-        ),
-        ([*SEARCH, "--resume"], 2, "need --run-folder"),
-        (
-            [*SEARCH, "--set", "alfa=1"],
-            2,
-            "did you mean 'alpha'?",
-        ),
-        ([*SEARCH, "--classes", "wolf"], 2, "class 'wolf'"),
-        ([*SEARCH, "--prompts", "p.txt"], 2, "by classes"),
-        ([*SEARCH, "--device", "cuda:9"], 2, "device 'cuda:9'"),
-        ([*SEARCH, "--set", "loss=mse"], 2, "loss term 'mse'"),
-        ([*SEARCH, "--start", "x.json"], 1, "no such SubNet"),
-        ([*SEARCH, "--start", "SUBNET"], 2, "give its --steps"),
-        (["search", "MODEL"], 2, "Missing option"),
-        (["export", "none.json", "-o", "OUT"], 1, "none.json: no such SubNet"),
-        (["export", "SUBNET", "-o", "BUNDLE"], 2, "--force"),
-        (["run", "BUNDLE", "--class", "wolf", "-o", "OUT"], 2, "class 'wolf' is unknown"),
-        (["run", "nowhere", "--class", "1", "-o", "OUT"], 1, "no such bundle"),
-        (["run", "BUNDLE", "--class", "1", "--threads", "100000", "-o", "OUT"], 2, "--threads"),
-        (["run", "BUNDLE", "--class", "7" * 5000, "-o", "OUT"], 2, "is unknown to"),
-        (["run", "BUNDLE", "--class", "1", "-o", ".."], 2, "-o ..: names no file; give one, such as out.png"),
-        (["run", "n" * 300, "--class", "1", "-o", "OUT"], 1, "name too long"),
-        (["export", "SUBNET", "--batch", "7" * 5000, "-o", "OUT"], 2, "give a number, min:max or min:opt:max"),
-        ([*SEARCH, "--guidance", "nan"], 2, "--guidance nan"),
-        (
-            [*SEARCH, "--set", "tau=inf"],
-            2,
-            "--set tau=inf: should be a finite",
-        ),
-        (["deploy", "BUNDLE", "--triton", "OUT", "--wait", "inf"], 2, "--wait"),
-        (["run", "BUNDLE", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
-        (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, "conditioned by class; give --class alone"),
-        (["run", "PROMPTED", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
-        (["run", "PROMPTED", "--prompt", "\udcff", "-o", "OUT"], 2, "the prompt is not valid Unicode ('\\udcff' at"),
-        (["run", "PROMPTED", "--class", "1", "-o", "OUT"], 2, "conditioned by prompt; give --prompt alone"),
-        (["run", "PROMPTED", "--class", "1", "--prompt", "a", "-o", "OUT"], 2, "give --prompt alone"),
-        (["inspect", "none.json"], 1, "none.json: no such SubNet"),
-        (["verify", "nowhere"], 1, "no such bundle"),
-        (["nonsense"], 2, "nonsense"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD_INPUT)
 def test_bad_input_is_one_line(arguments, code, message, tiny_dit, subnet_file, bundle, prompted, tmp_path):
     places = {"MODEL": tiny_dit, "OUT": tmp_path / "out.json", "SUBNET": subnet_file, "BUNDLE": bundle}
     places["PROMPTED"] = prompted[-1]
-    got, _, err = dipgo(*(places.get(a, a) if isinstance(a, str) else a for a in arguments))
-    lines = [line for line in err.splitlines() if line.startswith("dipgo: ")]
+    got, _, err = dipgo(*(places.get(argument, argument) for argument in arguments))
+    (line,) = [line for line in err.splitlines() if line.startswith("dipgo: ")]
     assert got == code
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert message in line
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -287,30 +246,25 @@ def test_force_replaces_what_dipgo_made_alone(
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
-    log = tmp_path / "log"
-    output = tmp_path / "out" / "s.json"
+    log, output = tmp_path / "log", tmp_path / "out" / "s.json"
     output.parent.mkdir()
-    command = [sys.executable, "-m", "dipgo.cli.main", "search", tiny_dit, "--steps", "20", "--budget", "0.5"]
-    with log.open("w") as stream:
+
+    def work():
         # A test run in the background inherits an ignored SIGINT; a user's terminal does not ignore it.
-        process = subprocess.Popen(
-            [*command, "--set", "drops=0", "--set", "held_out=4", "-o", str(output)],
-            stderr=stream,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no other threads here
-        )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["dipgo", "search", tiny_dit, "--steps", "4", "--budget", "0.5", "-o", str(output)]
+        sys.argv += ["--set", "drops=0", "--set", "held_out=4", "--set", "trial_iterations=100000"]
+        with log.open("w", buffering=1) as sys.stderr:
+            cli.main()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
     deadline = time.time() + 120
-    while "trial" not in log.read_text() and time.time() < deadline:
+    while process.is_alive() and (not log.exists() or "trial" not in log.read_text()) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(60) == 1
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 1
     assert "dipgo: interrupted" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert list(output.parent.iterdir()) == []
-
-
-def test_record_of_the_search_is_complete(tiny_dit, subnet_file):
-    document = json.loads(subnet_file.read_text())
-    assert document["model"]["name"] == tiny_dit
-    assert document["sampler"]["class"] == "DDIMScheduler"
-    assert len(document["gates"]) == document["sampler"]["steps"] == 4
-    assert document["cost"]["kind"] == "macs"

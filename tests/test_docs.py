@@ -1,7 +1,5 @@
 """What the documents name exists: links, anchors, paths and modules."""
 
-from __future__ import annotations
-
 import re
 from importlib.util import find_spec
 from pathlib import Path

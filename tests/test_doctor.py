@@ -3,23 +3,18 @@
 import json
 import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import onnxruntime
 import torch
 
 from engines.backends import BACKENDS
+from tests.checks import ROOT, python
 
 SCRIPT = "import typer; from dipgo.cli.doctor import doctor; typer.run(doctor)"
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=Path(__file__).parents[1]
-    ).stdout
+    return python(SCRIPT, *arguments, env=os.environ | environment, cwd=ROOT).stdout
 
 
 def test_findings_are_those_of_this_machine(tmp_path):

@@ -16,12 +16,13 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from dipgo.cli.main import application
-from tests.command import dipgo
+from tests.command import dipgo, sets
+from tests.zoo import LEAST
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(<!-- not run: .+ -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-QUICK = ("pool=2", "held_out=2", "drops_on=1", "backup_iterations=1", "backup_warmup=0", "batch=1")
+QUICK = ", ".join(f"{name}={value}" for name, value in LEAST.items())
 LONG = ("build", "serve", "bench", "recipe", "import", "compile")  # or in need of what README does not make
 
 
@@ -69,12 +70,8 @@ def test_options_in_the_text_are_those_of_their_command(document):
 
 def shortened(text):
     """Return a block whose searches take seconds."""
-    text = re.sub(r"^dipgo (search|compile)\b", rf"dipgo \1 {' '.join(sets())}", text, flags=re.MULTILINE)
-    return re.sub(r"dipgo\.(search|compile)\((.*)\)", rf"dipgo.\1(\2, {', '.join(QUICK)})", text)
-
-
-def sets():
-    return [f"--set={pair}" for pair in QUICK]
+    text = re.sub(r"^dipgo (search|compile)\b", rf"dipgo \1 {' '.join(sets(LEAST))}", text, flags=re.MULTILINE)
+    return re.sub(r"dipgo\.(search|compile)\((.*)\)", rf"dipgo.\1(\2, {QUICK})", text)
 
 
 @pytest.mark.slow
@@ -97,7 +94,7 @@ def test_the_commands_that_readme_lists_run_one_after_the_other(tmp_path, monkey
     for line in commands(ROOT / "README.md"):
         _, name, *rest = shlex.split(line.replace("MODEL", "digits-dit"))
         if name not in LONG:
-            done = dipgo(name, *rest, *(sets() if name == "search" else ()))
+            done = dipgo(name, *rest, *(sets(LEAST) if name == "search" else ()))
             assert done.code == 0, f"{line}: {done.err}"
             ran.append(name)
     assert {"models", "search", "inspect", "export", "verify", "run", "deploy", "doctor"} <= set(ran)

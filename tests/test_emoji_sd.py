@@ -1,9 +1,6 @@
 """The text-to-image model that ships: diffusers loads it, it draws what it is told, and it compiles in every layout."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from PIL import Image
 from benchmarks.bench.parity import TOLERANCE, verify
 from benchmarks.bench.subjects import inputs_for
 from dipgo.graph.trace import trace
-from dipgo.model.models import Model, find_model
+from dipgo.model.models import find_model
 from dipgo.model.sampler import make_scheduler, tabulate
 from export.bundle import open_bundle
 from export.compiler import prepare, write_bundle
@@ -26,12 +23,12 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model():
     return find_model("emoji-sd")
 
 
 @pytest.fixture(scope="module")
-def bundles(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(model, tmp_path_factory):
     """One random SubNet with learned backups, in every layout."""
     traced = trace(model, "layer", 4.0)
     sampler = tabulate(make_scheduler("ddim", model.pipeline().scheduler), STEPS)
@@ -42,14 +39,14 @@ def bundles(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {layout: folder / layout for layout in LAYOUTS}
 
 
-def test_it_fits_the_repository_and_brings_its_names(model: Model) -> None:
+def test_it_fits_the_repository_and_brings_its_names(model):
     assert sum(path.stat().st_size for path in model.folder.rglob("*")) < 40e6
     names = json.loads((model.folder / "held-out.json").read_text())
     assert model.prompts() == names["training"]
     assert not {*names["training"]} & {*names["held_out"]}
 
 
-def test_it_draws_what_it_is_told(model: Model) -> None:
+def test_it_draws_what_it_is_told(model):
     """By diffusers alone: a heart, an apple and a circle have the colours of their names."""
     wanted = {"red heart": 0, "green apple": 1, "large blue circle": 2}
     assert set(wanted) <= set(model.prompts())
@@ -62,25 +59,25 @@ def test_it_draws_what_it_is_told(model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_it_equals_diffusers(bundles: dict[str, Path], layout: str) -> None:
+def test_compiled_it_equals_diffusers(bundles, layout):
     parity = verify(bundles[layout], images=1)
-    assert parity.relative_error_latent <= TOLERANCE
-    assert parity.relative_error_image <= TOLERANCE
+    assert max(parity.relative_error_latent, parity.relative_error_image) <= TOLERANCE
 
 
-def test_a_prompt_becomes_a_picture(bundles: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_prompt_becomes_a_picture(bundles, tmp_path):
     made = []
     for prompt in ("red heart", "green apple"):
         file = tmp_path / f"{prompt}.png"
-        command = ["run", bundles["signature"], "--prompt", prompt, "--seed", "3", "-o", file]
-        assert dipgo(*command).code == 0
+        assert dipgo("run", bundles["signature"], "--prompt", prompt, "--seed", "3", "-o", file).code == 0
         with Image.open(file) as picture:
             made.append(np.asarray(picture))
     assert made[0].shape == (64, 64, 3)
     assert not np.array_equal(*made)
 
 
-def test_reports_show_names_of_its_own(bundles: dict[str, Path], model: Model) -> None:
+@pytest.mark.slow
+def test_reports_show_names_of_its_own(bundles, model):
     conditioning = open_bundle(bundles["signature"]).record.conditioning
     assert 16 <= len(conditioning.prompts) <= 32
     assert set(conditioning.prompts) <= set(model.prompts())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dipgo.graph.trace import trace as traced_anew
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import Sampler, make_scheduler, tabulate
 from dipgo.schedule.subnet import SubNet
+from dipgo.searching.config import SearchConfig
 from dipgo.searching.task import Task, make_task
 from export.bundle import BundleRecord
 from export.compiler import Prepared, prepare, write_bundle
@@ -47,6 +49,8 @@ SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",
 }
+LEAST = {"pool": 2, "held_out": 2, "drops_on": 1, "backup_iterations": 1, "backup_warmup": 0, "batch": 1}
+"""Settings of a search that takes seconds."""
 ROOT = Path()  # of the session; set by tests/conftest.py
 
 
@@ -82,6 +86,8 @@ def guidance_of(kind: str) -> float:
 
 @cache
 def _trace(kind: str, sites: str | None, guidance: float, dtype: torch.dtype, size: tuple[int, int] | None) -> Trace:
+    if kind == "sd-v":  # another scheduler alone
+        return replace(_trace("sd", sites, guidance, dtype, size), model=model(kind))
     return traced_anew(model(kind), sites, guidance, dtype, size)
 
 
@@ -108,7 +114,16 @@ def task(
 ) -> Task:
     """Return a search's task with a pipeline of its own; the trace is shared. ``options`` are those of make_task."""
     traced = trace(kind, sites, guidance)
-    return make_task(traced.model, steps, sampler, traced, traced.guidance_scale, **options)
+    made = make_task(traced.model, steps, sampler, traced, traced.guidance_scale, **options)
+    made.pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def search_config(steps: int, budget: Any = 0.5, **changes: Any) -> SearchConfig:
+    """Return settings of a search with little of everything: drops, contenders, trials, backups that learn on."""
+    little = {"batch": 2, "pool": 8, "held_out": 4, "drops": 3, "drops_on": 2, "contenders": 2, "width": 16}
+    little |= {"trial_iterations": 2, "backup_iterations": 3, "gate_iterations": 2}
+    return SearchConfig(**{"steps": steps, "budget": budget, **little, **changes})
 
 
 @cache

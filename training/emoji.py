@@ -100,7 +100,8 @@ def read_emoji(tarball: Path) -> tuple[list[Emoji], torch.Tensor]:
                 white = Image.new("RGBA", rgba.size, "white")
                 pictures.append(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")))
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise DipgoError(f"{tarball}: not a readable {PACKAGE} ({error}); remove it to fetch it again") from error
+        reason = " ".join(str(error).split())
+        raise DipgoError(f"{tarball}: not a readable {PACKAGE} ({reason}); remove it to fetch it again") from error
     return emoji, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -1,14 +1,10 @@
-from __future__ import annotations
-
-from pathlib import Path
-
 import onnx
 
 from benchmarks.studies import binding_times
 from export.bundle import open_bundle
 
 
-def test_both_programs_agree_and_one_has_all_inside_its_loop(tiny_dit: str, tmp_path: Path):
+def test_both_programs_agree_and_one_has_all_inside_its_loop(tiny_dit, tmp_path):
     found = binding_times.measure(tiny_dit, 3, 2, tmp_path)
     assert found["steps"] == 3
     assert 0 <= found["relative_error"] < binding_times.TOLERANCE

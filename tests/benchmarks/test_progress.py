@@ -1,11 +1,7 @@
-from __future__ import annotations
-
-import pytest
-
 from dipgo.base.progress import Progress
 
 
-def test_bars_show_each_phase_to_its_end(capsys: pytest.CaptureFixture[str]):
+def test_bars_show_each_phase_to_its_end(capsys):
     with Progress().phases() as report:
         for done in range(4):
             report("first", done, 3, "")

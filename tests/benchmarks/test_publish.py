@@ -1,12 +1,9 @@
 """Publishing a report into a repository that stands in for this one."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from benchmarks.bench.report import ReportRecord
@@ -15,9 +12,7 @@ from benchmarks.pages.picture import LEFT, SIDE
 from benchmarks.pages.render import markdown, today
 
 
-def test_a_report_is_published_whole(
-    tmp_path: Path, measured: tuple[ReportRecord, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_report_is_published_whole(tmp_path, measured, bundle, monkeypatch):
     report, folder = measured
     name = publish.place_of(report)
     (tmp_path / "benchmarks").mkdir()
@@ -47,7 +42,7 @@ def test_a_report_is_published_whole(
     assert all((label < 128).any() and (label > 250).any() for label in np.split(labels, 3)), "black on white"
 
 
-def test_the_place_tells_suite_model_steps_and_budget(measured: tuple[ReportRecord, Path]):
+def test_the_place_tells_suite_model_steps_and_budget(measured):
     report, _ = measured
     by_suite = {
         suite: publish.place_of(report.model_copy(update={"suite": suite, "budget": 0.35}))
@@ -57,7 +52,7 @@ def test_the_place_tells_suite_model_steps_and_budget(measured: tuple[ReportReco
     assert by_suite["sd15"] == "sd15-tiny-dit-8-0.35.json"
 
 
-def test_columns_are_spread_over_a_file_of_prompts(bundle: Path, tmp_path: Path):
+def test_columns_are_spread_over_a_file_of_prompts(bundle, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(str(number) for number in range(80)))
     assert publish.columns(bundle, tmp_path / "names.txt") == [str(number) for number in range(5, 80, 10)]
     assert len(publish.columns(bundle, None)) == publish.COLUMNS

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -9,14 +7,14 @@ import pytest
 
 from benchmarks.pages import places, results
 from benchmarks.pages.render import today
-from dipgo.base.errors import DipgoError
+from tests.checks import refused
 
 COMMITTED = sorted((results.ROOT / "benchmarks" / "results").glob("*.json"))
 PAGES = sorted((results.ROOT / "docs" / "results").glob("*.md"))
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path):
     """A repository with one page, and no results yet."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs" / "results").mkdir(parents=True)
@@ -29,21 +27,16 @@ def test_the_committed_pages_are_what_the_results_say():
         assert page.read_text() == text, f"{page.name}; run: python -m benchmarks.results"
 
 
-def test_every_result_is_on_one_page_with_its_command():
+def test_every_result_is_on_one_page_with_the_command_that_writes_it_alone():
+    """Copied as it stands, none replaces another result."""
     text = {page: page.read_text() for page in PAGES}
     homes = [name for page in PAGES for name in places.names(text[page])]
     assert sorted(homes) == sorted(path.stem for path in COMMITTED)
     for path in COMMITTED:
         page = next(page for page in PAGES if path.stem in places.names(text[page]))
         assert f"(../../benchmarks/results/{path.name})" in text[page]
-        command = json.loads(path.read_text()).get("command")
-        assert command is None or today(f"`{command}`") in text[page]
-
-
-def test_a_command_writes_the_result_that_names_it():
-    """Copied as it stands, none replaces another result."""
-    for path in COMMITTED:
         command = json.loads(path.read_text()).get("command") or ""
+        assert not command or today(f"`{command}`") in text[page]
         named = {Path(part).name for part in command.split() if "benchmarks/results/" in part}
         assert named <= {path.name}, path.name
 
@@ -64,7 +57,7 @@ def test_records_are_shown_with_todays_names():
     assert today(kept) == kept
 
 
-def test_what_is_missing_is_said(repository: Path):
+def test_what_is_missing_is_said(repository):
     index = repository / "benchmarks" / "RESULTS.md"
     text = results.written(repository)[index]
     for name in ("quick", "quality", "sd15", "sdxl", "dit-xl", "pixart"):
@@ -75,11 +68,11 @@ def test_what_is_missing_is_said(repository: Path):
     assert "| [new](results/new.json) | [below](#new) | commit not recorded |" in text
     assert "| images_per_s | 5.5 |\n| runs | 1, 2 |" in text
     new.write_text('{"schema": "dipgo.report/1"}')
-    with pytest.raises(DipgoError, match=r"new\.json: not a result that can be shown"):
+    with refused(r"new\.json: not a result that can be shown"):
         results.written(repository)
 
 
-def test_a_result_goes_where_a_page_has_its_place(repository: Path):
+def test_a_result_goes_where_a_page_has_its_place(repository):
     page, index = repository / "docs" / "results" / "page.md", repository / "benchmarks" / "RESULTS.md"
     page.write_text("# How fast\n\n<!-- new:begin -->\nold\n<!-- new:end -->\n\nbelow\n")
     (repository / "benchmarks" / "results" / "new.json").write_text('{"images_per_s": 5.5}')
@@ -90,11 +83,11 @@ def test_a_result_goes_where_a_page_has_its_place(repository: Path):
     assert "| [new](results/new.json) | [How fast](../docs/results/page.md) |" in index.read_text()
     assert "5.5" not in index.read_text()
     page.write_text("<!-- missing:begin -->\n<!-- missing:end -->\n")
-    with pytest.raises(DipgoError, match="no result is called 'missing'"):
+    with refused("no result is called 'missing'"):
         results.written(repository)
 
 
-def test_the_check_fails_on_another_file(repository: Path):
+def test_the_check_fails_on_another_file(repository):
     shutil.copy(COMMITTED[0], repository / "benchmarks" / "results")
     page = repository / "docs" / "results" / "page.md"
     page.write_text(f"<!-- {COMMITTED[0].stem}:begin -->\n<!-- {COMMITTED[0].stem}:end -->\n")
@@ -108,19 +101,13 @@ def test_the_check_fails_on_another_file(repository: Path):
         file.write_text(right)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
+def test_a_page_with_damaged_markers_is_refused_and_one_without_stays():
+    for page in (
         "<!-- a:begin -->\nno end",
         "<!-- a:end -->\n<!-- a:begin -->",
         "<!-- a:begin -->\n<!-- b:begin -->\n<!-- b:end -->\n<!-- a:end -->",
         "<!-- a:begin -->\n<!-- a:end -->\n<!-- b:end -->",
-    ],
-)
-def test_a_page_with_damaged_markers_is_refused(page: str):
-    with pytest.raises(DipgoError, match="mend the page's markers"):
-        places.fill(page, lambda name: "table")
-
-
-def test_a_page_without_places_stays():
+    ):
+        with refused("mend the page's markers"):
+            places.fill(page, lambda name: "table")
     assert places.fill("nothing\n", lambda name: "table") == "nothing\n"

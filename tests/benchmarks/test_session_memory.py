@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +7,7 @@ from export.bundle import open_bundle
 
 
 @pytest.mark.slow
-def test_each_way_is_measured_in_a_process_of_its_own(bundle: Path, tmp_path: Path):
+def test_each_way_is_measured_in_a_process_of_its_own(bundle, tmp_path):
     output = tmp_path / "found.json"
     session_memory.main([str(bundle), "--sessions", "2", "-o", str(output)])
     record = json.loads(output.read_text())

@@ -1,9 +1,7 @@
 """The model in torch: its loop against the program's, its count of MACs against the trace's, what caches do to it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,43 +28,33 @@ class Made:
     macs: int
 
 
-def made(kind: str, guidance: float) -> Made:
-    task = zoo.task(kind, STEPS, guidance=guidance)
+@cache
+def made(kind):
+    task = zoo.task(kind, STEPS)
     folder = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=0, keep=1.0))
     return Made(folder, zoo.pipeline(kind), open_bundle(folder).record.macs)
 
 
-@pytest.fixture(scope="module")
-def sd() -> Made:
-    return made("sd", 7.5)  # the default of the pipeline
-
-
-@pytest.fixture(scope="module")
-def dit() -> Made:
-    return made("dit", 4.0)
-
-
-def subject(found: Made, technique: str) -> TorchSubject:
+def subject(found, technique):
     return TorchSubject(TorchSpec(bundle=str(found.bundle), model=found.model, technique=technique, threads=1))
 
 
 @pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_eager_torch_does_what_the_full_program_does(kind: str, request: pytest.FixtureRequest):
-    found: Made = request.getfixturevalue(kind)
+def test_eager_torch_does_what_the_full_program_does(kind):
+    found = made(kind)
     eager = subject(found, "eager torch")
     program = ProgramSubject(ProgramSpec(folder=str(found.bundle), backend="onnxruntime", threads=1))
     assert latent_error(eager.loop(), program.loop()) < 1e-4
     for own, theirs in zip(eager.generate(1, 2, IMAGE_SEED), program.generate(1, 2, IMAGE_SEED), strict=True):
-        assert own is not None
-        assert theirs is not None
         assert latent_error(own, theirs) < 1e-4
     assert eager.macs() == found.macs
     assert len(eager.steps()) == len(program.steps())
     program.close()
 
 
-def test_deep_cache_is_the_packages_own(sd: Made):
+def test_deep_cache_is_the_packages_own():
     """Against the package in the diffusers pipeline itself, and counted: every third call is whole."""
+    sd = made("sd")
     helpers = pytest.importorskip("DeepCache")
     cached = subject(sd, "DeepCache, N = 3")
     first, again = cached.loop(), cached.loop()
@@ -80,21 +68,23 @@ def test_deep_cache_is_the_packages_own(sd: Made):
     helper.enable()
     latents, _ = cached.generate(0, 1, IMAGE_SEED)
     noise = cached._noise_of(1, IMAGE_SEED)
-    own = pipe(PROMPTS[0], num_inference_steps=STEPS, latents=noise, output_type="latent").images
+    options = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
+    own = pipe(PROMPTS[0], latents=noise, **options).images
     assert latent_error(latents, own.numpy()) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_attention_broadcast_computes_less(kind: str, request: pytest.FixtureRequest):
-    found: Made = request.getfixturevalue(kind)
+def test_attention_broadcast_computes_less(kind):
+    found = made(kind)
     cached = subject(found, "diffusers PyramidAttentionBroadcast")
     first = cached.loop()
     assert np.array_equal(first, cached.loop())
     assert cached.macs() < found.macs
 
 
-def test_first_block_cache_forgets_between_trajectories(dit: Made, monkeypatch: pytest.MonkeyPatch):
+def test_first_block_cache_forgets_between_trajectories(monkeypatch):
     """Where everything counts as unmoved, only the first step of each trajectory is whole."""
+    dit = made("dit")
     name = "diffusers FirstBlockCache"
     monkeypatch.setitem(TECHNIQUES, name, Technique(partial(first_block_cache, threshold=1e6)))
     cached = subject(dit, name)
@@ -104,13 +94,7 @@ def test_first_block_cache_forgets_between_trajectories(dit: Made, monkeypatch: 
     assert latent_error(first, subject(dit, "eager torch").loop()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("kind", "technique", "why"),
-    [
-        ("dit", "DeepCache, N = 3", "DeepCache is for UNets"),
-        ("sd", "diffusers FirstBlockCache", "FirstBlockCache is for transformers"),
-    ],
-)
-def test_one_that_does_not_fit_says_so(kind: str, technique: str, why: str, request: pytest.FixtureRequest):
-    with pytest.raises(NotMeasuredError, match=why):
-        subject(request.getfixturevalue(kind), technique)
+def test_one_that_does_not_fit_says_so():
+    for kind, technique in (("dit", "DeepCache, N = 3"), ("sd", "diffusers FirstBlockCache")):
+        with pytest.raises(NotMeasuredError, match=r"(DeepCache is for UNets|FirstBlockCache is for transformers)"):
+            subject(made(kind), technique)

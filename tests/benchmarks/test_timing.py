@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -10,13 +8,8 @@ from benchmarks.bench.timing import in_rounds, order, paired, spread, timing_of
 def test_spread_is_the_median_and_the_5th_and_95th_percentile():
     found = spread([float(value) for value in range(101)])
     assert (found.median, found.p5, found.p95) == (50.0, 5.0, 95.0)
-
-
-def test_spread_interpolates_and_ignores_the_order():
     found = spread([4.0, 1.0, 3.0, 2.0])
-    assert found.median == 2.5
-    assert found.p5 == pytest.approx(1.15)
-    assert found.p95 == pytest.approx(3.85)
+    assert (found.median, found.p5, found.p95) == (2.5, pytest.approx(1.15), pytest.approx(3.85))
 
 
 def test_speedup_is_paired_within_rounds():
@@ -27,34 +20,17 @@ def test_speedup_is_paired_within_rounds():
     assert timing_of(full, full).speedup.median == 1.0
     assert timing.wall.median == 1.0
     assert timing.samples == [1.0, 4.0, 1.0]
-
-
-def test_pairs_need_equal_lengths():
     with pytest.raises(ValueError, match="longer"):
         paired([1.0], [1.0, 2.0])
 
 
-def test_every_other_round_runs_backwards():
-    ran: list[str] = []
+def test_every_other_round_runs_backwards_and_all_take_at_least_the_seconds_asked_for():
+    ran, seen, started = [], [], time.perf_counter()
     assert in_rounds(lambda: list("abc"), ran.append, repeats=3, seconds=0) == 3
     assert "".join(ran) == "abc" + "cba" + "abc"
     assert order("ab", 3) == ["b", "a"]
-
-
-def test_takes_at_least_the_seconds_asked_for():
-    started = time.perf_counter()
     rounds = in_rounds(lambda: ["nap"], lambda name: time.sleep(0.005), repeats=2, seconds=0.1)
     assert time.perf_counter() - started >= 0.1
     assert 2 < rounds <= 20
-
-
-def test_progress_ends_at_its_total():
-    seen: list[tuple[str, int, int]] = []
-    in_rounds(
-        lambda: ["a"],
-        lambda name: None,
-        repeats=3,
-        seconds=0,
-        progress=lambda phase, done, total, _: seen.append((phase, done, total)),
-    )
+    in_rounds(lambda: ["a"], lambda name: None, repeats=3, seconds=0, progress=lambda *told: seen.append(told[:3]))
     assert seen == [("time", 1, 3), ("time", 2, 3), ("time", 3, 3)]

@@ -19,14 +19,10 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of, sha256_once
 from dipgo.model.models import find_model
 from dipgo.model.safetensors_index import read_pieces, safetensors_header, stored_tensors
+from tests.checks import refused
 
 NAME = "diffusion_pytorch_model"
 INDEX = f"{NAME}.safetensors.index.json"
-
-
-def header_of(data):
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def file_of(path, header, data=b"", length=None):
@@ -126,34 +122,27 @@ def entry(start, end, shape=(2,), dtype="F32"):
 )
 def test_bad_headers_are_refused(tmp_path, header, data, length, message):
     path = file_of(tmp_path / "w.safetensors", header, data, length)
-    with pytest.raises(DipgoError, match=message) as raised:
+    with refused(f"^{path}.*{message}") as raised:
         stored_tensors([path])
-    text = str(raised.value)
-    assert text.startswith(str(path))
-    assert "\n" not in text
-    assert len(text) < 400 + len(str(path))
+    assert len(str(raised.value)) < 400 + len(str(path))
     with pytest.raises((SafetensorError, ValueError, KeyError, AttributeError)):
         load_file(path)  # nor does safetensors take it
 
 
-def test_an_absurd_header_is_not_read(tmp_path):
-    path = tmp_path / "w.safetensors"
-    with path.open("wb") as stream:
-        stream.write((150_000_000).to_bytes(8, "little"))
-        stream.truncate(200_000_000)  # sparse
-    with pytest.raises(DipgoError, match="a header of 150000000 bytes, above 100000000"):
-        stored_tensors([path])
-
-
-def test_truncated_and_missing_files(tmp_path, whole):
+def test_truncated_missing_and_absurd_files(tmp_path, whole):
     path = tmp_path / "w.safetensors"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(DipgoError, match=r"truncated or damaged .*; download or save it again"):
+        with refused(r"truncated or damaged .*; download or save it again"):
             stored_tensors([path])
     for missing in (tmp_path / "none", tmp_path):
-        with pytest.raises(DipgoError, match=r"damaged \((No such file|Is a directory)"):
+        with refused(r"damaged \((No such file|Is a directory)"):
             stored_tensors([missing])
+    with path.open("wb") as stream:
+        stream.write((150_000_000).to_bytes(8, "little"))
+        stream.truncate(200_000_000)  # sparse
+    with refused("a header of 150000000 bytes, above 100000000"):
+        stored_tensors([path])
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -202,35 +191,30 @@ def test_shards_are_one_checkpoint(tiny_dit, sharded):
     assert model.identity().weights_sha256 != find_model(tiny_dit).identity().weights_sha256
 
 
-@pytest.mark.parametrize("damage", ["missing", "twice", "moved", "index", "no map", "order"])
-def test_damaged_shards_are_refused(sharded, damage):
+def test_damaged_shards_are_refused(sharded):
     folder = sharded / "transformer"
-    files = find_model(str(sharded)).weights_files
+    first, second, *_ = files = find_model(str(sharded)).weights_files
     index = json.loads((folder / INDEX).read_text())
-    if damage == "missing":
-        files[1].unlink()
-        message = f"index.json: names the shard '{files[1].name}', which is missing; download or save it again"
-    elif damage == "twice":
-        shutil.copy(files[0], files[1])
-        message = f"{files[1].name}: holds '.*', which {files[0].name} holds too"
-    elif damage == "moved":
-        name = next(iter(index["weight_map"]))
-        index["weight_map"][name] = next(file.name for file in files if file.name != index["weight_map"][name])
-        (folder / INDEX).write_text(json.dumps(index))
-        message = f"index.json: '{name}' is not in"
-    elif damage == "index":
-        (folder / INDEX).write_text("{")
-        message = "index.json: not a readable index of shards"
-    elif damage == "no map":
-        (folder / INDEX).write_text('{"weight_map": [1]}')
-        message = "index.json: not an index of shards"
-    else:
-        index["weight_map"]["more"] = files[0].name
-        (folder / INDEX).write_text(json.dumps(index))
-        message = "index.json: 'more' is not in"
-    with pytest.raises(DipgoError, match=message) as raised:
+    places = index["weight_map"]
+    name = next(iter(places))
+    other = next(file.name for file in files if file.name != places[name])
+    changed = {
+        "{": "index.json: not a readable index of shards",
+        '{"weight_map": [1]}': "index.json: not an index of shards",
+        json.dumps(index | {"weight_map": places | {name: other}}): f"index.json: '{name}' is not in",
+        json.dumps(index | {"weight_map": places | {"more": first.name}}): "index.json: 'more' is not in",
+    }
+    for text, message in changed.items():
+        (folder / INDEX).write_text(text)
+        with refused(message):
+            stored_tensors(find_model(str(sharded)).weights_files)
+    (folder / INDEX).write_text(json.dumps(index))
+    shutil.copy(first, second)
+    with refused(f"{second.name}: holds '.*', which {first.name} holds too"):
         stored_tensors(find_model(str(sharded)).weights_files)
-    assert "\n" not in str(raised.value)
+    second.unlink()
+    with refused(f"index.json: names the shard '{second.name}', which is missing; download or save it again"):
+        find_model(str(sharded))
 
 
 def test_variants_beside_the_plain_files_are_left_out(tiny_dit, sharded, tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import Kind, cache_root, new_file, new_folder, refuse_existing, refuse_to_fill, remove_drafts
 from dipgo.base.records import read_json
+from tests.checks import misused, refused
 
 KNOWN_BY = "made.json"
 KIND = Kind(KNOWN_BY, lambda folder: ("old",))
@@ -24,7 +24,7 @@ def test_a_folder_is_replaced_with_force_alone(tmp_path):
     path = tmp_path / "out"
     write(path, force=False)
     (path / "old").write_text("old")
-    with pytest.raises(UsageError, match=r"out exists; give another path, or --force"):
+    with misused(r"out exists; give another path, or --force"):
         write(path, force=False)
     assert (path / "old").is_file()
     write(path)
@@ -39,9 +39,9 @@ def test_what_is_somebody_else_s_is_not_replaced_with_force(tmp_path, kind):
         path.mkdir()
     mine = path / "photo" if kind == "folder" else path
     mine.write_text("mine")
-    for refused in (lambda: refuse_existing(path, True, KIND), lambda: write(path)):
-        with pytest.raises(UsageError, match=r"out: holds no made\.json, so --force does not replace it"):
-            refused()
+    for refuse in (lambda: refuse_existing(path, True, KIND), lambda: write(path)):
+        with misused(r"out: holds no made\.json, so --force does not replace it"):
+            refuse()
     assert mine.read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -55,9 +55,9 @@ def test_what_lies_beside_our_files_is_not_deleted(tmp_path, beside):
         mine.symlink_to(tmp_path)
     else:
         mine.write_text("mine")
-    for refused in (lambda: refuse_existing(tmp_path / "out", True, KIND), lambda: write(tmp_path / "out")):
-        with pytest.raises(UsageError, match=f"out: holds {beside}, which --force would delete .*; move it away"):
-            refused()
+    for refuse in (lambda: refuse_existing(tmp_path / "out", True, KIND), lambda: write(tmp_path / "out")):
+        with misused(f"out: holds {beside}, which --force would delete .*; move it away"):
+            refuse()
     assert mine.exists()
 
 
@@ -69,7 +69,7 @@ def test_what_comes_while_an_output_is_made_is_kept(tmp_path):
             path.mkdir()
             (path / "photo").write_text("mine")
 
-    with pytest.raises(UsageError, match="out exists"):
+    with misused("out exists"):
         work()
     assert (path / "photo").read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -80,12 +80,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     for below in (tmp_path / "file" / "s.json", tmp_path / "file" / "deep" / "s.json"):
-        with pytest.raises(UsageError, match=r"file is no folder that can be written to; give another path"):
+        with misused(r"file is no folder that can be written to; give another path"):
             refuse_existing(below, True)
-    with (
-        pytest.raises(DipgoError, match=r"folder: cannot be written \(Is a directory\)"),
-        new_file(tmp_path / "folder"),
-    ):
+    with refused(r"folder: cannot be written \(Is a directory\)"), new_file(tmp_path / "folder"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -94,7 +91,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 def test_a_folder_that_takes_no_files_is_refused_before_any_work(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UsageError, match="is no folder that can be written to"):
+        with misused("is no folder that can be written to"):
             refuse_existing(tmp_path / "s.json", False)
     finally:
         tmp_path.chmod(0o700)
@@ -114,23 +111,20 @@ def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, 
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", busy)
-    with pytest.raises(DipgoError, match=r"out: cannot be written \(Device or resource busy\)"):
+    with refused(r"out: cannot be written \(Device or resource busy\)"):
         write(tmp_path / "out")
     assert (tmp_path / "out" / "old").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_root_is_never_replaced():
-    for refused in (lambda: refuse_existing(Path("/"), True, KIND), lambda: write(Path("/"))):
-        with pytest.raises(UsageError, match=r"^/: (holds no made\.json|/ is no folder that can be written to)"):
-            refused()
-
-
-def test_a_mount_is_never_replaced(tmp_path, monkeypatch):
-    """Its files would be gone before its folder proves to be in use."""
+def test_the_root_and_mounts_are_never_replaced(tmp_path, monkeypatch):
+    """A mount's files would be gone before its folder proves to be in use."""
+    for refuse in (lambda: refuse_existing(Path("/"), True, KIND), lambda: write(Path("/"))):
+        with misused(r"^/: (holds no made\.json|/ is no folder that can be written to)"):
+            refuse()
     write(tmp_path / "out", force=False)
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
-    with pytest.raises(UsageError, match="where a file system is mounted, which nothing replaces; give a folder in it"):
+    with misused("where a file system is mounted, which nothing replaces; give a folder in it"):
         write(tmp_path / "out")
     assert (tmp_path / "out" / KNOWN_BY).is_file()
 
@@ -138,17 +132,17 @@ def test_a_mount_is_never_replaced(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
 def test_a_folder_that_cannot_be_read_is_not_replaced(tmp_path):
     (tmp_path / "out").mkdir(mode=0)
-    with pytest.raises(UsageError, match=r"out: cannot be read \(Permission denied\); give another path"):
+    with misused(r"out: cannot be read \(Permission denied\); give another path"):
         refuse_existing(tmp_path / "out", True, KIND)
 
 
 def test_a_folder_that_is_filled_keeps_what_it_has(tmp_path):
     refuse_to_fill(tmp_path / "new", force=False)
-    with pytest.raises(UsageError, match="exists; give another path, or --force"):
+    with misused("exists; give another path, or --force"):
         refuse_to_fill(tmp_path, force=False)
     refuse_to_fill(tmp_path, force=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="file is no folder that can be written to"):
+    with misused("file is no folder that can be written to"):
         refuse_to_fill(tmp_path / "file", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -164,7 +158,7 @@ def test_what_is_filled_must_take_files_itself(tmp_path, closed):
         if closed == "above":
             refuse_to_fill(out, force=True)
         else:
-            with pytest.raises(UsageError, match="out is no folder that can be written to"):
+            with misused("out is no folder that can be written to"):
                 refuse_to_fill(out, force=True)
     finally:
         (out if closed == "out" else tmp_path).chmod(0o700)
@@ -200,12 +194,6 @@ def test_drafts_of_past_days_go_when_something_is_written_beside_them(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
 
 
-def test_an_empty_folder_is_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    write(tmp_path / "out")
-    assert (tmp_path / "out" / KNOWN_BY).read_text() == "new"
-
-
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_replaced_itself(tmp_path, there):
     target, path = tmp_path / "target", tmp_path / "out"
@@ -213,9 +201,9 @@ def test_a_link_is_replaced_itself(tmp_path, there):
         target.mkdir()
         (target / "photo").write_text("mine")
     path.symlink_to(target)
-    for refused in (lambda: write(path, force=False), lambda: new_file(path, force=False).__enter__()):
-        with pytest.raises(UsageError, match="out exists"):
-            refused()
+    for refuse in (lambda: write(path, force=False), lambda: new_file(path, force=False).__enter__()):
+        with misused("out exists"):
+            refuse()
     write(path)
     assert not path.is_symlink()
     assert (path / KNOWN_BY).read_text() == "new"
@@ -223,8 +211,10 @@ def test_a_link_is_replaced_itself(tmp_path, there):
     assert not there or (target / "photo").read_text() == "mine"
 
 
-def test_the_folder_one_is_in_is_replaced(tmp_path, monkeypatch):
+def test_a_folder_that_is_empty_or_that_one_is_in_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
     write(tmp_path / "out")
+    assert (tmp_path / "out" / KNOWN_BY).read_text() == "new"
     monkeypatch.chdir(tmp_path / "out")
     Path("old").write_text("old")
     write(Path())
@@ -243,6 +233,5 @@ def test_where_things_are_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(DipgoError, match=r"x\.json: not a readable thing \(") as caught:
+    with refused(r"x\.json: not a readable thing \("):
         read_json(tmp_path / "x.json", "thing")
-    assert "\n" not in str(caught.value)

@@ -22,6 +22,7 @@ from dipgo.model.sampler import make_scheduler, tabulate
 from dipgo.schedule.search_record import Cost
 from dipgo.schedule.subnet import load_subnet
 from tests import zoo
+from tests.checks import error, refused
 from tests.command import dipgo
 from tests.dipgo.test_sampler import BASE
 
@@ -36,11 +37,6 @@ MODULES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_b
 @pytest.fixture(scope="module")
 def unet():
     return zoo.model("sd")
-
-
-@pytest.fixture(scope="module")
-def blocks():
-    return zoo.trace("sd", "block", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +77,15 @@ def by_name(subnet):
 # DiP-GO gates
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_gates_pickled_by_torch(tmp_path, protocol):
+def test_gates_pickled_by_torch(tmp_path):
     gates = some_gates()
-    schedule = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(tensors(gates), protocol)))
-    assert schedule.keys == tuple(KEYS)
-    assert schedule.modules == MODULES
-    assert np.array_equal(schedule.gates, gates)
-
-
-def test_gates_that_share_a_storage_are_told_apart(tmp_path):
-    gates = some_gates(1)
     whole = torch.stack([torch.stack(list(step.values())) for step in tensors(gates)]).half()
-    steps = [dict(zip(KEYS, row, strict=True)) for row in whole]
-    schedule = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(steps)))
-    assert np.array_equal(schedule.gates, gates)
+    shared = [dict(zip(KEYS, row, strict=True)) for row in whole]  # all in one storage
+    for steps, protocol in ((tensors(gates), 3), (tensors(gates), 4), (tensors(gates), 5), (shared, 4)):
+        schedule = read_schedule(write(tmp_path / "gates.pkl", pickle.dumps(steps, protocol)))
+        assert schedule.keys == tuple(KEYS)
+        assert schedule.modules == MODULES
+        assert np.array_equal(schedule.gates, gates)
 
 
 def test_both_forms_give_one_subnet_and_what_nobody_reads_is_off(tmp_path, blocks):
@@ -207,10 +197,8 @@ def test_text_pickles_are_no_way_round(tmp_path):
     ],
 )
 def test_wrong_pickles_are_refused(content, message, tmp_path):
-    with pytest.raises(DipgoError, match=message) as caught:
+    with refused(f"{message}.*known formats"):
         read_schedule(write(tmp_path / "gates.pkl", content))
-    assert "known formats" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def a_step(payload):
@@ -244,7 +232,7 @@ LARGE = {
 @pytest.mark.parametrize("name", list(LARGE))
 def test_pickles_take_time_and_memory_linear_in_their_length(name, tmp_path):
     start = time.process_time()
-    with pytest.raises(DipgoError, match=r"known formats|larger than any schedule file"):
+    with refused(r"known formats|larger than any schedule file"):
         read_schedule(write(tmp_path / "gates.pkl", LARGE[name]))
     assert time.process_time() - start < 10, "hangs do not end within a minute"
 
@@ -264,82 +252,49 @@ def test_a_payload_that_gates_share_is_read_once(tmp_path, monkeypatch):
 # DeepCache
 
 
-@pytest.mark.parametrize(
-    ("steps", "interval", "curve", "expected"),
-    [
-        (10, 3, None, [0, 3, 6, 9]),
-        (4, 1, None, [0, 1, 2, 3]),
-        (20, 5, (2.0, 20), [0, 9, 15, 19]),
-        (50, 5, (1.4, 15), [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]),
-        (50, 10, (1.2, 20), [0, 11, 20, 28, 38]),
-    ],
-)
-def test_full_steps_are_deepcache_s(steps, interval, curve, expected):
-    assert full_steps(steps, interval, curve) == expected
+def test_full_steps_are_deepcache_s():
+    for settings, expected in (
+        ((10, 3, None), [0, 3, 6, 9]),
+        ((4, 1, None), [0, 1, 2, 3]),
+        ((20, 5, (2.0, 20)), [0, 9, 15, 19]),
+        ((50, 5, (1.4, 15)), [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]),
+        ((50, 10, (1.2, 20)), [0, 11, 20, 28, 38]),
+    ):
+        assert full_steps(*settings) == expected
 
 
 @pytest.mark.parametrize("branch", [0, 1, 3])
-def test_deepcache_computes_what_deepcache_computes(branch, unet, branches, tmp_path):
-    """Its shallow steps by hand: the kept feature enters the way up, and the rest runs on today's latent."""
-    schedule = read_schedule(write(tmp_path / "x.json", {"cache_interval": 3, "cache_branch_id": branch}))
-    model = unet.empty_denoiser().from_pretrained(unet.folder / "unet").eval()
-    subnet = apply(schedule, branches, sampler(7))
-    torch.manual_seed(1)
-    latents, text = torch.randn(7, 1, 4, 8, 8), torch.randn(1, 77, 24)
-    kept = {}
-    entry = {0: "up_blocks.2.attentions.0", 1: "up_blocks.1", 3: "up_blocks.1.attentions.0"}[branch]
-    assert schedule.sites(model) == entry
+def test_deepcache_computes_what_deepcache_computes(branch, unet, branches):
+    """Against the package in the diffusers pipeline itself."""
+    helpers = pytest.importorskip("DeepCache")
+    settings = {"cache_interval": 3, "cache_branch_id": branch}
+    subnet, pipe = apply(read_deepcache(settings), branches, sampler(7)), unet.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("ddim", BASE)
 
-    def shallow(latent, timestep):
-        temb = model.time_embedding(model.time_proj(timestep))
-        first = model.conv_in(latent)
-        skips = [first, *model.down_blocks[0](first, temb, encoder_hidden_states=text)[1]]
-        feature = kept["feature"]
-        if branch == 3:
-            up = model.up_blocks[1]
-            feature = up.resnets[1](torch.cat([feature, skips.pop()], 1), temb)
-            feature = up.upsamplers[0](up.attentions[1](feature, text, return_dict=False)[0])
-        last = model.up_blocks[2]
-        if branch == 0:
-            feature = last.resnets[1](torch.cat([feature, first], 1), temb)
-            feature = last.attentions[1](feature, text, return_dict=False)[0]
-        else:
-            feature = last(feature, tuple(skips[:2]), temb, encoder_hidden_states=text)
-        return model.conv_out(model.conv_act(model.conv_norm_out(feature)))
+    def latents():
+        options = {"num_inference_steps": 7, "guidance_scale": 1.0, "output_type": "latent"}
+        return pipe("a red fox", generator=torch.Generator().manual_seed(0), **options).images
 
-    def keep(module, args, output):
-        kept["feature"] = output[0] if isinstance(output, tuple) else output
-
-    with torch.no_grad():
-        expected = []
-        for step, latent in enumerate(latents):
-            timestep = torch.tensor([subnet.sampler.timesteps[step]])
-            if step % 3 == 0:
-                hook = model.get_submodule(entry).register_forward_hook(keep)
-                expected.append(model(latent, timestep, text, return_dict=False)[0])
-                hook.remove()
-            else:
-                expected.append(shallow(latent, timestep))
-        with gated(model, subnet):
-            for step, latent in enumerate(latents):
-                timestep = torch.tensor([subnet.sampler.timesteps[step]])
-                actual = model(latent, timestep, text, return_dict=False)[0]
-                torch.testing.assert_close(actual, expected[step], rtol=1e-5, atol=1e-5)
+    with gated(pipe.unet, subnet):
+        actual = latents()
+    assert error(actual, latents()) > 1e-2, "the gates do something"
+    helper = helpers.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(**settings)
+    helper.enable()
+    assert error(actual, latents()) <= 1e-5
     assert subnet.cost.ratio < 0.9
 
 
-@pytest.mark.parametrize(
-    ("settings", "branch"),
-    [
+def test_deepcache_s_two_numberings():
+    for settings, branch in (
         ({}, 0),
         ({"cache_branch_id": 5}, 5),
         ({"skip_mode": "uniform", "cache_block_id": 1, "cache_layer_id": 2}, 5),
         ({"uniform": True, "cache_layer_id": 0, "cache_block_id": 0}, 1),
         ({"uniform": True, "cache_layer_id": 0, "cache_block_id": 2}, 3),
-    ],
-)
-def test_deepcache_s_two_numberings(settings, branch):
-    assert read_deepcache({"cache_interval": 2, **settings}).branch == branch
+    ):
+        assert read_deepcache({"cache_interval": 2, **settings}).branch == branch
 
 
 def test_what_only_the_kept_feature_reads_falls_away(blocks):
@@ -351,15 +306,12 @@ def test_what_only_the_kept_feature_reads_falls_away(blocks):
 
 
 def test_a_step_mask_costs_its_share(layers, tmp_path):
+    """Calls at one timestep share a row."""
     mask = [1, 0, 1, 1, 0, 0, 1, 0]
     subnet = apply(read_schedule(write(tmp_path / "mask.json", mask)), layers, sampler(8))
     assert np.array_equal(subnet.gates, np.repeat(np.array(mask, bool)[:, None], len(layers.sites), axis=1))
     assert subnet.cost.ratio == 0.5
-
-
-def test_calls_at_one_timestep_share_a_row(layers, tmp_path):
-    schedule = read_schedule(write(tmp_path / "mask.json", [1, 0, 1, 1, 0, 1]))
-    subnet = apply(schedule, layers, sampler(6, "pndm"))
+    subnet = apply(read_schedule(write(tmp_path / "mask.json", [1, 0, 1, 1, 0, 1])), layers, sampler(6, "pndm"))
     assert subnet.gates[:, 0].tolist() == [True, False, False, True, True, False, True]
     assert len(set(subnet.sampler.timesteps)) == 6
 
@@ -374,24 +326,16 @@ def test_a_mask_may_have_one_entry_a_call(tiny_dit, tmp_path):
     assert import_subnet(path, tiny_dit, sampler="pndm").sampler.steps == 7
 
 
-def test_smoothcache_by_layer_type_and_by_block(layers, tmp_path):
+def test_smoothcache_by_layer_type_and_by_block(layers, tiny_dit, tmp_path):
     schedule = {"attn": [1, 0, 0, 1], "mlp": [1, 1, 0, 1], "mlp-1": [1, 0, 1, 0]}
     subnet = apply(read_schedule(write(tmp_path / "50.json", schedule)), layers, sampler(4))
-    assert by_name(subnet) == {
-        "transformer_blocks.0.attn1": [True, False, False, True],
-        "transformer_blocks.1.attn1": [True, False, False, True],
-        "transformer_blocks.0.ff": [True, True, False, True],
-        "transformer_blocks.1.ff": [True, False, True, False],
-        "proj_out_2": [True] * 4,
-    }
-
-
-def test_smoothcache_takes_the_sites_that_it_needs(tiny_dit, tmp_path):
+    expected = {f"transformer_blocks.{k}.attn1": schedule["attn"] for k in (0, 1)} | {"proj_out_2": [1] * 4}
+    expected |= {"transformer_blocks.0.ff": schedule["mlp"], "transformer_blocks.1.ff": schedule["mlp-1"]}
+    assert by_name(subnet) == expected
     path = write(tmp_path / "diffuser_schedule.json", {"attn1": [1, 0, 1]})
-    subnet = import_subnet(path, tiny_dit, guidance_scale=1.0)
+    subnet = import_subnet(path, tiny_dit, guidance_scale=1.0)  # with the sites that it needs
     assert [site.name for site in subnet.sites] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
-    assert subnet.sampler.class_name == "DDIMScheduler"
-    assert subnet.sampler.steps == 3
+    assert (subnet.sampler.class_name, subnet.sampler.steps) == ("DDIMScheduler", 3)
 
 
 # The command
@@ -451,14 +395,14 @@ def test_files_of_no_known_format_are_refused_in_one_line(name, tmp_path):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(DipgoError, match="no such schedule file"):
+    with refused("no such schedule file"):
         read_schedule(tmp_path / "none.json")
-    with pytest.raises(DipgoError, match=r"not a readable schedule file \(a folder"):
+    with refused(r"not a readable schedule file \(a folder"):
         read_schedule(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "error", "message"),
+    ("content", "options", "kind", "message"),
     [
         ([1, 0, 1], {"steps": 4}, DipgoError, "has 3 entries, but the sampler makes 4 calls; give the --steps"),
         ([0, 1, 1], {}, DipgoError, "step 0 is not computed in full"),
@@ -472,22 +416,18 @@ def test_a_missing_file_is_one_line(tmp_path):
         ([1], {}, UsageError, "at least 2"),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused(content, options, error, message, tiny_dit, tmp_path):
-    with pytest.raises(DipgoError, match=message) as caught:
+def test_schedules_that_do_not_fit_are_refused(content, options, kind, message, tiny_dit, tmp_path):
+    with refused(message) as caught:
         import_subnet(write(tmp_path / "x.json", content), **{"model": tiny_dit, **options})
-    assert type(caught.value) is error
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value) or error is UsageError
+    assert type(caught.value) is kind
+    assert str(tmp_path) in str(caught.value) or kind is UsageError
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_deepcache_settings_that_do_not_fit_are_refused(unet):
+    for settings, message in (
         ({"cache_branch_id": 9}, "branch 9 lies in block 3, but the UNet has 3"),
         ({"uniform": False, "pow": 1.01, "center": 25}, "no schedule of 25 steps out of 50 with pow 1.01"),
-    ],
-)
-def test_deepcache_settings_that_do_not_fit_are_refused(settings, message, unet):
-    schedule = read_deepcache({"cache_interval": 2, **settings})
-    with pytest.raises(ValueError, match=message):
-        schedule.columns([], unet.empty_denoiser(), range(50))
+    ):
+        schedule = read_deepcache({"cache_interval": 2, **settings})
+        with pytest.raises(ValueError, match=message):
+            schedule.columns([], unet.empty_denoiser(), range(50))

@@ -7,63 +7,33 @@ import numpy as np
 import pytest
 
 from benchmarks.latency import measure_latency
-from dipgo.base.errors import DipgoError
 from dipgo.graph.latency import LatencyProfile, SiteLatency, read_profile
 from dipgo.schedule.search_record import Cost
 from dipgo.schedule.subnet import load_subnet, save_subnet
-from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
 from tests import zoo
+from tests.checks import refused
 
-QUICK = SearchConfig(
-    steps=8,
-    budget=0.51,
-    batch=2,
-    pool=4,
-    held_out=2,
-    drops=2,
-    drops_on=2,
-    contenders=1,
-    trial_iterations=1,
-    backup_iterations=1,
-    checkpoint_seconds=0,
-)
-
-
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", 8)
-
-
-@pytest.fixture(scope="module")
-def profile(task):
-    return measure_latency(task, repeats=5, threads=1)
+STEPS = 8
 
 
 def made_up(task, nanoseconds):
-    sites = [
-        SiteLatency(name=site.name, nanoseconds=ns) for site, ns in zip(task.trace.sites, nanoseconds, strict=True)
-    ]
-    return LatencyProfile(
-        model=task.model.identity(),
-        engine="none",
-        machine="none",
-        guidance_scale=task.guidance_scale,
-        base_nanoseconds=7,
-        sites=sites,
-    )
+    """A profile of so many nanoseconds a site."""
+    names = [site.name for site in task.trace.sites]
+    sites = [SiteLatency(name=name, nanoseconds=ns) for name, ns in zip(names, nanoseconds, strict=True)]
+    given = {"engine": "none", "machine": "none", "guidance_scale": task.guidance_scale, "base_nanoseconds": 7}
+    return LatencyProfile(model=task.model.identity(), sites=sites, **given)
 
 
-def test_measured_profile_has_every_site_and_takes_time(task, profile, tmp_path):
+def test_measured_profile_has_every_site_and_takes_time(task, tmp_path):
+    profile = measure_latency(task, repeats=5, threads=1)
     assert [site.name for site in profile.sites] == [site.name for site in task.trace.sites]
     assert profile.base_nanoseconds + sum(site.nanoseconds for site in profile.sites) > 10_000
     path = tmp_path / "profile.json"
     path.write_text(profile.text())
     assert read_profile(path) == profile
     path.write_text(json.dumps({"search": {"cost": {"kind": "macs"}}}))
-    with pytest.raises(
-        DipgoError, match="searched by MACs, so it holds no latency profile; give one that was searched with"
-    ):
+    with refused("searched by MACs, so it holds no latency profile; give one that was searched with"):
         read_profile(path)
 
 
@@ -81,7 +51,7 @@ def test_budget_is_a_share_of_the_time(task, tmp_path):
     nanoseconds = [1] * len(task.trace.sites)
     nanoseconds[0] = 1_000_000
     profile = made_up(task, nanoseconds)
-    subnet = search(task, QUICK, profile=profile)
+    subnet = search(task, zoo.search_config(STEPS, 0.51), profile=profile)
     assert subnet.search.cost.kind == "latency"
     assert subnet.search.cost.profile == profile
     assert subnet.gates[:, 0].sum() == 4
@@ -95,8 +65,8 @@ def test_budget_is_a_share_of_the_time(task, tmp_path):
 def test_foreign_profile_is_refused(task):
     profile = made_up(task, [1] * len(task.trace.sites))
     other = replace(task.trace, sites=task.trace.sites[1:])
-    with pytest.raises(DipgoError, match="other sites"):
+    with refused("other sites"):
         profile.costs(other)
     foreign = profile.model_copy(update={"model": profile.model.model_copy(update={"config_sha256": "0" * 64})})
-    with pytest.raises(DipgoError, match="another model"):
+    with refused("another model"):
         foreign.costs(task.trace)

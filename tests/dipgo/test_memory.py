@@ -14,28 +14,11 @@ from tests import zoo
 BATCH = 3
 
 
-@pytest.fixture(scope="module")
-def dit():
-    task = zoo.task("dit", 2)
-    batch = task.sampling.draw(BATCH, 0)
-    return task.model, task.trace, task.trajectory, batch.noise, batch.conditions
-
-
-@pytest.fixture(scope="module")
-def unet():
-    task = zoo.task("sd", 2, "ddim")
-    return (
-        task.model,
-        task.trace,
-        task.trajectory,
-        torch.randn(BATCH, 4, 8, 8),
-        {"encoder_hidden_states": torch.randn(6, 77, 24)},
-    )
-
-
-@pytest.fixture(params=["dit", "unet"])
+@pytest.fixture(scope="module", params=["dit", "sd"])
 def ground(request):
-    return request.getfixturevalue(request.param)
+    task = zoo.task(request.param, 2, "ddim")
+    batch = task.sampling.draw(BATCH, 0)
+    return task.trace, task.trajectory, batch.noise, batch.conditions
 
 
 def saved_bytes(trajectory, noise, conditions, calls):
@@ -52,7 +35,7 @@ def saved_bytes(trajectory, noise, conditions, calls):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_activations_are_what_autograd_saves(ground, precision):
-    _, traced, trajectory, noise, conditions = ground
+    traced, trajectory, noise, conditions = ground
     way = replace(trajectory, precision=precision)
     measured = saved_bytes(way, noise, conditions, 4) - saved_bytes(way, noise, conditions, 3)
     estimate = memory_estimate(traced, 4, Iteration(BATCH, precision=precision))
@@ -61,7 +44,7 @@ def test_activations_are_what_autograd_saves(ground, precision):
 
 
 def test_parts_of_the_estimate(ground):
-    _, traced, trajectory, noise, _ = ground
+    traced, trajectory, noise, _ = ground
     outputs = [sum(4 * np.prod(traced.shape(name, BATCH)) for name in names) for names in traced.outputs]
     supernet = memory_estimate(traced, 5, Iteration(BATCH, learned=1000))
     parameters = sum(parameter.nbytes for parameter in trajectory.guided.parameters())
@@ -80,8 +63,8 @@ def test_parts_of_the_estimate(ground):
     assert supernet.total < kept.total
 
 
-def test_a_loss_on_images_counts_the_decoder(dit):
-    _, traced, *_ = dit
+def test_a_loss_on_images_counts_the_decoder():
+    traced = zoo.trace("dit")
     latent, images = (memory_estimate(traced, 5, Iteration(BATCH, loss=loss)) for loss in ("latent", "0.5*ssim+latent"))
     assert images.weights > latent.weights
     assert images.activations >= latent.activations

@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import resource
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -18,36 +17,37 @@ import pytest
 import torch
 
 from dipgo.base.config import checked
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.model.models import find_model
 from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import load_subnet, weights_file
 from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.checkpoint import read_checkpoint
 from dipgo.searching.config import SearchConfig
+from dipgo.searching.distributed import processes
 from dipgo.searching.gate_training import Sparsity, paper_scores
 from dipgo.searching.losses import final_latent, make_loss
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run, open_run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool
+from dipgo.searching.task import Pool, make_task
 from dipgo.searching.training_loop import Descent, Training, optimise
 from tests import zoo
+from tests.checks import ROOT, misused, refused, small_disk
 
 STEPS = 6
-SEARCH = ("--steps", str(STEPS), "--budget", "0.6", "--threads", "1")
-SETTINGS = {"batch": 2, "pool": 16, "held_out": 4, "backup_iterations": 30}
+SETTINGS = {"batch": 2, "pool": 8, "held_out": 2, "backup_iterations": 20}
 SETTINGS |= {"drops": 3, "drops_on": 2, "contenders": 2, "trial_iterations": 2}
-
-
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
 def gates(task):
     return spaced(task.trace.macs, STEPS, 0.5, Rule(history=EXTRAPOLATION)).gates
+
+
+def every(iterations, folder):
+    """A run that keeps a checkpoint after so many iterations."""
+    return replace(open_run(folder, {}), cadence=replace(Run().cadence, iterations=iterations))
 
 
 def learnt(task, gates, descent, pool, run=None, loss=final_latent):
@@ -88,16 +88,14 @@ def test_rates():
         torch_own.step()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"optimiser": "lion"}, {"gate_schedule": "step"}, {"accumulate": 0}, {"clip": -1}, {"gate_rate": math.nan}],
-)
-def test_descents_that_make_no_sense(wrong):
-    with pytest.raises(UsageError):
-        checked(SearchConfig, {"steps": 4, "budget": 0.5} | wrong)
+def test_descents_that_make_no_sense():
+    makes_no_sense = {"optimiser": "lion", "gate_schedule": "step", "accumulate": 0, "clip": -1, "gate_rate": math.nan}
+    for name, value in makes_no_sense.items():
+        with misused("."):
+            checked(SearchConfig, {"steps": 4, "budget": 0.5, name: value})
 
 
-@pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "latent"), ("sgd", "ssim+l1")])
+@pytest.mark.parametrize(("optimiser", "loss"), [("adam", "latent"), ("sgd", "ssim+l1")])
 def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
     """Batches 2k and 2k + 1 of two images make the update of one batch with all four."""
     descent = Descent(3, 2e-2 if optimiser == "adam" else 1.0, optimiser, clip=0.05)
@@ -105,16 +103,11 @@ def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
 
     class Joint:
         def __getitem__(self, number):
-            halves = [pairs[2 * number], pairs[2 * number + 1]]
-            unconditional, conditional = zip(
-                *(half.conditions["class_labels"].split(2) for half, _ in halves), strict=True
-            )
-            batch = replace(
-                halves[0][0],
-                noise=torch.cat([half.noise for half, _ in halves]),
-                conditions={"class_labels": torch.cat([*unconditional, *conditional])},
-            )
-            return batch, [torch.cat(parts) for parts in zip(*(target for _, target in halves), strict=True)]
+            (first, target), (second, other) = pairs[2 * number], pairs[2 * number + 1]
+            labels = [batch.conditions["class_labels"].split(2) for batch in (first, second)]  # unconditional first
+            conditions = {"class_labels": torch.cat([each[k] for k in (0, 1) for each in labels])}
+            batch = replace(first, noise=torch.cat([first.noise, second.noise]), conditions=conditions)
+            return batch, [torch.cat(parts) for parts in zip(target, other, strict=True)]
 
     measure = make_loss(loss, task.decode)
     parts = learnt(task, gates, replace(descent, accumulate=2), pairs, loss=measure)
@@ -126,11 +119,10 @@ def test_accumulation_equals_the_joint_batch(task, gates, optimiser, loss):
 
 def test_clipping_bounds_the_update(task):
     module = torch.nn.Linear(3, 1)
-    before = module.weight.detach().clone(), module.bias.detach().clone()
-    data = 100 * torch.ones(2, 3)
-    descent = Descent(1, 1.0, "sgd", "constant", clip=0.5)
+    before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    data, descent = 100 * torch.ones(2, 3), Descent(1, 1.0, "sgd", "constant", clip=0.5)
     optimise(module, lambda _: (module(data).square().sum(), {}), descent, Run().phase("p"), task.trajectory.device)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(before, module.parameters(), strict=True)])
+    moved = torch.nn.utils.parameters_to_vector(module.parameters()) - before
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
@@ -157,15 +149,13 @@ def test_float16_resumes_to_the_same_bits(task, gates, tmp_path):
     def learnt_half(run, loss=final_latent):
         return learnt(half, gates, Descent(8, 1e-2), Pool(half, 8, 2, seed=3), run, loss)
 
-    run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=2))
     with pytest.raises(KeyboardInterrupt):
-        learnt_half(run, interrupted_at(6))
+        learnt_half(every(2, tmp_path / "run"), interrupted_at(6))
     assert_close(learnt_half(open_run(tmp_path / "run", {}, resume=True)), learnt_half(Run()), 0)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp_path, where):
-    run = replace(open_run(tmp_path / "run", {"seed": 0}), cadence=replace(Run().cadence, iterations=2))
     pool = Pool(task, 16, 2, seed=1)
     calls = 0
 
@@ -177,46 +167,33 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(task, gates, tmp
             return value
         return value * math.nan if where == "loss" else value + (0 * value).sqrt()  # the root's slope is infinite
 
-    with pytest.raises(DipgoError) as error:
-        learnt(task, gates, Descent(9, 1e-2), pool, run, loss)
-    text = str(error.value)
-    assert f"phase 'backups': the {where} is nan at iteration 6" in text
-    assert f"the checkpoint of iteration 4 is kept in {tmp_path}/run/backups.safetensors" in text
-    assert "\n" not in text
-    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == [
-        "backups.safetensors",
-        "clock.json",
-        "journal.jsonl",
-        "lock",
-        "run.json",
-    ]
-    again = open_run(tmp_path / "run", {"seed": 0}, resume=True)
+    kept = f"the checkpoint of iteration 4 is kept in {tmp_path}/run/backups.safetensors"
+    with refused(f"phase 'backups': the {where} is nan at iteration 6.*{kept}"):
+        learnt(task, gates, Descent(9, 1e-2), pool, every(2, tmp_path / "run"), loss)
+    files = {"backups.safetensors", "clock.json", "journal.jsonl", "lock", "run.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
+    again = open_run(tmp_path / "run", {}, resume=True)
     resumed = learnt(task, gates, Descent(9, 1e-2), pool, again)
     straight = learnt(task, gates, Descent(9, 1e-2), pool)
     assert_close(resumed, straight, 0)
 
 
-@pytest.mark.parametrize(
-    "descent",
-    [Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4), Descent(8, 1e-2, schedule="constant")],
-    ids=["sgd", "adam"],
-)
-def test_the_gate_phase_resumes_to_the_same_bits(task, tmp_path, descent):
-    def scores(run, loss=final_latent):
-        torch.manual_seed(7)
-        pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
-        pool = Pool(task, 8, 2, seed=3)
-        return paper_scores(pruner, task.trace.macs, Training(task.trajectory, pool, loss, descent, run.phase("gates")))
+def test_the_gate_phase_resumes_to_the_same_bits(task, tmp_path):
+    sgd, adam = Descent(8, 0.5, "sgd", clip=1.0, weight_decay=1e-4), Descent(8, 1e-2, schedule="constant")
+    for folder, descent in ((tmp_path / "sgd", sgd), (tmp_path / "adam", adam)):
 
-    folder = tmp_path / "run"
-    run = replace(open_run(folder, {}), cadence=replace(Run().cadence, iterations=2))
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, interrupted_at(6))
-    resumed = scores(open_run(folder, {}, resume=True))
-    assert np.array_equal(resumed, scores(Run()))
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(1, 9)), "no iteration is missing or told twice"
-    assert {"phase", "loss", "kept", "rate", "seconds", "peak_memory"} <= lines[0].keys()
+        def scores(run, loss=final_latent, descent=descent):
+            torch.manual_seed(7)
+            pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8, attention="both")
+            training = Training(task.trajectory, Pool(task, 8, 2, seed=3), loss, descent, run.phase("gates"))
+            return paper_scores(pruner, task.trace.macs, training)
+
+        with pytest.raises(KeyboardInterrupt):
+            scores(every(2, folder), interrupted_at(6))
+        assert np.array_equal(scores(open_run(folder, {}, resume=True)), scores(Run()))
+        lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+        assert [line["iteration"] for line in lines] == list(range(1, 9)), "no iteration is missing or told twice"
+        assert {"phase", "loss", "kept", "rate", "seconds", "peak_memory"} <= lines[0].keys()
 
 
 def test_tau_switches_the_sparsity_term(task):
@@ -236,12 +213,6 @@ def test_tau_switches_the_sparsity_term(task):
     assert losses[0.2, 0.5] == pytest.approx(0.5, abs=1e-3)
 
 
-def command(model, output, folder, *more, settings=SETTINGS):
-    pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    keep = ("--run-folder", str(folder)) if folder else ()
-    return [sys.executable, "-m", "dipgo.cli.main", "search", model, *SEARCH, "-o", str(output), *pairs, *keep, *more]
-
-
 @pytest.mark.parametrize("method", ["dipgo", "paper"])
 def test_a_search_with_everything_switched_on(task, method, tmp_path):
     """Half precision, recomputation, a loss on images, accumulation, warm-up, attention both ways."""
@@ -258,32 +229,25 @@ def test_a_search_with_everything_switched_on(task, method, tmp_path):
     assert all(0 < line["kept"] <= 1 and math.isfinite(line["loss"]) for line in lines)
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
+def test_killed_twice_and_resumed_equals_uninterrupted(task, tmp_path):
     """SIGKILL in a trial, then when backups learn to the end; what comes out is the same to the last bit."""
-    folder = tmp_path / "run"
-    settings = SETTINGS | {"trial_iterations": 6, "checkpoint_iterations": 3}
-    for phase, after, more in (("trial-0.6-1", 5, ()), ("backups-0.6", 10, ("--resume",))):
-        arguments = command(tiny_dit, tmp_path / "killed.json", folder, *more, settings=settings)
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        journal = folder / "journal.jsonl"
+    config = SearchConfig(**{"steps": STEPS, "budget": 0.6, **SETTINGS, "trial_iterations": 6})
+    killed = config.changed(run_folder=tmp_path / "run", checkpoint_iterations=3)
+    for phase, after, resume in (("trial-0.6-1", 5, False), ("backups-0.6", 10, True)):
+        process = multiprocessing.get_context("fork").Process(target=search, args=(task, killed.changed(resume=resume)))
+        process.start()
+        journal = tmp_path / "run" / "journal.jsonl"
         deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None:
+        while time.time() < deadline and process.is_alive():
             text = journal.read_text() if journal.exists() else ""
             if f'"phase": "{phase}", "iteration": {after},' in text:
                 break
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL, "killed while it ran"
-        assert not (tmp_path / "killed.json").exists()
-    resumed = settings | {"checkpoint_iterations": 5}
-    last = command(tiny_dit, tmp_path / "killed.json", folder, "--resume", settings=resumed)
-    subprocess.run(last, env=ENVIRONMENT, check=True, capture_output=True)
-    killed = load_subnet(tmp_path / "killed.json")
-    config = SearchConfig(**{"steps": STEPS, "budget": 0.6, **settings})
-    straight = search(zoo.task("dit", STEPS), config)
+        process.kill()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL, "killed while it ran"
+    killed = search(task, killed.changed(resume=True, checkpoint_iterations=5))
+    straight = search(task, config)
     assert killed.schedule.learned
     assert np.array_equal(killed.gates, straight.gates)
     assert_close(killed.schedule.backups, straight.schedule.backups, 0)
@@ -292,115 +256,61 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tiny_dit, tmp_path):
 
 def test_a_finished_search_resumed_says_the_same(task, tmp_path):
     """The seconds that it took among the rest, though nothing is searched again."""
-    config = SearchConfig(**{"steps": STEPS, "budget": 0.6, "run_folder": tmp_path / "run", **SETTINGS})
+    config = zoo.search_config(STEPS, 0.6, run_folder=tmp_path / "run")
     first, again = search(task, config), search(task, config.changed(resume=True))
     assert again.search == first.search
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(task, gates, tmp_path):
     """A limit on the size of files stands for a disk that fills; it raises EFBIG."""
-    run = replace(open_run(tmp_path / "run", {}), cadence=replace(Run().cadence, iterations=3))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    calls = 0
+    path, calls = tmp_path / "run" / "backups.safetensors", 0
 
-    def loss(latents, target):
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-        return final_latent(latents, target)
+    with ExitStack() as limits:
 
-    try:
-        with pytest.raises(DipgoError) as error:
-            learnt(task, gates, Descent(9, 1e-2), Pool(task, 4, 2, seed=1), run, loss)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    path = tmp_path / "run" / "backups.safetensors"
-    assert f"{path}: the disk is full" in str(error.value)
-    assert f"the checkpoint of iteration 3 is kept in {path}" in str(error.value)
+        def loss(latents, target):
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                limits.enter_context(small_disk(3000))
+            return final_latent(latents, target)
+
+        with refused(f"{path}: the disk is full.*the checkpoint of iteration 3 is kept in {path}"):
+            learnt(task, gates, Descent(9, 1e-2), Pool(task, 4, 2, seed=1), every(3, tmp_path / "run"), loss)
     assert read_checkpoint(path)[0].iteration == 3
     assert not [entry for entry in path.parent.iterdir() if entry.name.startswith(".")], "nothing half written"
 
 
-@pytest.mark.slow
-def test_a_real_disk_that_fills(tiny_dit, tmp_path):
-    """The command stops with one line and, once there is room, goes on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        settings = SETTINGS | {"checkpoint_iterations": 3}
-        arguments = command(tiny_dit, tmp_path / "out.json", disk / "run", settings=settings)
-        filler = disk / "filler"  # takes what the first checkpoint leaves
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        kept = disk / "run" / "backups-0.6.safetensors"
-        while process.poll() is None and not kept.exists():
-            time.sleep(0.002)
-        with filler.open("wb", buffering=0) as stream, suppress(OSError):
-            while True:
-                stream.write(b"x" * 4096)
-        _, errors = process.communicate(timeout=60)
-        lines = [line for line in errors.splitlines() if line.startswith("dipgo: ")]
-        assert process.returncode == 1, errors
-        assert len(lines) == 1
-        assert "the disk is full" in lines[0]
-        assert "Traceback" not in errors
-        filler.unlink()
-        subprocess.run([*arguments, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
-        assert load_subnet(tmp_path / "out.json").schedule.learned
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-PARALLEL = """
-import sys
-import numpy as np, torch
-from dipgo.model.models import find_model
-from dipgo.searching.backup_fit import Backups, learn_backups
-from dipgo.searching.checkpoint import read_checkpoint
-from dipgo.searching.gate_training import paper_scores
-from dipgo.searching.losses import make_loss
-from dipgo.searching.training_loop import Descent, Training
-from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, spaced
-from dipgo.searching.distributed import processes
-from dipgo.searching.pruner import Pruner
-from dipgo.searching.run_folder import Run
-from dipgo.searching.search import search
-from dipgo.searching.task import Pool, make_task
-
-def both(model, images):
+def learn_both(model, images):
+    """Learn backups and scores from ``images`` a batch, those of all processes together."""
     torch.set_num_threads(1)
-    task = make_task(find_model(model), 6)
+    task = make_task(find_model(model), STEPS)
     group = processes(torch.device("cpu"))
     run = Run(processes=group)
-    backups = Backups(task.trace, spaced(task.trace.macs, 6, 0.5, Rule(history=EXTRAPOLATION)))
+    backups = Backups(task.trace, spaced(task.trace.macs, STEPS, 0.5, Rule(history=EXTRAPOLATION)))
     loss = make_loss("ssim+latent", task.decode)
     pool = Pool(task, 16, images // group.count, 1, group)
     descent = Descent(6, 2e-2, clip=0.1, accumulate=2)
     learn_backups(backups, Training(task.trajectory, pool, loss, descent, run.phase("b")))
     torch.manual_seed(group.rank)  # only the main process's parameters count
-    pruner = Pruner(6, len(task.trace.sites), width=16, hidden=8)
+    pruner = Pruner(STEPS, len(task.trace.sites), width=16, hidden=8)
     training = Training(task.trajectory, pool, loss, Descent(4, 1e-2), run.phase("g"))
     return group, {**backups.schedule().backups, "scores": paper_scores(pruner, task.trace.macs, training)}
 
-if __name__ == "__main__":
-    group, arrays = both(sys.argv[1], 4)
-    np.savez(f"{sys.argv[2]}/{group.rank}-of-{group.count}.npz", **arrays)
-"""
 
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launched(module, *arguments):
+    """Run a module in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    arguments = map(str, arguments)
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
-    script = tmp_path / "parallel.py"
-    script.write_text(PARALLEL)
-    subprocess.run([*LAUNCH, script, tiny_dit, tmp_path], env=ENVIRONMENT, check=True, capture_output=True)
+    done = launched("tests.dipgo.test_optimise", tiny_dit, tmp_path)
+    assert done.returncode == 0, done.stderr
     first, second = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("0-of-2", "1-of-2"))
-    _, alone = runpy.run_path(str(script))["both"](tiny_dit, 4)
+    _, alone = learn_both(tiny_dit, 4)
     assert_close(first, second, 0)
     assert_close(first, alone, 1e-5)
 
@@ -408,9 +318,10 @@ def test_two_processes_equal_one_with_the_joint_batch(tiny_dit, tmp_path):
 @pytest.mark.slow
 def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "s.json"
-    settings = SETTINGS | {"backup_iterations": 5}
-    arguments = [*LAUNCH, *command(tiny_dit, output, folder, settings=settings)[1:]]
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    settings = [f"--set={name}={value}" for name, value in (SETTINGS | {"backup_iterations": 5}).items()]
+    options = ["--steps", STEPS, "--budget", 0.6, "--threads", 1, "--run-folder", folder, "-o", output]
+    arguments = ["dipgo.cli.main", "search", tiny_dit, *options, *settings]
+    done = launched(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SubNet: ") == 1
     assert load_subnet(output).cost.ratio <= 0.6
@@ -418,8 +329,13 @@ def test_two_processes_search_write_once_and_fail_in_one_line(tiny_dit, tmp_path
     assert [line["iteration"] for line in lines if line["phase"] == "backups-0.6"] == [1, 2, 3, 4, 5]
     output.unlink()
     weights_file(output).unlink(missing_ok=True)
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = launched(*arguments)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("dipgo: ")] == [
         f"dipgo: {folder} exists; --resume goes on with it, or give another --run-folder"
     ]
+
+
+if __name__ == "__main__":  # as a process of several
+    group, arrays = learn_both(sys.argv[1], 4)
+    np.savez(f"{sys.argv[2]}/{group.rank}-of-{group.count}.npz", **arrays)

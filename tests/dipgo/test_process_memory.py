@@ -1,17 +1,12 @@
 """What a process holds, also where the system says less about it."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
-
 import psutil
 import pytest
 
 from dipgo.base import process_memory
+from tests.checks import python
 
 HOLDER = """
-import sys
 from pathlib import Path
 from dipgo.base import process_memory
 process_memory._STATUS = Path(sys.argv[1])
@@ -27,9 +22,7 @@ def test_the_peak_is_what_was_held(tmp_path, status):
     path = tmp_path / "status" if status != "own" else process_memory._STATUS
     if status == "without the peak":
         path.write_text("Name:\tpython\nVmRSS:\t 12 kB\n")
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, after, resident = map(int, done.stdout.split())
+    before, after, resident = map(int, python(HOLDER, path).stdout.split())
     if status == "own":
         assert 190_000_000 < after - before < 210_000_000
     assert 200_000_000 < resident <= after * 1.01

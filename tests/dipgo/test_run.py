@@ -1,6 +1,5 @@
 """The run folder: what a resume accepts, what it refuses in one line, and what is logged."""
 
-import builtins
 import json
 import pickle
 import subprocess
@@ -10,17 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.searching.checkpoint import pack, read_checkpoint
 from dipgo.searching.run_folder import Cadence, Run, open_run
+from tests.checks import misused, refused
 
-SETTINGS = {
-    "model": {"name": "m", "weights_sha256": "ab"},
-    "budget": 0.5,
-    "settings": {"alpha": 1.0, "step_weights": ()},
-}
+SETTINGS = {"model": {"name": "m", "weights_sha256": "ab"}, "budget": 0.5, "settings": {"alpha": 1.0, "steps": ()}}
 
 
 def ground(width=3):
@@ -38,6 +33,10 @@ def begun(folder, iteration=3):
     return run
 
 
+def resumed(folder, settings=SETTINGS):
+    return open_run(folder, settings, resume=True)
+
+
 def test_a_checkpoint_holds_everything_and_no_pickle(tmp_path):
     begun(tmp_path / "run")
     path = tmp_path / "run" / "gates.safetensors"
@@ -46,7 +45,7 @@ def test_a_checkpoint_holds_everything_and_no_pickle(tmp_path):
     draws = torch.rand(2)
     module.weight.data.zero_()
     optimiser.state.clear()
-    assert open_run(tmp_path / "run", SETTINGS, resume=True).phase("gates").restore(module, optimiser, scaler) == 3
+    assert resumed(tmp_path / "run").phase("gates").restore(module, optimiser, scaler) == 3
     again = pack(module, optimiser)
     assert record.iteration == 3
     assert {"module.weight", "optimiser.0.exp_avg_sq", "optimiser.1.step", "rng.cpu"} <= tensors.keys()
@@ -58,37 +57,24 @@ def test_a_checkpoint_holds_everything_and_no_pickle(tmp_path):
             pickle.load(stream)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"model": {"name": "m", "weights_sha256": "cd"}},
-            'was begun with model.weights_sha256 = "ab", now it is "cd"',
-        ),
-        ({"budget": 0.4}, "was begun with budget = 0.5, now it is 0.4"),
-        ({"settings": {"alpha": 2.0, "step_weights": ()}}, "was begun with settings.alpha = 1.0, now it is 2.0"),
-    ],
-)
-def test_other_settings_or_another_model_are_refused(tmp_path, change, message):
-    begun(tmp_path / "run")
-    with pytest.raises(DipgoError) as error:
-        open_run(tmp_path / "run", SETTINGS | change, resume=True)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_checkpoint_of_another_run_or_shape_is_refused(tmp_path):
+def test_other_settings_and_checkpoints_of_others_are_refused(tmp_path):
     begun(tmp_path / "a")
-    other = open_run(tmp_path / "b", SETTINGS | {"budget": 0.4})
-    checkpoint = tmp_path / "a" / "gates.safetensors"
-    (tmp_path / "b" / "gates.safetensors").write_bytes(checkpoint.read_bytes())
-    with pytest.raises(DipgoError, match="of another model or of other settings"):
+    for change, message in (
+        ({"model": {"name": "m", "weights_sha256": "cd"}}, 'model.weights_sha256 = "ab", now it is "cd"'),
+        ({"budget": 0.4}, "budget = 0.5, now it is 0.4"),
+        ({"settings": {"alpha": 2.0, "steps": ()}}, "settings.alpha = 1.0, now it is 2.0"),
+    ):
+        with refused(f"was begun with {message}"):
+            resumed(tmp_path / "a", SETTINGS | change)
+    whole = (tmp_path / "a" / "gates.safetensors").read_bytes()
+    other, same = open_run(tmp_path / "b", SETTINGS | {"budget": 0.4}), resumed(tmp_path / "a")
+    (tmp_path / "b" / "gates.safetensors").write_bytes(whole)
+    with refused("of another model or of other settings"):
         other.phase("gates").restore(*ground())
-    same = open_run(tmp_path / "a", SETTINGS, resume=True)
-    with pytest.raises(DipgoError, match=r"'weight' is \[2, 3\], this search needs \[2, 4\]"):
+    with refused(r"'weight' is \[2, 3\], this search needs \[2, 4\]"):
         same.phase("gates").restore(*ground(4))
-    (tmp_path / "a" / "backups.safetensors").write_bytes(checkpoint.read_bytes())
-    with pytest.raises(DipgoError, match="a checkpoint of phase 'gates'"):
+    (tmp_path / "a" / "backups.safetensors").write_bytes(whole)
+    with refused("a checkpoint of phase 'gates'"):
         same.phase("backups").restore(*ground())
 
 
@@ -96,35 +82,35 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     begun(tmp_path / "run")
     path = tmp_path / "run" / "gates.safetensors"
     whole = path.read_bytes()
-    run = open_run(tmp_path / "run", SETTINGS, resume=True)
-    for content in (whole[:-10], whole[:100], b"", pickle.dumps({"a": 1})):
+    (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")  # a draft that a kill left
+    run = resumed(tmp_path / "run")
+    files = {"clock.json", "gates.safetensors", "lock", "run.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
+    for content in (whole[:-10], whole[:100], b"", pickle.dumps({"a": 1}), save({"weight": torch.zeros(2)})):
         path.write_bytes(content)
-        with pytest.raises(DipgoError, match=r"not a readable checkpoint .*; remove it to begin its phase anew"):
+        with refused(r"not a readable checkpoint .*; remove it to begin its phase anew"):
             run.phase("gates").restore(*ground())
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(DipgoError, match="not a readable checkpoint"):
-        run.phase("gates").restore(*ground())
 
 
 def test_folders_that_exist(tmp_path):
     begun(tmp_path / "run")
-    with pytest.raises(UsageError, match="--resume goes on with it"):
+    with misused("--resume goes on with it"):
         open_run(tmp_path / "run", SETTINGS)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    with pytest.raises(DipgoError, match="holds files but no run"):
-        open_run(tmp_path / "other", SETTINGS, resume=True)
+    with refused("holds files but no run"):
+        resumed(tmp_path / "other")
     assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(UsageError, match="is a file"):
-        open_run(tmp_path / "other" / "thesis.tex", SETTINGS, resume=True)
-    fresh = open_run(tmp_path / "fresh", SETTINGS, resume=True)
+    with misused("is a file"):
+        resumed(tmp_path / "other" / "thesis.tex")
+    fresh = resumed(tmp_path / "fresh")
     assert fresh.phase("gates").restore(*ground()) == 0, "a kill before the first file is no reason to refuse"
     (tmp_path / "run" / "run.json").write_text('{"schema": "dipgo.run/0"}')
-    with pytest.raises(DipgoError, match="not a run that this version reads"):
-        open_run(tmp_path / "run", SETTINGS, resume=True)
+    with refused("not a run that this version reads"):
+        resumed(tmp_path / "run")
 
 
-def test_once_is_made_once(tmp_path):
+def test_what_is_due_and_what_is_made_once(tmp_path):
     calls = []
 
     def make():
@@ -138,9 +124,6 @@ def test_once_is_made_once(tmp_path):
     assert len(calls) == 1
     Run().once("policies", make)
     assert len(calls) == 2, "without a folder nothing is kept"
-
-
-def test_what_is_due():
     counted = replace(Run(), cadence=Cadence(iterations=4, seconds=0)).phase("p")
     assert [k for k in range(1, 13) if counted.due(k)] == [4, 8, 12]
     timed = replace(Run(), cadence=Cadence(iterations=0, seconds=60)).phase("p")
@@ -162,30 +145,18 @@ def test_seconds_add_up_over_the_processes_that_worked(tmp_path, monkeypatch):
     now[0] += 5
     assert run.clock.seconds() == 15
     now[0] = 3.0  # another process has another clock
-    again = open_run(tmp_path / "run", SETTINGS, resume=True)
+    again = resumed(tmp_path / "run")
     again.clock.start("0.35")
     now[0] += 2
     again.once("policies", lambda: {"psnr": np.zeros(1)})
     assert again.clock.seconds() == 12
     now[0] = 0.0
-    third = open_run(tmp_path / "run", SETTINGS, resume=True).clock
+    third = resumed(tmp_path / "run").clock
     assert [(third.start(part), third.seconds())[1] for part in ("0.5", "0.35", "0.25")] == [7, 12, 0]
     for content in ("[1]", '{"0.5": "long"}', "{"):
         (tmp_path / "run" / "clock.json").write_text(content)
-        with pytest.raises(DipgoError, match=r"clock\.json: not a "):
-            open_run(tmp_path / "run", SETTINGS, resume=True)
-
-
-def test_drafts_that_a_kill_left_are_cleared(tmp_path):
-    begun(tmp_path / "run")
-    (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")
-    open_run(tmp_path / "run", SETTINGS, resume=True)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "clock.json",
-        "gates.safetensors",
-        "lock",
-        "run.json",
-    }
+        with refused(r"clock\.json: not a "):
+            resumed(tmp_path / "run")
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -195,13 +166,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     command = [sys.executable, "-c", begin, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"begun\n"
-        with pytest.raises(DipgoError, match=r"run: another process works in it; wait for it, or give another"):
-            open_run(tmp_path / "run", SETTINGS, resume=True)
+        with refused(r"run: another process works in it; wait for it, or give another"):
+            resumed(tmp_path / "run")
         other.kill()
-    first = open_run(tmp_path / "run", SETTINGS, resume=True)
-    second = open_run(tmp_path / "run", SETTINGS, resume=True)
-    assert first.lock
-    assert second.lock
+    runs = [resumed(tmp_path / "run") for _ in range(2)]
+    assert all(run.lock for run in runs)
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):
@@ -221,14 +190,8 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
 
 
 def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *rest, **named):
-        if name.startswith(("tensorboard", "torch.utils.tensorboard")):
-            raise ImportError(name)
-        return original(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DipgoError, match=r"pip install 'dipgo\[logs\]'"):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with refused(r"pip install 'dipgo\[logs\]'"):
         open_run(tmp_path / "run", SETTINGS, tensorboard=True)
     assert not (tmp_path / "run").exists()

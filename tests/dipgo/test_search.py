@@ -1,15 +1,14 @@
 """The search: budgets are met, dependencies respected, and what is returned is the best on held-out noise."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.bench.digit_classifier import load_classifier, load_digits
-from dipgo.base.errors import UsageError
 from dipgo.graph.liveness import canonical
-from dipgo.model.families import GuidedDenoiser
 from dipgo.schedule.fixed_schedules import SPACINGS, computed_steps, extrapolation, fixed_schedules
 from dipgo.schedule.gates_at_budget import gates_at_budget
 from dipgo.schedule.schedule import Schedule, backup_name
@@ -21,67 +20,48 @@ from dipgo.searching.losses import final_latent, psnr
 from dipgo.searching.pruner import Pruner, straight_through
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import search
-from dipgo.searching.task import Choices, Pool
+from dipgo.searching.task import Choices
 from dipgo.searching.training_loop import Descent, Training
 from tests import zoo
+from tests.checks import misused
 
 STEPS = 8
-TINY = SearchConfig(
-    steps=STEPS,
-    budget=0.5,
-    batch=4,
-    pool=32,
-    held_out=8,
-    gate_iterations=3,
-    drops=4,
-    drops_on=4,
-    trial_iterations=2,
-    backup_iterations=5,
-    width=16,
-)
+TINY = zoo.search_config(STEPS)
 
 
 @pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", STEPS)
+def found(task):
+    return search(task, TINY)
 
 
 def any_fixed(task, number):
     return list(fixed_schedules(task.trace.macs, STEPS, 0.5).values())[number]
 
 
-@pytest.fixture(scope="module")
-def unet():
-    return zoo.trace("sd", "block", 1.0)
-
-
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31), budget=st.floats(0.3, 1))
-def test_post_processing_meets_the_budget(task, unet, seed, budget):
-    for traced in (task.trace, unet):
+def test_post_processing_meets_the_budget(task, blocks, seed, budget):
+    for traced in (task.trace, blocks):
         scores = np.random.default_rng(seed).random((STEPS, len(traced.sites)))
         gates = gates_at_budget(traced.macs, scores, budget)
         share = Schedule(gates).share(traced.macs)
         assert share <= budget
         assert gates[0].all()
         assert np.array_equal(gates, canonical(gates, 1, traced.live_sites)), "nothing is computed for nobody"
-    assert share >= budget - 2 * max(site.macs for site in unet.sites) / (unet.macs.full * STEPS)
+    assert share >= budget - 2 * max(site.macs for site in blocks.sites) / (blocks.macs.full * STEPS)
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
-def test_fixed_schedules_meet_the_budget(task, unet, budget):
-    for traced in (task.trace, unet):
-        for name, schedule in fixed_schedules(traced.macs, STEPS, budget).items():
+def test_fixed_schedules_meet_the_budget_and_are_all_different(task, blocks):
+    for budget, traced in itertools.product((0.3, 0.5, 0.8), (task.trace, blocks)):
+        fixed = fixed_schedules(traced.macs, STEPS, budget)
+        assert len({(schedule.gates.tobytes(), schedule.history) for schedule in fixed.values()}) == len(fixed)
+        for name, schedule in fixed.items():
             assert budget - 1 / STEPS <= schedule.share(traced.macs) <= budget, name
             assert schedule.gates[0].all()
-
-
-def test_fixed_schedules_are_all_different_and_the_plain_ones_among_them(task):
-    fixed = fixed_schedules(task.trace.macs, STEPS, 0.5)
-    assert len({(schedule.gates.tobytes(), schedule.history) for schedule in fixed.values()}) == len(fixed)
     every_second = np.zeros((STEPS, len(task.trace.sites)), bool)
     every_second[::2] = True
-    assert np.array_equal(fixed["uniform reuse, whole, plain"].gates, every_second)
+    plain = fixed_schedules(task.trace.macs, STEPS, 0.5)["uniform reuse, whole, plain"]
+    assert np.array_equal(plain.gates, every_second)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
@@ -183,9 +163,9 @@ def test_gradient_reaches_every_parameter_of_the_pruner():
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_shares_count_dependents(unet):
-    shares = dict(zip((site.name for site in unet.sites), dependent_shares(unet.macs).tolist(), strict=True))
-    own = {site.name: site.macs / unet.macs.full for site in unet.sites}
+def test_shares_count_dependents(blocks):
+    shares = dict(zip((site.name for site in blocks.sites), dependent_shares(blocks.macs).tolist(), strict=True))
+    own = {site.name: site.macs / blocks.macs.full for site in blocks.sites}
     assert shares["up_blocks.2"] > 0.95, "everything feeds the last block"
     assert shares["down_blocks.1"] >= own["down_blocks.1"]
     assert shares["up_blocks.1"] == pytest.approx(
@@ -194,14 +174,13 @@ def test_shares_count_dependents(unet):
     )
 
 
-@pytest.mark.parametrize("method", ["dipgo", "paper"])
-def test_search_returns_the_best_candidate(task, method):
-    subnet = search(task, TINY.changed(method=method, gate_iterations=2))
-    assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
-    assert 0.4 <= subnet.cost.ratio <= 0.5
-    assert subnet.gates[0].all()
-    if method == "paper":
-        assert not subnet.schedule.learned
+def test_search_returns_the_best_candidate(task, found):
+    paper = search(task, TINY.changed(method="paper"))
+    for subnet in (found, paper):
+        assert subnet.search.psnr_db == max(subnet.search.held_out_psnr_db.values())
+        assert 0.4 <= subnet.cost.ratio <= 0.5
+        assert subnet.gates[0].all()
+    assert not paper.schedule.learned
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
@@ -214,16 +193,15 @@ def test_learning_begins_no_worse_than_the_fixed_schedule_of_the_same_gates(task
     assert [name for name, db in begun.items() if db < judged[name.rsplit(", slope", 1)[0]] - 2e-3] == []
 
 
-def test_a_subnet_says_what_it_was_searched_on(task):
-    config = TINY.changed(backup_iterations=0, drops=0)
-    one_class = zoo.task("dit", STEPS, choices=Choices(classes="1"))
-    first, second = (search(part, config) for part in (task, one_class))
-    start = search(task, config, starts=[first])
-    choices = first.search.choices
+def test_a_subnet_says_what_it_was_searched_on(task, found):
+    config = TINY.changed(contenders=1, trial_iterations=0, backup_iterations=0, drops=0)
+    other = search(zoo.task("dit", STEPS, choices=Choices(classes="1")), config)
+    start = search(task, config, starts=[found])
+    choices = found.search.choices
     assert choices["count"] == len(task.sampling.choices)
-    assert start.search.choices == choices != second.search.choices
-    assert (len(first.search.starts), len(start.search.starts)) == (0, 1)
-    assert first.search.processes == 1
+    assert start.search.choices == choices != other.search.choices
+    assert (len(found.search.starts), len(start.search.starts)) == (0, 1)
+    assert found.search.processes == 1
 
 
 def test_what_is_judged_at_once_does_not_matter(task):
@@ -233,55 +211,19 @@ def test_what_is_judged_at_once_does_not_matter(task):
     assert whole.shape == (5,)
     assert whole == pytest.approx(parts, abs=1e-3)
     assert np.ptp(whole) > 0.1, "so that an order that was lost would show"
-
-
-def test_searches_are_reproducible(task):
-    first, second = (search(task, TINY.changed(seed=3)) for _ in range(2))
-    assert np.array_equal(first.gates, second.gates)
-    assert first.search.held_out_psnr_db == second.search.held_out_psnr_db
-    for name, array in first.schedule.backups.items():
-        assert np.array_equal(array, second.schedule.backups[name])
-
-
-def test_pool_yields_full_trajectories(task):
-    batches = iter(Pool(task, 32, 4, seed=5))
-    for _ in range(20):  # past the first sweep
-        batch, target = next(batches)
-    again = task.trajectory.full(batch.noise, batch.conditions)
-    assert len(batch.noise) == 4
-    # Latents reach hundreds here, and kernels round by the size of the batch.
-    assert (again[-1] - target[-1]).norm() < 1e-5 * target[-1].norm()
-
-
-def test_psnr():
     black, grey = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), -0.8)
     both = psnr(torch.cat([grey, black]), torch.cat([black, black]))
     assert both.tolist() == pytest.approx([20.0, 70.0], abs=1e-4)
 
 
-def test_guidance_is_what_diffusers_computes(task):
-    guided: GuidedDenoiser = task.trajectory.guided
-    batch = task.sampling.draw(3, 1)
-    moment = torch.full((3,), 500.0)
-    with torch.no_grad():
-        epsilon = guided(batch.noise, moment, batch.conditions)
-        labels = batch.conditions["class_labels"]
-        halves = [
-            task.pipe.transformer(batch.noise, moment.long(), class_labels=part).sample for part in labels.chunk(2)
-        ]
-    assert (labels[:3] == 1000).all()
-    assert torch.allclose(epsilon, halves[0] + 4.0 * (halves[1] - halves[0]), atol=1e-5)
-
-
-def test_shipped_classifier_reads_held_out_digits():
-    images, labels = load_digits("held-out")
-    assert images.shape == (500, 1, 32, 32)
-    with torch.no_grad():
-        accuracy = (load_classifier()(images).argmax(1) == labels).float().mean()
-    assert accuracy >= 0.97
-
-
 def test_step_weights_are_one_a_call():
-    config = SearchConfig(steps=4, budget=0.5, step_weights=(1.0, 1.0))
-    with pytest.raises(UsageError, match="2 step weights for 4 calls"):
-        search(zoo.task("dit", 4), config)
+    with misused("2 step weights for 4 calls"):
+        search(zoo.task("dit", 4), SearchConfig(steps=4, budget=0.5, step_weights=(1.0, 1.0)))
+
+
+def test_searches_are_reproducible(task, found):
+    again = search(task, TINY)
+    assert np.array_equal(again.gates, found.gates)
+    assert again.search.held_out_psnr_db == found.search.held_out_psnr_db
+    for name, array in again.schedule.backups.items():
+        assert np.array_equal(array, found.schedule.backups[name])

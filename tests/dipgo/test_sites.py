@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.sites import site_names
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from tests import zoo
+from tests.checks import misused, refused
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,7 @@ def test_granularities(tiny_dit, unet):
     assert names(dit, "block") == ["transformer_blocks.0", "transformer_blocks.1"]
     layers = [f"transformer_blocks.{k}.{part}" for k in (0, 1) for part in ("attn1", "ff")]
     assert names(dit, None) == [*layers, "proj_out_2"]
-    assert names(unet, None) == [
-        *(f"down_blocks.{k}" for k in range(3)),
-        *(f"up_blocks.{k}" for k in range(3)),
-        "mid_block",
-    ]
+    assert names(unet, None) == [*(f"{way}_blocks.{k}" for way in ("down", "up") for k in range(3)), "mid_block"]
 
 
 # Blocks: down + mid + up. Branches: resnets outside the mid block, one mid block, samplers. Layers: resnets, samplers,
@@ -74,29 +70,18 @@ def test_a_branch_is_a_resnet_with_its_transformer(unet):
     assert branches.macs.full - branches.macs.call(row) == sum(sum(part.values()) for part in flops.values()) // 2
 
 
-def test_alternatives_choose_the_first_that_exists(unet):
-    assert names(unet, "down_blocks.*.attentions|resnets.0") == [
-        "down_blocks.0.attentions.0",
-        "down_blocks.1.attentions.0",
-        "down_blocks.2.resnets.0",
-    ]
+def test_patterns_match_one_part_of_a_name_and_choose_the_first_alternative_that_exists(unet):
+    first = [f"down_blocks.{k}.{part}.0" for k, part in enumerate(("attentions", "attentions", "resnets"))]
+    assert names(unet, "down_blocks.*.attentions|resnets.0") == first
     assert names(unet, "*_blocks.0.*samplers.*") == ["down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"]
+    resnets = [f"up_blocks.{k}.resnets.1" for k in range(3)]
+    assert names(unet, "up_blocks.*.resnets.1, mid_block") == [*resnets, "mid_block"]
 
 
-def test_patterns_match_one_part_of_a_name(unet):
-    assert names(unet, "up_blocks.*.resnets.1, mid_block") == [
-        *(f"up_blocks.{k}.resnets.1" for k in range(3)),
-        "mid_block",
-    ]
-
-
-def test_wrong_patterns_are_refused(unet):
-    with pytest.raises(UsageError, match=r"'blocks\.\*' matches no module of UNet2DConditionModel; use one of block"):
+def test_wrong_patterns_are_refused(tiny_dit, unet):
+    with misused(r"'blocks\.\*' matches no module of UNet2DConditionModel; use one of block"):
         names(unet, "blocks.*")
-    with pytest.raises(UsageError, match=r"'mid_block\.attentions\.0' lies inside site 'mid_block'"):
+    with misused(r"'mid_block\.attentions\.0' lies inside site 'mid_block'"):
         names(unet, "mid_block,mid_block.attentions.*")
-
-
-def test_modules_that_never_run_are_refused(tiny_dit):
-    with pytest.raises(DipgoError, match="never runs"):
+    with refused("never runs"):
         trace(find_model(tiny_dit), "transformer_blocks.*.attn1.to_out", 4.0)  # a list of modules, never called itself

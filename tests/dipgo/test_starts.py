@@ -5,23 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.errors import DipgoError
 from dipgo.schedule.fixed_schedules import Rule
 from dipgo.schedule.schedule import Schedule
 from dipgo.searching.backup_fit import Backups
-from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search, sweep
 from tests import zoo
+from tests.checks import misused
 
-STEPS = 8
-SMALL = {"batch": 2, "pool": 8, "held_out": 4, "drops": 0, "drops_on": 2, "contenders": 1, "trial_iterations": 0}
-LEARN = SearchConfig(steps=STEPS, budget=0.5, backup_iterations=6, **SMALL)
+STEPS = 6
+LEARN = zoo.search_config(STEPS, drops=0, contenders=1, trial_iterations=0, backup_iterations=6)
 JUDGE = LEARN.changed(backup_iterations=0)
-
-
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +76,17 @@ def test_a_run_is_not_resumed_with_other_starts(task, found, tmp_path):
 
 
 def test_starts_that_do_not_fit_are_refused(task, found):
-    other_sites = zoo.task("dit", STEPS, sites="block")
-    with pytest.raises(UsageError, match="start 1 has other sites than this search"):
-        search(other_sites, JUDGE, starts=[found])
-    with pytest.raises(UsageError, match="start 1 has 8 calls of the denoiser, this search 6"):
-        search(zoo.task("dit", 6), JUDGE, starts=[found])
-    reuse = reusing(task, 0.5)
-    with pytest.raises(UsageError, match="start 2 combines 2 outputs; search with --set history=2"):
-        search(task, JUDGE.changed(history=1), starts=[reuse, found])
-    with pytest.raises(UsageError, match="starts are for --method dipgo"):
-        search(task, JUDGE.changed(method="paper"), starts=[found])
     name, backups = next(iter(found.schedule.backups)), found.schedule.backups
     wide = Schedule(found.gates, {**backups, name: np.zeros((STEPS, 2, 3), np.float32)})
     alone = Schedule(found.gates, {name: backups[name]})
-    with pytest.raises(UsageError, match="has 3 channels, here it has"):
-        search(task, JUDGE, starts=[replace(found, schedule=wide)])
-    unguided = zoo.task("dit", STEPS, guidance=1.0)
-    with pytest.raises(UsageError, match="two passes of guidance, here it has one; search with the --guidance"):
-        search(unguided, JUDGE, starts=[found])
-    with pytest.raises(UsageError, match="is an output of one model alone"):
-        search(task, JUDGE, starts=[replace(found, schedule=alone)])
+    for other, config, starts, message in (
+        (zoo.task("dit", STEPS, sites="block"), JUDGE, [found], "start 1 has other sites than this search"),
+        (zoo.task("dit", 4), JUDGE, [found], "start 1 has 6 calls of the denoiser, this search 4"),
+        (zoo.task("dit", STEPS, guidance=1.0), JUDGE, [found], "two passes of guidance, here it has one; .*--guidance"),
+        (task, JUDGE.changed(history=1), [reusing(task, 0.5), found], "start 2 combines 2 outputs; .* --set history=2"),
+        (task, JUDGE.changed(method="paper"), [found], "starts are for --method dipgo"),
+        (task, JUDGE, [replace(found, schedule=wide)], "has 3 channels, here it has"),
+        (task, JUDGE, [replace(found, schedule=alone)], "is an output of one model alone"),
+    ):
+        with misused(message):
+            search(other, config, starts=starts)

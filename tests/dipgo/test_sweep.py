@@ -12,36 +12,13 @@ from dipgo.eager.drift import measure_drift
 from dipgo.graph.liveness import canonical
 from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, drifted, fixed_schedules, spaced, thinned
 from dipgo.schedule.gates_at_budget import swept_gates
-from dipgo.searching.config import SearchConfig
 from dipgo.searching.greedy_prune import drop_cheapest
 from dipgo.searching.pareto import write_pareto
 from dipgo.searching.search import sweep
 from tests import zoo
 
 STEPS = 8
-TINY = SearchConfig(
-    steps=STEPS,
-    budget=0.5,
-    batch=2,
-    pool=8,
-    held_out=4,
-    drops=3,
-    drops_on=2,
-    contenders=2,
-    trial_iterations=2,
-    backup_iterations=3,
-    width=16,
-)
-
-
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", STEPS)
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return zoo.trace("sd", "block", 1.0)
+TINY = zoo.search_config(STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +73,7 @@ def test_pareto_holds_every_budget(swept, tmp_path):
 
 def test_paper_sweep_scores_once(task):
     calls = []
-    small = {"batch": 1, "pool": 4, "held_out": 2, "gate_iterations": 2, "width": 16, "loss": "latent"}
-    config = SearchConfig(steps=STEPS, budget=[0.7, 0.4], method="paper", **small)
+    config = TINY.changed(budget=[0.7, 0.4], method="paper", batch=1, held_out=2, loss="latent")
 
     def report(phase: str, *_rest: object) -> None:
         calls.append(phase)
@@ -124,24 +100,24 @@ def test_drops_are_the_cheapest_per_mac(task):
 
 
 @pytest.mark.parametrize("singles", [1, 1000])
-def test_drops_meet_the_budget_whatever_is_measured(unet, singles):
+def test_drops_meet_the_budget_whatever_is_measured(blocks, singles):
     """On a UNet, where sites go with others that nobody reads any more; computation is worth more the later it is."""
-    above = too_much(unet, 0.5, "early", "inside")
+    above = too_much(blocks, 0.5, "early", "inside")
     measured = []
 
     def late(gates):
         return float((gates * np.arange(STEPS)[:, None]).sum())
 
-    found = drop_cheapest(unet.macs, above, 0.5, late, singles, 0, lambda count, left: measured.append(left))
-    assert share(unet, above) > 0.5 >= share(unet, found)
+    found = drop_cheapest(blocks.macs, above, 0.5, late, singles, 0, lambda count, left: measured.append(left))
+    assert share(blocks, above) > 0.5 >= share(blocks, found)
     assert not (found & ~above).any()
     assert found[0].all()
     assert measured[-1] <= measured[0]
     if singles > above.size:
-        assert late(found) > late(spaced(unet.macs, STEPS, 0.5, Rule("early", history=EXTRAPOLATION)).gates)
+        assert late(found) > late(spaced(blocks.macs, STEPS, 0.5, Rule("early", history=EXTRAPOLATION)).gates)
 
 
-@pytest.mark.parametrize("sites", ["block", "layer"])
+@pytest.mark.parametrize("sites", ["block", pytest.param("layer", marks=pytest.mark.slow)])
 def test_searches_keep_a_budget_that_hardly_allows_one_step(tmp_path, sites):
     """By block the UNet's output site is dear, and what drops leave of a second step may cost too much."""
     task = zoo.task("sd", STEPS, "euler", sites)
@@ -183,20 +159,22 @@ def test_thinned_gates_lie_within_the_larger_ones(task, drift):
     assert (small[:, inner] & ~large[:, inner]).sum() <= 0.1 * small.sum()
 
 
-def test_deepcache_computes_its_outer_sites_in_every_step(task, unet):
-    for traced in (task.trace, unet):
+def test_deepcache_computes_its_outer_sites_in_every_step(task, blocks):
+    for traced in (task.trace, blocks):
         order = traced.execution_order()
         gates = spaced(traced.macs, STEPS, 0.7, Rule(outer=1)).gates
         assert gates[:, [order[0], order[-1]]].all()
         assert not gates[:, order[1:-1]].all()
         assert "DeepCache-like, 1 outer" in fixed_schedules(traced.macs, STEPS, 0.7)
-    assert [unet.sites[site].name for site in (order[0], order[-1])] == ["down_blocks.0", "up_blocks.2"], "its shortcut"
+    assert [blocks.sites[site].name for site in (order[0], order[-1])] == ["down_blocks.0", "up_blocks.2"], (
+        "its shortcut"
+    )
 
 
-def test_public_sweep_reproduces_the_published_shape(unet):
+def test_public_sweep_reproduces_the_published_shape(blocks):
     """With equal scores to skip, whole steps go first: the last block takes everything with it."""
-    scores = np.full((10, len(unet.sites)), 0.04)
-    gates = swept_gates(unet.macs, scores, 0.3)
+    scores = np.full((10, len(blocks.sites)), 0.04)
+    gates = swept_gates(blocks.macs, scores, 0.3)
     rows, counts = np.unique(gates[1:].sum(axis=1), return_counts=True)
     assert counts[rows == 0].sum() >= 6
-    assert share(unet, gates, False) <= 0.35
+    assert share(blocks, gates, False) <= 0.35

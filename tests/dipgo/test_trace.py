@@ -1,13 +1,10 @@
 """Costs and dependencies read from the traced graph, against independent counts."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import intercepting
 from dipgo.graph.costs import check_budget
 from dipgo.graph.exported import Tapped, export_tapped
@@ -16,16 +13,12 @@ from dipgo.graph.macs import call_macs, layer_macs
 from dipgo.graph.trace import trace
 from dipgo.model.models import Model, find_model
 from tests import zoo
+from tests.checks import misused, refused
 
 
 @pytest.fixture(scope="module")
 def dit():
     return zoo.trace("dit")
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return zoo.trace("sd", "block", 1.0)
 
 
 def index(traced, *names):
@@ -58,21 +51,17 @@ def test_macs_by_layer_by_hand(dit):
     output = tokens * width * 4 + 4 + modulation
     expected = [attention + norm, feed_forward + norm] * 2 + [output + norm]
     assert list(layer_macs(dit).sites) == expected
+    assert dit.macs.full == call_macs(dit.model, dit.model.empty_denoiser()), "as in a run on meta tensors"
 
 
-def test_macs_agree_with_a_run_on_meta_tensors(dit, unet):
-    for traced in (dit, unet):
-        assert traced.macs.full == call_macs(traced.model, traced.model.empty_denoiser())
-
-
-def test_macs_under_gates_agree_with_a_gated_run(unet):
+def test_macs_under_gates_agree_with_a_gated_run(blocks):
     """Count a gated run of the real module; the skipped sites hand on what a full run produced."""
     torch.manual_seed(0)
-    denoiser = unet.model.empty_denoiser()
+    denoiser = blocks.model.empty_denoiser()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    example = unet.model.family.example(unet.model.config, 1)
-    names = [site.name for site in unet.sites]
+    example = blocks.model.family.example(blocks.model.config, 1)
+    names = [site.name for site in blocks.sites]
     served = {}
 
     def record(site, compute):
@@ -80,11 +69,11 @@ def test_macs_under_gates_agree_with_a_gated_run(unet):
         return served[site]
 
     def call():
-        unet.model.family.call(denoiser, torch.zeros(unet.model.latent_shape(1)), torch.ones(1), example)
+        blocks.model.family.call(denoiser, torch.zeros(blocks.model.latent_shape(1)), torch.ones(1), example)
 
     with torch.no_grad(), intercepting(denoiser, names, record):
         call()
-    gates = row(unet, "down_blocks.1", "mid_block", "up_blocks.0")
+    gates = row(blocks, "down_blocks.1", "mid_block", "up_blocks.0")
     with (
         torch.no_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -93,37 +82,36 @@ def test_macs_under_gates_agree_with_a_gated_run(unet):
     ):
         call()
     # the gated run still computes down_blocks.2, which nobody reads: the graph knows, Python does not
-    assert unet.macs.call(gates) == counter.get_total_flops() // 2
-    assert canonical(np.stack([row(unet), gates]), 1, unet.live_sites)[1].sum() < gates.sum()
+    assert blocks.macs.call(gates) == counter.get_total_flops() // 2
+    assert canonical(np.stack([row(blocks), gates]), 1, blocks.live_sites)[1].sum() < gates.sum()
 
 
-def test_dependents_of_a_skipped_block_are_dead(unet):
-    skipped = row(unet, "up_blocks.2")
-    assert unet.live_sites(skipped) == index(unet, "up_blocks.2")
-    assert not unet.reads_input(skipped), "conv_norm_out and conv_out alone read neither latent nor timestep"
-    live = unet.live_sites(row(unet, "up_blocks.1"))
-    assert live == index(unet, "up_blocks.1", "up_blocks.2", "down_blocks.0")
-
-
-def test_dit_reads_the_timestep_until_its_output_is_skipped(dit):
-    output = dit.output_sites()
+def test_dependents_of_a_skipped_block_are_dead(blocks, dit):
+    skipped = row(blocks, "up_blocks.2")
+    assert blocks.live_sites(skipped) == index(blocks, "up_blocks.2")
+    assert not blocks.reads_input(skipped), "conv_norm_out and conv_out alone read neither latent nor timestep"
+    live = blocks.live_sites(row(blocks, "up_blocks.1"))
+    assert live == index(blocks, "up_blocks.1", "up_blocks.2", "down_blocks.0")
+    inside, output = np.zeros(len(dit.sites), bool), dit.output_sites()
     assert [dit.sites[site].name for site in output] == ["proj_out_2"]
-    inside = np.zeros(len(dit.sites), bool)
-    assert not dit.reads_input(inside)
+    assert not dit.reads_input(inside), "the timestep is read until the output is skipped"
     inside[output] = True
     assert dit.reads_input(inside)
+    gates = np.zeros((4, len(blocks.sites)), bool)
+    gates[0] = True
+    assert blocks.macs.trajectory(gates) == blocks.macs.full, "a silent step costs nothing"
 
 
-def test_plan_stores_what_later_steps_read_and_no_more(unet):
-    count = len(unet.sites)
+def test_plan_stores_what_later_steps_read_and_no_more(blocks):
+    count = len(blocks.sites)
     gates = np.ones((5, count), bool)
-    gates[2, list(index(unet, "up_blocks.1"))] = False
+    gates[2, list(index(blocks, "up_blocks.1"))] = False
     gates[4] = False
-    plans = plan(gates, 1, unet.live_sites)
-    assert plans[1].stored == index(unet, "up_blocks.1")
-    assert plans[2].served == dict.fromkeys(index(unet, "up_blocks.1"), (1,))
-    assert plans[2].computed == index(unet, "down_blocks.0", "up_blocks.2")
-    assert plans[3].stored == index(unet, "up_blocks.2")
+    plans = plan(gates, 1, blocks.live_sites)
+    assert plans[1].stored == index(blocks, "up_blocks.1")
+    assert plans[2].served == dict.fromkeys(index(blocks, "up_blocks.1"), (1,))
+    assert plans[2].computed == index(blocks, "down_blocks.0", "up_blocks.2")
+    assert plans[3].stored == index(blocks, "up_blocks.2")
     assert plans[4].computed == frozenset()
     assert all(not plans[step].stored for step in (0, 2, 4))
 
@@ -137,17 +125,11 @@ def test_plan_reads_the_last_k_computed_outputs(dit):
     assert [1 in entry.stored for entry in plans] == [True, True, False, True, False, False]
 
 
-def test_a_silent_step_costs_nothing(unet):
-    gates = np.zeros((4, len(unet.sites)), bool)
-    gates[0] = True
-    assert unet.macs.trajectory(gates) == unet.macs.full
-
-
 def test_budget_limits(dit):
     for budget in (0.0, -1.0, 1.01, float("nan")):
-        with pytest.raises(UsageError, match="outside"):
+        with misused("outside"):
             check_budget(dit.macs, budget, 10)
-    with pytest.raises(UsageError, match="what step 0 and the ungated parts alone cost at 10 steps; give at least"):
+    with misused("what step 0 and the ungated parts alone cost at 10 steps; give at least"):
         check_budget(dit.macs, 0.05, 10)
     check_budget(dit.macs, 0.3, 10)
 
@@ -196,11 +178,9 @@ class _BranchingModel(Model):
 def test_what_cannot_be_traced_is_named_with_its_line(tiny_dit, sites, capfd):
     whole = find_model(tiny_dit)
     model = _BranchingModel("branching", whole.folder, whole.family, whole.config)
-    with pytest.raises(DipgoError) as caught:
-        trace(model, sites, 1.0)
-    text = str(caught.value)
     place = r"module 'blocks\.1' \(test_trace\.py:\d+, `if x\.sum\(\) > 0:`\)"
-    assert re.fullmatch(rf"torch\.export cannot trace _Branching: {place} goes by the values .*", text), text
+    with refused(rf"^torch\.export cannot trace _Branching: {place} goes by the values .*"):
+        trace(model, sites, 1.0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -223,5 +203,5 @@ class Pair(torch.nn.Module):
 
 def test_a_site_that_hands_out_none_is_refused_by_its_name():
     example = (torch.zeros(3, 4), torch.ones(3), {})
-    with pytest.raises(DipgoError, match="site 'pair' hands on a NoneType beside tensors, which is not supported"):
+    with refused("site 'pair' hands on a NoneType beside tensors, which is not supported"):
         export_tapped(Tapped(Parts(), ["pair"]), example, ({}, {}, {}))

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dipgo.eager.gating import gated
@@ -52,29 +51,14 @@ class Compiled:
 
 @cache
 def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
-    conditional = kind != "unconditional"
-    task = zoo.task(kind, STEPS)
+    task = zoo.task(kind, STEPS, sites="branch" if kind == "sdxl" else None)
     backups = {} if kind in REUSES else {"terms": 2, "channels": 2}
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
         subnet.gates[2] = False
     folder = zoo.bundle(task.trace, task.sampler, subnet, whole=whole)
-    task.pipe.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"num_inference_steps": STEPS}
-    if kind == "dit":
-        arguments |= {"class_labels": [0, 1, 2]}
-    elif conditional:
-        arguments |= {"prompt": ["a red fox", "two dogs", "a harbour"]}
-    else:
-        arguments |= {"batch_size": 3}
-    if conditional:
-        arguments |= {"guidance_scale": GUIDANCE}
-    if kind == "pixart":
-        arguments |= {"clean_caption": False}
+    subjects = {"dit": {"class_labels": [0, 1, 2]}, "unconditional": {"batch_size": 3}}
+    arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": STEPS}
+    arguments |= {} if kind == "unconditional" else {"guidance_scale": GUIDANCE}
+    arguments |= {"clean_caption": False} if kind == "pixart" else {}
     return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)
-
-
-def error(actual: Any, expected: Any) -> float:
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -36,6 +36,13 @@ class FakeTensorRt:
         self.refitted: list[str] = []
         module = self
 
+        class Made(Checked):
+            """What the module's own functions make."""
+
+            def __init__(self, *arguments: Any) -> None:
+                check_call(type(self).__name__, "__init__", arguments, {})
+                self._given = arguments
+
         class ILogger(Checked, metaclass=Names):
             def __init__(self) -> None:
                 pass
@@ -61,42 +68,19 @@ class FakeTensorRt:
                 return self._attention
 
         class INetworkDefinition(Checked):
-            _graph: str
-            _model: Any
-            _layers: list[ILayer]
+            def _parse(self, path: str) -> None:
+                graph = onnx.load(path, load_external_data=False).graph
+                self._graph, self._layers = path, [ILayer(node) for node in graph.node]
+                inputs, outputs = ([ITensor(value) for value in values] for values in (graph.input, graph.output))
+                self.num_inputs, self.num_outputs, self.num_layers = map(len, (inputs, outputs, self._layers))
+                self.get_input, self.get_output = inputs.__getitem__, outputs.__getitem__
+                self.get_layer = self._layers.__getitem__
 
-            @property
-            def num_inputs(self) -> int:
-                return len(self._model.graph.input)
-
-            @property
-            def num_outputs(self) -> int:
-                return len(self._model.graph.output)
-
-            @property
-            def num_layers(self) -> int:
-                return len(self._layers)
-
-            def get_input(self, index: int) -> ITensor:
-                return ITensor(self._model.graph.input[index])
-
-            def get_output(self, index: int) -> ITensor:
-                return ITensor(self._model.graph.output[index])
-
-            def get_layer(self, index: int) -> ILayer:
-                return self._layers[index]
-
-        class OnnxParser(Checked):
+        class OnnxParser(Made):
             num_errors = 0
 
-            def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-                check_call("OnnxParser", "__init__", (network, logger), {})
-                self._network = network
-
             def parse_from_file(self, model: str) -> bool:
-                self._network._graph = model
-                self._network._model = onnx.load(model, load_external_data=False)
-                self._network._layers = [ILayer(node) for node in self._network._model.graph.node]
+                self._given[0]._parse(model)
                 return True
 
         class ITimingCache(Checked):
@@ -147,11 +131,7 @@ class FakeTensorRt:
             def get_timing_cache(self) -> ITimingCache | None:
                 return self._timing
 
-        class Builder(Checked):
-            def __init__(self, logger: ILogger) -> None:
-                check_call("Builder", "__init__", (logger,), {})
-                self._logger = logger
-
+        class Builder(Made):
             def create_network(self, flags: int = 0) -> INetworkDefinition:
                 return INetworkDefinition()
 
@@ -165,22 +145,17 @@ class FakeTensorRt:
                 inputs = [network.get_input(index) for index in range(network.num_inputs)]
                 dynamic = {value.name for value in inputs if -1 in value.shape}
                 if dynamic != set(config._profile._ranges if config._profile else ()):
-                    self._logger.log(module.ILogger.ERROR, "Network has dynamic inputs without a profile")
+                    self._given[0].log(module.ILogger.ERROR, "Network has dynamic inputs without a profile")
                     return None
                 for layer in network._layers:
                     if layer._attention.decomposable != (layer.type == "LayerType.ATTENTION_INPUT"):
-                        self._logger.log(module.ILogger.ERROR, "Attention operation was not supported")
+                        self._given[0].log(module.ILogger.ERROR, "Attention operation was not supported")
                         return None
                 if config._timing is not None:
                     config._timing._kernels.add(Path(network._graph).stem)
-                stripped = {"BuilderFlag.STRIP_PLAN", "BuilderFlag.REFIT_IDENTICAL"} <= config._flags
-                ranges = config._profile._ranges if config._profile else {}
-                plan = {
-                    "ranges": ranges,
-                    "graph": network._graph,
-                    "stripped": stripped,
-                    "tf32": "BuilderFlag.TF32" in config._flags,
-                }
+                plan = {"graph": network._graph, "tf32": "BuilderFlag.TF32" in config._flags}
+                plan["stripped"] = {"BuilderFlag.STRIP_PLAN", "BuilderFlag.REFIT_IDENTICAL"} <= config._flags
+                plan["ranges"] = config._profile._ranges if config._profile else {}
                 return json.dumps(plan).encode()
 
         class ICudaEngine(Checked):
@@ -263,43 +238,28 @@ class FakeTensorRt:
 
                 return cuda.put(Path(self._engine._graph).name, work) == OK
 
-        class Runtime(Checked):
-            def __init__(self, logger: ILogger) -> None:
-                check_call("Runtime", "__init__", (logger,), {})
-                self._logger = logger
-
+        class Runtime(Made):
             def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
                 return ICudaEngine(json.loads(bytes(serialized_engine)))
 
-        class Refitter(Checked):
-            def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
-                check_call("Refitter", "__init__", (engine, logger), {})
-                self._engine, self._graph = engine, ""
+        class Refitter(Made):
+            _graph = ""
 
             def refit_cuda_engine(self) -> bool:
-                self._engine._stripped = self._engine._graph != self._graph
-                return not self._engine._stripped
+                engine = self._given[0]
+                engine._stripped = engine._graph != self._graph
+                return not engine._stripped
 
-        class OnnxParserRefitter(Checked):
-            def __init__(self, refitter: Refitter, logger: ILogger) -> None:
-                check_call("OnnxParserRefitter", "__init__", (refitter, logger), {})
-                self._refitter = refitter
-
+        class OnnxParserRefitter(Made):
             def refit_from_file(self, model: str) -> bool:
-                self._refitter._graph = model
+                self._given[0]._graph = model
                 module.refitted.append(Path(model).name)
                 return True
 
         for kind in (Builder, OnnxParser, Runtime, Refitter, OnnxParserRefitter, ILogger, IAttentionBoundaryLayer):
             setattr(self, kind.__name__, kind)
-        for name in (
-            "BuilderFlag",
-            "LayerType",
-            "DataType",
-            "TensorIOMode",
-            "NetworkDefinitionCreationFlag",
-            "ExecutionContextAllocationStrategy",
-        ):
+        enumerations = "BuilderFlag LayerType DataType TensorIOMode NetworkDefinitionCreationFlag"
+        for name in (*enumerations.split(), "ExecutionContextAllocationStrategy"):
             setattr(self, name, Names(name, (), {}))
 
 

@@ -8,15 +8,16 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import dipgo
-from dipgo.base.errors import UsageError
-from tests.engines.dropin import GUIDANCE, STEPS, compiled, error
+from tests.checks import error, misused
+from tests.engines.dropin import GUIDANCE, STEPS, compiled
 
-KINDS = ["dit", "sdxl", "pixart", "unconditional"]
+KINDS = ["sd", "dit", "sdxl", "pixart", "unconditional"]  # the first gives way where only a height is given
+WHOLE = ("sd", "unconditional")
 
 
 @pytest.fixture(params=KINDS)
 def made(request):
-    return compiled(request.param, request.param == "unconditional")
+    return compiled(request.param, request.param in WHOLE)
 
 
 @pytest.fixture
@@ -31,7 +32,10 @@ def sdxl():
 
 
 def test_images_are_those_of_the_gated_pipeline(made):
-    """Three images in one call, a lane each; afterwards the pipeline is as before."""
+    """Three images in one call, a lane each; afterwards the pipeline is as before.
+
+    PNDM, Stable Diffusion's own, calls the denoiser twice at one timestep, and graphs combine several past x and ε.
+    """
     denoiser, config, kind = getattr(made.pipe, made.component), made.pipe.config[made.component], type(made.pipe)
     plain, expected = made.call(made.pipe), made.expected()
     assert error(plain, expected) > 1e-3  # the gates do something
@@ -45,9 +49,9 @@ def test_images_are_those_of_the_gated_pipeline(made):
     assert np.array_equal(made.call(made.pipe), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_other_requests_are_refused_before_they_run(kind):
-    made = compiled(kind, kind == "unconditional")
+    made = compiled(kind, kind in WHOLE)
     changes = {
         "num_inference_steps": (STEPS + 1, f"num_inference_steps = {STEPS + 1}, the bundle was compiled for {STEPS};"),
         "guidance_scale": (7.0, f"guidance_scale = 7.0, the bundle was compiled for {GUIDANCE};"),
@@ -64,9 +68,8 @@ def test_other_requests_are_refused_before_they_run(kind):
         for name, (value, message) in changes.items():
             if name not in accepted or (kind == "pixart" and name == "height"):
                 continue
-            with pytest.raises(UsageError, match=message) as caught:
+            with misused(message):
                 made.call(pipe, **{name: value})
-            assert "\n" not in str(caught.value)
             calls += 1
         assert np.isfinite(made.call(pipe)).all()
     assert calls >= 2
@@ -74,10 +77,10 @@ def test_other_requests_are_refused_before_they_run(kind):
 
 def test_guidance_that_is_switched_off_is_refused(dit):
     with dipgo.attach(dit.pipe, dit.folder) as pipe:
-        with pytest.raises(UsageError, match=r"guidance_scale = 1.0, the bundle was compiled for 4.0"):
+        with misused(r"guidance_scale = 1.0, the bundle was compiled for 4.0"):
             dit.call(pipe, guidance_scale=1.0)
         denoiser = pipe.transformer
-        with pytest.raises(UsageError, match="called without guidance, on 2 images"):
+        with misused("called without guidance, on 2 images"):
             denoiser(torch.randn(2, 4, 8, 8), timestep=pipe.scheduler.timesteps[:1], class_labels=torch.tensor([0, 1]))
 
 
@@ -105,9 +108,9 @@ def test_callbacks_may_change_latents_but_not_conditions(sdxl):
     with dipgo.attach(sdxl.pipe, sdxl.folder) as pipe:
         assert error(sdxl.call(pipe, callback_on_step_end=shift), expected) <= 1e-4
         asked = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-        with pytest.raises(UsageError, match="'encoder_hidden_states' changed at step 2"):
+        with misused("'encoder_hidden_states' changed at step 2"):
             sdxl.call(pipe, **asked)
-        with pytest.raises(UsageError, match=r"guidance_scale = 6.0, the bundle was compiled for 4.0"):
+        with misused(r"guidance_scale = 6.0, the bundle was compiled for 4.0"):
             sdxl.call(pipe, callback_on_step_end=stronger)
         assert error(sdxl.call(pipe, callback_on_step_end=stop), stopped) <= 1e-4
         assert error(sdxl.call(pipe), whole) <= 1e-4
@@ -123,19 +126,19 @@ def test_calls_out_of_order_are_told_by_the_timestep(dit):
             given = {"timestep": moment.expand(2), "class_labels": torch.tensor([1, 1000])}
             return pipe.transformer(latent, **given).sample
 
-        with pytest.raises(UsageError, match=rf"called at timestep {float(moments[1])}, .* expects the first, "):
+        with misused(rf"called at timestep {float(moments[1])}, .* expects the first, "):
             call(moments[1])
         first = [call(moments[0]), call(moments[1])]
         again = [call(moments[0]), call(moments[1])]  # the first timestep begins anew
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-        with pytest.raises(UsageError, match=rf"called at timestep {float(moments[3])}, .* after 2 steps"):
+        with misused(rf"called at timestep {float(moments[3])}, .* after 2 steps"):
             call(moments[3])
         assert torch.equal(call(moments[0]), first[0])
 
 
 def test_another_pipeline_is_refused(dit, sdxl):
     pipe = dit.pipe
-    with pytest.raises(UsageError, match=r"the denoiser is a UNet2DConditionModel, .* from a DiTTransformer2DModel"):
+    with misused(r"the denoiser is a UNet2DConditionModel, .* from a DiTTransformer2DModel"):
         dipgo.attach(sdxl.pipe, dit.folder)
 
     own = pipe.scheduler
@@ -146,30 +149,30 @@ def test_another_pipeline_is_refused(dit, sdxl):
     ):
         with dipgo.attach(pipe, dit.folder):
             pipe.scheduler = other
-            with pytest.raises(UsageError, match=message):
+            with misused(message):
                 dit.call(pipe)
             pipe.scheduler = own
 
     weight = pipe.transformer.transformer_blocks[1].attn1.to_v.weight
     held = weight.data.clone()
     weight.data[0] *= 1.001
-    with pytest.raises(UsageError, match=r"'transformer_blocks.1.attn1.to_v.weight' .* is not that of"):
+    with misused(r"'transformer_blocks.1.attn1.to_v.weight' .* is not that of"):
         dipgo.attach(pipe, dit.folder)
     weight.data = held
 
     pipe.transformer.register_to_config(norm_eps=1e-3)
-    with pytest.raises(UsageError, match=r"the denoiser's configuration \(.*\) is not that of"):
+    with misused(r"the denoiser's configuration \(.*\) is not that of"):
         dipgo.attach(pipe, dit.folder)
     pipe.transformer.register_to_config(norm_eps=1e-5)
 
 
 def test_attaching_and_detaching_twice(dit):
     attached = dipgo.attach(dit.pipe, dit.folder)
-    with pytest.raises(UsageError, match="has a bundle attached already"):
+    with misused("has a bundle attached already"):
         dipgo.attach(dit.pipe, dit.folder)
     with pytest.raises(AttributeError, match="'enable_gradient_checkpointing' has no effect on a bundle"):
         dit.pipe.transformer.enable_gradient_checkpointing()
     dipgo.detach(dit.pipe)
     assert dit.pipe.transformer is attached.original
-    with pytest.raises(UsageError, match="has no bundle attached"):
+    with misused("has no bundle attached"):
         dipgo.detach(dit.pipe)

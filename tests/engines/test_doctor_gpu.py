@@ -2,21 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = "import typer; from dipgo.cli.doctor import doctor; typer.run(doctor)"
+from tests.checks import ROOT, python
+from tests.test_doctor import SCRIPT
+
+GPU = "Fake GPU, 9.0, 1000 MiB, 1.0"
 
 
 def found(tmp_path, blocked="", **environment):
     """Return the findings where what lies in a folder is imported first, and one package not at all."""
     given = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"} | environment
-    command = [sys.executable, "-c", f"import sys; sys.modules[{blocked!r}] = None; {SCRIPT}", "--json"]
-    root = Path(__file__).parents[2]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=given, cwd=root).stdout)
+    return json.loads(python(SCRIPT, "--json", without=blocked, env=given, cwd=ROOT).stdout)
 
 
 def package(folder, text=""):
@@ -46,10 +44,10 @@ def bindings(tmp_path, count):
         "import sys\nfrom tests.engines.fake_cuda import FakeCuda\n\n\nclass Some(FakeCuda):\n"
         f"    def cudaGetDeviceCount(self): return 0, {count}\n\n\nsys.modules[__name__] = Some()\n"
     )
-    return f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+    return f"{tmp_path}{os.pathsep}{ROOT}"
 
 
-@pytest.mark.parametrize("lists", ["Fake GPU, 9.0, 1000 MiB, 1.0", ""])
+@pytest.mark.parametrize("lists", [GPU, ""])
 def test_missing_bindings_are_told_and_how_to_install_them(tmp_path, lists):
     """With a GPU and without one: engines are not even built then."""
     providers(tmp_path)
@@ -60,19 +58,16 @@ def test_missing_bindings_are_told_and_how_to_install_them(tmp_path, lists):
         assert backends[name].startswith("cuda-bindings is not installed; run: pip install 'cuda-bindings")
 
 
-def test_bindings_that_find_the_gpu_make_it_usable(tmp_path):
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_gpu_is_usable_where_the_bindings_find_it(tmp_path, count):
     providers(tmp_path)
     package(tmp_path / "tensorrt")
-    path = bindings(tmp_path, 1)
-    backends = found(tmp_path, PATH=nvidia_smi(tmp_path, "Fake GPU, 9.0, 1000 MiB, 1.0"), PYTHONPATH=path)["backends"]
-    assert (backends["tensorrt"], backends["onnxruntime-cuda"]) == ("usable", "usable")
-
-
-def test_a_gpu_that_the_bindings_cannot_use_is_not_usable(tmp_path):
-    providers(tmp_path)
-    path = bindings(tmp_path, 0)
-    backends = found(tmp_path, PATH=nvidia_smi(tmp_path, "Fake GPU, 9.0, 1000 MiB, 1.0"), PYTHONPATH=path)["backends"]
-    assert backends["onnxruntime-cuda"].startswith("no GPU can be used here (no CUDA device)")
+    path = bindings(tmp_path, count)
+    backends = found(tmp_path, PATH=nvidia_smi(tmp_path, GPU), PYTHONPATH=path)["backends"]
+    if count:
+        assert (backends["tensorrt"], backends["onnxruntime-cuda"]) == ("usable", "usable")
+    else:
+        assert backends["onnxruntime-cuda"].startswith("no GPU can be used here (no CUDA device)")
 
 
 @pytest.mark.parametrize(

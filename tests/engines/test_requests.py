@@ -12,7 +12,8 @@ from dipgo.base.errors import DipgoError, DipgoWarning, UsageError
 from dipgo.base.files import sha256_of
 from export.bundle import FileRecord, open_bundle
 from tests import command, zoo
-from tests.engines.dropin import STEPS, compiled, error
+from tests.checks import error
+from tests.engines.dropin import STEPS, compiled
 from tests.models import random_subnet
 
 

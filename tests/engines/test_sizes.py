@@ -2,20 +2,19 @@
 
 import gc
 import itertools
-import threading
 import weakref
 
 import numpy as np
 import pytest
 
 import dipgo
-from dipgo.base.errors import UsageError
 from engines.context import ExecutionContext
 from engines.context_pool import IDLE
 from engines.steps import Steps, Walk
 from engines.torchrt import runner
 from export.compiler import write_bundle
 from tests import zoo
+from tests.checks import error, in_threads, misused
 from tests.models import random_subnet
 
 
@@ -38,7 +37,7 @@ def test_sizes_agree_with_a_bundle_made_for_one(bundles):
         assert noise.shape == (2, 3, 12, 6)
         assert np.array_equal(noise, ranges.noise(2, 0, (12, 6)))
         expected, actual = alone.denoise(noise, {}), ranges.denoise(noise, {})
-        assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
+        assert error(actual, expected) <= 1e-5
 
 
 def test_two_sizes_in_two_threads(bundles):
@@ -47,20 +46,9 @@ def test_two_sizes_in_two_threads(bundles):
     with dipgo.load(bundles / "ranges") as program:
         noise = {seed: program.noise(seed, seed, size) for seed, size in sizes.items()}
         expected = {seed: program.denoise(noise[seed], {}) for seed in sizes}
-        results = {seed: [] for seed in sizes}
-
-        def work(seed):
-            for _ in range(5):
-                results[seed].append(program.denoise(noise[seed], {}))
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in sizes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for seed, made in results.items():
-            assert len(made) == 5
-            assert all(np.array_equal(each, expected[seed]) for each in made)
+        made = in_threads(lambda seed: [program.denoise(noise[seed], {}) for _ in range(5)], sizes)
+        for seed in sizes:
+            assert all(np.array_equal(each, expected[seed]) for each in made[seed])
 
 
 SIZES = list(itertools.product(range(4, 13, 2), repeat=2))
@@ -123,12 +111,12 @@ def test_requests_outside_the_ranges_are_refused(bundles):
     with dipgo.load(bundles / "ranges") as program:
         ranges = r"compiled for \[1 to 3, 3, 4 to 12 by 2, 4 to 12 by 2\]"
         for shape in ((4, 3, 8, 8), (1, 3, 14, 8), (1, 3, 8, 7), (1, 4, 8, 8), (3, 8, 8)):
-            with pytest.raises(UsageError, match=ranges) as caught:
+            with misused(ranges) as caught:
                 program.denoise(np.zeros(shape, np.float32), {})
             assert str(list(shape)) in str(caught.value)
-        with pytest.raises(UsageError, match=r"ranges: height 14, it takes multiples of 2 from 4 to 12"):
+        with misused(r"ranges: height 14, it takes multiples of 2 from 4 to 12"):
             program.noise(1, 0, (14, 8))
-        with pytest.raises(UsageError, match=r"ranges: width 7, it takes multiples of 2 from 4 to 12"):
+        with misused(r"ranges: width 7, it takes multiples of 2 from 4 to 12"):
             program.latent_shape(1, (8, 7))
-    with dipgo.load(bundles / "alone") as program, pytest.raises(UsageError, match=r"alone: height 8, it takes 12;"):
+    with dipgo.load(bundles / "alone") as program, misused(r"alone: height 8, it takes 12;"):
         program.noise(1, 0, (8, 6))

@@ -1,8 +1,7 @@
 """Nothing of a call is left for the next: whatever went wrong, images are those of a fresh process, bit for bit."""
 
-import subprocess
-import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,19 +9,14 @@ import torch
 
 import dipgo
 from dipgo.base.errors import UsageError
-from tests.engines.dropin import compiled, error
+from tests.checks import error, in_threads, python
+from tests.engines.dropin import compiled
 
 FRESH = """
-import sys
-for name in ("torch", "diffusers", "transformers"):
-    sys.modules[name] = None
-import numpy
-import dipgo
-from dipgo.base.errors import UsageError
+import numpy, dipgo
 pipe = dipgo.load(sys.argv[1], threads=1)
 pipe.set_progress_bar_config(disable=True)
-images = [pipe(class_labels=[0, 2], generator=seed, output_type="np").images for seed in (11,)]
-numpy.save(sys.argv[2], images[0])
+numpy.save(sys.argv[2], pipe(class_labels=[0, 2], generator=11, output_type="np").images)
 """
 
 
@@ -35,7 +29,7 @@ def dit():
 def fresh(dit, tmp_path_factory):
     """The images of a process that does nothing else, without torch."""
     path = tmp_path_factory.mktemp("fresh") / "images.npy"
-    subprocess.run([sys.executable, "-c", FRESH, str(dit.folder), str(path)], check=True)
+    python(FRESH, dit.folder, path, without="torch diffusers transformers")
     return np.load(path)
 
 
@@ -59,25 +53,27 @@ def raising(error, at=1):
     return callback
 
 
+def stop(owner, step, timestep, given):
+    owner._interrupt = True
+    return given
+
+
 def test_a_fresh_process_gives_the_images_of_the_pipeline(dit, fresh):
     assert error(fresh, dit.expected(class_labels=[0, 2], seed=11)) <= 1e-4
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
-@pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_call_that_is_cancelled(pipe, fresh, failure, at):
-    with pytest.raises(type(failure)):
-        images(pipe, (1, 1), 5, callback_on_step_end=raising(failure, at))
-    assert np.array_equal(images(pipe), fresh)
-
-
-def test_a_call_that_is_interrupted(pipe, fresh):
-    def stop(owner, step, timestep, given):
-        owner._interrupt = True
-        return given
-
+def test_calls_that_are_cancelled_refused_or_interrupted(pipe, fresh):
+    for failure in (RuntimeError("stop"), KeyboardInterrupt()):
+        for at in (0, 2, 3):
+            with pytest.raises(type(failure)):
+                images(pipe, (1, 1), 5, callback_on_step_end=raising(failure, at))
+            assert np.array_equal(images(pipe), fresh)
     images(pipe, (1, 1), 5, callback_on_step_end=stop)
     assert not pipe._interrupt
+    assert np.array_equal(images(pipe), fresh)
+    with pytest.raises(UsageError):
+        images(pipe, num_inference_steps=7)
+    pipe.close()  # which the next call opens again
     assert np.array_equal(images(pipe), fresh)
 
 
@@ -104,10 +100,6 @@ def test_a_call_whose_trajectories_are_one_launch_is_interrupted_between_them(pi
 def test_a_call_within_a_callback(pipe, fresh):
     """The inner call is interrupted, the outer is not."""
 
-    def stop(owner, step, timestep, given):
-        owner._interrupt = True
-        return given
-
     def nested(owner, step, timestep, given):
         images(owner, (1,), step, callback_on_step_end=stop)
         return given
@@ -123,34 +115,18 @@ def test_values_that_are_no_numbers(pipe, fresh):
     assert np.array_equal(images(pipe), fresh)
 
 
-def test_a_refused_call_and_closed_engines(pipe, fresh):
-    with pytest.raises(UsageError):
-        images(pipe, num_inference_steps=7)
-    pipe.close()
-    assert np.array_equal(images(pipe), fresh)
-
-
 def test_two_threads(pipe, fresh):
     """Each with classes and a seed of its own; one is cancelled now and then."""
     expected = {seed: images(pipe, (seed % 3, 1), seed) for seed in (1, 2)}
-    assert np.array_equal(images(pipe), fresh)
-    found = {1: [], 2: []}
 
     def work(seed):
         for turn in range(4):
             if seed == 1 and turn % 2:
                 with pytest.raises(RuntimeError):
                     images(pipe, (2, 2), 9, callback_on_step_end=raising(RuntimeError("stop")))
-            found[seed].append(images(pipe, (seed % 3, 1), seed))
+            assert np.array_equal(images(pipe, (seed % 3, 1), seed), expected[seed])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, made in found.items():
-        assert len(made) == 4
-        assert all(np.array_equal(each, expected[seed]) for each in made)
+    in_threads(work, expected)
     assert np.array_equal(images(pipe), fresh)
 
 
@@ -184,11 +160,8 @@ def test_an_attached_bundle_keeps_nothing_either(dit):
         with pytest.raises(KeyboardInterrupt):
             dit.call(attached, seed=5)
         hook.remove()
-        step = attached.scheduler.step
-        attached.scheduler.step = fail
-        with pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(attached.scheduler, "step", fail), pytest.raises(KeyboardInterrupt):
             dit.call(attached, seed=5)
-        attached.scheduler.step = step
         assert np.array_equal(dit.call(attached), first)
     with dipgo.attach(dit.pipe, dit.folder) as attached:
         assert np.array_equal(dit.call(attached), first)
@@ -196,27 +169,20 @@ def test_an_attached_bundle_keeps_nothing_either(dit):
 
 def test_one_program_serves_pipelines_in_two_threads(dit):
     """Two diffusers pipelines, one set of engines."""
-    program = dipgo.load(dit.folder, threads=1)
-    kind = type(dit.pipe)
-    pipes = [kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)})]
-    pipes.append(kind(**{**dit.pipe.components, "scheduler": type(dit.pipe.scheduler)(**dit.pipe.scheduler.config)}))
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-        dipgo.attach(pipe, program)
-    expected = {seed: dit.call(pipes[0], seed=seed) for seed in (1, 2)}
-    found = {}
+    program, scheduler, pipes = dipgo.load(dit.folder, threads=1), dit.pipe.scheduler, {}
+    for seed in (1, 2):
+        own = {"scheduler": type(scheduler)(**scheduler.config)}
+        pipes[seed] = type(dit.pipe)(**dit.pipe.components | own)
+        pipes[seed].set_progress_bar_config(disable=True)
+        dipgo.attach(pipes[seed], program)
+    expected = {seed: dit.call(pipes[1], seed=seed) for seed in pipes}
 
-    def work(seed, pipe):
-        with torch.no_grad():
-            found[seed] = [dit.call(pipe, seed=seed) for _ in range(3)]
+    @torch.no_grad()
+    def work(seed):
+        return [dit.call(pipes[seed], seed=seed) for _ in range(3)]
 
-    threads = [threading.Thread(target=work, args=(seed, pipe)) for seed, pipe in zip((1, 2), pipes, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, made in found.items():
+    for seed, made in in_threads(work, pipes).items():
         assert all(np.array_equal(each, expected[seed]) for each in made)
-    for pipe in pipes:
+    for pipe in pipes.values():
         dipgo.detach(pipe)
     program.close()

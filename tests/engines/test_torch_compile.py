@@ -10,7 +10,6 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.numpy import load_file
 
 import dipgo
-from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
@@ -19,6 +18,7 @@ from engines.torchrt.aot import build, sizes_built
 from export.bundle import AxisRecord, open_bundle
 from export.compiler import prepare, write_bundle
 from export.sizes import Sizes
+from tests.checks import error, refused
 from tests.models import random_subnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")]
@@ -38,15 +38,8 @@ def made(tmp_path_factory):
     """A UNet of one level: every step computes everything, nothing conditions it, no decoder."""
     folder = tmp_path_factory.mktemp("compile")
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **blocks)
     DDIMPipeline(unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "model")
     model = find_model(str(folder / "model"))
     traced = trace(model, "down_blocks.*,up_blocks.*", 1.0)
@@ -69,10 +62,6 @@ def latent(bundle, backend, images=1):
         return first
 
 
-def error(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engines/test_torch_cuda.py")
 def test_compiled_agrees(bundle):
     assert error(latent(bundle, "torch-compile"), latent(bundle, "onnxruntime")) <= 1e-4
@@ -81,7 +70,7 @@ def test_compiled_agrees(bundle):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engines/test_torch_cuda.py")
 def test_packages_are_built_once_and_hold_no_weights(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(DipgoError, match=r"no AOTInductor package for .*; run: dipgo build .*/b --backend torch-aot$"):
+    with refused(r"no AOTInductor package for .*; run: dipgo build .*/b --backend torch-aot$"):
         latent(bundle, "torch-aot")
     opened = open_bundle(bundle)
     packages = build(opened, CPU)
@@ -100,7 +89,7 @@ def test_packages_are_built_once_and_hold_no_weights(bundle, tmp_path, monkeypat
             assert not any(largest in archive.read(name) for name in archive.namelist())
 
     packages[0].write_bytes(packages[0].read_bytes()[:1000])
-    with pytest.raises(DipgoError, match=r"the package cannot be loaded .*; run: dipgo build .* --force$"):
+    with refused(r"the package cannot be loaded .*; run: dipgo build .* --force$"):
         latent(bundle, "torch-aot")
 
 
@@ -108,19 +97,17 @@ def test_packages_are_built_once_and_hold_no_weights(bundle, tmp_path, monkeypat
 def test_packages_are_built_for_the_ends_of_a_range(made, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = made / "ranges"
-    with pytest.raises(
-        DipgoError, match=r"no AOTInductor package for .*; run: dipgo build .*ranges --backend torch-aot$"
-    ):
+    with refused(r"no AOTInductor package for .*; run: dipgo build .*ranges --backend torch-aot$"):
         latent(folder, "torch-aot")
     opened = open_bundle(folder)
     packages = build(opened, CPU)
     assert len(packages) == len(set(packages))
     for images in (1, 3):
         assert error(latent(folder, "torch-aot", images), latent(folder, "onnxruntime", images)) <= 1e-4
-    with pytest.raises(DipgoError, match=r"built for batch 1; batch 3 alone: ask for one .* --backend torch-compile$"):
+    with refused(r"built for batch 1; batch 3 alone: ask for one .* --backend torch-compile$"):
         latent(folder, "torch-aot", 2)
     monkeypatch.setattr(aot, "RECIPE", aot.RECIPE + 1)
-    with pytest.raises(DipgoError, match=r"no AOTInductor package for .*; run: dipgo build"):
+    with refused(r"no AOTInductor package for .*; run: dipgo build"):
         latent(folder, "torch-aot")
 
 

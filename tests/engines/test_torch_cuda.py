@@ -1,7 +1,6 @@
 """The torch and the ONNX Runtime backends on a GPU."""
 
 import shutil
-import threading
 import warnings
 
 import numpy as np
@@ -13,6 +12,7 @@ import dipgo
 from engines.torchrt.aot import build
 from export.bundle import open_bundle
 from tests import zoo
+from tests.checks import error, in_threads
 from tests.models import random_subnet
 
 ON_GPU = [
@@ -50,10 +50,6 @@ def backend(request):
     return request.param
 
 
-def error(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
 @needs_cuda
 @pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_agrees_with_the_cpu(bundle, backend):
@@ -84,15 +80,6 @@ def test_a_cuda_graph_equals_its_launches(bundle, backend):
 @pytest.mark.parametrize("backend", ON_GPU, indirect=True)
 def test_cuda_takes_two_threads(bundle, backend):
     with dipgo.load(bundle, backend=backend) as program:
-        results = {}
-
-        def work(seed):
-            results[seed] = [program.generate([0, 1], seed) for _ in range(3)]
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for seed in (1, 2):
-            assert all(np.array_equal(images, program.generate([0, 1], seed)) for images in results[seed])
+        made = in_threads(lambda seed: [program.generate([0, 1], seed) for _ in range(3)], (1, 2))
+        for seed in made:
+            assert all(np.array_equal(images, program.generate([0, 1], seed)) for images in made[seed])

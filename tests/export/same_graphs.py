@@ -7,64 +7,43 @@ Prints each difference, and exits with 1 where there is one. Names inside a grap
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
+
+from dipgo.base.files import sha256_of
 
 CHANGING = ("versions", "sha256", "files")  # of the record: libraries, and what follows from them
 
 
-def differences(old: Path, new: Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
+    """Return a file of a bundle as text; of graphs what they compute alone."""
+    if file.suffix == ".onnx":
+        graph = onnx.load(str(file), load_external_data=False).graph
+        for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info, *graph.node):
+            value.ClearField("metadata_props")
+        return onnx.printer.to_text(graph).splitlines()
+    if file.name == "bundle.json":
+        record = json.loads(file.read_text())
+        return json.dumps({name: record[name] for name in record if name not in CHANGING}, indent=1).splitlines()
+    return [sha256_of(file)]
+
+
+def differences(old: Path, new: Path) -> Iterator[str]:
     """Return what differs, a line each."""
-    records = [json.loads((folder / "bundle.json").read_text()) for folder in (old, new)]
-    lines = [f"bundle.json: {where}" for where in _differing(*({**r, **dict.fromkeys(CHANGING)} for r in records))]
-    for name in sorted(records[0]["files"].keys() | records[1]["files"].keys()):
-        if not all(name in record["files"] for record in records):
-            lines.append(f"{name}: only in one of them")
-        elif records[0]["files"][name] != records[1]["files"][name]:
-            lines += _in_file(name, old / name, new / name)
-    return lines
-
-
-def _in_file(name: str, old: Path, new: Path) -> list[str]:
-    if not name.endswith(".onnx"):
-        return [f"{name}: another content"]
-    first, second = (onnx.load(str(path), load_external_data=False).graph for path in (old, new))
-    if len(first.node) != len(second.node):
-        return [f"{name}: {len(first.node)} and {len(second.node)} nodes"]
-    pairs = zip(first.node, second.node, strict=True)
-    lines = [f"{name}: node {k}: {_text(a)} and {_text(b)}" for k, (a, b) in enumerate(pairs) if a != b]
-    for what in ("input", "output", "initializer"):
-        if _without_metadata(getattr(first, what)) != _without_metadata(getattr(second, what)):
-            lines.append(f"{name}: another {what}")
-    return lines
-
-
-def _without_metadata(values: Iterable[Any]) -> list[Any]:
-    for value in values:
-        value.ClearField("metadata_props")
-    return list(values)
-
-
-def _differing(old: Any, new: Any, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        return [line for key in old for line in _differing(old[key], new[key], f"{where}.{key}")]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line for k, pair in enumerate(zip(old, new, strict=True)) for line in _differing(*pair, f"{where}[{k}]")
-        ]
-    return [] if old == new else [f"{where or '.'}: {str(old)[:80]} and {str(new)[:80]}"]
-
-
-def _text(node: onnx.NodeProto) -> str:
-    return f"{','.join(node.output)} = {node.op_type}({','.join(node.input)})"[:120]
+    for name in sorted({str(path.relative_to(folder)) for folder in (old, new) for path in folder.rglob("*.*")}):
+        if not ((old / name).exists() and (new / name).exists()):
+            yield f"{name}: only in one of them"
+            continue
+        lines = difflib.unified_diff(lines_of(old / name), lines_of(new / name), n=0, lineterm="")
+        yield from (f"{name}: {line[:120]}" for line in list(lines)[2:])
 
 
 if __name__ == "__main__":
-    lines = differences(Path(sys.argv[1]), Path(sys.argv[2]))
-    print("\n".join(lines) or "the same")
-    sys.exit(bool(lines))
+    found = list(differences(Path(sys.argv[1]), Path(sys.argv[2])))
+    print("\n".join(found) or "the same")
+    sys.exit(bool(found))

@@ -13,18 +13,15 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 import dipgo
-from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import sha256_of
 from dipgo.model.models import find_model
 from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
 from export.compiler import compile_subnet, write_bundle
 from tests import zoo
+from tests.checks import misused, refused
 from tests.models import random_subnet
 
-
-@pytest.fixture(scope="module")
-def task():
-    return zoo.task("dit", 4)
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def test_damaged_files_are_refused(bundle, name, damage):
         path.write_bytes(data)
     else:
         path.write_bytes(data[:-1])
-    with pytest.raises(DipgoError, match=f"{name}: (missing|altered|not a safetensors file).*export it again"):
+    with refused(f"{name}: (missing|altered|not a safetensors file).*export it again"):
         open_bundle(bundle)
 
 
@@ -67,7 +64,7 @@ def test_an_altered_program_is_refused(bundle):
     document = json.loads((bundle / "bundle.json").read_text())
     document["steps"][1]["timestep"] += 1
     (bundle / "bundle.json").write_text(json.dumps(document))
-    with pytest.raises(DipgoError, match=r"bundle\.json: altered since the bundle was made"):
+    with refused(r"bundle\.json: altered since the bundle was made"):
         open_bundle(bundle)
 
 
@@ -151,7 +148,7 @@ def test_records_that_contradict_are_refused(bundle, name):
     """Whoever makes a bundle on purpose makes its checksum fit, too."""
     change, message = CONTRADICTIONS[name]
     reseal(bundle, change)
-    with pytest.raises(DipgoError, match=message) as caught:
+    with refused(message) as caught:
         open_bundle(bundle)
     assert str(caught.value).startswith(f"{bundle / 'bundle.json'}: ")
     assert "export it again" in str(caught.value) or name == "nesting"
@@ -177,7 +174,7 @@ def test_tables_that_do_not_fit_are_refused(bundle, change, message):
     change(tables)
     save_file(tables, bundle / "tables.safetensors")
     reseal(bundle, lambda record: None)
-    with pytest.raises(DipgoError, match=message):
+    with refused(message):
         open_bundle(bundle)
 
 
@@ -187,7 +184,7 @@ def test_weights_lie_in_the_bundle(bundle):
     next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
     (bundle / "vae_decoder.onnx").write_bytes(model.SerializeToString())
     reseal(bundle, lambda record: None)
-    with pytest.raises(DipgoError, match=r"has weights in '\.\./secret', which is not among its files"):
+    with refused(r"has weights in '\.\./secret', which is not among its files"):
         open_bundle(bundle)
 
 
@@ -197,7 +194,7 @@ def test_no_link_leads_anywhere(bundle, name, inside):
     target = (bundle if inside else bundle.parent) / "moved"
     (bundle / name).rename(target)
     (bundle / name).symlink_to(target)
-    with pytest.raises(DipgoError, match="lies behind a link, which a bundle has none of; copy the bundle with cp -rL"):
+    with refused("lies behind a link, which a bundle has none of; copy the bundle with cp -rL"):
         open_bundle(bundle)
 
 
@@ -213,14 +210,14 @@ def test_sparse_files_are_not_read(bundle, name):
     """Their checksum would take a minute."""
     os.truncate(bundle / name, 50 * 2**30)
     reseal(bundle, lambda record: record["files"][name].update(bytes=50 * 2**30), checksums=False)
-    with pytest.raises(DipgoError, match=f"{name}: (larger than any such part|truncated or damaged)"):
+    with refused(f"{name}: (larger than any such part|truncated or damaged)"):
         open_bundle(bundle)
 
 
 def test_what_a_graph_cannot_compute_is_one_line(bundle):
     """As of a class that the model does not have, in a bundle that does not say which it has."""
     reseal(bundle, lambda record: record["conditioning"].update(labels={}))
-    with dipgo.load(bundle) as program, pytest.raises(DipgoError, match=r"\.onnx: ONNX Runtime refuses it .*out of"):
+    with dipgo.load(bundle) as program, refused(r"\.onnx: ONNX Runtime refuses it .*out of"):
         program.generate([10**6], 0)
 
 
@@ -247,14 +244,14 @@ def test_files_without_a_checksum_are_refused(bundle, change):
     shutil.copyfile(bundle / "tables.safetensors", bundle.parent / "other")
     reseal(bundle, change)
     for check_files in (True, False):
-        with pytest.raises(DipgoError, match=r"bundle\.json: '\.\./other' is not among its files; export it again"):
+        with refused(r"bundle\.json: '\.\./other' is not among its files; export it again"):
             open_bundle(bundle, check_files)
 
 
 def test_tables_that_are_none_are_refused(bundle):
     path = bundle / "tables.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(DipgoError, match=r"tables\.safetensors: not a safetensors file .*; export it again"):
+    with refused(r"tables\.safetensors: not a safetensors file .*; export it again"):
         open_bundle(bundle, check_files=False)
 
 
@@ -268,23 +265,23 @@ def test_tensors_are_those_of_the_graphs(bundle):
 
 
 def test_no_bundle(tmp_path):
-    with pytest.raises(DipgoError, match="no such bundle"):
+    with refused("no such bundle"):
         open_bundle(tmp_path / "none")
-    with pytest.raises(DipgoError, match="no such bundle"):
+    with refused("no such bundle"):
         open_bundle(tmp_path)
 
 
 def test_another_schema_is_refused(bundle):
     document = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps(document | {"schema": "dipgo.bundle/2"}))
-    with pytest.raises(DipgoError, match=r"schema is 'dipgo\.bundle/2'"):
+    with refused(r"schema is 'dipgo\.bundle/2'"):
         open_bundle(bundle)
 
 
 def test_existing_folder_is_kept_without_force(bundle, task, prepared):
     before = (bundle / "bundle.json").read_bytes()
     other = random_subnet(task.trace, task.sampler, seed=9)
-    with pytest.raises(UsageError, match="--force"):
+    with misused("--force"):
         write_bundle(prepared, other, task.sampler, bundle)
     assert (bundle / "bundle.json").read_bytes() == before
     write_bundle(prepared, other, task.sampler, bundle, force=True)
@@ -298,7 +295,7 @@ def test_failure_leaves_nothing(task, prepared, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export.compiler, "save_file", full_disk)
-    with pytest.raises(DipgoError, match="disk is full"):
+    with refused("disk is full"):
         write_bundle(prepared, random_subnet(task.trace, task.sampler, 0), task.sampler, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
@@ -311,7 +308,7 @@ def test_subnet_of_another_model_is_refused(task, tiny_dit, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(DipgoError, match=r"its weights .* is not that of"):
+    with refused(r"its weights .* is not that of"):
         compile_subnet(subnet, find_model(str(other)), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -322,13 +319,13 @@ def test_damaged_model_folders_are_refused(tiny_dit, tmp_path):
     weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DipgoError, match="truncated or damaged"):
+    with refused("truncated or damaged"):
         find_model(str(other))
     weights.unlink()
-    with pytest.raises(DipgoError, match="no safetensors weights"):
+    with refused("no safetensors weights"):
         find_model(str(other))
     (other / "model_index.json").unlink()
-    with pytest.raises(DipgoError, match=r"no model_index\.json"):
+    with refused(r"no model_index\.json"):
         find_model(str(other))
-    with pytest.raises(DipgoError, match="no model 'nowhere': neither built in"):
+    with refused("no model 'nowhere': neither built in"):
         find_model("nowhere")

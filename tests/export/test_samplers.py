@@ -16,7 +16,7 @@ from dipgo.schedule.search_record import SearchRecord
 from dipgo.schedule.subnet import make_subnet
 from export.compiler import write_bundle
 from tests import zoo
-from tests.engines.dropin import error
+from tests.checks import error
 
 STEPS, GUIDANCE = 6, 4.0
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

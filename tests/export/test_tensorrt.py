@@ -1,13 +1,10 @@
 """TensorRT's own parser takes every graph; where tensorrt-rtx is installed, no GPU is needed for that."""
 
-import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
 
 from export.compiler import write_bundle
 from export.config import ExportConfig
-from export.onnx.convert import convert, export_module, simplify
 from export.plan.layouts import LAYOUTS
 from tests import zoo
 from tests.models import random_subnet
@@ -42,19 +39,3 @@ def test_no_node_is_unsupported(tmp_path, kind, dtype):
         assert graphs
         for path in graphs:
             assert problems(path) == [], path.name
-
-
-def test_the_parser_would_say_so(tmp_path):
-    """A graph that TensorRT cannot take, until it is simplified."""
-
-    class Halves(nn.Module):
-        def forward(self, x):
-            a, b = x.chunk(2, -1)
-            return a * b
-
-    model = convert("halves", export_module("halves", Halves().eval(), [torch.ones(2, 8)]), ["x"], ["y"])
-    ir.save(model, tmp_path / "raw.onnx")
-    assert any("Sequence" in problem for problem in problems(tmp_path / "raw.onnx"))
-    simplify(model)
-    ir.save(model, tmp_path / "simple.onnx")
-    assert problems(tmp_path / "simple.onnx") == []

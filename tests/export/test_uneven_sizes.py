@@ -13,7 +13,7 @@ from export.compiler import compile_subnet
 from export.config import ExportConfig
 from export.sizes import sizes_for
 from tests import models, zoo
-from tests.engines.dropin import error
+from tests.checks import error
 from tests.models import random_subnet
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import resource
-from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -15,10 +13,10 @@ from onnxscript import optimizer
 from safetensors.torch import load_file, save_file
 
 from dipgo.base.dtypes import PRECISIONS, Dtype
-from dipgo.base.errors import DipgoError
 from dipgo.model.random_weights import draw
 from dipgo.model.safetensors_index import stored_tensors
 from export.onnx.weights import bind, cast, check_in_place, place
+from tests.checks import refused, small_disk
 
 NAMES = {"denoiser.w": "w", "denoiser.b": "b", "denoiser.unread": "none"}
 X = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
@@ -62,20 +60,29 @@ def expected():
     return X @ draw("w", (3, 4)).numpy() + draw("b", (4,)).numpy()
 
 
+@pytest.fixture
+def bound(pipeline):
+    """A graph that points into the files of the pipeline folder, saved there."""
+    model = graph()
+    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
+    ir.save(model, pipeline / "g.onnx")
+    return pipeline
+
+
 def locations(path):
     """Return where the initializers of a saved graph lie."""
     entries = [tensor.external_data for tensor in onnx.load(path, load_external_data=False).graph.initializer]
     return sorted({entry.value for external in entries for entry in external if entry.key == "location"})
 
 
-def test_graphs_run_on_the_weights_in_the_pipeline_folder(pipeline):
-    model = graph()
-    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
-    check_in_place(files_of(pipeline), pipeline)
-    ir.save(model, pipeline / "g.onnx")
-    assert locations(pipeline / "g.onnx") == ["unet/a.safetensors", "unet/b.safetensors"]
-    assert (pipeline / "g.onnx").stat().st_size < 1000
-    np.testing.assert_allclose(run(pipeline / "g.onnx"), expected(), rtol=1e-6)
+def test_graphs_run_on_the_weights_in_the_pipeline_folder(bound, tmp_path):
+    link = tmp_path / "link"  # to the folder itself, which is fine
+    link.symlink_to(bound)
+    assert locations(bound / "g.onnx") == ["unet/a.safetensors", "unet/b.safetensors"]
+    assert (bound / "g.onnx").stat().st_size < 1000
+    for folder in (bound, link):
+        check_in_place(files_of(folder), folder)
+        np.testing.assert_allclose(run(folder / "g.onnx"), expected(), rtol=1e-6)
 
 
 def test_graphs_run_on_copies_of_what_a_hub_cache_links_to(pipeline, tmp_path):
@@ -101,86 +108,58 @@ def test_graphs_run_on_copies_of_what_a_hub_cache_links_to(pipeline, tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("model", "names", "message"),
-    [
+def test_weights_of_another_model_are_refused(pipeline):
+    half = r"'w' is F32 \[3, 4\], the graph wants FLOAT16 .*in the precision of the"
+    for model, names, message in (
         (graph(), {"denoiser.w": "other"}, r"unet: holds no tensor 'other'; it belongs to another model"),
         (graph(shape=(4, 3)), NAMES, r"a\.safetensors: 'w' is F32 \[3, 4\], the graph wants FLOAT \[4, 3\]"),
-        (graph(ir.DataType.FLOAT16), NAMES, r"'w' is F32 \[3, 4\], the graph wants FLOAT16 .*in the precision of the"),
-    ],
-    ids=["missing", "shape", "dtype"],
-)
-def test_weights_of_another_model_are_refused(pipeline, model, names, message):
-    with pytest.raises(DipgoError, match=message) as raised:
-        bind(model, names, stored_tensors(files_of(pipeline)), pipeline)
-    assert "\n" not in str(raised.value)
-
-
-def test_weights_outside_the_folder_are_refused(pipeline, tmp_path):
-    files, root = files_of(pipeline), tmp_path / "elsewhere"
-    for refused in (
-        lambda: bind(graph(), NAMES, stored_tensors(files), root),
-        lambda: place(files, root, tmp_path / "b"),
-        lambda: check_in_place(files, root),
+        (graph(ir.DataType.FLOAT16), NAMES, half),
     ):
-        with pytest.raises(DipgoError, match=r"a\.safetensors: lies outside .*elsewhere"):
-            refused()
+        with refused(message):
+            bind(model, names, stored_tensors(files_of(pipeline)), pipeline)
 
 
-def file_link(folder):
-    (folder / "unet" / "a.safetensors").rename(folder / "blob")
-    (folder / "unet" / "a.safetensors").symlink_to("../blob")
+def test_what_onnx_refuses_in_place_is_refused_before(bound):
+    weights, unet = bound / "unet" / "a.safetensors", bound / "unet"
 
+    def linked(path, target):
+        path.rename(target)
+        path.symlink_to(target)
 
-def folder_link(folder):
-    (folder / "unet").rename(folder.parent / "real")
-    (folder / "unet").symlink_to(folder.parent / "real")
-
-
-def hard_link(folder):
-    (folder / "second").hardlink_to(folder / "unet" / "a.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (file_link, r"unet/a\.safetensors: ONNX tools refuse weights behind a symbolic link; .*--weights copy"),
-        (folder_link, r"unet: ONNX tools refuse weights behind a symbolic link; .*--weights copy"),
-        (hard_link, r"unet/a\.safetensors: ONNX tools refuse a file with several hard links; .*--weights copy"),
-    ],
-)
-def test_what_onnx_refuses_in_place_is_refused_before(pipeline, change, message):
-    model = graph()
-    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
-    ir.save(model, pipeline / "g.onnx")
-    change(pipeline)
-    with pytest.raises(DipgoError, match=message):
-        check_in_place(files_of(pipeline), pipeline)
-    with pytest.raises(onnx.checker.ValidationError):
-        run(pipeline / "g.onnx")
-
-
-def test_a_link_to_the_folder_itself_is_fine(pipeline, tmp_path):
-    model = graph()
-    bind(model, NAMES, stored_tensors(files_of(pipeline)), pipeline)
-    ir.save(model, pipeline / "g.onnx")
-    root = tmp_path / "link"
-    root.symlink_to(pipeline)
-    check_in_place(files_of(root), root)
-    np.testing.assert_allclose(run(root / "g.onnx"), expected(), rtol=1e-6)
+    for change, mend, message in (
+        (lambda: (bound / "second").hardlink_to(weights), (bound / "second").unlink, "a file with several hard links"),
+        (lambda: linked(weights, bound / "blob"), lambda: (bound / "blob").replace(weights), "behind a symbolic link"),
+        (lambda: linked(unet, bound.parent / "real"), lambda: None, "weights behind a symbolic link"),
+    ):
+        change()
+        with refused(rf"unet.*: ONNX tools refuse .*{message}; .*--weights copy"):
+            check_in_place(files_of(bound), bound)
+        with pytest.raises(onnx.checker.ValidationError):
+            run(bound / "g.onnx")
+        mend()
+    files, elsewhere = files_of(bound), bound.parent / "elsewhere"
+    for call in (
+        lambda: bind(graph(), NAMES, stored_tensors(files), elsewhere),
+        lambda: place(files, elsewhere, bound.parent / "b"),
+        lambda: check_in_place(files, elsewhere),
+    ):
+        with refused(r"a\.safetensors: lies outside .*elsewhere"):
+            call()
 
 
 def test_copies_are_plain_files_and_known_digests_are_kept(pipeline, tmp_path):
-    files = files_of(pipeline)
+    """They stay when the original changes, also where the file system lets them share blocks."""
+    files, contents = files_of(pipeline), [file.read_bytes() for file in files_of(pipeline)]
     made_up = {files[0]: "0" * 64}  # shows that the file is not read for its digest
     digests = place(files, pipeline, tmp_path / "b", made_up)
-    assert digests == {
-        "unet/a.safetensors": "0" * 64,
-        "unet/b.safetensors": hashlib.sha256(files[1].read_bytes()).hexdigest(),
-    }
-    for file in files:
+    second = hashlib.sha256(contents[1]).hexdigest()
+    assert digests == {"unet/a.safetensors": "0" * 64, "unet/b.safetensors": second}
+    for file, content in zip(files, contents, strict=True):
+        with file.open("r+b") as stream:
+            stream.seek(-4, os.SEEK_END)
+            stream.write(b"\xff" * 4)
         copy = tmp_path / "b" / file.relative_to(pipeline)
-        assert copy.read_bytes() == file.read_bytes()
+        assert copy.read_bytes() == content
         assert (copy.stat().st_nlink, copy.stat().st_mode & 0o777) == (1, 0o644)
         assert copy.stat().st_ino != file.stat().st_ino
 
@@ -217,16 +196,14 @@ def test_casts_round_as_torch_does(tmp_path, dtype):
     assert min(stored.offset for stored in found.values()) % 64 == 0
 
 
-def test_graphs_run_on_a_cast(pipeline, tmp_path):
-    found = cast(stored_tensors(files_of(pipeline)), ["w", "b"], Dtype.FLOAT16, tmp_path / "b", "unet")
-    model = graph(ir.DataType.FLOAT16)
-    bind(model, NAMES, found, tmp_path / "b")
-    ir.save(model, tmp_path / "b" / "g.onnx")
-    rounded = [draw(name, shape).half().float().numpy() for name, shape in (("w", (3, 4)), ("b", (4,)))]
-    np.testing.assert_allclose(run(tmp_path / "b" / "g.onnx"), X @ rounded[0] + rounded[1], rtol=1e-6)
-
-
 def test_a_cast_is_used_again_while_it_is_whole_and_of_the_same_weights(pipeline, tmp_path):
+    found = cast(stored_tensors(files_of(pipeline)), ["w", "b"], Dtype.FLOAT16, tmp_path / "a", "unet")
+    model = graph(ir.DataType.FLOAT16)
+    bind(model, NAMES, found, tmp_path / "a")
+    ir.save(model, tmp_path / "a" / "g.onnx")
+    rounded = [draw(name, shape).half().float().numpy() for name, shape in (("w", (3, 4)), ("b", (4,)))]
+    np.testing.assert_allclose(run(tmp_path / "a" / "g.onnx"), X @ rounded[0] + rounded[1], rtol=1e-6)
+
     def once(dtype=Dtype.FLOAT16, names=("w", "b")):
         return cast(stored_tensors(files_of(pipeline)), names, dtype, tmp_path / "b", "unet")["b"].file
 
@@ -251,49 +228,22 @@ def test_values_that_would_become_infinite_are_refused(tmp_path, dtype, value, c
     tensors = {"fine": torch.ones(3), "too.large": torch.tensor([1.0, -value, torch.inf])}
     save_file(tensors, tmp_path / "w.safetensors")
     checkpoint = stored_tensors([tmp_path / "w.safetensors"])
-    message = rf"w\.safetensors: 'too\.large' holds values too large for {dtype.safetensors}; export in {cure}$"
-    with pytest.raises(DipgoError, match=message):
+    with refused(rf"w\.safetensors: 'too\.large' holds values too large for {dtype.safetensors}; export in {cure}$"):
         cast(checkpoint, list(tensors), dtype, tmp_path / "b", "unet")
     assert list((tmp_path / "b" / "unet").iterdir()) == []
-    with pytest.raises(DipgoError, match=r"w\.safetensors: holds no tensor 'other'"):
+    with refused(r"w\.safetensors: holds no tensor 'other'"):
         cast(checkpoint, ["other"], dtype, tmp_path / "b", "unet")
 
 
-@contextmanager
-def small_disk():
-    """Let no file grow beyond 10 kB; the kernel then refuses as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize("way", ["copy", "copy, digest known", "cast"])
-def test_a_full_disk_leaves_nothing(tmp_path, way):
+def test_a_full_disk_leaves_nothing(tmp_path):
     file = tmp_path / "unet" / "w.safetensors"
     file.parent.mkdir()
     save_file({"w": draw("w", (100, 100))}, file)
-    write = {
-        "copy": lambda: place([file], tmp_path, tmp_path / "b"),
-        "copy, digest known": lambda: place([file], tmp_path, tmp_path / "b", {file: "0" * 64}),
-        "cast": lambda: cast(stored_tensors([file]), ["w"], Dtype.FLOAT16, tmp_path / "b", "unet"),
-    }[way]
-    with small_disk(), pytest.raises(DipgoError, match=r"b/unet/.*: the disk is full; .*free some space") as raised:
-        write()
-    assert "\n" not in str(raised.value)
-    assert list((tmp_path / "b" / "unet").iterdir()) == []
-
-
-def test_a_copy_stays_when_the_original_changes(tmp_path):
-    """Also where the file system lets them share blocks."""
-    file = tmp_path / "unet" / "w.safetensors"
-    file.parent.mkdir()
-    save_file({"w": draw("w", (300, 300))}, file)
-    content = file.read_bytes()
-    place([file], tmp_path, tmp_path / "b")
-    with file.open("r+b") as stream:
-        stream.seek(-4, os.SEEK_END)
-        stream.write(b"\xff" * 4)
-    assert (tmp_path / "b" / "unet" / "w.safetensors").read_bytes() == content
+    for write in (
+        lambda: place([file], tmp_path, tmp_path / "b"),
+        lambda: place([file], tmp_path, tmp_path / "b", {file: "0" * 64}),  # its digest is known
+        lambda: cast(stored_tensors([file]), ["w"], Dtype.FLOAT16, tmp_path / "b", "unet"),
+    ):
+        with small_disk(), refused(r"b/unet/.*: the disk is full; .*free some space"):
+            write()
+        assert list((tmp_path / "b" / "unet").iterdir()) == []
