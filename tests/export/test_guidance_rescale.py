@@ -11,7 +11,7 @@ from dipgo.graph.trace import trace
 from dipgo.schedule.subnet import load_subnet, save_subnet
 from export.compiler import prepare, write_bundle
 from tests import command, zoo
-from tests.engines.dropin import error
+from tests.checks import error
 from tests.models import random_subnet
 
 RESCALE = 0.7
