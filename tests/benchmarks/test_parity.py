@@ -51,7 +51,7 @@ def scale_a_weight(folder, file, wanted, factor):
     name = next(name for name in weights if name.endswith(wanted))
     altered = bytearray(path.read_bytes())
     start = altered.index(weights[name].tobytes())
-    altered[start : start + weights[name].nbytes] = (weights[name] * np.float32(factor)).tobytes()
+    altered[start : start + weights[name].nbytes] = (weights[name] * factor).astype(weights[name].dtype).tobytes()
     path.write_bytes(altered)
     reseal(folder, file)
 
