@@ -385,6 +385,8 @@ def test_a_stopped_process_is_not_ready_and_a_lost_one_ends_the_server(server, b
     stub = server_process.children()[0]
     for process, name in ((stub, "a model's process"), (server_process, "Triton")):
         process.suspend()
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
         assert running.ask("/v2/health/ready")[0] == running.ask("/v2/models/dit/ready")[0] == 503
         assert running.infer("dit", request(seed=1)) == (503, f"{name} is stopped")
         process.resume()
