@@ -18,6 +18,7 @@ from dipgo.importers.importer import read_schedule
 from dipgo.model.prompts import read_prompts
 from dipgo.model.safetensors_index import read_file
 from dipgo.schedule.subnet import load_subnet
+from tests.command import dipgo
 
 READERS = {
     "json": lambda path: read_json(path, "thing"),
@@ -138,16 +139,13 @@ def test_a_package_that_cannot_be_loaded_is_not_said_to_be_missing():
         (OSError(36, "File name too long", "x\x1b"), r"dipgo: x\x1b: File name too long"),
     ],
 )
-def test_whatever_fails_is_one_line(error, line, monkeypatch, capsys):
+def test_whatever_fails_is_one_line(error, line, monkeypatch):
     def fails(**_):
         raise error
 
     monkeypatch.setattr(command_line, "application", lambda: fails)
-    monkeypatch.setattr("sys.argv", ["dipgo", "models"])
-    with pytest.raises(SystemExit) as caught:
-        command_line.main()
-    assert caught.value.code == 1
-    printed = capsys.readouterr().err
+    code, _, printed = dipgo("models")
+    assert code == 1
     assert printed.startswith(line)
     assert printed.count("\n") == 1
     assert len(printed) <= LONGEST + len("dipgo: \n")
