@@ -28,7 +28,8 @@ Tables = Mapping[str, np.ndarray]
 def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signature]) -> str | None:
     """Return the first rule that a bundle breaks, as a line; None where all parts fit together.
 
-    ``signatures`` are those of the graphs' files, by name. Rules are tried in order, each on what those before it hold.
+    ``signatures`` are those of the graphs' files, by name, as far as they are known. Rules are tried in order, each on
+    what those before it hold.
     """
     program = _Program(record, tables)
     rules = (
@@ -116,8 +117,8 @@ class _Program:
             yield f"'latent' is {self.latent.dtype}, not float32"
 
     def signatures(self, signatures: Mapping[str, Signature]) -> Problems:
-        for file, tensors in self.record.tensors.items():
-            actual = signatures[file]
+        for file, actual in signatures.items():
+            tensors = self.record.tensors[file]
             for records, others in zip(tensors, (actual.inputs, actual.outputs), strict=True):
                 values = {tensor.name: self.value(tensor) for tensor in records}
                 if len(values) != len(records) or values != {each.name: self.value(each) for each in others}:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
 from dipgo.model.sampler import tabulate
 from dipgo.model.vae import from_vae
+from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
@@ -114,7 +116,10 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         expected = _torch(program, pipe, inputs, seed, progress)
         rounding = _errors(expected, exact)
     embeddings = None if encodes(program) else pipe
-    errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
+    try:
+        errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
+    except NotFinite:
+        errors = math.nan, math.nan
     tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
     return Parity(
         images=images,

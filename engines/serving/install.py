@@ -116,7 +116,7 @@ def prepare(install: Install, scratch: Path) -> Place:
 def _probe(python: Path, code: Path, environment: dict[str, str]) -> tuple[str, str]:
     """Return the versions of Python (``3.11``) and numpy, having imported all that the model imports, as the stub."""
     script = (
-        "import sys; sys.path.insert(0, ''); import json, numpy, onnx, onnxruntime, engines, engines.serving.requests;"
+        "import sys; sys.path.insert(0, ''); import json, numpy, onnxruntime, engines, engines.serving.requests;"
         "print(json.dumps(['%d.%d' % sys.version_info[:2], numpy.__version__]))"
     )
     command = [str(python), "-I", "-c", script]

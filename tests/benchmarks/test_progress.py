@@ -1,7 +1,13 @@
+import sys
+
 from dipgo.base.progress import Progress
 
 
-def test_bars_show_each_phase_to_its_end(capsys):
+def test_bars_show_each_phase_to_its_end_in_a_terminal(capsys, monkeypatch):
+    with Progress().phases() as report:
+        report("first", 1, 3, "")
+    assert capsys.readouterr().err == ""  # a file, in which bars are a nuisance
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress().phases() as report:
         for done in range(4):
             report("first", done, 3, "")
