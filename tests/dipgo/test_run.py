@@ -82,7 +82,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     begun(tmp_path / "run")
     path = tmp_path / "run" / "gates.safetensors"
     whole = path.read_bytes()
-    (tmp_path / "run" / ".gates-abcdefgh.safetensors").write_bytes(b"half")  # a draft that a kill left
+    (tmp_path / "run" / ".gates.dipgo-abcdefgh.safetensors").write_bytes(b"half")  # a draft that a kill left
     run = resumed(tmp_path / "run")
     files = {"clock.json", "gates.safetensors", "lock", "run.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files

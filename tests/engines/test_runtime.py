@@ -45,6 +45,7 @@ def test_runs_without_torch_and_diffusers(bundle):
 
 
 IN_BFLOAT16 = """
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from engines.pipeline.conditions import conditions_of
@@ -55,7 +56,7 @@ bundle = open_bundle(Path(sys.argv[1]))
 conditioning = bundle.record.conditioning
 inputs = [tensor.model_copy(update={"dtype": "bfloat16"}) for tensor in conditioning.inputs]
 conditioning = conditioning.model_copy(update={"inputs": inputs})
-bundle.record = bundle.record.model_copy(update={"conditioning": conditioning})
+bundle = replace(bundle, record=bundle.record.model_copy(update={"conditioning": conditioning}))
 outputs = bundle.record.conditioning.encoder.outputs
 
 class Runner:
