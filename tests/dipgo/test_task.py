@@ -50,7 +50,7 @@ def test_prompt_files_that_cannot_be_used(tmp_path):
     for content, message in (
         (b"", "no prompt in it"),
         (b" \n\n\t\n", "no prompt in it"),
-        (b"fine\n\xff\xfe\n", r"not UTF-8 \(byte 5\)"),
+        (b"fine\n\xff\xfe\n", "not UTF-8 at byte 5"),
     ):
         path.write_bytes(content)
         with refused(f"{path}.*{message}"):
