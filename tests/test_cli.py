@@ -255,6 +255,7 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
         sys.argv = ["dipgo", "search", tiny_dit, "--steps", "4", "--budget", "0.5", "-o", str(output)]
         sys.argv += ["--set", "drops=0", "--set", "held_out=4", "--set", "trial_iterations=100000"]
         with log.open("w", buffering=1) as sys.stderr:
+            sys.stderr.isatty = lambda: True  # progress is shown in terminals alone
             cli.main()
 
     process = multiprocessing.get_context("fork").Process(target=work)

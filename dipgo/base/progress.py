@@ -37,7 +37,7 @@ def spinner(label: str) -> Any:
 class Progress:
     """What shows progress: always, never, or None where somebody may be looking, which is in a terminal."""
 
-    shown: bool | None = True
+    shown: bool | None = None
 
     @property
     def visible(self) -> bool:
@@ -70,7 +70,7 @@ class Progress:
             if bar is None or shown != phase:
                 if bar is not None:
                     bar.close()
-                bar, shown = tqdm(total=total, desc=phase, disable=None), phase
+                bar, shown = tqdm(total=total, desc=phase), phase
             bar.total = total  # in some phases it grows
             bar.set_postfix_str(figure, refresh=iteration == total)
             bar.update(iteration - bar.n)

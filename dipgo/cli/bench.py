@@ -26,7 +26,7 @@ class VerifyConfig(Config):
         """Measure, and return one line on it; DipgoError where parity does not hold."""
         from dipgo import api
 
-        parity = api.verify(bundle, model=model, images=self.images, backend=self.backend, progress=True)
+        parity = api.verify(bundle, model=model, images=self.images, backend=self.backend, progress=None)
         line = f"{parity.line()}, over {parity.images} images"
         if not parity.passed:
             raise DipgoError(f"{bundle}: parity does not hold: {line}; export it again")
@@ -61,7 +61,7 @@ def bench(
     from benchmarks.bench.page import table
     from dipgo import api
 
-    typer.echo(table(api.bench(bundle, output, config, model=model, force=force, progress=True)))
+    typer.echo(table(api.bench(bundle, output, config, model=model, force=force, progress=None)))
     typer.echo(f"report: {output / 'report.html'}")
 
 

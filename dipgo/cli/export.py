@@ -31,7 +31,7 @@ def export(
     from dipgo.model.models import find_model
 
     source = find_model(model or searched.model.name, random_weights)
-    record = api.export(searched, output, config, model=source, force=force, progress=True)
+    record = api.export(searched, output, config, model=source, force=force, progress=None)
     if config.max_graphs is not None:
         ratio = load_subnet(output / record.subnet_file).cost.ratio
         typer.echo(f"graphs: {len(record.graphs)}, {ratio:.2%} of the MACs; the SubNet: {searched.cost.ratio:.2%}")

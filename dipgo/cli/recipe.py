@@ -87,7 +87,7 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
         if not is_main():  # of several processes one writes
             return
     if recipe.export:
-        api.export(subnet, bundle, recipe.export, model=model, force=force, progress=True)
+        api.export(subnet, bundle, recipe.export, model=model, force=force, progress=None)
         yield f"bundle: {bundle}"
     if recipe.verify:
         yield recipe.verify.line(bundle, str(model.folder))
@@ -95,7 +95,7 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
         from benchmarks.bench.page import table
 
         place = str(model.folder)
-        yield table(api.bench(bundle, output / "report", recipe.bench, model=place, force=force, progress=True))
+        yield table(api.bench(bundle, output / "report", recipe.bench, model=place, force=force, progress=None))
         yield f"report: {output / 'report' / 'report.html'}"
     if recipe.evaluate:
         from benchmarks.studies.evaluate import evaluate

@@ -8,6 +8,8 @@ def test_bars_show_each_phase_to_its_end_in_a_terminal(capsys, monkeypatch):
         report("first", 1, 3, "")
     assert capsys.readouterr().err == ""  # a file, in which bars are a nuisance
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert Progress().visible
+    assert not Progress(False).visible
     with Progress().phases() as report:
         for done in range(4):
             report("first", done, 3, "")
