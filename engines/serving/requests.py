@@ -54,9 +54,6 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
         each = f" for each of {rows} rows" if rows > 1 else ""
         raise UsageError(f"number is {numbers[0]}{each}; a request may ask for 1 to {limits.images} images")
     seeds = _column(tensors.get("seed"), rows) or [secrets.randbits(32) for _ in range(rows)]
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise UsageError(f"seed {seed} is outside 0 to {2**32 - 1}")
     subjects: Sequence[int | str] = [0] * rows
     negatives: Sequence[str | None] = [None] * rows
     if kind == "class":

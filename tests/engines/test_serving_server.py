@@ -224,8 +224,6 @@ def test_requests_share_batches_and_keep_their_images(up):
         ("sd", {"prompt": ("BYTES", ["猫" * 61])}, 400, "prompt has 61 characters; the limit is 60"),
         ("sd", {"prompt": ("BYTES", ["x" * 500_000])}, 400, "prompt has 500000 bytes; the limit is 60 characters"),
         ("sd", {"prompt": ("BYTES", ["a"]), "negative_prompt": ("BYTES", ["x" * 61])}, 400, "negative_prompt has 61"),
-        ("dit", request(seed=-1), 400, "seed -1 is outside 0 to 4294967295"),
-        ("dit", request(seed=2**32), 400, "seed 4294967296 is outside"),
         ("dit", request(seed=2**63), 400, "which is no INT64"),
         ("dit", request(number=0), 400, "number is 0; a request may ask for 1 to 16 images"),
         ("dit", request(number=-5), 400, "number is -5; a request may ask"),
