@@ -170,5 +170,5 @@ def constant(name: str, array: np.ndarray) -> ir.Node:
     node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=name)
     value = node.outputs[0]
     value.name, value.shape = name, ir.Shape(array.shape)
-    value.dtype = ir.DataType.from_numpy(array.dtype)
+    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     return node

@@ -63,7 +63,7 @@ def bind(model: ir.Model, names: Mapping[str, str], checkpoint: Mapping[str, Sto
                 "the graph"
             )
         value.const_value = _Bytes(stored, initializer, _relative(stored.file, root))
-        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
 
 
 class _Bytes(ir.ExternalTensor):

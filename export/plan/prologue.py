@@ -139,7 +139,10 @@ def _timestep_by_row(model: ir.Model) -> str:
 
 
 def _widen(model: ir.Model) -> dict[str, np.ndarray]:
-    """Turn a graph into a float32 one; returns the weights that lie outside it, mapped where they need no rounding."""
+    """Turn a graph into a float32 one; returns the weights that lie outside it, mapped where they need no rounding.
+
+    Types are set anew: the graph shares them with the one that it was cut from.
+    """
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -156,12 +159,12 @@ def _widen(model: ir.Model) -> dict[str, np.ndarray]:
             )
         else:
             value.const_value = ir.tensor(array, name=name)
-        value.dtype = value.const_value.dtype
+        value.type = ir.TensorType(value.const_value.dtype)
     for node in model.graph:
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _HALF:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if value.dtype in _HALF:
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     return weights

@@ -53,3 +53,13 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, kind, guidance, batch
             actual = program.denoise(noise.numpy(), {name: value.numpy() for name, value in half.items()})
         assert actual.dtype == np.float32
         assert error(actual, exact) <= 2 * error(rounded, exact) + 1e-4
+
+
+def test_what_is_evaluated_in_float32_leaves_the_graph_in_its_own_types():
+    """The tables' part is cut from the graph that others are cut from after it."""
+    prepared = zoo.converted(zoo.trace("sd", guidance=4.0, dtype=torch.float16))
+    graph = prepared.denoiser.symbolic.graph
+    values = [value for node in graph for value in node.outputs] + list(graph.initializers.values())
+    before = {value.name: value.dtype for value in values}
+    prepared.tables([999.0, 499.0, 7.5])
+    assert {value.name: value.dtype for value in values} == before
