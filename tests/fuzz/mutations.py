@@ -172,7 +172,8 @@ def replace(rng: Random, path: Path) -> None:
                 stream.truncate(50 * 2**30)
         case 5:
             others = [other for other in path.parent.iterdir() if other.is_file() and not other.is_symlink()]
-            others = [other for other in others if other.stat().st_size < 2**27]  # not one that an earlier change filled
+            # None that an earlier change filled with 50 GB.
+            others = [other for other in others if other.stat().st_size < 2**27]
             path.write_bytes(rng.choice(others).read_bytes() if others else b"")
         case _:
             path.symlink_to(path.name)  # itself
