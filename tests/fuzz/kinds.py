@@ -64,7 +64,7 @@ class Bundles:
             names = ["bundle.json"] * 8 + ["tables.safetensors"] * 3 + sorted(path.name for path in bundle.iterdir())
             path = bundle / rng.choice(names)
             if rng.random() < 0.05:
-                graphs = sorted(bundle.glob("*.onnx"))
+                graphs = [path for path in sorted(bundle.glob("*.onnx")) if path.is_file() and not path.is_symlink()]
                 first, second = rng.choice(graphs).read_bytes(), rng.choice(graphs)
                 path = rng.choice(graphs)
                 path.write_bytes(second.read_bytes())
