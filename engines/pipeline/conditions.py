@@ -65,9 +65,10 @@ def conditions_of(
         argument = "prompt" if conditioning.kind == "prompt" else "class_labels"
         raise UsageError(f"{folder}: conditioned by {conditioning.kind}; give {argument}, one or a list")
     conditions = _from_subjects(program, values, size, arguments)
-    _set_micro_conditions(conditions, conditioning.guided, size, arguments)
     images = np.arange(len(values)).repeat(repeats)
-    return len(images), rows_of(conditions, images, len(values))
+    conditions = rows_of(conditions, images, len(values))
+    _set_micro_conditions(conditions, conditioning.guided, size, arguments)
+    return len(images), conditions
 
 
 def for_each(program: Program, first: Any, second: Any, name: str) -> Any:

@@ -53,11 +53,13 @@ def sdxl():
         {"negative_original_size": (8, 24), "negative_target_size": (32, 12)},
         {"negative_original_size": (8, 24), "negative_crops_coords_top_left": (1, 2), "negative_target_size": (9, 9)},
         {"negative_original_size": (8, 24)},
+        {"num_images_per_prompt": 2, "negative_original_size": (8, 24), "negative_target_size": (32, 12)},
     ],
     ids="+".join,
 )
 def test_sdxl_takes_what_its_pipeline_takes(sdxl, changes):
-    images, plain = sdxl.expected(**changes), sdxl.expected()
+    count = {"num_images_per_prompt": changes.get("num_images_per_prompt", 1)}
+    images, plain = sdxl.expected(**changes), sdxl.expected(**count)
     with opened(sdxl) as pipe:
         assert error(sdxl.call(pipe, **changes), images) <= 1e-4
     ignored = set(changes) in ({"negative_prompt_2"}, {"negative_original_size"})  # by diffusers too
