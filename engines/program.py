@@ -15,7 +15,7 @@ from engines.context_pool import ContextPool
 from engines.finite import check_finite
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
-from engines.sizes import axes_of, batch_of, batches_of, cells_of
+from engines.sizes import axes_of, batch_of, batches_of, image_shape
 from engines.steps import Steps, Walk
 from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
@@ -53,17 +53,18 @@ class Program:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of images in pixels, where a request names none."""
-        height, width = shape_at(self.record.latent.shape, values_at(self.record.axes, "opt"))[2:]
+        if self.record.pixels:
+            return self.record.pixels
+        height, width = shape_at(self.record.latent.shape, values_at(self.record.axes, "opt"))[-2:]
         return height * self.record.cell, width * self.record.cell
 
-    def latent_shape(self, count: int, size: tuple[int, int] | None = None) -> tuple[int, int, int, int]:
+    def latent_shape(self, count: int, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Return the shape of ``count`` latents for images of a height and width in pixels; None is :attr:`size`.
 
         Raises:
             UsageError: a size that the bundle does not take.
         """
-        height, width = cells_of(self.record, size or self.size, str(self.bundle.folder))
-        return count, int(self.record.latent.shape[1]), height, width
+        return count, *image_shape(self.record, size or self.size, str(self.bundle.folder))
 
     def noise(self, count: int, seed: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU.
@@ -73,7 +74,7 @@ class Program:
         Raises:
             UsageError: a seed that torch's noise cannot be rebuilt from, or a size that the bundle does not take.
         """
-        return draw_noise(self.latent_shape(count, size), seed)
+        return draw_noise(self.latent_shape(count, size), seed, self.record.noise)
 
     def class_of(self, label: str) -> int:
         """Return the class that ``label`` names, by its name or its number.

@@ -41,21 +41,26 @@ def batches_of(record: BundleRecord, count: int) -> list[np.ndarray]:
     return batches
 
 
-def cells_of(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, int]:
-    """Return height and width of the latent for images of a height and width in pixels.
+def image_shape(record: BundleRecord, size: tuple[int, int], where: str) -> tuple[int, ...]:
+    """Return the shape of one image's latent for a height and width in pixels.
 
     Raises:
         UsageError: a size that the bundle, which lies ``where``, does not take.
     """
-    sides = []
-    for name, side, pixels in zip(("height", "width"), record.latent.shape[2:], size, strict=True):
+    image, sides = record.latent.shape[1:], []
+    if record.pixels:
+        for name, own, pixels in zip(("height", "width"), record.pixels, size, strict=True):
+            if pixels != own:
+                raise UsageError(f"{where}: {name} {pixels}, it takes {own} alone; give that, or search at another size")
+        return tuple(int(side) for side in image)
+    for name, side, pixels in zip(("height", "width"), image[-2:], size, strict=True):
         axis, cell = record.axes.get(str(side)), record.cell
         low, high, step = (axis.min, axis.max, axis.multiple) if axis else (int(side), int(side), 1)
         if pixels % (step * cell) or not low <= pixels // cell <= high:
             takes = f"multiples of {step * cell} from {low * cell} to {high * cell}" if axis else str(low * cell)
             raise UsageError(f"{where}: {name} {pixels}, it takes {takes}; give that, or export it with --size")
         sides.append(pixels // cell)
-    return sides[0], sides[1]
+    return (*(int(side) for side in image[:-2]), *sides)
 
 
 def _latent_text(record: BundleRecord) -> str:

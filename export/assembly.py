@@ -122,7 +122,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
     stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
-    size = prepared.sizes.text(traced.model.config["in_channels"])
+    size = prepared.sizes.text
     program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
     prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-{short}-{subnet.calls}")
     largest = values_at(prepared.sizes.axes, "max")

@@ -17,6 +17,7 @@ from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, sha256_of, sha256_of_json
+from dipgo.base.layout import Layout
 from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
 from dipgo.base.records import (
     MOST_CALLS,
@@ -203,6 +204,10 @@ class BundleRecord(Record):
         default_factory=dict,
         description="sizes that are chosen at run time: batch in images, height and width in cells of the latent",
     )
+    pixels: tuple[Count, Count] | None = Field(
+        default=None, description="height and width of images, where the latent's shape does not tell"
+    )
+    noise: Layout | None = Field(default=None, description="how drawn noise becomes the latent; none where it is it")
     cell: int = Field(default=8, ge=1, le=1024, description="pixels a side of a cell of the latent")
     conditioning: ConditioningRecord
     solver: SolverRecord

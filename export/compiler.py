@@ -15,9 +15,8 @@ from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import sha256_of
 from dipgo.graph.trace import Trace, trace
-from dipgo.model.families import latent_size
 from dipgo.model.models import Model
-from dipgo.model.sampler import Sampler, tabulate
+from dipgo.model.sampler import Sampler
 from dipgo.schedule.subnet import SubNet, save_subnet
 from export.assembly import assemble
 from export.bundle import (
@@ -108,10 +107,12 @@ def write_bundle(
             dtype=cast(Any, Dtype.of_torch(traced.dtype).value),
             layout=config.graphs,
             latent=TensorRecord(
-                name=LATENT, dtype="float32", shape=prepared.sizes.latent(traced.model.config["in_channels"])
+                name=LATENT, dtype="float32", shape=prepared.sizes.latent
             ),
             axes=prepared.sizes.axes,
             cell=pixels_of_cell(traced.model),
+            pixels=traced.model.family.pixels,
+            noise=traced.model.family.noise,
             conditioning=prepared.conditioning,
             solver=made.solver,
             prologues=[part.record for part in made.prologues],
@@ -164,14 +165,13 @@ def compile_subnet(
         for name in (model.family.component, *(components_of(model) if whole else ())):
             check_weights(weights_in_place(model, name, dtype), model.folder)
     check_model(subnet, model)
-    model.check_loop(scheduler_of(subnet))
     if whole:
         for line in left_out(model):
             warnings.warn(line, DipgoWarning, stacklevel=2)
+    model = model.at(subnet.sampler.guidance, subnet.sampler.pixels)
     sizes = sizes_for(model, config.batch, config.size)
-    height, width = sizes.latent_at(0, "opt")[2:]
-    own = (sizes.height, sizes.width) == latent_size(model.config)
-    traced = retrace(model, subnet, dtype, None if own else (height, width))
+    own = sizes.image == model.family.latent(model.config)
+    traced = retrace(model, subnet, dtype, None if own else sizes.latent_at("opt")[2:])
     return write_bundle(
         prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, config
     )
@@ -179,7 +179,7 @@ def compile_subnet(
 
 def sampler_of(subnet: SubNet, model: Model) -> Sampler:
     """Return the sampler that a SubNet was searched for, as a table."""
-    return tabulate(scheduler_of(subnet), subnet.sampler.steps, model.family.scales_noise)
+    return model.at(subnet.sampler.guidance, subnet.sampler.pixels).family.table(scheduler_of(subnet), subnet.sampler.steps)
 
 
 def scheduler_of(subnet: SubNet) -> Any:
@@ -210,7 +210,7 @@ def sites_of(subnet: SubNet) -> str:
 
 
 def retrace(
-    model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
+    model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, ...] | None = None
 ) -> Trace:
     """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.graph.trace.trace` has it."""
     return trace(model, sites_of(subnet), subnet.sampler.guidance, dtype, size)

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_object
 from dipgo.model.checks import component_class
+from dipgo.model.empty import empty_module
 from dipgo.model.models import Model
 
 VAE = "vae"
@@ -64,32 +64,24 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
     Raises:
         DipgoError: a class that neither diffusers nor transformers has, or a configuration that does not fit it.
     """
-    from accelerate import init_empty_weights
-
     library, class_name = class_of(model, name) or ("", "")
     module_class = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
     if module_class is None:
         raise foreign(model, name, library, class_name)
-    config = component_config(model, name)
+    dtype = component_dtype(model, name, dtype)
+    names = ["_keep_in_fp32_modules_strict"] * (dtype != torch.float32) + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
+    in_float32 = {part for attribute in names for part in getattr(module_class, attribute, None) or ()}
+
+    def dtype_of(parameter: str) -> torch.dtype:
+        return torch.float32 if in_float32.intersection(parameter.split(".")) else dtype
+
     try:
-        with init_empty_weights(include_buffers=False):
-            if library == "diffusers":
-                module = module_class.from_config(config)
-            else:
-                module = module_class(module_class.config_class.from_dict(config))
+        return empty_module(module_class, component_config(model, name), dtype_of)
+    except DipgoError:
+        raise
     except Exception as error:  # whatever a constructor may raise
         detail = " ".join(str(error).split())[:160]
         raise DipgoError(f"{model.folder / name}: not a configuration of {class_name} ({detail})") from error
-    dtype = component_dtype(model, name, dtype)
-    in_float32 = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    if dtype == torch.float16:
-        in_float32 |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for path, part in module.named_modules():
-        for own, parameter in list(part.named_parameters(recurse=False)):
-            own_dtype = torch.float32 if in_float32.intersection([*path.split("."), own]) else dtype
-            # Pages of a fresh allocation that nobody touches take no memory (as in Model.empty_denoiser).
-            setattr(part, own, nn.Parameter(torch.empty(parameter.shape, dtype=own_dtype), requires_grad=False))
-    return module.eval()
 
 
 def left_out(model: Model) -> list[str]:

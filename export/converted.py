@@ -82,7 +82,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         DipgoError: a part that has no ONNX form, a folder that is incomplete, weights of another model.
     """
     model, dtype = traced.model, traced.dtype
-    sizes = sizes or Sizes(batch, *traced.size)
+    sizes = sizes or Sizes(batch, traced.latent)
     cache = cache_folder(model)
     weights, extra = [weights_of(model, model.family.component, dtype, cache)], dict[str, ir.Model]()
     denoiser = denoiser_to_onnx(traced, weights[0], sizes)
@@ -90,7 +90,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     if whole:
         parts = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
         weights.extend(parts.values())
-        pixels = decoder_to_onnx(model, sizes.latent(model.config["in_channels"]), dtype, parts.get(VAE))
+        pixels = decoder_to_onnx(model, sizes.latent, dtype, parts.get(VAE))
         if pixels is not None:
             graph, decoder = pixels
             extra[decoder.file] = graph
@@ -101,7 +101,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.condition_names]
     conditioning = ConditioningRecord(
         kind=model.family.conditioned_by,
-        guided=traced.guidance_scale > 1,
+        guided=traced.rows > 1,
         inputs=inputs,
         null_class=model.family.null_class,
         labels=model.labels(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +11,6 @@ from torch import nn
 from torch.export import Dim
 
 from dipgo.model.models import Model
-from dipgo.model.vae import to_vae
 from export.bundle import DecoderRecord, Size
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_dtype, components_of, empty_component
@@ -42,7 +41,7 @@ def decoder_to_onnx(
     vae = empty_component(model, VAE, dtype)
     example = torch.zeros([size if isinstance(size, int) else _EXAMPLE_SIZE for size in latent_shape])
     free = {axis: Dim.AUTO for axis, size in enumerate(latent_shape) if not isinstance(size, int)}
-    what, module = "the VAE decoder", _Decoder(vae, component_dtype(model, VAE, dtype))
+    what, module = "the VAE decoder", _Decoder(vae, component_dtype(model, VAE, dtype), model.family.to_vae)
     program = export_module(what, module, [example], (free,) if free else None)
     graph = convert(what, program, ["latent"], ["pixels"], latent_shape)
     bind_component(graph, "vae.", model, vae, weights or own_weights(model, VAE))
@@ -55,11 +54,10 @@ def decoder_to_onnx(
 class _Decoder(nn.Module):
     """Latent to pixels in [0, 1], as diffusers pipelines do it; scaling in float32, the network in ``dtype``."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, dtype: torch.dtype, to_vae: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
         super().__init__()
-        self.vae = vae
-        self.dtype = dtype
+        self.vae, self.dtype, self.to_vae = vae, dtype, to_vae
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        pixels = self.vae.decode(to_vae(latent, self.vae.config).to(self.dtype), return_dict=False)[0]
+        pixels = self.vae.decode(self.to_vae(latent, self.vae.config).to(self.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)

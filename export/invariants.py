@@ -107,14 +107,16 @@ class _Program:
         return values | self.inputs
 
     def latents(self) -> Problems:
-        shape = self.record.latent.shape
-        names = ("batch", None, "height", "width")
-        if len(shape) != 4 or any(isinstance(a, str) and a != b for a, b in zip(shape, names, strict=False)):
+        shape, noise = self.record.latent.shape, self.record.noise
+        names = ("batch", *[None] * (len(shape) - 1)) if self.record.pixels else ("batch", None, "height", "width")
+        if len(shape) != len(names) or any(isinstance(a, str) and a != b for a, b in zip(shape, names, strict=True)):
             yield f"'latent' is {shape}, not [batch, channels, height, width]"
         elif set(self.record.axes) != {size for size in shape if isinstance(size, str)}:
             yield "'axes' are not the sizes that 'latent' leaves open"
         elif self.latent.dtype != "float32":
             yield f"'latent' is {self.latent.dtype}, not float32"
+        elif noise and (not noise.fits or noise.after != shape[1:]):
+            yield "'noise' does not make the latent"
 
     def signatures(self, signatures: Mapping[str, Signature]) -> Problems:
         for file, actual in signatures.items():
@@ -246,7 +248,7 @@ class _Program:
 
     def images(self) -> Problems:
         decoder, cell = self.record.decoder, self.record.cell
-        channels = self.latent.shapes[0][1]
+        channels, sides = self.latent.shapes[0][1], self.record.pixels
         if decoder is None:
             if self.record.conditioning.kind == "nothing" and channels not in (1, 3):
                 yield f"its latents are images, and have {channels} channels"
@@ -254,7 +256,7 @@ class _Program:
         pixels, side = self.value(decoder.output), self.value(decoder.input)
         if side != self.latent:
             yield "the decoder does not take the latent"
-        images = [(b, h * cell, w * cell) for b, _, h, w in self.latent.shapes]
+        images = [(b, *(sides or (side * cell for side in rest[-2:]))) for b, *rest in self.latent.shapes]
         if not pixels.is_real or any(
             len(shape) != 4 or shape[1] not in (1, 3) or (shape[0], *shape[2:]) != image
             for shape, image in zip(pixels.shapes, images, strict=True)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from dipgo.base.errors import UsageError
 from dipgo.graph.exported import size_multiple
-from dipgo.model.families import latent_size
 from dipgo.model.models import Model
 from export.axes import parse_range
 from export.bundle import AxisRecord, Size
@@ -19,35 +18,47 @@ Side = int | AxisRecord
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images a call, and height and width of the latent in cells; a range becomes an axis of the graphs."""
+    """Images per call, and the shape of an image's latent; a range becomes an axis of the graphs.
+
+    Attributes:
+        image: channels, height and width in cells; or the shape as the pipeline packs it, which has no ranges.
+    """
 
     batch: Side
-    height: Side
-    width: Side
+    image: tuple[Side, ...]
+
+    @property
+    def height(self) -> Side:
+        return self.image[-2]
+
+    @property
+    def width(self) -> Side:
+        return self.image[-1]
 
     @property
     def axes(self) -> dict[str, AxisRecord]:
         """The sizes that are chosen at run time, by name."""
-        return {name: side for name, side in self._sides.items() if isinstance(side, AxisRecord)}
+        return {name: side for name, side in self._named if isinstance(side, AxisRecord)}
 
-    def latent(self, channels: int) -> list[Size]:
-        """Return the latent's shape ``[batch, channels, height, width]``."""
-        batch, *sides = (side if isinstance(side, int) else name for name, side in self._sides.items())
-        return [batch, channels, *sides]
+    @property
+    def latent(self) -> list[Size]:
+        """The latent's shape, with the batch first."""
+        return [side if isinstance(side, int) else name for name, side in self._named]
 
-    def latent_at(self, channels: int, which: Literal["min", "opt", "max"]) -> tuple[int, ...]:
+    def latent_at(self, which: Literal["min", "opt", "max"]) -> tuple[int, ...]:
         """Return the latent's shape where every axis has this value."""
-        batch, *sides = (side if isinstance(side, int) else getattr(side, which) for side in self._sides.values())
-        return (batch, channels, *sides)
+        return tuple(side if isinstance(side, int) else getattr(side, which) for _, side in self._named)
 
-    def text(self, channels: int) -> str:
-        """Return the latent's shape as part of a graph's name: ``1x4x64x64``, ``1-8x4x64-128x64-128``."""
-        low, high = (self.latent_at(channels, which) for which in ("min", "max"))
+    @property
+    def text(self) -> str:
+        """The latent's shape as part of a graph's name: ``1x4x64x64``, ``1-8x4x64-128x64-128``."""
+        low, high = self.latent_at("min"), self.latent_at("max")
         return "x".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True))
 
     @property
-    def _sides(self) -> dict[str, Side]:
-        return {"batch": self.batch, "height": self.height, "width": self.width}
+    def _named(self) -> list[tuple[str, Side]]:
+        names = ["batch", *[""] * (len(self.image) - 2), "height", "width"]
+        return list(zip(names, (self.batch, *self.image), strict=True))
 
 
 def sizes_for(model: Model, batch: int | str = 1, size: str | None = None) -> Sizes:
@@ -65,14 +76,17 @@ def sizes_for(model: Model, batch: int | str = 1, size: str | None = None) -> Si
     """
     first, best, last = parse_range(str(batch), "--batch")
     images = first if first == last else AxisRecord(min=first, opt=best or last, max=last)
-    own = latent_size(model.config)
+    image = model.family.latent(model.config)
     if size is None:
-        return Sizes(images, *own)
+        return Sizes(images, image)
+    if model.family.pixels or model.family.under:
+        raise UsageError(f"--size {size}: {model.name} is searched and exported at one size; give it to the search")
+    own = image[1:]
     parts = size.split("x")
     if len(parts) > 2:
         raise UsageError(f"--size {size}: give one number or range, or HEIGHTxWIDTH")
     height, width = (_side(model, part, side) for part, side in zip([parts[0], parts[-1]], own, strict=True))
-    return Sizes(images, height, width)
+    return Sizes(images, (*image[:1], height, width))
 
 
 def pixels_of_cell(model: Model) -> int:

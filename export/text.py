@@ -71,7 +71,7 @@ def text_to_onnx(
         outputs=[tensor_record(value) for value in graph.graph.outputs],
         unconditional="zeros" if prompting.zeros and index.get(prompting.zeros) else "encoded",
         lower=prompting.lower,
-        fixed=_fixed(model, prompting, sizes.latent_at(0, "opt")[2:] if sizes else latent_size(model.config)),
+        fixed=_fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config)),
         sized=_sized(model, prompting, sizes) if sizes and sizes.axes else {},
     )
     return graph, record, {record.file: content for record, content in pairs}
@@ -128,7 +128,7 @@ def _fixed(model: Model, prompting: Prompting, size: Sequence[int]) -> dict[str,
 def _sized(model: Model, prompting: Prompting, sizes: Sizes) -> dict[str, list[Size]]:
     """Return those of them that follow the latent's size as expressions over the axes; they are linear in it."""
     sides: list[str] = [name for name in ("height", "width") if name in sizes.axes]
-    height, width = sizes.latent_at(0, "opt")[2:]
+    height, width = sizes.latent_at("opt")[2:]
     best: dict[str, int] = {"height": height, "width": width}
 
     def at(changes: Mapping[str, int]) -> dict[str, list[float]]:

@@ -18,11 +18,16 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -200,3 +205,38 @@ def random_subnet(
         drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *passes, *width))
         weights[name] = drawn.astype(np.float32)
     return make_subnet(trace, sampler.identity(trace.guidance_scale), Schedule(gates, weights), SearchRecord())
+
+
+def _t5(width: int) -> nn.Module:
+    torch.manual_seed(2)
+    return T5EncoderModel(T5Config(vocab_size=30, d_model=width, d_kv=6, num_heads=2, d_ff=16, num_layers=2)).eval()
+
+
+def tiny_flux(folder: Path, guided: bool = True) -> str:
+    """Save a FluxPipeline: FLUX.1-dev, whose guidance is embedded, or -schnell; packed latents of 16x16 cells."""
+    torch.manual_seed(0)
+    size = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "patch_size": 1}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    text = {"joint_attention_dim": 12, "pooled_projection_dim": 16}
+    transformer = _stirred(FluxTransformer2DModel(guidance_embeds=guided, **size, **heads, **text))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guided)
+    encoders = {"text_encoder": _clip(16), "text_encoder_2": _t5(12)}
+    tokenizers = {"tokenizer": _clip_tokenizer(), "tokenizer_2": _t5_tokenizer()}
+    pipe = FluxPipeline(scheduler, vae(2, 4, shift_factor=0.1), **encoders, **tokenizers, transformer=transformer)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_sd3(folder: Path) -> str:
+    """Save a StableDiffusion3Pipeline: three text encoders, guidance by a doubled batch."""
+    torch.manual_seed(0)
+    size = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 2, "pos_embed_max_size": 24}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    text = {"joint_attention_dim": 48, "pooled_projection_dim": 32}
+    transformer = _stirred(SD3Transformer2DModel(out_channels=4, qk_norm="rms_norm", **size, **heads, **text))
+    encoders = {"text_encoder": _clip(16, True), "text_encoder_2": _clip(16, True), "text_encoder_3": _t5(48)}
+    tokenizers = {f"tokenizer{number}": _clip_tokenizer() for number in ("", "_2")} | {"tokenizer_3": _t5_tokenizer()}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae(2, shift_factor=0.1), **encoders, **tokenizers)
+    pipe.save_pretrained(folder)
+    return str(folder)

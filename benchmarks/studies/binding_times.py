@@ -52,7 +52,7 @@ def compile_both(name: str, steps: int, folder: Path) -> Mapping[str, Path]:
     """Compile the full program twice from one conversion: all ``inside`` the loop, and ``hoisted`` as usual."""
     model = find_model(name, random_weights=True)
     traced = trace(model, "block", GUIDANCE)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), steps, model.family.scales_noise)
+    sampler = model.family.table(DDIMScheduler(clip_sample=False), steps)
     full = Schedule(np.ones((sampler.calls, len(traced.sites)), bool))
     subnet = make_subnet(traced, sampler.identity(GUIDANCE), full, SearchRecord(method="full"))
     hoisted = prepare(traced, whole=False)

@@ -81,7 +81,6 @@ def make_checkpoint(name: str, dtype: str, folder: Path) -> Path:
 def subnet_of(model: Model) -> SubNet:
     """Return the SubNet to export: the published one where there is one, else whole steps at even intervals."""
     from dipgo.graph.trace import trace
-    from dipgo.model.families import default_guidance
     from dipgo.model.sampler import make_scheduler, tabulate
     from dipgo.schedule.fixed_schedules import Rule, spaced
     from dipgo.schedule.search_record import SearchRecord
@@ -92,7 +91,7 @@ def subnet_of(model: Model) -> SubNet:
     import diffusers
 
     index = json.loads((model.folder / "model_index.json").read_text())
-    scale = default_guidance(getattr(diffusers, index["_class_name"]))
+    scale = model.default_guidance
     traced = trace(model, "block", scale)
     sampler = tabulate(make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=False)), STEPS)
     schedule = spaced(traced.macs, sampler.calls, RATIO, Rule())

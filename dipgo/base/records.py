@@ -52,6 +52,9 @@ class SamplerIdentity(Record):
     timesteps: list[Timestep] = Field(min_length=1, max_length=MOST_CALLS)
     guidance_scale: FiniteFloat
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    pixels: tuple[int, int] | None = Field(
+        default=None, description="height and width of images, where the sampler's table is for one size alone"
+    )
 
     @property
     def guidance(self) -> GuidanceScale:

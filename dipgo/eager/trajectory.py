@@ -207,7 +207,7 @@ class Trajectory:
             scaled = latents[-1] * self.sampler.input_scale[step]
             basis.append(denoise(step, scaled, torch.full((len(noise),), timestep, device=noise.device)))
             coefficients = rows[step + 1, : step + 2]
-            latents.append(torch.einsum("k,kbchw->bchw", coefficients, torch.stack(basis)))
+            latents.append(torch.tensordot(coefficients, torch.stack(basis), dims=1))
         return latents
 
 

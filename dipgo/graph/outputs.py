@@ -12,17 +12,20 @@ Rebuild = Callable[[Sequence[torch.Tensor]], Any]
 
 
 def take_apart(output: Any) -> tuple[list[torch.Tensor], Rebuild]:
-    """Return the distinct tensors in a module's output, and how to put others in their places.
+    """Return the distinct tensors in a module's output, and how to put others in their places; None stays where it is.
 
     A tensor that stands in the output twice counts once: a UNet's down block hands out its last hidden state also as
     a skip connection.
     """
-    leaves, tree = pytree.tree_flatten(output)
+    every, tree = pytree.tree_flatten(output)
+    leaves = [leaf for leaf in every if leaf is not None]  # SD3's last block has no text to hand on
     first: dict[int, int] = {}
     places = [first.setdefault(id(leaf), len(first)) for leaf in leaves]
+    empty = [None if leaf is None else 0 for leaf in every]
     distinct = [next(leaf for leaf, place in zip(leaves, places, strict=True) if place == k) for k in range(len(first))]
 
     def rebuild(tensors: Sequence[torch.Tensor]) -> Any:
-        return pytree.tree_unflatten([tensors[place] for place in places], tree)
+        put = iter(places)
+        return pytree.tree_unflatten([None if leaf is None else tensors[next(put)] for leaf in empty], tree)
 
     return distinct, rebuild

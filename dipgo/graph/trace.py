@@ -37,8 +37,8 @@ class Trace:
         epsilon: the name of the node that is ε.
         guidance_scale: of the guidance inside the graph.
         dtype: of the weights, the sites' outputs and float conditions; latent, timestep and ε are float32 always.
-        size: height and width of the latent at which MACs and shapes are.
-        free: whether height and width stay symbolic in the program; else it is for ``size`` alone.
+        latent: its shape, without the batch, at which MACs and shapes are.
+        free: whether its height and width stay symbolic in the program; else it is for this shape alone.
         shapes: the shape of every node's tensor at one image, and how much it grows by with each further image.
         inputs: the nodes that each node reads.
         node_macs: MACs of every node, of one row of the denoiser's batch.
@@ -51,7 +51,7 @@ class Trace:
     epsilon: str
     guidance_scale: float
     dtype: torch.dtype
-    size: tuple[int, int]
+    latent: tuple[int, ...]
     free: bool
     shapes: dict[str, tuple[tuple[int, int], ...]]
     inputs: dict[str, tuple[str, ...]]
@@ -60,7 +60,7 @@ class Trace:
     @property
     def rows(self) -> int:
         """Rows of the denoiser's batch per image: 2 with guidance, else 1."""
-        return 2 if self.guidance_scale > 1 else 1
+        return 2 if self.model.family.guides(self.guidance_scale) else 1
 
     def shape(self, node: str, batch: int) -> list[int]:
         """Return the shape of a node's tensor in a call on ``batch`` images."""
@@ -140,7 +140,7 @@ def trace(
     sites: str | None,
     guidance_scale: float,
     dtype: torch.dtype = torch.float32,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> Trace:
     """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.graph.sites.site_names`).
 
@@ -155,14 +155,16 @@ def trace(
     """
     if not math.isfinite(guidance_scale):
         raise UsageError(f"--guidance {guidance_scale}: give a finite number")
+    model = model.at(guidance_scale)
     denoiser = model.empty_denoiser(dtype)
     names = site_names(denoiser, model.family, sites)
     family = in_dtype(model.family, dtype)
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
     rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
     conditions = family.example(model.config, rows)
-    _, channels, *own = model.latent_shape(_EXAMPLE_BATCH)
-    latent = torch.zeros(_EXAMPLE_BATCH, channels, *(size or own))
+    latent = torch.zeros(model.latent_shape(_EXAMPLE_BATCH))
+    if size is not None:
+        latent = latent.new_zeros(*latent.shape[:2], *size)
     images = {0: Dim.AUTO}
     free = size is not None and not any(side % size_multiple(model.config) for side in size)
     sides = free_sides(model, denoiser) if free else {}
@@ -186,7 +188,7 @@ def trace(
         epsilon=epsilon,
         guidance_scale=guidance_scale,
         dtype=dtype,
-        size=(latent.shape[2], latent.shape[3]),
+        latent=tuple(latent.shape[1:]),
         free=free,
         shapes={
             name: tuple(_growth(length, batch) for length in node.meta["val"].shape)

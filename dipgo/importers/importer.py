@@ -101,20 +101,15 @@ def import_subnet(
     if count is None:
         raise UsageError(f"{path} is {published.format}, which fits any number of steps; give --steps")
 
-    import diffusers
-
     from dipgo.graph.trace import trace
-    from dipgo.model.families import default_guidance
     from dipgo.model.models import find_model
-    from dipgo.model.sampler import make_scheduler, tabulate
+    from dipgo.model.sampler import make_scheduler
 
     own = find_model(name)
-    index = read_json(own.folder / "model_index.json", "model_index.json")
     scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
-    own.check_loop(scheduler)
-    table = tabulate(scheduler, count, own.family.scales_noise)
+    table = own.family.table(scheduler, count)
     if guidance_scale is None:
-        guidance_scale = default_guidance(getattr(diffusers, str(index.get("_class_name")), None))
+        guidance_scale = own.default_guidance
     try:
         denoiser = own.empty_denoiser()
         traced = trace(own, sites or published.sites(denoiser), guidance_scale)

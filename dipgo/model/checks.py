@@ -25,7 +25,7 @@ def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
 
 
 def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse add-ons, samplers for flow matching, and pipelines that start from pictures.
+    """Refuse add-ons, and pipelines that start from pictures.
 
     Args:
         index: content of ``model_index.json``.
@@ -40,9 +40,6 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
         raise UsageError(f"{index_file}: the denoiser is quantised, which is not supported; save it dequantised")
     if component_class(index, "vae")[1] == "ConsistencyDecoderVAE":
         raise UsageError(f"{index_file}: the VAE draws noise while it decodes, which is not supported")
-    scheduler = component_class(index, "scheduler")[1]
-    if "FlowMatch" in scheduler:
-        raise UsageError(f"{index_file}: samples by flow matching ({scheduler}), which is not supported yet")
     check_pipeline_class(str(index.get("_class_name")))
 
 

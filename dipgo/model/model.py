@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.files import sha256_of_json, sha256_once
 from dipgo.base.records import ModelIdentity, read_json, read_object
 from dipgo.model.checks import component_class, refuse_pickled
-from dipgo.model.families import Family, latent_size
+from dipgo.model.empty import empty_module
+from dipgo.model.families import Family
 from dipgo.model.prompts import read_prompts
 from dipgo.model.random_weights import randomise
 from dipgo.model.safetensors_index import checkpoint_files, variant_of
@@ -77,6 +78,18 @@ class Model:
         config = read_object(self.folder / "scheduler" / "scheduler_config.json", "scheduler configuration")
         return SchedulerConfig(component_class(index, "scheduler")[1] or str(config.get("_class_name")), config)
 
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale of the pipeline where its call names none; 1, no guidance, where it has none."""
+        import diffusers
+
+        if self.family.scale is not None:
+            return self.family.scale
+        index = read_json(self.folder / "model_index.json", "model_index.json")
+        pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+        option = inspect.signature(pipeline.__call__).parameters.get("guidance_scale") if pipeline else None
+        return float(option.default) if option else 1.0
+
     def labels(self) -> dict[str, int]:
         """Return the classes by name, where classes condition."""
         return self.family.labels(read_json(self.folder / "model_index.json", "model_index.json"), self.config)
@@ -89,9 +102,13 @@ class Model:
         file = self.folder / "prompts.txt"
         return read_prompts(file) if self.family.conditioned_by == "prompt" and file.is_file() else []
 
-    def latent_shape(self, batch: int) -> tuple[int, int, int, int]:
-        """Return ``[batch, channels, height, width]`` of the latent."""
-        return (batch, self.config["in_channels"], *latent_size(self.config))
+    def latent_shape(self, batch: int) -> tuple[int, ...]:
+        """Return the latent's shape: ``[batch, channels, height, width]``, or as the pipeline packs it."""
+        return (batch, *self.family.latent(self.config))
+
+    def at(self, guidance: float, pixels: tuple[int, int] | None = None) -> Model:
+        """Return the model as its pipeline uses it at a guidance scale and a size of images in pixels."""
+        return replace(self, family=self.family.at(guidance, pixels))
 
     def require_weights(self) -> None:
         """Refuse an architecture without weights where random ones were not asked for."""
@@ -100,15 +117,6 @@ class Model:
                 f"'{self.name}' is an architecture without weights; give a folder or hub id that has them, or "
                 "--random-weights where images do not matter"
             )
-
-    def check_loop(self, scheduler: Any) -> None:
-        """Refuse a pipeline of a class without an entry whose loop is not the one that is reproduced.
-
-        Its loop runs for a step under a scheduler around a stand-in for the denoiser, whose weights are not read.
-        Architectures and random weights are not checked: what they lack the loop would need.
-        """
-        if not self.family.pipelines and self.weights_files:
-            self.family.check(self.pipeline(self.empty_denoiser()), scheduler)
 
     def pipeline(self, denoiser: nn.Module | None = None) -> Any:
         """Load the diffusers pipeline in float32 on the CPU, in evaluation mode, quiet.
@@ -183,21 +191,13 @@ class Model:
         Floating weights and buffers are in ``dtype``, as ``pipe.to(dtype)`` leaves them.
         """
         import diffusers
-        from accelerate import init_empty_weights
 
-        denoiser_class = getattr(diffusers, self.family.denoiser_class)
-        with init_empty_weights(include_buffers=False):
-            denoiser = denoiser_class.from_config(self.config)
+        denoiser = empty_module(getattr(diffusers, self.family.denoiser_class), self.config, lambda name: dtype)
         for module in denoiser.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                # Pages of a fresh allocation that nobody touches take no memory, and unlike the meta device it does
-                # not clash with the buffers that the constructor computes.
-                held = dtype if parameter.is_floating_point() else parameter.dtype
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=held), requires_grad=False))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_floating_point() and dtype != torch.float32:
                     module._buffers[name] = buffer.to(dtype)
-        return denoiser.eval()
+        return cast(nn.Module, denoiser)
 
 
 def config_sha256(denoiser_class: Any, config: Mapping[str, Any]) -> str:

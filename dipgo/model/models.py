@@ -13,7 +13,7 @@ from dipgo.base.errors import DipgoError, one_line
 from dipgo.base.records import read_object
 from dipgo.model import hub
 from dipgo.model.checks import check_index, check_latent, check_lora, component_class, refuse_pickled
-from dipgo.model.families import COMPONENTS, family_for
+from dipgo.model.families import COMPONENTS, observed_family, registered_family
 from dipgo.model.model import Model
 from dipgo.model.safetensors_index import stored_tensors
 
@@ -74,7 +74,9 @@ def _read(name: str, folder: Path, random_weights: bool) -> Model:
     config = read_object(config_file, "model configuration")
     check_index(index_file, index, config)
     try:
-        family = family_for(class_name, component, config, str(index.get("_class_name")))
+        family = registered_family(class_name, component, str(index.get("_class_name")))
+        if family is None:
+            return Model(name, folder, observed_family(folder, component), config, random_weights)
         check_latent(index_file, config)
         family.example(config, 1)  # refuses what cannot be conditioned
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -44,6 +44,7 @@ class Sampler:
         timesteps: ``[calls]``, one per call of the denoiser.
         input_scale: ``[calls]`` float64, what the latent is multiplied by before each call.
         rows: ``[calls + 1, calls + 1]`` float64, the latent after k calls as a combination (module docstring).
+        pixels: height and width of the images that it is for; None where it is for all.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Sampler:
     timesteps: tuple[float, ...]
     input_scale: np.ndarray
     rows: np.ndarray
+    pixels: tuple[int, int] | None = None
 
     @property
     def calls(self) -> int:
@@ -66,6 +68,7 @@ class Sampler:
             timesteps=list(self.timesteps),
             guidance_scale=guidance_scale,
             guidance_rescale=rescale_of(guidance_scale),
+            pixels=self.pixels,
         )
 
 
@@ -110,11 +113,19 @@ def make_scheduler(name: str | None, base: Any) -> Any:
     return scheduler
 
 
-def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
+def tabulate(
+    scheduler: Any,
+    steps: int,
+    scales_noise: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    begin: int | None = None,
+) -> Sampler:
     """Read a scheduler's table off the scheduler itself.
 
     ``scales_noise`` says whether the pipeline multiplies the initial noise by ``init_noise_sigma`` (``DiTPipeline``
-    forgets to; with a scheduler that needs it, its images are noise).
+    forgets to; with a scheduler that needs it, its images are noise). ``settings`` are what the pipeline gives
+    ``set_timesteps``, where that is more than the number of steps (sigmas, a shift by the image's size), ``begin`` what
+    it gives ``set_begin_index``.
 
     Raises:
         UsageError: fewer than two steps, or a scheduler that draws noise, clips, or is otherwise not linear, or that
@@ -123,10 +134,9 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
     name = type(scheduler).__name__
     if steps < 2:
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
-    if "FlowMatch" in name:
-        raise UsageError(f"sampler {name} is for flow matching, which is not supported; use {', '.join(ALIASES)}")
+    run = _Run(scheduler, steps, settings or {"num_inference_steps": steps}, begin)
     try:
-        return _table(scheduler, steps, scales_noise)
+        return _table(run, scales_noise)
     except UsageError:
         raise
     except Exception as error:  # whatever a scheduler may say of another's ways
@@ -135,22 +145,44 @@ def tabulate(scheduler: Any, steps: int, scales_noise: bool = True) -> Sampler:
         ) from error
 
 
-def _table(scheduler: Any, steps: int, scales_noise: bool) -> Sampler:
-    name = type(scheduler).__name__
-    _set_timesteps(scheduler, steps)
-    if not scales_noise and abs(float(scheduler.init_noise_sigma) - 1) > 1e-6:
+@dataclass(frozen=True)
+class _Run:
+    """A scheduler as a pipeline sets it."""
+
+    scheduler: Any
+    steps: int
+    settings: Mapping[str, Any]
+    begin: int | None
+
+    @property
+    def first_scale(self) -> float:
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def start(self) -> None:
+        try:
+            self.scheduler.set_timesteps(**self.settings)
+        except Exception as error:  # whatever a scheduler may say of its configuration
+            raise UsageError(f"{type(self.scheduler).__name__} refuses {self.steps} steps: {one_line(error)}") from error
+        if self.begin is not None:
+            self.scheduler.set_begin_index(self.begin)
+
+
+def _table(run: _Run, scales_noise: bool) -> Sampler:
+    scheduler, steps, name = run.scheduler, run.steps, type(run.scheduler).__name__
+    run.start()
+    if not scales_noise and abs(run.first_scale - 1) > 1e-6:
         raise UsageError(f"{name} starts from scaled noise, which this pipeline does not do; use ddim, dpm++2m or pndm")
     timesteps = scheduler.timesteps.tolist()
     calls = len(timesteps)
-    inputs, rows = _trajectory(scheduler, steps, np.eye(calls + 1))
+    inputs, rows = _trajectory(run, np.eye(calls + 1))
     if not (np.isfinite(inputs).all() and np.isfinite(rows).all()):
         raise UsageError(f"sampler {name} makes values that are not finite as configured; use {', '.join(ALIASES)}")
 
     # One more run on other vectors: a table that explains it is the scheduler, one that does not is refused.
     vectors = np.random.default_rng(0).normal(scale=3, size=(calls + 1, 8))
-    _, actual = _trajectory(scheduler, steps, vectors)
+    _, actual = _trajectory(run, vectors)
     if not _same(rows @ vectors, actual):
-        _, again = _trajectory(scheduler, steps, vectors, seed=2)
+        _, again = _trajectory(run, vectors, seed=2)
         raise UsageError(
             f"sampler {name} draws noise at every step, which is not supported yet; use {', '.join(ALIASES)}"
             if not _same(again, actual)
@@ -175,28 +207,23 @@ def _same(expected: np.ndarray, actual: np.ndarray) -> bool:
     return np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
-def _set_timesteps(scheduler: Any, steps: int) -> None:
-    try:
-        scheduler.set_timesteps(steps)
-    except Exception as error:  # whatever a scheduler may say of its configuration
-        raise UsageError(f"{type(scheduler).__name__} refuses {steps} steps: {one_line(error)}") from error
-
-
-def _trajectory(scheduler: Any, steps: int, vectors: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def _trajectory(run: _Run, vectors: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Run the scheduler with ``vectors[0]`` as noise and ``vectors[k + 1]`` as the output of call k.
 
     ``seed`` is for the noise of its own that a scheduler may draw.
 
     Returns the inputs of the calls ``[calls, n]`` and the latents before and after them ``[calls + 1, n]``.
     """
-    _set_timesteps(scheduler, steps)
+    run.start()
+    scheduler = run.scheduler
     images = torch.from_numpy(vectors)[:, None, :, None, None]  # some schedulers insist on [B, C, H, W]
-    latent = images[0] * float(scheduler.init_noise_sigma)
+    latent = images[0] * run.first_scale
     inputs, latents = [], [latent]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(seed)} if accepts_generator else {}
     for call, timestep in enumerate(scheduler.timesteps):
-        inputs.append(scheduler.scale_model_input(latent, timestep))
+        scales = hasattr(scheduler, "scale_model_input")
+        inputs.append(scheduler.scale_model_input(latent, timestep) if scales else latent)
         latent = scheduler.step(images[call + 1], timestep, latent, **options).prev_sample.to(torch.float64)
         latents.append(latent)
     return torch.stack(inputs).flatten(1).numpy(), torch.stack(latents).flatten(1).numpy()

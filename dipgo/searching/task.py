@@ -16,11 +16,10 @@ from dipgo.base.errors import UsageError
 from dipgo.base.records import SamplerIdentity
 from dipgo.eager.trajectory import Batch, Sampling, Trajectory, select
 from dipgo.graph.trace import Trace, trace
-from dipgo.model.families import Family, GuidedDenoiser, default_guidance
+from dipgo.model.families import Family, GuidedDenoiser
 from dipgo.model.models import Model
 from dipgo.model.prompts import read_prompts
-from dipgo.model.sampler import Sampler, make_scheduler, tabulate
-from dipgo.model.vae import to_vae
+from dipgo.model.sampler import Sampler, make_scheduler
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.search_record import SearchRecord
 from dipgo.schedule.subnet import SubNet, make_subnet
@@ -57,7 +56,7 @@ class Task:
 
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """Return the same task under another sampler."""
-        return self.with_trajectory(sampler=tabulate(scheduler, steps, self.model.family.scales_noise))
+        return self.with_trajectory(sampler=self.model.family.table(scheduler, steps))
 
     def with_sites(self, sites: str) -> Task:
         """Return the same task on other sites, given as for :func:`make_task`."""
@@ -78,7 +77,7 @@ class Task:
         Where the pipeline has no VAE the latents are the images.
         """
         vae = getattr(self.pipe, "vae", None)
-        return latents if vae is None else vae.decode(to_vae(latents, vae.config), return_dict=False)[0]
+        return latents if vae is None else vae.decode(self.model.family.to_vae(latents, vae.config), return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,10 @@ def make_task(
     if place.type != "cpu":
         pipe.to(place)
     if guidance_scale is None:
-        guidance_scale = default_guidance(type(pipe))
+        guidance_scale = model.default_guidance
     scheduler = make_scheduler(sampler, model.scheduler)
-    if model.weights_files:
-        model.family.check(pipe, scheduler)
-    table = tabulate(scheduler, steps, model.family.scales_noise)
+    model = model.at(guidance_scale)
+    table = model.family.table(scheduler, steps)
     traced = sites if isinstance(sites, Trace) else trace(model, sites, guidance_scale)
     family = model.family
     denoiser = getattr(pipe, family.component)

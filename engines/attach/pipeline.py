@@ -84,7 +84,7 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
         DipgoError: a damaged bundle.
     """
     from dipgo.model.checks import check_pipeline_class
-    from dipgo.model.families import family_of
+    from dipgo.model.families import component_of
     from engines.attach.check import check_denoiser
     from engines.attach.denoiser import AttachedDenoiser
 
@@ -93,7 +93,7 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
     program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend)
     record = program.record
     check_pipeline_class(type(pipe).__name__)
-    component = family_of(pipe).component
+    component = component_of(pipe)
     original = getattr(pipe, component)
     check_denoiser(program.bundle, getattr(original, "_orig_mod", original))  # torch.compile's own is around it
     check_scheduler(record, pipe.scheduler)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.base.errors import UsageError
+from dipgo.base.layout import Layout
 from engines.pipeline.images import to_image
 from engines.pipeline.noise import torch_randn
 
@@ -52,8 +53,8 @@ def to_array(value: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def draw_noise(shape: Sequence[int], generator: Any) -> np.ndarray:
-    """Return the noise ``[n, C, H, W]``, float32, that diffusers draws with a generator.
+def draw_noise(shape: Sequence[int], generator: Any, layout: Layout | None = None) -> np.ndarray:
+    """Return the noise ``[n, …]``, float32, that diffusers draws with a generator; with a layout, as it packs it.
 
     Args:
         generator: None for a random seed; an int, a seed on the CPU; a ``torch.Generator``, which moves on; a list of
@@ -63,6 +64,8 @@ def draw_noise(shape: Sequence[int], generator: Any) -> np.ndarray:
         UsageError: another kind of generator, a list of another length, or a seed that torch's noise cannot be
             rebuilt from.
     """
+    if layout:
+        return np.ascontiguousarray(layout(draw_noise((shape[0], *layout.before), generator)))
     if isinstance(generator, list | tuple):
         if len(generator) == 1:
             return draw_noise(shape, generator[0])

@@ -205,7 +205,7 @@ class Pipeline(Program):
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
         if latents is None:
-            return draw_noise(shape, generator)
+            return draw_noise(shape, generator, self.record.noise)
         noise = check_input(to_array(latents), "latents")
         if noise.shape != shape:
             raise UsageError(f"latents are {list(noise.shape)}, this call is for {list(shape)}")

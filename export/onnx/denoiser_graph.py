@@ -107,7 +107,7 @@ def denoiser_to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> DenoiserGr
         [LATENT, "timestep", *conditions],
         [EPSILON, *(name for names in features for name in names)],
     )
-    latent = sizes.latent(trace.model.config["in_channels"])
+    latent = sizes.latent
 
     def make() -> ir.Model:
         model = symbolic.clone()

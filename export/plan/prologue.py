@@ -115,7 +115,7 @@ def _cut(denoiser: DenoiserGraph, names: Sequence[str], begin: Sequence[str], si
     inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *denoiser.condition_names]))
     graph = ir.convenience.extract(denoiser.symbolic.graph, inputs, list(names))
     model = ir.Model(graph, ir_version=denoiser.model.ir_version, producer_name="dipgo")
-    specialise(model, LATENT, sizes.latent(denoiser.trace.model.config["in_channels"]))
+    specialise(model, LATENT, sizes.latent)
     RemoveUnusedNodesPass()(model)
     if begin:
         inside = {value.name for node in graph for value in node.outputs}

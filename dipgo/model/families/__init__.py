@@ -1,20 +1,19 @@
 """The families of denoisers: how each is called, what conditions it, and which of its modules are sites.
 
-The only place that knows model classes by name. A class without an entry gets a family made from the signature of its
-``forward`` (:mod:`dipgo.model.families.generic`), and sites by pattern. To add an entry, add a file here and name it
-below.
+The only place that knows model classes by name. Of a pipeline without an entry it is observed what it does
+(:mod:`dipgo.model.families.observed`). To add an entry, add a file here and name it below; for sites alone, a line in
+:mod:`dipgo.model.families.sites`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from dipgo.base.errors import UsageError
 from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
-from dipgo.model.families.generic import generic_family
-from dipgo.model.families.guided import GuidedDenoiser, default_guidance, join
+from dipgo.model.families.guided import GuidedDenoiser, join
+from dipgo.model.families.observed import family_of_observed, observed_family
 from dipgo.model.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from dipgo.model.families.unet import UNET
 
@@ -28,20 +27,20 @@ __all__ = [
     "Family",
     "GuidedDenoiser",
     "Prompting",
-    "default_guidance",
-    "family_for",
+    "component_of",
     "family_of",
     "join",
     "latent_size",
+    "observed_family",
+    "registered_family",
 ]
 
 
-def family_for(denoiser_class: str, component: str, config: Mapping[str, Any], pipeline_class: str) -> Family:
-    """Return the registered family of a denoiser and its pipeline, or one made from the class of denoiser itself.
+def registered_family(denoiser_class: str, component: str, pipeline_class: str) -> Family | None:
+    """Return the registered family of a denoiser and its pipeline; None where there is none.
 
     Raises:
-        UsageError: a pipeline whose loop is none of those that are reproduced, or an unregistered class of denoiser
-            whose inputs cannot be guessed.
+        UsageError: a pipeline whose loop is none of those that are reproduced, of a denoiser that has an entry.
     """
     registered = [each for each in FAMILIES if (each.denoiser_class, each.component) == (denoiser_class, component)]
     for family in registered:
@@ -53,19 +52,37 @@ def family_for(denoiser_class: str, component: str, config: Mapping[str, Any], p
             f"{pipeline_class} samples in a way of its own, which is not supported; with a {denoiser_class} these are: "
             f"{names} (load the model by one of them and save that, if its images are what you want)"
         )
-    return generic_family(denoiser_class, component, config, pipeline_class)
+    return None
 
 
 def family_of(pipe: Any) -> Family:
-    """Return the family of a pipeline; of a class of one's own, the nearest that defines the call counts.
+    """Return the family of a pipeline, by its class or by observation.
 
     Raises:
-        UsageError: the pipeline holds no denoiser, or see :func:`family_for`.
+        UsageError: see :func:`component_of`; a pipeline whose loop is none that can be made again.
     """
-    loop = next(kind for kind in type(pipe).__mro__ if "__call__" in vars(kind))
+    component = component_of(pipe)
+    denoiser = getattr(pipe, component)
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    family = registered_family(type(denoiser).__name__, component, _loop_of(pipe))
+    return family or family_of_observed(pipe, component)
+
+
+def _loop_of(pipe: Any) -> str:
+    """Return the name of a pipeline's class; of a class of one's own, the nearest that defines the call."""
+    return next(kind.__name__ for kind in type(pipe).__mro__ if "__call__" in vars(kind))
+
+
+def component_of(pipe: Any) -> str:
+    """Return the attribute that holds a pipeline's denoiser.
+
+    Raises:
+        UsageError: there is none, or see :func:`registered_family`.
+    """
     for component in COMPONENTS:
         denoiser = getattr(pipe, component, None)
         denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what torch.compile has inside
         if denoiser is not None:
-            return family_for(type(denoiser).__name__, component, denoiser.config, loop.__name__)
+            registered_family(type(denoiser).__name__, component, _loop_of(pipe))
+            return component
     raise UsageError(f"{type(pipe).__name__} holds no denoiser: it has neither {' nor '.join(COMPONENTS)}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from dipgo.model.families.family import Conditions, Family
+from dipgo.model.sampler import tabulate
 
 NULL_CLASS = 1000  # the label of the unconditional half that DiTPipeline hard-codes
 
@@ -44,7 +46,7 @@ DIT = Family(
     example=lambda config, rows: {"class_labels": torch.zeros(rows, dtype=torch.int64)},
     call=_call,
     conditional_first=True,
-    scales_noise=False,
+    table=partial(tabulate, scales_noise=False),
     null_class=NULL_CLASS,
     labels=_labels,
 )

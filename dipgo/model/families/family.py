@@ -10,7 +10,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dipgo.base.guidance import rescale_of
+from dipgo.base.layout import Layout
+from dipgo.model.sampler import Sampler, tabulate
+from dipgo.model.vae import to_vae
+
 Conditions = dict[str, torch.Tensor]
+
+
+def guided(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the guided output of both passes.
+
+    ε_u + s (ε_c - ε_u) (Ho & Salimans 2022, eq. 6 in diffusers' form), then rescaled where the scale says so
+    (:class:`dipgo.base.guidance.GuidanceScale`).
+    """
+    output = unconditional + float(scale) * (conditional - unconditional)
+    rescale = rescale_of(scale)
+    if not rescale:
+        return output
+    axes = list(range(1, output.ndim))
+    deviations = conditional.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True)
+    return output * (rescale * deviations + (1 - rescale))
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,8 @@ class Family:
 
     Attributes:
         denoiser_class: name of the diffusers model class.
-        pipelines: names of the pipeline classes whose loop this is; empty for a class without an entry, whose loop is
-            compared when it is run (:mod:`dipgo.model.families.generic`).
+        pipelines: names of the pipeline classes whose loop this is; empty where it was observed
+            (:mod:`dipgo.model.families.observed`).
         component: attribute of the pipeline that holds it.
         conditioned_by: ``"class"``, ``"prompt"`` or ``"nothing"``.
         sites: module name patterns by granularity (see :func:`dipgo.graph.sites.site_names`); empty for a class
@@ -69,10 +89,18 @@ class Family:
         call: ``(denoiser, sample, timestep [B], conditions) -> model output``.
         conditional_first: whether the pipeline calls its denoiser with the conditional pass of guidance first; here the
             unconditional one always is.
-        scales_noise: whether the pipeline multiplies the initial noise by the scheduler's ``init_noise_sigma``.
+        table: ``(scheduler, steps) -> its table``, as the pipeline uses it.
+        guides: ``guidance scale -> whether there are two passes``.
+        guide: ``(unconditional output, conditional output, guidance scale) -> guided output``.
+        latent: ``denoiser config -> shape of a latent``, without the batch.
+        noise: how drawn noise becomes the latent; None as it is.
+        to_vae: ``(latents, VAE's config) -> what the VAE decodes``.
+        under: ``(guidance scale, height and width in pixels, or None) -> the family there``; None where it is the same
+            everywhere.
+        scale: the guidance scale that it was observed at; None where it is the same at all.
+        fixed: conditions that do not depend on the prompt, one row each.
+        pixels: height and width of images that it is for alone; None where the latent's shape tells.
         null_class: the label of the unconditional half, where classes condition.
-        check: ``(pipeline, scheduler or None for its own) ->`` nothing; raises UsageError where its loop is not the one
-            that is reproduced.
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
         prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
         uneven: whether a latent's sides need not be multiples of its coarsest cell: UNets that resize to fit.
@@ -90,13 +118,27 @@ class Family:
     example: Callable[[Mapping[str, Any], int], Conditions]
     call: Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
     conditional_first: bool = False
-    scales_noise: bool = True
+    table: Callable[[Any, int], Sampler] = field(default=tabulate)
+    guides: Callable[[float], bool] = field(default=lambda scale: scale > 1)
+    guide: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = field(default=guided)
+    latent: Callable[[Mapping[str, Any]], tuple[int, ...]] = field(
+        default=lambda config: (config["in_channels"], *latent_size(config))
+    )
+    noise: Layout | None = None
+    to_vae: Callable[[torch.Tensor, Any], torch.Tensor] = field(default=to_vae)
+    under: Callable[[float, tuple[int, int] | None], Family] | None = None
+    scale: float | None = None
+    fixed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pixels: tuple[int, int] | None = None
     null_class: int | None = None
-    check: Callable[[Any, Any], None] = field(default=lambda pipe, scheduler: None)
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
     uneven: bool = False
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+
+    def at(self, scale: float, pixels: tuple[int, int] | None = None) -> Family:
+        """Return the family at a guidance scale and a size of images, which may be no other at all."""
+        return self.under(scale, pixels or self.pixels) if self.under else self
 
     def conditions(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:
         """Return the conditions of labels or prompts: the unconditional half, then the conditional, B rows each.

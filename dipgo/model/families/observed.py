@@ -1,0 +1,110 @@
+"""A family for any diffusers pipeline: what it does is observed, not known (:mod:`dipgo.model.observed`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from dipgo.base.guidance import rescale_of
+from dipgo.base.records import read_json
+from dipgo.model.families.family import Conditions, Family
+from dipgo.model.families.sites import OBSERVED, sites_of_lists
+from dipgo.model.observed.observe import Observation, Request, conditions_of, observe
+from dipgo.model.observed.watch import first_of
+from dipgo.model.sampler import Sampler
+from dipgo.model.skeleton import skeleton
+
+
+def observed_family(folder: Path, component: str) -> Family:
+    """Return the family of the pipeline in a folder, whose weights are not read.
+
+    It is for the pipeline's own size and guidance; for others see :meth:`~.family.Family.at`.
+
+    Raises:
+        UsageError: the pipeline cannot be run, or its loop is none that can be made again.
+    """
+    pipe = _skeleton(folder, (folder / "model_index.json").stat().st_mtime_ns)
+    return family_of_observed(pipe, component)
+
+
+def family_of_observed(pipe: Any, component: str, request: Request = Request()) -> Family:
+    """Return the family of a pipeline as :func:`~dipgo.model.observed.observe.observe` sees it.
+
+    Raises:
+        UsageError: see :func:`observed_family`.
+    """
+    seen = _observed(pipe, component, request)
+    denoiser_class = type(getattr(pipe, component)).__name__
+    sites = OBSERVED.get(denoiser_class) or sites_of_lists(getattr(pipe, component))
+
+    def example(config: Mapping[str, Any], rows: int) -> Conditions:
+        return {
+            name: value.expand(rows, *value.shape[1:]).contiguous() if name in seen.fixed else _blank(value, rows)
+            for name, value in seen.conditions.items()
+        }
+
+    def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
+        output = first_of(denoiser(**seen.template.arguments(sample, timestep, given)))
+        return seen.guide.sign * output if seen.guide.sign < 0 else output
+
+    def encode(pipe: Any, prompts: Sequence[Any]) -> tuple[Conditions, Conditions]:
+        made = conditions_of(seen, pipe, prompts, seen.guidance)
+        if seen.guide.passes == 1:
+            return made, made
+        return tuple({name: value.chunk(2)[half] for name, value in made.items()} for half in (0, 1))  # type: ignore[return-value]
+
+    def tabulated(scheduler: Any, steps: int) -> Sampler:
+        return seen.tabulate(pipe, scheduler, steps)
+
+    return Family(
+        denoiser_class=denoiser_class,
+        pipelines=(),
+        component=component,
+        conditioned_by="prompt" if seen.conditions.keys() - seen.fixed.keys() else "nothing",
+        sites=sites,
+        granularity=next((each for each in ("layer", "block") if each in sites), None),
+        encode=encode,
+        example=example,
+        call=call,
+        table=tabulated,
+        guides=lambda scale: seen.guide.passes > 1,
+        guide=seen.guide.combine,
+        latent=lambda config: seen.latent,
+        noise=seen.noise,
+        to_vae=lambda latents, config: seen.decoding(latents) if seen.decoding else latents,
+        under=lambda scale, pixels: family_of_observed(pipe, component, Request(scale, pixels)),
+        scale=seen.guidance,
+        fixed=seen.fixed,
+        pixels=seen.size,
+        upcasts_vae=lambda config: True,  # not known, and float32 is right in any case
+    )
+
+
+@lru_cache(maxsize=4)
+def _skeleton(folder: Path, changed: int) -> Any:
+    """Return a folder's pipeline without weights; ``changed`` is when its index last changed."""
+    return skeleton(folder, read_json(folder / "model_index.json", "model_index.json"))
+
+
+_SEEN: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
+
+
+def _observed(pipe: Any, component: str, request: Request) -> Observation:
+    """Return what a pipeline does, observed once for each guidance scale and size."""
+    key = (component, request.guidance, rescale_of(request.guidance or 0.0), request.size, type(pipe.scheduler))
+    seen = _SEEN.setdefault(pipe, {})
+    if key not in seen:
+        seen[key] = observe(pipe, component, request)
+    return seen[key]
+
+
+def _blank(value: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return zeros where values come from a text encoder; masks are of ones, so that everything is looked at."""
+    shape = (rows, *value.shape[1:])
+    return torch.zeros(shape, dtype=value.dtype) if value.is_floating_point() else torch.ones(shape, dtype=value.dtype)

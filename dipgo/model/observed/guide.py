@@ -1,0 +1,83 @@
+"""Guidance, as a pipeline makes one output of the conditional and the unconditional pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dipgo.base.errors import UsageError
+from dipgo.base.guidance import rescale_of
+
+_RESIDUAL = 1e-4  # relative, of an output in float32
+
+
+@dataclass(frozen=True)
+class Guide:
+    """How the outputs of a step become what the scheduler is given.
+
+    Attributes:
+        kind: ``none``: one pass; ``linear``: u + s (c - u); ``norm``: that with the norm of c along the last axis
+            (Qwen-Image and Lumina 2).
+        sign: -1 where the pipeline turns outputs around.
+        offset: what is added to the guidance scale for s; 1 where guidance is c + scale (c - u).
+        batched: whether both passes are one call; else one each.
+        conditional: which of the two is the conditional one.
+    """
+
+    kind: Literal["none", "linear", "norm"]
+    sign: int = 1
+    offset: float = 0.0
+    batched: bool = False
+    conditional: int = 0
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.kind == "none" else 2
+
+    def combine(self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the guided output of both passes, turned around already."""
+        guided = unconditional + (float(scale) + self.offset) * (conditional - unconditional)
+        if self.kind == "norm":
+            lengths = [torch.norm(each, dim=-1, keepdim=True) for each in (conditional, guided)]
+            return guided * (lengths[0] / lengths[1])
+        if rescale := rescale_of(scale):
+            axes = list(range(1, guided.ndim))
+            deviations = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+            return guided * (rescale * deviations + (1 - rescale))
+        return guided
+
+
+def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float) -> Guide:
+    """Return the guide that makes ``given``, for the scheduler, of the outputs of a step's calls.
+
+    Raises:
+        UsageError: none of those that are known.
+    """
+    rows = len(given)
+    width = given.shape[1]
+    cut = [output[:, :width].float() for output in outputs]
+    given = given.float()
+    if len(cut) == 1 and len(cut[0]) == rows:
+        for sign in (1, -1):
+            if _near(sign * cut[0], given):
+                return Guide("none", sign)
+    passes, batched = (list(cut[0].chunk(2)), True) if len(cut) == 1 else (cut, False)
+    if len(passes) != 2 or any(each.shape != given.shape for each in passes):
+        raise UsageError(f"it makes {len(outputs)} calls of its denoiser per step, in a way of its own")
+    for conditional in (0, 1):
+        for sign in (1, -1):
+            c, u = sign * passes[conditional], sign * passes[1 - conditional]
+            slope = float(((given - u) * (c - u)).sum() / ((c - u) ** 2).sum())
+            for offset in {0.0, float(round(slope - scale))}:
+                for kind in ("linear", "norm"):
+                    guide = Guide(kind, sign, offset, batched, conditional)
+                    if slope > 0 and _near(guide.combine(u, c, scale), given):
+                        return guide
+    raise UsageError("it combines its passes of guidance in a way of its own")
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.linalg.norm(one - other) <= _RESIDUAL * torch.linalg.norm(other))

@@ -1,0 +1,188 @@
+"""A call of the denoiser as its pipeline makes it, with places for the latent, the timestep and the conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dipgo.base.errors import UsageError
+
+_SAME = 1e-5  # relative, of latents that went through a scheduler's own arithmetic
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The place of the latent."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The place of the timestep, ``[rows]``."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The place of a condition, ``[rows, …]``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What is the same in every call; a tensor with a row for each of the batch is kept as one row."""
+
+    value: Any
+    by_row: bool = False
+
+
+Role = Latent | Moment | Condition | Constant
+
+
+@dataclass(frozen=True)
+class Template:
+    """The arguments of a call, flattened, and what each is."""
+
+    tree: pytree.TreeSpec
+    roles: tuple[Role, ...]
+
+    def arguments(
+        self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of a call on ``[rows, …]`` of each."""
+
+        def of(role: Role) -> Any:
+            if isinstance(role, Latent):
+                return latent
+            if isinstance(role, Moment):
+                return timestep
+            if isinstance(role, Condition):
+                return conditions[role.name]
+            value = role.value
+            if not isinstance(value, torch.Tensor):
+                return value
+            value = value.to(latent.device, latent.dtype if value.is_floating_point() else value.dtype)
+            return value.expand(latent.shape[0], *value.shape[1:]) if role.by_row else value  # len() would fix it
+
+        return pytree.tree_unflatten([of(role) for role in self.roles], self.tree)
+
+    def conditions(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the conditions in the arguments of a call.
+
+        Raises:
+            UsageError: arguments of another structure than those that were observed, or other constants.
+        """
+        leaves, tree = pytree.tree_flatten(dict(arguments))
+        if tree != self.tree:
+            raise UsageError("the pipeline calls its denoiser with other arguments for these prompts; not supported")
+        conditions = {}
+        for name, role, leaf in zip(names_of(arguments), self.roles, leaves, strict=True):
+            if isinstance(role, Condition):
+                conditions[role.name] = leaf
+            elif isinstance(role, Constant) and not _is_constant(leaf, role):
+                raise UsageError(f"the pipeline passes another '{name}' for these prompts than for others; not supported")
+        return conditions
+
+
+@dataclass(frozen=True)
+class Views:
+    """The same call seen under other circumstances, each as flattened arguments.
+
+    Attributes:
+        names: of the arguments, as paths.
+        steps: of every step of one run.
+        passes: of every call in its first step.
+        prompt: of another prompt; ``seed``: of another seed; ``scale``: of another guidance scale.
+        both: of two images at once.
+        latents: of every step, as the scheduler has them.
+    """
+
+    names: Sequence[str]
+    steps: Sequence[Sequence[Any]]
+    passes: Sequence[Sequence[Any]]
+    prompt: Sequence[Any]
+    seed: Sequence[Any]
+    scale: Sequence[Any]
+    both: Sequence[Any]
+    latents: Sequence[torch.Tensor]
+
+
+def roles_of(views: Views, rows: int) -> tuple[Role, ...]:
+    """Tell what each argument of a call is, from how it changes; ``rows`` are those of the batch for one image.
+
+    Raises:
+        UsageError: an argument that is none of these.
+    """
+    return tuple(_role(views, place, rows) for place in range(len(views.names)))
+
+
+def _role(views: Views, place: int, rows: int) -> Role:
+    name, first = views.names[place], views.steps[0][place]
+    values = [step[place] for step in views.steps]
+    others = [views.prompt[place], views.scale[place], *(call[place] for call in views.passes)]
+    if isinstance(first, torch.Tensor):
+        if all(is_latent(value, latent) for value, latent in zip(values, views.latents, strict=True)):
+            return Latent()
+        if any(not same(first, value) for value in values):
+            if all(value.numel() and bool((value == value.flatten()[0]).all()) for value in values):
+                return Moment()
+            raise UsageError(f"it passes '{name}', which changes from step to step")
+        if not same(first, views.seed[place]):
+            raise UsageError(f"it passes '{name}', which is drawn")
+        by_row = first.ndim > 0 and len(first) == rows and len(views.both[place]) == 2 * rows
+        halves = by_row and rows == 2 and not same(first[0], first[1])
+        if halves or any(not same(first, other) for other in others):
+            if not by_row:
+                raise UsageError(f"it passes '{name}' without a row for each image")
+            if any(other.shape != first.shape for other in others):
+                raise UsageError(f"it passes '{name}', which is as long as the prompt")
+            return Condition(name)
+        return Constant(first[:1].contiguous() if by_row else first, by_row)
+    if any(not same(first, other) for other in (*values, views.seed[place], *others)):
+        raise UsageError(f"it passes '{name}', which changes and is no tensor")
+    return Constant(first)
+
+
+def is_latent(value: Any, latent: torch.Tensor) -> bool:
+    """Whether each row of an argument is the latent ``[1, …]``, or a multiple of it."""
+    if not isinstance(value, torch.Tensor) or value.shape[1:] != latent.shape[1:] or not value.is_floating_point():
+        return False
+    wide = latent.double().flatten()
+    for row in value.double().flatten(1):
+        factor = torch.dot(row, wide) / torch.dot(wide, wide)
+        if not torch.linalg.norm(row - factor * wide) <= _SAME * torch.linalg.norm(row):
+            return False
+    return True
+
+
+def _is_constant(leaf: Any, role: Constant) -> bool:
+    """Whether an argument is a constant as it was observed, to the precision that it comes in."""
+    value = role.value
+    if not isinstance(value, torch.Tensor) or not isinstance(leaf, torch.Tensor):
+        return same(leaf, value)
+    if role.by_row:
+        value = value.expand(len(leaf), *value.shape[1:])
+    if leaf.shape != value.shape:
+        return False
+    return torch.allclose(leaf.cpu().float(), value.float(), rtol=2.0**-7) if leaf.is_floating_point() else same(leaf.cpu(), value)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal; tensors in shape and values."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return type(one) is type(other) and one.shape == other.shape and torch.equal(one, other)
+    try:
+        return bool(one == other)
+    except Exception:  # arrays and other things that compare by element
+        return one is other
+
+
+def names_of(arguments: Mapping[str, Any]) -> list[str]:
+    """Return a name for each flattened argument: the last word of its path, or the whole path where that is not one's."""
+    paths = [path for path, _ in pytree.tree_flatten_with_path(dict(arguments))[0]]
+    words = [[str(getattr(key, "key", getattr(key, "idx", key))) for key in path] for path in paths]
+    last = [next((word for word in reversed(path) if not word.isdecimal()), path[-1]) for path in words]
+    return [word if last.count(word) == 1 else ".".join(path) for word, path in zip(last, words, strict=True)]

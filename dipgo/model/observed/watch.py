@@ -1,0 +1,219 @@
+"""Run a pipeline, and record what passes between it, its scheduler and its denoiser."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dipgo.base.errors import UsageError, one_line
+from dipgo.model.observed.stand_ins import denoiser_stand_in
+
+Draw = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the denoiser: its arguments by name, its first output, and the number of the step that it is part of."""
+
+    arguments: dict[str, Any]
+    output: Any
+    step: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the scheduler: what it was given, and the latent that it returned."""
+
+    output: torch.Tensor
+    timestep: Any
+    latent: torch.Tensor
+    options: dict[str, Any]
+    result: torch.Tensor
+
+
+@dataclass
+class Log:
+    """What was seen.
+
+    Attributes:
+        settings: the arguments of ``set_timesteps``, by name.
+        begin: the step that the scheduler was told to begin at, if it was.
+        scaled: what ``scale_model_input`` returned, by step; empty where it was not called.
+        drawn: the noise that the pipeline drew, in order.
+        decoded: what the VAE was given.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    begin: int | None = None
+    calls: list[Call] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    scaled: list[torch.Tensor] = field(default_factory=list)
+    drawn: list[torch.Tensor] = field(default_factory=list)
+    decoded: list[torch.Tensor] = field(default_factory=list)
+
+    def calls_of(self, step: int) -> list[Call]:
+        return [call for call in self.calls if call.step == step]
+
+
+class _Enough(BaseException):
+    """Ends a pipeline that is watched; a BaseException, since some pipelines catch the others."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a pipeline is watched.
+
+    Attributes:
+        component: attribute that holds the denoiser.
+        steps: of the scheduler, after which the pipeline is ended; None lets it come to its own end.
+        calls: of the denoiser, after which it is ended.
+        draw: what takes the place of noise that the pipeline draws, from that noise.
+        result: what takes the place of the latent that each step returns.
+    """
+
+    component: str
+    steps: int | None = None
+    calls: int | None = None
+    draw: Draw | None = None
+    result: Draw | None = None
+
+
+def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
+    """Call a pipeline around a stand-in for its denoiser, and return what was seen.
+
+    Args:
+        inputs: what its call is offered; what it does not take is left out.
+
+    Raises:
+        UsageError: it cannot be run, with its own reason.
+    """
+    log = Log()
+    accepted = signature(type(pipe).__call__).parameters
+    pipe.set_progress_bar_config(disable=True)
+    with ExitStack() as stack:
+        stack.enter_context(denoiser_stand_in(getattr(pipe, how.component)))
+        stack.enter_context(_observed_denoiser(getattr(pipe, how.component), log, how))
+        stack.enter_context(_observed_scheduler(pipe.scheduler, log, how))
+        stack.enter_context(_observed_noise(type(pipe), log, how))
+        if getattr(pipe, "vae", None) is not None:
+            stack.enter_context(_observed_decoder(pipe.vae, log))
+        stack.enter_context(torch.no_grad())
+        try:
+            pipe(**{name: value for name, value in inputs.items() if name in accepted})
+        except _Enough:
+            pass
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a pipeline may raise
+            raise UsageError(f"{type(pipe).__name__} cannot be run here ({one_line(error)})") from error
+    return log
+
+
+def plain(value: Any) -> Any:
+    """Return a copy of nested values whose tensors are their own."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else _copied(leaf), value)
+
+
+def first_of(output: Any) -> Any:
+    """Return the first output of a network, of a tuple or of an output class of diffusers."""
+    return output[0]
+
+
+def _copied(leaf: Any) -> Any:
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # handles and modules, which are the same in every call
+        return leaf
+
+
+@contextmanager
+def _observed_denoiser(denoiser: Any, log: Log, how: Watch) -> Iterator[None]:
+    forward, parameters = denoiser.forward, signature(type(denoiser).forward)
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(parameters.bind(denoiser, *args, **kwargs).arguments)
+        del arguments["self"]
+        arguments |= arguments.pop("kwargs", {})
+        output = forward(*args, **kwargs)
+        log.calls.append(Call(plain(arguments), plain(first_of(output)), len(log.steps)))
+        if len(log.calls) == how.calls:
+            raise _Enough
+        return output
+
+    with mock.patch.object(denoiser, "forward", observed):
+        yield
+
+
+@contextmanager
+def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
+    def set_timesteps(original: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature(original).bind(*args, **kwargs).arguments
+        log.settings = plain({name: value for name, value in given.items() if name != "device"})
+        return original(*args, **kwargs)
+
+    def begin(original: Any, begin_index: int = 0) -> Any:
+        log.begin = begin_index
+        return original(begin_index)
+
+    def scale(original: Any, *args: Any, **kwargs: Any) -> Any:
+        scaled = original(*args, **kwargs)
+        log.scaled.append(scaled.detach().clone())
+        return scaled
+
+    def step(original: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        given, before, moment = plain(model_output), plain(sample), plain(timestep)
+        output = original(model_output, timestep, sample, *args, **kwargs)
+        result = output[0] if isinstance(output, tuple) else output.prev_sample
+        options = {name: value for name, value in kwargs.items() if name != "return_dict"}
+        log.steps.append(Step(given, moment, before, options, result.detach().clone()))
+        if len(log.steps) == how.steps:
+            raise _Enough
+        if how.result is None:
+            return output
+        other = how.result(result)
+        return (other,) if isinstance(output, tuple) else type(output)(prev_sample=other)
+
+    wrappers = {"set_timesteps": set_timesteps, "set_begin_index": begin, "scale_model_input": scale, "step": step}
+    with ExitStack() as stack:
+        for name, wrapper in wrappers.items():
+            original = getattr(scheduler, name, None)
+            if original is not None:
+                replacement = functools.wraps(original)(functools.partial(wrapper, original))
+                stack.enter_context(mock.patch.object(scheduler, name, replacement))
+        yield
+
+
+@contextmanager
+def _observed_noise(kind: type, log: Log, how: Watch) -> Iterator[None]:
+    def draw(original: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        noise = original(*args, **kwargs)
+        noise = how.draw(noise) if how.draw else noise
+        log.drawn.append(noise.detach().clone())
+        return noise
+
+    with ExitStack() as stack:
+        for module in {sys.modules[each.__module__] for each in kind.__mro__}:
+            original = vars(module).get("randn_tensor")
+            if original is not None:
+                stack.enter_context(mock.patch.object(module, "randn_tensor", functools.partial(draw, original)))
+        yield
+
+
+@contextmanager
+def _observed_decoder(vae: Any, log: Log) -> Iterator[None]:
+    def decode(latent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        log.decoded.append(latent.detach().clone())
+        raise _Enough
+
+    with mock.patch.object(vae, "decode", decode):
+        yield
