@@ -15,6 +15,7 @@ from dipgo.base.config import Config, checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
 from dipgo.base.guidance import guidance_of
+from dipgo.base.pixels import pixels_of
 from dipgo.base.progress import Progress, is_main
 from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
@@ -76,7 +77,7 @@ def export(
         refuse_existing(Path(output), force, BUNDLE)
     if isinstance(subnet, str | Path):
         subnet = load_subnet(Path(subnet))
-    source = _model_of(model or subnet.model.name)
+    source = _model_of(model or subnet.model.name, subnet.sampler.pixels)
     with Progress(progress).spinner("export"):
         from export.compiler import compile_subnet
 
@@ -192,7 +193,8 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
 
     profile = None if config.cost in ("macs", "latency") else read_profile(Path(config.cost))
     starts = [load_subnet(file) for file in config.start]
-    source = _model_of(model)
+    pixels = pixels_of(config.size)
+    source = _model_of(model, pixels)
     with show.spinner("load and trace"):
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -204,6 +206,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
             guidance_of(config.guidance, config.guidance_rescale),
             device=config.device,
             choices=Choices(config.prompts, config.classes),
+            pixels=pixels,
         )
 
     def measured() -> LatencyProfile:
@@ -224,7 +227,7 @@ def _options(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     return checked(kind, options) if config is None else config.changed(**options) if options else config
 
 
-def _model_of(model: str | Model) -> Model:
+def _model_of(model: str | Model, pixels: tuple[int, int] | None = None) -> Model:
     from dipgo.model.models import find_model
 
-    return find_model(model) if isinstance(model, str) else model
+    return find_model(model, pixels=pixels) if isinstance(model, str) else model

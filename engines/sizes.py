@@ -51,7 +51,9 @@ def image_shape(record: BundleRecord, size: tuple[int, int], where: str) -> tupl
     if record.pixels:
         for name, own, pixels in zip(("height", "width"), record.pixels, size, strict=True):
             if pixels != own:
-                raise UsageError(f"{where}: {name} {pixels}, it takes {own} alone; give that, or search at another size")
+                raise UsageError(
+                    f"{where}: {name} {pixels}, it takes {own} alone; give that, or search at another size"
+                )
         return tuple(int(side) for side in image)
     for name, side, pixels in zip(("height", "width"), image[-2:], size, strict=True):
         axis, cell = record.axes.get(str(side)), record.cell

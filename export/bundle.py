@@ -17,8 +17,8 @@ from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, sha256_of, sha256_of_json
-from dipgo.base.layout import Layout
 from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
+from dipgo.base.layout import Layout
 from dipgo.base.records import (
     MOST_CALLS,
     Count,

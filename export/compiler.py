@@ -106,9 +106,7 @@ def write_bundle(
             sampler=subnet.sampler,
             dtype=cast(Any, Dtype.of_torch(traced.dtype).value),
             layout=config.graphs,
-            latent=TensorRecord(
-                name=LATENT, dtype="float32", shape=prepared.sizes.latent
-            ),
+            latent=TensorRecord(name=LATENT, dtype="float32", shape=prepared.sizes.latent),
             axes=prepared.sizes.axes,
             cell=pixels_of_cell(traced.model),
             pixels=traced.model.family.pixels,
@@ -179,7 +177,9 @@ def compile_subnet(
 
 def sampler_of(subnet: SubNet, model: Model) -> Sampler:
     """Return the sampler that a SubNet was searched for, as a table."""
-    return model.at(subnet.sampler.guidance, subnet.sampler.pixels).family.table(scheduler_of(subnet), subnet.sampler.steps)
+    return model.at(subnet.sampler.guidance, subnet.sampler.pixels).family.table(
+        scheduler_of(subnet), subnet.sampler.steps
+    )
 
 
 def scheduler_of(subnet: SubNet) -> Any:

@@ -69,7 +69,9 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
     if module_class is None:
         raise foreign(model, name, library, class_name)
     dtype = component_dtype(model, name, dtype)
-    names = ["_keep_in_fp32_modules_strict"] * (dtype != torch.float32) + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
+    names = ["_keep_in_fp32_modules_strict"] * (dtype != torch.float32) + ["_keep_in_fp32_modules"] * (
+        dtype == torch.float16
+    )
     in_float32 = {part for attribute in names for part in getattr(module_class, attribute, None) or ()}
 
     def dtype_of(parameter: str) -> torch.dtype:

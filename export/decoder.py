@@ -36,12 +36,13 @@ def decoder_to_onnx(
     Raises:
         DipgoError: a folder that is incomplete or damaged, or weights of another model or dtype.
     """
-    if VAE not in components_of(model):
+    to_vae = model.family.to_vae
+    if VAE not in components_of(model) or to_vae is None:
         return None
     vae = empty_component(model, VAE, dtype)
     example = torch.zeros([size if isinstance(size, int) else _EXAMPLE_SIZE for size in latent_shape])
     free = {axis: Dim.AUTO for axis, size in enumerate(latent_shape) if not isinstance(size, int)}
-    what, module = "the VAE decoder", _Decoder(vae, component_dtype(model, VAE, dtype), model.family.to_vae)
+    what, module = "the VAE decoder", _Decoder(vae, component_dtype(model, VAE, dtype), to_vae)
     program = export_module(what, module, [example], (free,) if free else None)
     graph = convert(what, program, ["latent"], ["pixels"], latent_shape)
     bind_component(graph, "vae.", model, vae, weights or own_weights(model, VAE))

@@ -29,15 +29,13 @@ from benchmarks.bench.reference import (
     model_of,
     subnet_of,
 )
-from benchmarks.bench.subjects import Inputs, encodes, inputs_of, latent_shape
+from benchmarks.bench.subjects import Inputs, encodes, inputs_of
 from dipgo.base.progress import Report, silent
 from dipgo.base.records import Record
 from dipgo.eager.gating import gated
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
-from dipgo.model.sampler import tabulate
-from dipgo.model.vae import from_vae
 from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program
@@ -177,7 +175,7 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
     options |= {"guidance_rescale": subnet.sampler.guidance_rescale}
     accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
-    with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe.vae) as latents:
+    with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe) as latents:
         images = pipe(
             inputs,
             guidance_scale=subnet.sampler.guidance_scale,
@@ -193,22 +191,22 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
     """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
     subnet, family = subnet_of(program.bundle), family_of(pipe)
     denoiser = getattr(pipe, family.component)
-    sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
+    sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
-    shape = (len(inputs), *latent_shape(program.record)[1:])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.from_numpy(program.noise(len(inputs), seed))
     conditions = conditions_in(pipe, inputs, guided.guided)
     trajectory = Trajectory(guided, subnet.sites, sampler)
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
         if program.record.decoder is None:
             return latent.numpy(), as_images(latent).numpy()
-        return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
+        return latent.numpy(), decode_latents(pipe, latent).numpy()
 
 
 @contextmanager
-def _decoded(vae: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect the latents that ``vae.decode`` is given, in the scale of the denoiser."""
+def _decoded(pipe: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the latents that the VAE is given, as the denoiser has them."""
+    vae, from_vae = pipe.vae, family_of(pipe).from_vae
     original, latents = vae.decode, []
 
     def decode(latent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

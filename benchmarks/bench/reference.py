@@ -14,10 +14,9 @@ from benchmarks.bench.subjects import IMAGE_SEED, Inputs, inputs_for, latent_sha
 from benchmarks.bench.suite import Suite
 from dipgo.base.errors import DipgoError
 from dipgo.base.progress import Report, silent
-from dipgo.model.families import Conditions, family_of, join
+from dipgo.model.families import Conditions, family_of, join, remember
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
-from dipgo.model.vae import to_vae
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import Task, make_task
 from export.bundle import Bundle, ConditioningRecord
@@ -34,7 +33,9 @@ def model_of(bundle: Bundle, name: str | None = None) -> Model:
     """
     mine = bundle.record.model
     try:
-        model = find_model(name or mine.name, bundle.record.random_weights)
+        sampler = bundle.record.sampler
+        model = find_model(name or mine.name, bundle.record.random_weights, sampler.pixels)
+        model = model.at(sampler.guidance, sampler.pixels)
     except DipgoError as error:
         if name:
             raise
@@ -86,6 +87,7 @@ def cast_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
         if isinstance(module, nn.Module):
             upcast = name == "vae" and family.upcasts_vae(config) and getattr(module.config, "force_upcast", False)
             setattr(cast, name, module if upcast else _cast(module, dtype))
+    remember(cast, family)
     return cast
 
 
@@ -128,8 +130,10 @@ def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRe
     return {each.name: conditions[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
 
 
-def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents ``[n, C, H, W]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
+def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents ``[n, …]`` in the VAE's dtype; gives float32 ``[n, height, width, channels]`` in [0, 1]."""
+    vae, to_vae = pipe.vae, family_of(pipe).to_vae
+    assert to_vae is not None
     return as_images(vae.decode(to_vae(latents, vae.config).to(vae.dtype), return_dict=False)[0].float())
 
 
@@ -150,7 +154,7 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
         progress(f"{steps} steps", start, count, "")
         end = min(start + CHUNK, count)
         with torch.no_grad():
-            conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.guidance_scale > 1)
+            conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.trace.rows > 1)
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
             if bundle.record.decoder is not None:
                 images.append(as_images(task.decode(latents[-1])))

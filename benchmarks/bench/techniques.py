@@ -147,6 +147,7 @@ class TorchSubject(Subject):
         self.pipe.scheduler = self.scheduler = scheduler_of(subnet)
         self.steps_count = subnet.sampler.steps
         self.family = family_of(self.pipe)
+        self.table = self.family.table(self.scheduler, self.steps_count)
         self.position = Position()
         self._reset = TECHNIQUES[spec.technique].apply(self.pipe, self.position)
         denoiser = getattr(self.pipe, self.family.component)
@@ -209,13 +210,13 @@ class TorchSubject(Subject):
         """Run the loop; float32 noise ``[B, C, H, W]`` to the final latents."""
         self._reset()
         scheduler = self.scheduler
-        scheduler.set_timesteps(self.steps_count, device=self.device)
-        latent = noise * scheduler.init_noise_sigma if self.family.scales_noise else noise
+        scheduler.set_timesteps(**self.table.settings, device=self.device)
+        latent, scales = noise * float(self.table.rows[0, 0]), hasattr(scheduler, "scale_model_input")
         with torch.no_grad():
-            for timestep in scheduler.timesteps:
+            for moment, timestep in zip(self.table.timesteps, scheduler.timesteps, strict=True):
                 self.position.timestep = float(timestep)
-                sample = scheduler.scale_model_input(latent, timestep)
-                epsilon = self.guided(sample, timestep.expand(len(sample)), conditions)
+                sample = scheduler.scale_model_input(latent, timestep) if scales else latent
+                epsilon = self.guided(sample, torch.full((len(sample),), moment, device=self.device), conditions)
                 latent = scheduler.step(epsilon, timestep, latent, return_dict=False)[0]
                 if after_step:
                     after_step()
@@ -231,7 +232,7 @@ class TorchSubject(Subject):
 
     def _decoded(self, latents: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
-            return decode_latents(self.pipe.vae, latents).cpu().numpy()
+            return decode_latents(self.pipe, latents).cpu().numpy()
 
 
 def _denoiser(pipe: Any) -> nn.Module:

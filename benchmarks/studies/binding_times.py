@@ -25,7 +25,6 @@ from benchmarks.studies.study import Study, StudyRecord, Words, run
 from dipgo.base.errors import DipgoError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
-from dipgo.model.sampler import tabulate
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.search_record import SearchRecord
 from dipgo.schedule.subnet import make_subnet

@@ -43,26 +43,14 @@ class Layout(Record):
     @property
     def fits(self) -> bool:
         """Whether shapes, parts and order agree."""
-        if sorted(self.order) != list(range(len(self.parts))):
-            return False
-        moved = [self.parts[part] for part in self.order]
-        return _splits(self.before, self.parts) and _splits(self.after, moved)
+        return sorted(self.order) == list(range(len(self.parts))) and prod(self.before) == prod(self.parts) == prod(
+            self.after
+        )
 
     @property
     def idle(self) -> bool:
         """Whether it changes nothing."""
         return self.before == self.after and self.order == sorted(self.order)
-
-
-def _splits(shape: list[int], parts: list[int]) -> bool:
-    """Whether each axis of a shape is a product of parts, in order."""
-    rest = list(parts)
-    for side in shape:
-        while side > 1 and rest and side % rest[0] == 0:
-            side //= rest.pop(0)
-        if side != 1:
-            return False
-    return not any(part > 1 for part in rest)
 
 
 def find_layout(places: np.ndarray, before: tuple[int, ...]) -> Layout | None:

@@ -43,6 +43,13 @@ class ModelIdentity(Record):
     weights_sha256: Line | None
 
 
+class Passes(Record):
+    """How a pipeline makes the two passes of guidance: the order of them, and in how many calls of its denoiser."""
+
+    conditional_first: bool = False
+    calls: int = Field(default=1, ge=1, le=2)
+
+
 class SamplerIdentity(Record):
     """The sampler that the gates belong to, as its diffusers class and configuration."""
 
@@ -52,6 +59,7 @@ class SamplerIdentity(Record):
     timesteps: list[Timestep] = Field(min_length=1, max_length=MOST_CALLS)
     guidance_scale: FiniteFloat
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    passes: Passes = Passes()
     pixels: tuple[int, int] | None = Field(
         default=None, description="height and width of images, where the sampler's table is for one size alone"
     )

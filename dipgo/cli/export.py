@@ -30,7 +30,7 @@ def export(
     from dipgo import api
     from dipgo.model.models import find_model
 
-    source = find_model(model or searched.model.name, random_weights)
+    source = find_model(model or searched.model.name, random_weights, searched.sampler.pixels)
     record = api.export(searched, output, config, model=source, force=force, progress=None)
     if config.max_graphs is not None:
         ratio = load_subnet(output / record.subnet_file).cost.ratio

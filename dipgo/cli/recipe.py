@@ -73,12 +73,13 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
         UsageError, DipgoError: before anything is done where an output exists, else as each step raises it.
     """
     from dipgo import api
+    from dipgo.base.pixels import pixels_of
     from dipgo.base.progress import Progress, is_main
     from dipgo.model.models import find_model
 
     output, bundle = recipe.output, recipe.output / "bundle"
     _check_outputs(recipe, force)
-    model = find_model(recipe.model, recipe.random_weights)
+    model = find_model(recipe.model, recipe.random_weights, pixels_of(recipe.search.size) if recipe.search else None)
     subnet: Any = recipe.subnet
     if recipe.search:
         path = output / ("subnets" if recipe.search.several else "subnet.json")

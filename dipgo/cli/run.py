@@ -10,6 +10,7 @@ from pydantic import Field
 
 from dipgo.base.config import Backend, Config, Seed, Threads
 from dipgo.base.errors import UsageError
+from dipgo.base.pixels import pixels_of
 from dipgo.base.progress import bar
 from dipgo.cli.options import BundleArgument, ForceOption, OutputOption
 
@@ -41,7 +42,7 @@ class RunConfig(Config):
 
         output = _picture(output)
         refuse_existing(output, force)
-        size = _pixels(self.size)
+        size = pixels_of(self.size)
         with load(bundle, self.threads, self.backend) as program:
             pixels = program.generate(
                 self._conditions(bundle, program), self.seed, bar("generate"), self.negative, size
@@ -72,12 +73,3 @@ def _picture(path: Path) -> Path:
     if path.name in ("", ".."):
         raise UsageError(f"-o {path}: names no file; give one, such as out.png")
     return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
-
-
-def _pixels(size: str | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    sides = size.lower().split("x")
-    if not all(side.isascii() and side.isdecimal() and 0 < len(side) < 6 for side in sides) or len(sides) > 2:
-        raise UsageError(f"--size {size}: give pixels, N or HEIGHTxWIDTH, such as 512 or 512x768")
-    return int(sides[0]), int(sides[-1])

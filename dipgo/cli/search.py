@@ -9,6 +9,7 @@ import typer
 from pydantic import Field
 
 from dipgo.base.guidance import guidance_of
+from dipgo.base.pixels import pixels_of
 from dipgo.base.progress import Progress, spinner
 from dipgo.cli.options import ForceOption, ModelArgument, OutputOption, RandomWeightsOption
 from dipgo.searching.config import SearchConfig, TaskConfig
@@ -43,7 +44,7 @@ def search(
         from dipgo.api import search_into
         from dipgo.model.models import find_model
 
-    source = find_model(model, random_weights) if random_weights else model
+    source = find_model(model, random_weights, pixels_of(config.size)) if random_weights else model
     for file, subnet in search_into(output, source, config, force, Progress()):
         typer.echo(subnet_line(file, subnet))
 
@@ -66,6 +67,8 @@ def import_(
     refuse_existing(output, force)
     with spinner("read and trace"):
         guidance = guidance_of(config.guidance, config.guidance_rescale)
-        subnet = import_subnet(file, config.model, config.steps, config.sampler, config.sites, guidance)
+        subnet = import_subnet(
+            file, config.model, config.steps, config.sampler, config.sites, guidance, pixels_of(config.size)
+        )
     save_subnet(subnet, output, force)
     typer.echo(f"SubNet: {output}, {summary(subnet)}")

@@ -68,41 +68,50 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
 
 @contextmanager
 def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
-    """Run ``denoiser`` under ``subnet``: the k-th call within the context is step k of the trajectory.
+    """Run ``denoiser`` under ``subnet``: the calls within the context are the steps of the trajectory, in order.
 
-    The passes of guidance lie in the batch as the class's own pipeline has them. Skipped sites are not executed; they
-    serve their backup. After the last step the count starts again, with empty caches, so one context may hold
-    several trajectories.
+    The passes of guidance lie in the batch as the class's own pipeline has them, or are calls of their own. Skipped
+    sites are not executed; they serve their backup. After the last step the count starts again, with empty caches, so
+    one context may hold several trajectories.
     """
     names = [site.name for site in subnet.sites]
     weights, history = subnet.schedule.tensors(), subnet.schedule.history
-    if any(family.conditional_first for family in FAMILIES if family.denoiser_class == subnet.model.class_name):
+    passes = subnet.sampler.passes
+    registered = [family for family in FAMILIES if family.denoiser_class == subnet.model.class_name]
+    if passes.conditional_first or any(family.conditional_first for family in registered):
         weights = {name: array.flip(2) if array.ndim == 4 else array for name, array in weights.items()}
-    caches: list[list[list[torch.Tensor]]] = [[] for _ in names]  # by site, newest first
-    step = -1
+    caches: list[list[list[list[torch.Tensor]]]] = [[[] for _ in names] for _ in range(passes.calls)]  # newest first
+    call = -1
 
     def begin(module: nn.Module, args: Any) -> None:
-        nonlocal step
-        step = (step + 1) % subnet.calls
-        if step == 0:
-            for cache in caches:
+        nonlocal call
+        call = (call + 1) % (subnet.calls * passes.calls)
+        if call < passes.calls:
+            for cache in caches[call]:
                 cache.clear()
 
     def intercept(site: int, compute: Callable[[], Any]) -> Any:
+        step, number = divmod(call, passes.calls)
+        cache = caches[number][site]
         if subnet.gates[step, site]:
             output = compute()
             tensors, rebuilds[site] = take_apart(output)
-            caches[site].insert(0, tensors)
-            del caches[site][history:]
+            cache.insert(0, tensors)
+            del cache[history:]
             return output
-        outputs = list(zip(*caches[site], strict=True))  # outputs x history
+        outputs = list(zip(*cache, strict=True))  # outputs x history
         if not weights:
             return rebuilds[site]([output[0] for output in outputs])
         served = [
-            combine(output, weights[backup_name(names[site], k)][step], subnet.sites[site].channel_axis)
+            combine(
+                output, of_pass(weights[backup_name(names[site], k)][step], number), subnet.sites[site].channel_axis
+            )
             for k, output in enumerate(outputs)
         ]
         return rebuilds[site](served)
+
+    def of_pass(weight: torch.Tensor, number: int) -> torch.Tensor:
+        return weight[:, number] if weight.ndim == 3 and passes.calls > 1 else weight
 
     rebuilds: dict[int, Rebuild] = {}
     hook = denoiser.register_forward_pre_hook(begin)

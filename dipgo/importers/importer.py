@@ -11,7 +11,7 @@ import numpy as np
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import sha256_of
 from dipgo.base.inputs import parse_json, read_input
-from dipgo.base.records import MOST_CALLS, read_json
+from dipgo.base.records import MOST_CALLS
 from dipgo.importers.deepcache import read_deepcache
 from dipgo.importers.dipgo_gates import read_fact_sheet, read_gates_pickle
 from dipgo.importers.masks import read_step_mask
@@ -77,6 +77,7 @@ def import_subnet(
     sampler: str | None = None,
     sites: str | None = None,
     guidance_scale: float | None = None,
+    pixels: tuple[int, int] | None = None,
 ) -> SubNet:
     """Read a published schedule into a SubNet. No weights are needed.
 
@@ -89,6 +90,7 @@ def import_subnet(
         sampler: alias or class; DDIM for DiP-GO gates.
         sites: granularity or patterns; those that the schedule needs.
         guidance_scale: recorded, and part of the traced graph.
+        pixels: height and width of images, where the timesteps depend on them.
 
     Raises:
         DipgoError, UsageError: a file that is refused, or that does not fit the model, sampler, steps or sites.
@@ -105,11 +107,12 @@ def import_subnet(
     from dipgo.model.models import find_model
     from dipgo.model.sampler import make_scheduler
 
-    own = find_model(name)
-    scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
-    table = own.family.table(scheduler, count)
+    own = find_model(name, pixels=pixels)
     if guidance_scale is None:
         guidance_scale = own.default_guidance
+    own = own.at(guidance_scale, pixels)
+    scheduler = make_scheduler(sampler or published.sampler, own.scheduler)
+    table = own.family.table(scheduler, count)
     try:
         denoiser = own.empty_denoiser()
         traced = trace(own, sites or published.sites(denoiser), guidance_scale)

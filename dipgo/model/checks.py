@@ -13,6 +13,10 @@ from dipgo.model.safetensors_index import Stored
 _LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 _OF_PICTURES = ("image", "mask_image", "control_image", "video", "strength")  # arguments of a pipeline's call
+_OPTIONAL = {  # pictures that a pipeline does without
+    "Flux2Pipeline": ("image",),
+    "Flux2KleinPipeline": ("image",),
+}
 _SUPPORTED = "only text, class and unconditional generation are supported"
 
 
@@ -49,7 +53,9 @@ def check_pipeline_class(class_name: str) -> None:
 
     pipeline = getattr(diffusers, class_name, None)
     arguments = inspect.signature(pipeline.__call__).parameters if pipeline else {}
-    if picture := next((name for name in _OF_PICTURES if name in arguments), None):
+    if picture := next(
+        (name for name in _OF_PICTURES if name in arguments and name not in _OPTIONAL.get(class_name, ())), None
+    ):
         raise UsageError(f"{class_name} starts from pictures ('{picture}'); {_SUPPORTED}")
 
 

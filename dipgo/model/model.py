@@ -16,7 +16,7 @@ from dipgo.base.files import sha256_of_json, sha256_once
 from dipgo.base.records import ModelIdentity, read_json, read_object
 from dipgo.model.checks import component_class, refuse_pickled
 from dipgo.model.empty import empty_module
-from dipgo.model.families import Family
+from dipgo.model.families import Family, remember
 from dipgo.model.prompts import read_prompts
 from dipgo.model.random_weights import randomise
 from dipgo.model.safetensors_index import checkpoint_files, variant_of
@@ -154,6 +154,7 @@ class Model:
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+        remember(pipe, self.family)
         return pipe
 
     def _scheduler(self) -> Any:

@@ -33,11 +33,12 @@ def architectures() -> list[str]:
     return sorted(path.parent.name for path in ARCHITECTURES.glob("*/model_index.json"))
 
 
-def find_model(name: str, random_weights: bool = False) -> Model:
+def find_model(name: str, random_weights: bool = False, pixels: tuple[int, int] | None = None) -> Model:
     """Find MODEL: a built-in name, a local diffusers folder, or a hub id.
 
     Of a hub id the configurations are downloaded and judged before the weights, and of these one variant. An
     architecture is found too: all works on it that needs no weights; with ``random_weights`` the rest as well.
+    ``pixels`` is the height and width of images where a pipeline is observed: its tables may be for one size alone.
     A checkpoint may lie in shards; of variants beside each other (``.fp16.``) the one without a suffix is taken (see
     :attr:`Model.weights_files`).
 
@@ -47,7 +48,7 @@ def find_model(name: str, random_weights: bool = False) -> Model:
             add-on (ControlNet, IP-Adapter, LoRA that is not fused).
     """
     folder = _locate(name)
-    model = _read(name, folder, random_weights)
+    model = _read(name, folder, random_weights, pixels)
     if random_weights or folder.parent == ARCHITECTURES:
         return model
     if folder != Path(name) and folder.parent != BUILT_IN:
@@ -61,7 +62,7 @@ def find_model(name: str, random_weights: bool = False) -> Model:
     return model
 
 
-def _read(name: str, folder: Path, random_weights: bool) -> Model:
+def _read(name: str, folder: Path, random_weights: bool, pixels: tuple[int, int] | None) -> Model:
     """Read a folder's configurations, and refuse what they tell of."""
     index_file = folder / "model_index.json"
     if not index_file.is_file():
@@ -76,7 +77,7 @@ def _read(name: str, folder: Path, random_weights: bool) -> Model:
     try:
         family = registered_family(class_name, component, str(index.get("_class_name")))
         if family is None:
-            return Model(name, folder, observed_family(folder, component), config, random_weights)
+            return Model(name, folder, observed_family(folder, component, pixels), config, random_weights)
         check_latent(index_file, config)
         family.example(config, 1)  # refuses what cannot be conditioned
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 
 from dipgo.base.errors import UsageError, one_line
 from dipgo.base.guidance import rescale_of
-from dipgo.base.records import SamplerIdentity
+from dipgo.base.records import Passes, SamplerIdentity
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -40,11 +40,13 @@ class Sampler:
     Attributes:
         name: class of the diffusers scheduler.
         config: its configuration.
-        steps: what ``set_timesteps`` was given.
+        steps: how many the pipeline is asked for.
         timesteps: ``[calls]``, one per call of the denoiser.
         input_scale: ``[calls]`` float64, what the latent is multiplied by before each call.
         rows: ``[calls + 1, calls + 1]`` float64, the latent after k calls as a combination (module docstring).
+        settings: what ``set_timesteps`` is given.
         pixels: height and width of the images that it is for; None where it is for all.
+        passes: how the pipeline makes the passes of guidance, where that was observed.
     """
 
     name: str
@@ -53,7 +55,9 @@ class Sampler:
     timesteps: tuple[float, ...]
     input_scale: np.ndarray
     rows: np.ndarray
+    settings: Mapping[str, Any] = field(default_factory=dict)
     pixels: tuple[int, int] | None = None
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def calls(self) -> int:
@@ -69,6 +73,7 @@ class Sampler:
             guidance_scale=guidance_scale,
             guidance_rescale=rescale_of(guidance_scale),
             pixels=self.pixels,
+            passes=self.passes,
         )
 
 
@@ -162,7 +167,9 @@ class _Run:
         try:
             self.scheduler.set_timesteps(**self.settings)
         except Exception as error:  # whatever a scheduler may say of its configuration
-            raise UsageError(f"{type(self.scheduler).__name__} refuses {self.steps} steps: {one_line(error)}") from error
+            raise UsageError(
+                f"{type(self.scheduler).__name__} refuses {self.steps} steps: {one_line(error)}"
+            ) from error
         if self.begin is not None:
             self.scheduler.set_begin_index(self.begin)
 
@@ -191,7 +198,9 @@ def _table(run: _Run, scales_noise: bool) -> Sampler:
         )
     with np.errstate(divide="ignore", invalid="ignore"):
         scales = inputs[:, 0] / rows[:-1, 0]
-    return Sampler(name, _plain(scheduler.config), steps, tuple(float(t) for t in timesteps), scales, rows)
+    return Sampler(
+        name, _plain(scheduler.config), steps, tuple(float(t) for t in timesteps), scales, rows, run.settings
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

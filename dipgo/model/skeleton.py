@@ -32,13 +32,13 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     pipeline_class = getattr(diffusers, name, None)
     if not isinstance(pipeline_class, type):
         raise UsageError(f"the installed diffusers has no {name}; install the version that the model was made with")
-    accepted = signature(pipeline_class.__init__).parameters
+    accepted = signature(pipeline_class).parameters
     parts: dict[str, Any] = {}
     for part, value in index.items():
         if part in accepted:
             parts[part] = _component(folder, part, *component_class(index, part)) if isinstance(value, list) else value
     missing = [each for each, option in accepted.items() if each not in parts and option.default is option.empty]
-    parts |= dict.fromkeys(each for each in missing if each not in ("self", "args", "kwargs"))
+    parts |= dict.fromkeys(each for each in missing if each not in ("args", "kwargs"))
     try:
         return pipeline_class(**parts)
     except Exception as error:  # whatever a constructor may raise

@@ -75,6 +75,11 @@ class TaskConfig(Config):
         description="block, branch or layer, or module patterns joined by commas; the family's own by default.",
     )
     guidance: float | None = Field(None, description="Guidance scale; the pipeline's default by default.")
+    size: str | None = Field(
+        None,
+        description="Of images in pixels, SIZE or HEIGHTxWIDTH, where the pipeline's timesteps depend on it (FLUX and "
+        "other flow matching); the pipeline's by default.",
+    )
     guidance_rescale: float = Field(
         0.0,
         ge=0,

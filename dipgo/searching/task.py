@@ -76,8 +76,10 @@ class Task:
 
         Where the pipeline has no VAE the latents are the images.
         """
-        vae = getattr(self.pipe, "vae", None)
-        return latents if vae is None else vae.decode(self.model.family.to_vae(latents, vae.config), return_dict=False)[0]
+        vae, to_vae = getattr(self.pipe, "vae", None), self.model.family.to_vae
+        return (
+            latents if vae is None or to_vae is None else vae.decode(to_vae(latents, vae.config), return_dict=False)[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def make_task(
     guidance_scale: float | None = None,
     device: str = "cpu",
     choices: Choices = ALL_CHOICES,
+    pixels: tuple[int, int] | None = None,
 ) -> Task:
     """Load a model and prepare a search on it.
 
@@ -116,20 +119,21 @@ def make_task(
             family's default.
         guidance_scale: None takes the default of the pipeline's ``__call__``.
         device: where to run, as torch names it.
+        pixels: height and width of images, where a pipeline is observed; None is the model's own.
 
     Raises:
         UsageError, DipgoError: see :func:`~dipgo.model.sampler.tabulate`, :func:`~dipgo.graph.trace.trace` and
             :func:`choices_of`.
     """
     place = _device(device)
+    if guidance_scale is None:
+        guidance_scale = model.default_guidance
+    model = model.at(guidance_scale, pixels)
     pipe = model.pipeline()
     drawn_from = choices_of(model.family, model.labels(), choices.prompts, choices.classes, model.prompts())
     if place.type != "cpu":
         pipe.to(place)
-    if guidance_scale is None:
-        guidance_scale = model.default_guidance
     scheduler = make_scheduler(sampler, model.scheduler)
-    model = model.at(guidance_scale)
     table = model.family.table(scheduler, steps)
     traced = sites if isinstance(sites, Trace) else trace(model, sites, guidance_scale)
     family = model.family

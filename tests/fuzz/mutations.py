@@ -53,7 +53,7 @@ def change_json(rng: Random, document: Any) -> Any:
         case 2:
             del parent[key]
         case 3 if isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-            parent[key] += rng.choice([-1, 1, 1e-3, 10])
+            parent[key] += rng.choice([-1, 1, 1e-3, 10]) if abs(parent[key]) < 2**53 else 1
         case 4 if isinstance(parent, list):
             parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(parent[key]))
         case 4:

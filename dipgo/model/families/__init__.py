@@ -8,6 +8,7 @@ The only place that knows model classes by name. Of a pipeline without an entry 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dipgo.base.errors import UsageError
 from dipgo.model.families.dit import DIT
@@ -16,8 +17,10 @@ from dipgo.model.families.guided import GuidedDenoiser, join
 from dipgo.model.families.observed import family_of_observed, observed_family
 from dipgo.model.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from dipgo.model.families.unet import UNET
+from dipgo.model.observed.observe import Request
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)
+_KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
 COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "latent_size",
     "observed_family",
     "registered_family",
+    "remember",
 ]
 
 
@@ -61,11 +65,19 @@ def family_of(pipe: Any) -> Family:
     Raises:
         UsageError: see :func:`component_of`; a pipeline whose loop is none that can be made again.
     """
+    if pipe in _KNOWN:
+        return _KNOWN[pipe]
     component = component_of(pipe)
     denoiser = getattr(pipe, component)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     family = registered_family(type(denoiser).__name__, component, _loop_of(pipe))
-    return family or family_of_observed(pipe, component)
+    return remember(pipe, family or family_of_observed(pipe, component, Request()))
+
+
+def remember(pipe: Any, family: Family) -> Family:
+    """Return ``family``, which :func:`family_of` then has for a pipeline."""
+    _KNOWN[pipe] = family
+    return family
 
 
 def _loop_of(pipe: Any) -> str:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
 from dipgo.model.sampler import Sampler, tabulate
-from dipgo.model.vae import to_vae
+from dipgo.model.vae import from_vae, to_vae
 
 Conditions = dict[str, torch.Tensor]
 
@@ -94,7 +95,8 @@ class Family:
         guide: ``(unconditional output, conditional output, guidance scale) -> guided output``.
         latent: ``denoiser config -> shape of a latent``, without the batch.
         noise: how drawn noise becomes the latent; None as it is.
-        to_vae: ``(latents, VAE's config) -> what the VAE decodes``.
+        to_vae: ``(latents, VAE's config) -> what the VAE decodes``; None where nothing is decoded.
+        from_vae: the way back.
         under: ``(guidance scale, height and width in pixels, or None) -> the family there``; None where it is the same
             everywhere.
         scale: the guidance scale that it was observed at; None where it is the same at all.
@@ -125,7 +127,8 @@ class Family:
         default=lambda config: (config["in_channels"], *latent_size(config))
     )
     noise: Layout | None = None
-    to_vae: Callable[[torch.Tensor, Any], torch.Tensor] = field(default=to_vae)
+    to_vae: Callable[[torch.Tensor, Any], torch.Tensor] | None = field(default=to_vae)
+    from_vae: Callable[[torch.Tensor, Any], torch.Tensor] = field(default=from_vae)
     under: Callable[[float, tuple[int, int] | None], Family] | None = None
     scale: float | None = None
     fixed: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -137,7 +140,13 @@ class Family:
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
 
     def at(self, scale: float, pixels: tuple[int, int] | None = None) -> Family:
-        """Return the family at a guidance scale and a size of images, which may be no other at all."""
+        """Return the family at a guidance scale and a size of images in pixels.
+
+        Raises:
+            UsageError: a size for a family whose schedules serve every size.
+        """
+        if self.under is None and pixels:
+            raise UsageError("--size: a schedule of this model serves images of all sizes; give it to the export")
         return self.under(scale, pixels or self.pixels) if self.under else self
 
     def conditions(self, pipe: Any, given: Sequence[Any]) -> tuple[Conditions, Conditions]:

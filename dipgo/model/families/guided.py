@@ -32,7 +32,8 @@ class GuidedDenoiser(nn.Module):
         output = self.call(self.denoiser, sample, moment, conditions)[:, : latent.shape[1]]
         if not self.guided:
             return output
-        return self.guide(*output.chunk(2), self.guidance_scale)
+        unconditional, conditional = output.chunk(2)
+        return self.guide(unconditional, conditional, self.guidance_scale)
 
 
 def join(unconditional: Conditions, conditional: Conditions, guided: bool) -> Conditions:
@@ -40,4 +41,3 @@ def join(unconditional: Conditions, conditional: Conditions, guided: bool) -> Co
     if not guided:
         return conditional
     return {name: torch.cat([unconditional[name], conditional[name]]) for name in conditional}
-

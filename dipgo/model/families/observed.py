@@ -21,19 +21,20 @@ from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
 
 
-def observed_family(folder: Path, component: str) -> Family:
+def observed_family(folder: Path, component: str, pixels: tuple[int, int] | None = None) -> Family:
     """Return the family of the pipeline in a folder, whose weights are not read.
 
-    It is for the pipeline's own size and guidance; for others see :meth:`~.family.Family.at`.
+    It is for the pipeline's own guidance, and its own size where ``pixels`` says no other; for further ones see
+    :meth:`~.family.Family.at`.
 
     Raises:
         UsageError: the pipeline cannot be run, or its loop is none that can be made again.
     """
     pipe = _skeleton(folder, (folder / "model_index.json").stat().st_mtime_ns)
-    return family_of_observed(pipe, component)
+    return family_of_observed(pipe, component, Request(size=pixels))
 
 
-def family_of_observed(pipe: Any, component: str, request: Request = Request()) -> Family:
+def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
     """Return the family of a pipeline as :func:`~dipgo.model.observed.observe.observe` sees it.
 
     Raises:
@@ -62,6 +63,10 @@ def family_of_observed(pipe: Any, component: str, request: Request = Request()) 
     def tabulated(scheduler: Any, steps: int) -> Sampler:
         return seen.tabulate(pipe, scheduler, steps)
 
+    def decode(latents: torch.Tensor, config: Any) -> torch.Tensor:
+        assert seen.decoding is not None
+        return seen.decoding(latents)
+
     return Family(
         denoiser_class=denoiser_class,
         pipelines=(),
@@ -77,7 +82,8 @@ def family_of_observed(pipe: Any, component: str, request: Request = Request()) 
         guide=seen.guide.combine,
         latent=lambda config: seen.latent,
         noise=seen.noise,
-        to_vae=lambda latents, config: seen.decoding(latents) if seen.decoding else latents,
+        to_vae=decode if seen.decoding else None,
+        from_vae=lambda values, config: seen.decoding.inverse(values) if seen.decoding else values,
         under=lambda scale, pixels: family_of_observed(pipe, component, Request(scale, pixels)),
         scale=seen.guidance,
         fixed=seen.fixed,

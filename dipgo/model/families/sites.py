@@ -12,7 +12,11 @@ Sites = Mapping[str, tuple[str, ...]]
 def _transformer(*kinds: str, layers: tuple[str, ...], output: str = "proj_out") -> Sites:
     """Return the sites of a transformer whose blocks lie in the lists ``kinds``; ``output`` ends every call."""
     blocks = tuple(f"{kind}.*" for kind in kinds)
-    return {"block": blocks, "branch": blocks, "layer": (*(f"{kind}.*.{layer}" for kind in kinds for layer in layers), output)}
+    return {
+        "block": blocks,
+        "branch": blocks,
+        "layer": (*(f"{kind}.*.{layer}" for kind in kinds for layer in layers), output),
+    }
 
 
 def sites_of_lists(denoiser: nn.Module) -> Sites:
@@ -26,9 +30,11 @@ _STREAMS = ("attn", "ff", "ff_context")  # of double blocks: joint attention, an
 _FLUX = _transformer("transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS, "attn|proj_mlp|proj_out"))
 
 OBSERVED: Mapping[str, Sites] = {
-    "AuraFlowTransformer2DModel": _transformer("joint_transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS,)),
+    "AuraFlowTransformer2DModel": _transformer(
+        "joint_transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS,)
+    ),
     "ChromaTransformer2DModel": _FLUX,
-    "CogView4Transformer2DModel": _transformer("transformer_blocks", layers=("attn1", "ff")),
+    "CogView4Transformer2DModel": _transformer("transformer_blocks", layers=("attn1",)),
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _transformer("transformer_blocks", "single_transformer_blocks", layers=_STREAMS),
     "HunyuanDiT2DModel": _transformer("blocks", layers=("attn1", "attn2", "ff")),

@@ -10,6 +10,7 @@ import torch
 
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
+from dipgo.base.records import Passes
 
 _RESIDUAL = 1e-4  # relative, of an output in float32
 
@@ -32,6 +33,11 @@ class Guide:
     offset: float = 0.0
     batched: bool = False
     conditional: int = 0
+
+    @property
+    def record(self) -> Passes:
+        separate = self.kind != "none" and not self.batched
+        return Passes(conditional_first=self.kind != "none" and self.conditional == 0, calls=2 if separate else 1)
 
     @property
     def passes(self) -> int:

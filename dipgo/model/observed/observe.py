@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.layout import Layout, find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
-from dipgo.model.observed.template import Condition, Template, Views, names_of, roles_of, same
+from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
 from dipgo.model.observed.watch import Log, Watch, first_of, watch
 from dipgo.model.sampler import Sampler, tabulate
 
@@ -54,7 +54,6 @@ class Request:
             "num_inference_steps": self.steps,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
-            "use_resolution_binning": False,
         }
         if self.size:
             given |= {"height": self.size[0], "width": self.size[1]}
@@ -77,6 +76,10 @@ class Decoding:
     def __call__(self, latent: torch.Tensor) -> torch.Tensor:
         moved = self.layout(latent)
         return moved * self.scale.to(moved) + self.shift.to(moved)
+
+    def inverse(self, given: torch.Tensor) -> torch.Tensor:
+        """Return the latent of what the VAE is given."""
+        return self.layout.inverse((given - self.shift.to(given)) / self.scale.to(given))
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Observation:
             raise UsageError(f"{type(pipe).__name__} makes {len(log.steps)} of {table.calls} steps; not supported")
         moments = [_moment(self.template, log.calls_of(step)[0].arguments) for step in range(table.calls)]
         self._compare(pipe, replace(table, timesteps=tuple(moments)), log)
-        return replace(table, timesteps=tuple(moments), pixels=self.size)
+        return replace(table, timesteps=tuple(moments), pixels=self.size, passes=self.guide.record)
 
     def _compare(self, pipe: Any, table: Sampler, log: Log) -> None:
         """Make all steps again by the table, the template and the guide, and compare the latents."""
@@ -149,7 +152,10 @@ class Observation:
     def guided(self, output: torch.Tensor, scale: float) -> torch.Tensor:
         """Return what the scheduler is given, of the denoiser's output for all rows, the unconditional ones first."""
         output = self.guide.sign * output
-        return output if self.guide.passes == 1 else self.guide.combine(*output.chunk(2), scale)
+        if self.guide.passes == 1:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return self.guide.combine(unconditional, conditional, scale)
 
 
 def guidance_argument(pipe: Any, component: str) -> str:
@@ -157,15 +163,30 @@ def guidance_argument(pipe: Any, component: str) -> str:
     options = signature(type(pipe).__call__).parameters
     embedded = getattr(getattr(pipe, component).config, "guidance_embeds", False)
     true = options.get("true_cfg_scale")
-    return "true_cfg_scale" if true is not None and true.default and true.default > 1 and not embedded else "guidance_scale"
+    return (
+        "true_cfg_scale"
+        if true is not None and true.default and true.default > 1 and not embedded
+        else "guidance_scale"
+    )
 
 
-def observe(pipe: Any, component: str, request: Request = Request()) -> Observation:
+def observe(pipe: Any, component: str, request: Request) -> Observation:
     """Observe a pipeline with its own scheduler.
 
     Raises:
         UsageError: it cannot be run, or its loop is none that can be made again, with the reason.
     """
+    try:
+        return _observe(pipe, component, request)
+    except DipgoError:
+        raise
+    except Exception as error:  # whatever inputs of unknown kinds may lead to
+        raise UsageError(
+            f"{type(pipe).__name__} is not supported: it cannot be observed ({one_line(error)})"
+        ) from error
+
+
+def _observe(pipe: Any, component: str, request: Request) -> Observation:
     name = type(pipe).__name__
     if request.guidance is None:
         option = signature(type(pipe).__call__).parameters.get(guidance_argument(pipe, component))
@@ -207,9 +228,7 @@ def observe(pipe: Any, component: str, request: Request = Request()) -> Observat
             both=_leaves(both.calls[0], None),
             latents=[step.latent for step in first.steps],
         )
-        template = Template(
-            pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, 2 if guide.batched else 1)
-        )
+        template = Template(pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, 2 if guide.batched else 1))
     except UsageError as error:
         raise UsageError(f"{name} is not supported: {error}") from error
     noise, scales = _noise(pipe, request, component, first)
@@ -249,7 +268,9 @@ def conditions_of(
     for name, value in made.items():
         expected = [passes * len(prompts), *observation.conditions[name].shape[1:]]
         if list(value.shape) != expected:
-            raise UsageError(f"{type(pipe).__name__} makes '{name}' {list(value.shape)} of these prompts, not {expected}")
+            raise UsageError(
+                f"{type(pipe).__name__} makes '{name}' {list(value.shape)} of these prompts, not {expected}"
+            )
     return made
 
 
@@ -260,7 +281,11 @@ def _joined(
     guide = observation.guide
     if guide.passes == 1:
         return dict(calls[0])
-    both = [{name: value.chunk(2)[half] for name, value in calls[0].items()} for half in (0, 1)] if guide.batched else calls
+    both = (
+        [{name: value.chunk(2)[half] for name, value in calls[0].items()} for half in (0, 1)]
+        if guide.batched
+        else calls
+    )
     order = (1 - guide.conditional, guide.conditional)
     return {name: torch.cat([both[each][name] for each in order]) for name in both[0]}
 
@@ -278,7 +303,11 @@ def _moment(template: Template, arguments: Mapping[str, Any]) -> float:
 
     leaves = pytree.tree_flatten(dict(arguments))[0]
     return next(
-        (float(leaf.flatten()[0]) for role, leaf in zip(template.roles, leaves, strict=True) if isinstance(role, Moment)),
+        (
+            float(leaf.flatten()[0])
+            for role, leaf in zip(template.roles, leaves, strict=True)
+            if isinstance(role, Moment)
+        ),
         0.0,
     )
 
@@ -326,7 +355,15 @@ def _decoding(
     if layout is None:
         raise UsageError(f"{type(pipe).__name__} decodes its latents in a way of its own; not supported")
     images = first_of(output_like(pipe.vae.decode, (shift,), {"return_dict": False}))
-    return Decoding(layout, _by_channel(scale), _by_channel(shift.double())), tuple(images.shape[-2:])
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    if request.size and request.size != size:
+        raise UsageError(
+            f"{type(pipe).__name__} makes images of {size[0]}x{size[1]} where {request.size[0]}x{request.size[1]} are "
+            f"asked for, and resizes them; give --size {size[0]}x{size[1]}"
+        )
+    if shift.ndim != 4:  # frames, which no bundle decodes
+        return None, size
+    return Decoding(layout, _by_channel(scale), _by_channel(shift.double())), size
 
 
 def _by_channel(values: torch.Tensor) -> torch.Tensor:

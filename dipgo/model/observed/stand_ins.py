@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 
@@ -33,9 +33,10 @@ def denoiser_stand_in(denoiser: nn.Module) -> Iterator[None]:
 
 def text_stand_in(encoder: nn.Module) -> None:
     """Replace a text encoder's ``forward`` for good: hidden states of the right shapes that depend on the tokens."""
-    config = encoder.config.get_text_config() if hasattr(encoder.config, "get_text_config") else encoder.config
+    config: Any = encoder.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None) or config.d_model
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 1)
+    layers: int = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 1)
     projected = getattr(config, "projection_dim", width) if "WithProjection" in type(encoder).__name__ else None
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +47,9 @@ def text_stand_in(encoder: nn.Module) -> None:
         hidden = torch.sin(input_ids[..., None].float() * 0.37 + torch.arange(width, device=input_ids.device) * 0.11)
         states = (hidden,) * (layers + 1)
         if projected is None:
-            return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden.mean(1), hidden_states=states)
+            return BaseModelOutputWithPooling(
+                last_hidden_state=hidden, pooler_output=hidden.mean(1), hidden_states=states
+            )
         return CLIPTextModelOutput(
             text_embeds=_mixed(hidden.mean(1), (projected,), "pooled"), last_hidden_state=hidden, hidden_states=states
         )
@@ -64,7 +67,10 @@ def _denoise(denoiser: nn.Module) -> Callable[..., Any]:
         del arguments["self"]
         key = pytree.tree_map_only(torch.Tensor, lambda value: (tuple(value.shape), value.dtype), (args, kwargs))
         if str(key) not in shapes:
-            shapes[str(key)] = output_like(original, args, kwargs)
+            try:
+                shapes[str(key)] = output_like(original, args, kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException):  # it goes by values: guess
+                shapes[str(key)] = (next(value for value in arguments.values() if isinstance(value, torch.Tensor)),)
         inputs = [
             (pytree.keystr(path), value)
             for path, value in pytree.tree_flatten_with_path(arguments)[0]

@@ -83,7 +83,9 @@ class Template:
             if isinstance(role, Condition):
                 conditions[role.name] = leaf
             elif isinstance(role, Constant) and not _is_constant(leaf, role):
-                raise UsageError(f"the pipeline passes another '{name}' for these prompts than for others; not supported")
+                raise UsageError(
+                    f"the pipeline passes another '{name}' for these prompts than for others; not supported"
+                )
         return conditions
 
 
@@ -167,7 +169,11 @@ def _is_constant(leaf: Any, role: Constant) -> bool:
         value = value.expand(len(leaf), *value.shape[1:])
     if leaf.shape != value.shape:
         return False
-    return torch.allclose(leaf.cpu().float(), value.float(), rtol=2.0**-7) if leaf.is_floating_point() else same(leaf.cpu(), value)
+    return (
+        torch.allclose(leaf.cpu().float(), value.float(), rtol=2.0**-7)
+        if leaf.is_floating_point()
+        else same(leaf.cpu(), value)
+    )
 
 
 def same(one: Any, other: Any) -> bool:

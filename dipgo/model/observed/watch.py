@@ -121,7 +121,9 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
 
 def plain(value: Any) -> Any:
     """Return a copy of nested values whose tensors are their own."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else _copied(leaf), value)
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else _copied(leaf), value
+    )
 
 
 def first_of(output: Any) -> Any:
@@ -183,7 +185,12 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
         other = how.result(result)
         return (other,) if isinstance(output, tuple) else type(output)(prev_sample=other)
 
-    wrappers = {"set_timesteps": set_timesteps, "set_begin_index": begin, "scale_model_input": scale, "step": step}
+    wrappers: dict[str, Any] = {
+        "set_timesteps": set_timesteps,
+        "set_begin_index": begin,
+        "scale_model_input": scale,
+        "step": step,
+    }
     with ExitStack() as stack:
         for name, wrapper in wrappers.items():
             original = getattr(scheduler, name, None)
