@@ -193,8 +193,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
 
     profile = None if config.cost in ("macs", "latency") else read_profile(Path(config.cost))
     starts = [load_subnet(file) for file in config.start]
-    pixels = pixels_of(config.size)
-    source = _model_of(model, pixels)
+    source = _model_of(model, pixels_of(config.size))
     with show.spinner("load and trace"):
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -206,7 +205,6 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
             guidance_of(config.guidance, config.guidance_rescale),
             device=config.device,
             choices=Choices(config.prompts, config.classes),
-            pixels=pixels,
         )
 
     def measured() -> LatencyProfile:
@@ -230,4 +228,6 @@ def _options(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
 def _model_of(model: str | Model, pixels: tuple[int, int] | None = None) -> Model:
     from dipgo.model.models import find_model
 
-    return find_model(model, pixels=pixels) if isinstance(model, str) else model
+    if isinstance(model, str):
+        return find_model(model, pixels=pixels)
+    return model.at(model.default_guidance, pixels) if pixels else model

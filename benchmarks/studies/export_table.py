@@ -90,7 +90,6 @@ def subnet_of(model: Model) -> SubNet:
         return replace(load_subnet(PUBLISHED), model=model.identity())
     import diffusers
 
-    index = json.loads((model.folder / "model_index.json").read_text())
     scale = model.default_guidance
     traced = trace(model, "block", scale)
     sampler = tabulate(make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=False)), STEPS)

@@ -108,7 +108,6 @@ def make_task(
     guidance_scale: float | None = None,
     device: str = "cpu",
     choices: Choices = ALL_CHOICES,
-    pixels: tuple[int, int] | None = None,
 ) -> Task:
     """Load a model and prepare a search on it.
 
@@ -119,7 +118,6 @@ def make_task(
             family's default.
         guidance_scale: None takes the default of the pipeline's ``__call__``.
         device: where to run, as torch names it.
-        pixels: height and width of images, where a pipeline is observed; None is the model's own.
 
     Raises:
         UsageError, DipgoError: see :func:`~dipgo.model.sampler.tabulate`, :func:`~dipgo.graph.trace.trace` and
@@ -128,7 +126,7 @@ def make_task(
     place = _device(device)
     if guidance_scale is None:
         guidance_scale = model.default_guidance
-    model = model.at(guidance_scale, pixels)
+    model = model.at(guidance_scale)
     pipe = model.pipeline()
     drawn_from = choices_of(model.family, model.labels(), choices.prompts, choices.classes, model.prompts())
     if place.type != "cpu":

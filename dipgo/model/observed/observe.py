@@ -1,9 +1,9 @@
 """Observe a pipeline: run it a few times around stand-ins, and tell what its loop does.
 
-It runs at two prompts, two seeds, two guidance scales and on two images at once; what an argument of the denoiser changes
-with says what it is (:mod:`~dipgo.model.observed.template`). How calls become what the scheduler is given is fitted
-(:mod:`~dipgo.model.observed.guide`), and the scheduler is replayed as a table. In the end all of that is put together again
-and compared with the latents that the pipeline itself had: what does not reproduce is refused.
+It runs at two prompts, two seeds, two guidance scales and on two images at once; what an argument of the denoiser
+changes with says what it is (:mod:`~dipgo.model.observed.template`). How calls become what the scheduler is given is
+fitted (:mod:`~dipgo.model.observed.guide`), and the scheduler is replayed as a table. In the end all of that is put
+together again and compared with the latents that the pipeline itself had: what does not reproduce is refused.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Observation:
 
 
 def guidance_argument(pipe: Any, component: str) -> str:
-    """Return the argument that guidance is by: ``true_cfg_scale`` where a pipeline has it and its denoiser takes none."""
+    """Return the argument that guidance is by: ``true_cfg_scale`` where there is one, and the denoiser takes none."""
     options = signature(type(pipe).__call__).parameters
     embedded = getattr(getattr(pipe, component).config, "guidance_embeds", False)
     true = options.get("true_cfg_scale")

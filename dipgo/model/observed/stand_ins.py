@@ -1,7 +1,7 @@
 """Stand-ins for networks, which take no time and no memory: around them a pipeline's loop is the same.
 
-A stand-in's output depends on every input, row by row, and is always the same for the same ones: so what a pipeline does
-with inputs and outputs can be told from what it makes of them.
+A stand-in's output depends on every input, row by row, and is always the same for the same ones: so what a pipeline
+does with inputs and outputs can be told from what it makes of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def text_stand_in(encoder: nn.Module) -> None:
     config: Any = encoder.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None) or config.d_model
-    layers: int = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 1)
+    layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 1))
     projected = getattr(config, "projection_dim", width) if "WithProjection" in type(encoder).__name__ else None
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -187,7 +187,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def names_of(arguments: Mapping[str, Any]) -> list[str]:
-    """Return a name for each flattened argument: the last word of its path, or the whole path where that is not one's."""
+    """Return a name for each flattened argument: the last word of its path, or the path where others have the same."""
     paths = [path for path, _ in pytree.tree_flatten_with_path(dict(arguments))[0]]
     words = [[str(getattr(key, "key", getattr(key, "idx", key))) for key in path] for path in paths]
     last = [next((word for word in reversed(path) if not word.isdecimal()), path[-1]) for path in words]

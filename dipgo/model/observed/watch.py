@@ -23,7 +23,7 @@ Draw = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the denoiser: its arguments by name, its first output, and the number of the step that it is part of."""
+    """A call of the denoiser: its arguments by name, its first output, and the number of its step."""
 
     arguments: dict[str, Any]
     output: Any
