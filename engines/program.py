@@ -114,6 +114,7 @@ class Program:
         if not all(isinstance(prompt, str | Each) for prompt in subjects):
             raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
         rows = self._text(cast(Sequence[Text], subjects), negative, conditioning.guided, clip_skip)
+        rows |= self.fixed_conditions((1 + conditioning.guided) * len(subjects))
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
@@ -123,6 +124,17 @@ class Program:
                 self.record, rows[tensor.name].astype(Dtype(tensor.dtype).numpy), f"'{tensor.name}' of the prompt"
             )
             for tensor in conditioning.inputs
+        }
+
+    def fixed_conditions(self, rows: int) -> dict[str, np.ndarray]:
+        """Return the conditions that are the same for all prompts, ``rows`` of each."""
+        fixed, inputs = self.record.conditioning.fixed, self.record.conditioning.inputs
+        return {
+            tensor.name: np.tile(np.array(fixed[tensor.name], np.float32), rows)
+            .reshape(rows, *(int(side) for side in tensor.shape[1:]))
+            .astype(Dtype(tensor.dtype).numpy)
+            for tensor in inputs
+            if tensor.name in fixed
         }
 
     @property

@@ -122,7 +122,7 @@ class SolverRecord(Record):
 class TokenizerRecord(Record):
     """A tokenizer (file of the ``tokenizers`` library) and the inputs of the text graph that it fills.
 
-    Every prompt is cut and padded to ``length`` tokens. ``expands`` has the tokens that stand for several vectors of a
+    Every prompt is put between ``before`` and ``after``, then cut and padded to ``length`` tokens, on one ``side``. ``expands`` has the tokens that stand for several vectors of a
     textual inversion, and what they are replaced by.
     """
 
@@ -133,6 +133,9 @@ class TokenizerRecord(Record):
     pad_token: Line
     pad_id: int = Field(ge=0, lt=2**31)
     expands: dict[Line, str] = Field(default_factory=dict)
+    before: str = Field(default="", max_length=100_000)
+    after: str = Field(default="", max_length=100_000)
+    side: Literal["right", "left"] = "right"
 
 
 class TextRecord(Record):
@@ -166,6 +169,9 @@ class ConditioningRecord(Record):
     null_class: Class | None = None
     labels: dict[Line, Class] = Field(default_factory=dict)
     prompts: list[Line] = Field(default_factory=list)
+    fixed: dict[Line, list[FiniteFloat]] = Field(
+        default_factory=dict, description="conditions that are the same for all prompts: one row each, flat"
+    )
     encoder: TextRecord | None = None
 
 

@@ -106,6 +106,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         null_class=model.family.null_class,
         labels=model.labels(),
         prompts=_some(model.prompts()),
+        fixed={name: value.flatten().tolist() for name, value in model.family.fixed.items()},
         encoder=encoder,
     )
     names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
+from math import prod
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +44,7 @@ def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signa
         program.launches(),
         program.conditions(),
         program.prompts(),
+        program.fixed(),
         program.images(),
     )
     try:
@@ -240,11 +243,19 @@ class _Program:
                 yield f"the text encoder's '{name}' is not of the shape of what it stands for"
         row_shapes |= {name: [(len(row),)] * corners for name, row in encoder.fixed.items()}
         for name, value in self.inputs.items():
+            if name in self.record.conditioning.fixed:
+                continue
             if row_shapes.get(name) != [shape[1:] for shape in value.shapes]:
                 yield f"the text encoder does not give the condition '{name}'"
         for name, sizes in encoder.sized.items():
             if len(sizes) != len(encoder.fixed.get(name, ())):
                 yield f"'sized' has another length than 'fixed' for '{name}'"
+
+    def fixed(self) -> Problems:
+        for name, row in self.record.conditioning.fixed.items():
+            value = self.inputs.get(name)
+            if value is None or any(prod(shape[1:]) != len(row) for shape in value.shapes):
+                yield f"'fixed' has no row of the condition '{name}'"
 
     def images(self) -> Problems:
         decoder, cell = self.record.decoder, self.record.cell

@@ -52,12 +52,14 @@ def text_to_onnx(
     pairs = [tokenizer_of(model, prompting, name, number) for number, name in enumerate(names)]
     tokenizers = [record for record, _ in pairs]
     module = _Text([empty_component(model, name, dtype) for name in names], prompting, tokenizers, dtype)
-    shape = (rows, prompting.tokens)
     what = "the text encoder"
-    program = export_module(what, module, [torch.ones(shape, dtype=torch.int64) for _ in module.inputs])
+    program = export_module(
+        what, module, [torch.ones((rows, length), dtype=torch.int64) for length in module.lengths]
+    )
     skips = prompting.skips([encoder.config for encoder in module.encoders])
     outputs = [*prompting.conditions, *(f"{prompting.conditions[0]}.{skip + 1}" for skip in range(skips))]
-    graph = convert(what, program, module.inputs, outputs, shape)
+    graph = convert(what, program, module.inputs, outputs, (rows, module.lengths[0]))
+    tokenizers = _without_idle_masks(graph, tokenizers)
     for number, name in enumerate(names):
         own = weights[name] if weights is not None else own_weights(model, name)
         bind_component(graph, f"encoders.{number}.", model, module.encoders[number], own)
@@ -69,12 +71,24 @@ def text_to_onnx(
         tokenizers=tokenizers,
         inputs=[tensor_record(value) for value in graph.graph.inputs],
         outputs=[tensor_record(value) for value in graph.graph.outputs],
-        unconditional="zeros" if prompting.zeros and index.get(prompting.zeros) else "encoded",
+        unconditional="zeros"
+        if prompting.always_zeros or prompting.zeros and index.get(prompting.zeros)
+        else "encoded",
         lower=prompting.lower,
-        fixed=_fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config)),
+        fixed={}
+        if model.family.under
+        else _fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config)),
         sized=_sized(model, prompting, sizes) if sizes and sizes.axes else {},
     )
     return graph, record, {record.file: content for record, content in pairs}
+
+
+def _without_idle_masks(graph: ir.Model, tokenizers: Sequence[TokenizerRecord]) -> list[TokenizerRecord]:
+    """Take masks that no encoder reads out of the graph's inputs, and out of the records."""
+    idle = {value.name for value in graph.graph.inputs if not value.uses()} & {each.mask for each in tokenizers}
+    for value in [value for value in graph.graph.inputs if value.name in idle]:
+        graph.graph.inputs.remove(value)
+    return [each.model_copy(update={"mask": None}) if each.mask in idle else each for each in tokenizers]
 
 
 class _Text(nn.Module):
@@ -92,6 +106,7 @@ class _Text(nn.Module):
         self.prompting = prompting
         self.ids = [record.ids for record in records]
         self.masks = [record.mask for record in records]
+        self.lengths = [record.length for record in (*records, *(record for record in records if record.mask))]
         self.dtype = dtype
 
     @property

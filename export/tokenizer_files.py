@@ -22,6 +22,8 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
     """Return the record and the file of an encoder's tokenizer, the pipeline's ``number``-th."""
     name = prompting.tokenizers[prompting.encoders.index(encoder)]
     tokenizer = _load_tokenizer(model, name)
+    place = prompting.encoders.index(encoder)
+    length = prompting.lengths[place] if prompting.lengths else prompting.tokens
     if prompting.own_length and tokenizer.model_max_length != prompting.tokens:
         raise DipgoError(
             f"{model.folder / name}: cuts prompts at {tokenizer.model_max_length} tokens, not at {prompting.tokens}; "
@@ -32,10 +34,13 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
         file=f"{name}.json",
         ids=f"input_ids{suffix}",
         mask=f"attention_mask{suffix}" if prompting.masked(component_config(model, encoder)) else None,
-        length=prompting.tokens,
+        length=length,
         pad_token=tokenizer.pad_token,
         pad_id=tokenizer.pad_token_id,
         expands=_expands(tokenizer) if prompting.own_length else {},
+        before=prompting.before[place] if prompting.before else "",
+        after=prompting.after[place] if prompting.after else "",
+        side=tokenizer.padding_side,
     )
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -43,7 +48,7 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
     content = backend.to_str()
     alone = Tokenizer.from_str(content)
     alone.enable_truncation(record.length)
-    alone.enable_padding(length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
+    alone.enable_padding(direction=record.side, length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
     for probe in (*_PROBES, *(f"a {token} b" for token in tokenizer.added_tokens_encoder)):
         expected = tokenizer(probe, padding="max_length", max_length=record.length, truncation=True).input_ids
         if alone.encode(probe).ids != expected:

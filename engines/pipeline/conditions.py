@@ -20,6 +20,7 @@ from export.axes import sizes_at
 EMBEDDINGS = {
     "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),
     "encoder_attention_mask": ("negative_prompt_attention_mask", "prompt_attention_mask"),
+    "pooled_projections": ("negative_pooled_prompt_embeds", "pooled_prompt_embeds"),
     "text_embeds": ("negative_pooled_prompt_embeds", "pooled_prompt_embeds"),
 }
 """The arguments of diffusers pipelines, unconditional and conditional, that a denoiser's conditions are made of."""
@@ -168,7 +169,7 @@ def _from_embeddings(
     conditions: dict[str, np.ndarray] = {}
     names: list[str] = []
     for tensor in conditioning.inputs:
-        if tensor.name in constants:
+        if tensor.name in constants or tensor.name in conditioning.fixed:
             continue
         if tensor.name not in EMBEDDINGS:
             raise UsageError(f"the bundle takes '{tensor.name}' and holds no text encoder; use Program.denoise")
@@ -189,4 +190,5 @@ def _from_embeddings(
     counts = sorted({len(value) for value in conditions.values()})
     if len(counts) > 1:
         raise UsageError(f"embeddings are of {' and '.join(map(str, counts))} rows")
+    conditions |= program.fixed_conditions(counts[0])
     return conditions | {name: np.tile(np.asarray(row, np.float32), (counts[0], 1)) for name, row in constants.items()}

@@ -46,9 +46,12 @@ class Prompting:
         encode: ``(encoders, token ids [B, tokens] of each, attention mask [B, tokens] or None of each) -> values`` of
             :attr:`conditions`, then of the first of them with the last layer skipped, the last two, … (``clip_skip``).
         skips: ``configurations of the encoders -> how many layers may be skipped``.
+        lengths: of each tokenizer, where they differ.
+        before, after: what stands around the prompt in the text that each tokenizer is given.
         own_length: whether prompts are cut to the tokenizer's own ``model_max_length``, which must be :attr:`tokens`.
         masked: ``text encoder's config -> whether it is given an attention mask``.
         lower: whether prompts are stripped and lower-cased first.
+        always_zeros: whether zeros stand for no prompt in any case.
         zeros: entry of ``model_index.json`` by which zeros stand for no prompt, not the empty prompt's encoding.
         fixed: ``(denoiser config, pixels a side of the latent's cell) -> conditions, one row``, which do not depend on
             the prompt.
@@ -63,9 +66,13 @@ class Prompting:
         [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
     ]
     skips: Callable[[Sequence[Any]], int] = field(default=lambda configs: 0)
+    lengths: tuple[int, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     own_length: bool = False
     masked: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
     lower: bool = False
+    always_zeros: bool = False
     zeros: str | None = None
     fixed: Callable[[Mapping[str, Any], int], Conditions] = field(default=lambda config, vae_scale: {})
     prefixes: tuple[str, ...] = ()

@@ -11,11 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import read_json
-from dipgo.model.families.family import Conditions, Family
+from dipgo.model.families.family import Conditions, Family, Prompting
 from dipgo.model.families.sites import OBSERVED, sites_of_lists
 from dipgo.model.observed.observe import Observation, Request, conditions_of, observe
+from dipgo.model.observed.prompts import observe_prompts
 from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
@@ -78,6 +80,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         example=example,
         call=call,
         table=tabulated,
+        prompting=lambda config: _prompting(pipe, seen),
         guides=lambda scale: seen.guide.passes > 1,
         guide=seen.guide.combine,
         latent=lambda config: seen.latent,
@@ -108,6 +111,16 @@ def _observed(pipe: Any, component: str, request: Request) -> Observation:
     if key not in seen:
         seen[key] = observe(pipe, component, request)
     return seen[key]
+
+
+def _prompting(pipe: Any, seen: Observation) -> Prompting | None:
+    """Return how the pipeline reads prompts; None where bundles of it take embeddings."""
+    if not any(name.startswith("tokenizer") and part is not None for name, part in pipe.components.items()):
+        return None
+    try:
+        return observe_prompts(pipe, seen)
+    except UsageError:
+        return None
 
 
 def _blank(value: torch.Tensor, rows: int) -> torch.Tensor:

@@ -136,7 +136,7 @@ class Observation:
         denoiser = getattr(pipe, self.component)
         basis = [self.noise(log.drawn[0]).float()]
         first = log.calls_of(0)
-        conditions = _joined(self, [self.template.conditions(call.arguments) for call in first], 1)
+        conditions = joined_conditions(self, [self.template.conditions(call.arguments) for call in first])
         with denoiser_stand_in(denoiser), torch.no_grad():
             for step, seen in enumerate(log.steps):
                 latent = _combine(table.rows[step], basis)
@@ -246,8 +246,8 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         scales_noise=scales,
         decoding=decoding,
     )
-    rows = _joined(bare, [template.conditions(call.arguments) for call in calls], 1)
-    other = _joined(bare, [template.conditions(call.arguments) for call in prompt.calls_of(0)], 1)
+    rows = joined_conditions(bare, [template.conditions(call.arguments) for call in calls])
+    other = joined_conditions(bare, [template.conditions(call.arguments) for call in prompt.calls_of(0)])
     fixed = {
         name: value[-1:] for name, value in rows.items() if same(value, other[name]) and same(value[:1], value[-1:])
     }
@@ -264,7 +264,7 @@ def conditions_of(
     component, passes = observation.component, observation.guide.passes
     calls = 1 if observation.guide.batched else passes
     log = watch(pipe, request.inputs(pipe, component), Watch(component, calls=calls))
-    made = _joined(observation, [observation.template.conditions(call.arguments) for call in log.calls], len(prompts))
+    made = joined_conditions(observation, [observation.template.conditions(call.arguments) for call in log.calls])
     for name, value in made.items():
         expected = [passes * len(prompts), *observation.conditions[name].shape[1:]]
         if list(value.shape) != expected:
@@ -274,8 +274,8 @@ def conditions_of(
     return made
 
 
-def _joined(
-    observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]], images: int
+def joined_conditions(
+    observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Return the conditions of all rows, the unconditional ones first, from those of each call of a step."""
     guide = observation.guide
