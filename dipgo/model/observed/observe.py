@@ -94,6 +94,7 @@ class Observation:
         noise: how what is drawn becomes the latent.
         scales_noise: whether what is drawn is multiplied by the scheduler's ``init_noise_sigma``.
         decoding: None where there is no VAE.
+        usual: whether ``set_timesteps`` is given a number of steps alone, and the denoiser the scheduler's timesteps.
     """
 
     component: str
@@ -107,9 +108,12 @@ class Observation:
     noise: Layout
     scales_noise: bool
     decoding: Decoding | None
+    usual: bool
 
     def tabulate(self, pipe: Any, scheduler: Any, steps: int) -> Sampler:
         """Return a scheduler's table at a number of steps, as this pipeline uses it.
+
+        A scheduler that the pipeline does not run with is taken where the loop is the usual one (:attr:`usual`).
 
         Raises:
             UsageError: a scheduler that the pipeline does not run with, or one whose steps are no table.
@@ -118,6 +122,10 @@ class Observation:
         try:
             request = Request(self.guidance, self.size, steps)
             log = watch(pipe, request.inputs(pipe, self.component), Watch(self.component, steps=10**6))
+        except UsageError:
+            if not self.usual:
+                raise
+            return replace(tabulate(scheduler, steps, self.scales_noise), passes=self.guide.record)
         finally:
             pipe.scheduler = own
         return self._table(pipe, scheduler, steps, log)
@@ -245,15 +253,18 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         noise=noise,
         scales_noise=scales,
         decoding=decoding,
+        usual=first.settings.keys() == {"num_inference_steps"}
+        and all(
+            _moment(template, first.calls_of(k)[0].arguments) == float(step.timestep)
+            for k, step in enumerate(first.steps)
+        ),
     )
     rows = joined_conditions(bare, [template.conditions(call.arguments) for call in calls])
     other = joined_conditions(bare, [template.conditions(call.arguments) for call in prompt.calls_of(0)])
     fixed = {
         name: value[-1:] for name, value in rows.items() if same(value, other[name]) and same(value[:1], value[-1:])
     }
-    whole = replace(bare, conditions={name: value[-1:] for name, value in rows.items()}, fixed=fixed)
-    whole._table(pipe, pipe.scheduler, request.steps, first)
-    return whole
+    return replace(bare, conditions={name: value[-1:] for name, value in rows.items()}, fixed=fixed)
 
 
 def conditions_of(
@@ -274,9 +285,7 @@ def conditions_of(
     return made
 
 
-def joined_conditions(
-    observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def joined_conditions(observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the conditions of all rows, the unconditional ones first, from those of each call of a step."""
     guide = observation.guide
     if guide.passes == 1:
