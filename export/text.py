@@ -70,7 +70,7 @@ def text_to_onnx(
         inputs=[tensor_record(value) for value in graph.graph.inputs],
         outputs=[tensor_record(value) for value in graph.graph.outputs],
         unconditional="zeros"
-        if prompting.always_zeros or prompting.zeros and index.get(prompting.zeros)
+        if prompting.always_zeros or (prompting.zeros and index.get(prompting.zeros))
         else "encoded",
         lower=prompting.lower,
         fixed={}
