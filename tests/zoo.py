@@ -22,7 +22,7 @@ from filelock import FileLock
 from dipgo.graph.trace import Trace
 from dipgo.graph.trace import trace as traced_anew
 from dipgo.model.models import Model, find_model
-from dipgo.model.sampler import Sampler, make_scheduler, tabulate
+from dipgo.model.sampler import Sampler, make_scheduler
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.task import Task, make_task
@@ -43,8 +43,12 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "pixart-1024": partial(models.tiny_pixart, sample_size=128),  # which takes sizes as conditions too
     "pixart-sigma": partial(models.tiny_pixart, sample_size=64, pipeline=PixArtSigmaPipeline),
     "sana": models.tiny_sana,
+    "flux": models.tiny_flux,
+    "flux-schnell": partial(models.tiny_flux, guided=False),
+    "sd3": models.tiny_sd3,
     "unconditional": models.tiny_unconditional,
 }
+PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32)}  # where a pipeline's own size is that of true models
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",
@@ -77,11 +81,11 @@ def pipeline(kind: str) -> str:
 
 
 def model(kind: str) -> Model:
-    return find_model(pipeline(kind))
+    return find_model(pipeline(kind), pixels=PIXELS.get(kind))
 
 
 def guidance_of(kind: str) -> float:
-    return 1.0 if kind == "unconditional" else 4.0
+    return 1.0 if kind in ("unconditional", "flux-schnell") else 4.0
 
 
 @cache
@@ -130,7 +134,7 @@ def search_config(steps: int, budget: Any = 0.5, **changes: Any) -> SearchConfig
 def sampler(kind: str, steps: int, name: str | None = "ddim") -> Sampler:
     """Return a sampler's table for the pipeline; ``None`` is the pipeline's own."""
     pipe = model(kind).pipeline()
-    return tabulate(make_scheduler(name, pipe.scheduler), steps, model(kind).family.scales_noise)
+    return model(kind).at(guidance_of(kind)).family.table(make_scheduler(name, pipe.scheduler), steps)
 
 
 _graphs: dict[Any, Any] = {}
@@ -164,7 +168,7 @@ def bundle(
     whole: bool = True,
 ) -> Path:
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
-    digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.size, traced.free, size, whole)).encode())
+    digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.latent, traced.free, size, whole)).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
     for name, weights in sorted(subnet.schedule.backups.items()):
         digest.update(repr((name, weights.shape)).encode() + weights.tobytes())

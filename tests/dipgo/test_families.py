@@ -19,7 +19,19 @@ from tests.models import random_subnet
 
 STEPS = 4
 PROMPTS = ["a cat", "two dogs in the rain"]
-KINDS = ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "pixart-sigma", "sana", "unconditional"]
+KINDS = [
+    "sd",
+    "sd-v",
+    "sdxl",
+    "pixart",
+    "pixart-1024",
+    "pixart-sigma",
+    "sana",
+    "unconditional",
+    "flux",
+    "flux-schnell",
+    "sd3",
+]
 
 
 def run_pipeline(task, seed):
@@ -29,12 +41,17 @@ def run_pipeline(task, seed):
     if task.model.family.conditioned_by == "nothing":
         images = pipe(batch_size=2, output_type="pt", **given).images
         return images * 2 - 1
+    if task.model.family.pixels and task.model.folder.name.startswith("tiny-flux"):
+        given |= dict(zip(("height", "width"), task.model.family.pixels, strict=True))
     return pipe(PROMPTS, guidance_scale=task.guidance_scale, output_type="latent", **given).images
 
 
 def run_trajectory(task, seed, subnet=None):
-    noise = torch.randn((2, *task.model.latent_shape(1)[1:]), generator=torch.Generator().manual_seed(seed))
-    conditions = join(*task.model.family.conditions(task.pipe, PROMPTS), task.guidance_scale > 1)
+    family = task.model.family
+    shape = family.noise.before if family.noise else task.model.latent_shape(1)[1:]
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
+    noise = family.noise(noise) if family.noise else noise
+    conditions = join(*family.conditions(task.pipe, PROMPTS), task.trace.rows > 1)
     with torch.no_grad():
         if subnet is None:
             return task.trajectory.full(noise, conditions)[-1]

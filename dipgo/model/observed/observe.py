@@ -21,7 +21,7 @@ from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.layout import Layout, find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
-from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
+from dipgo.model.observed.template import Constant, Template, Views, names_of, roles_of, same
 from dipgo.model.observed.watch import Log, Watch, first_of, watch
 from dipgo.model.sampler import Sampler, tabulate
 
@@ -74,12 +74,13 @@ class Decoding:
     shift: torch.Tensor
 
     def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        moved = self.layout(latent)
+        moved = latent if self.layout.idle else self.layout(latent)
         return moved * self.scale.to(moved) + self.shift.to(moved)
 
     def inverse(self, given: torch.Tensor) -> torch.Tensor:
         """Return the latent of what the VAE is given."""
-        return self.layout.inverse((given - self.shift.to(given)) / self.scale.to(given))
+        latent = (given - self.shift.to(given)) / self.scale.to(given)
+        return latent if self.layout.idle else self.layout.inverse(latent)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,18 @@ class Observation:
     decoding: Decoding | None
     usual: bool
 
+    @property
+    def any_size(self) -> bool:
+        """Whether all of it holds for images of other sizes too: nothing is packed, shifted or passed by the size."""
+        constants = [role.value for role in self.template.roles if isinstance(role, Constant)]
+        return (
+            self.usual
+            and self.noise.idle
+            and len(self.latent) == 3
+            and (self.decoding is None or self.decoding.layout.idle)
+            and not any(isinstance(value, torch.Tensor) for value in constants)
+        )
+
     def tabulate(self, pipe: Any, scheduler: Any, steps: int) -> Sampler:
         """Return a scheduler's table at a number of steps, as this pipeline uses it.
 
@@ -137,7 +150,9 @@ class Observation:
             raise UsageError(f"{type(pipe).__name__} makes {len(log.steps)} of {table.calls} steps; not supported")
         moments = [_moment(self.template, log.calls_of(step)[0].arguments) for step in range(table.calls)]
         self._compare(pipe, replace(table, timesteps=tuple(moments)), log)
-        return replace(table, timesteps=tuple(moments), pixels=self.size, passes=self.guide.record)
+        return replace(
+            table, timesteps=tuple(moments), pixels=None if self.any_size else self.size, passes=self.guide.record
+        )
 
     def _compare(self, pipe: Any, table: Sampler, log: Log) -> None:
         """Make all steps again by the table, the template and the guide, and compare the latents."""
