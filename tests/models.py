@@ -201,7 +201,7 @@ def random_subnet(
     weights: dict[str, np.ndarray] = {}
     for name, site, node in backup_outputs(trace) if channels is not None else ():
         width = [trace.shape(node, 1)[trace.sites[site].channel_axis]] if channels else []
-        passes = [2] if channels == 2 and trace.guidance_scale > 1 else []
+        passes = [2] if channels == 2 and trace.rows > 1 else []
         drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *passes, *width))
         weights[name] = drawn.astype(np.float32)
     return make_subnet(trace, sampler.identity(trace.guidance_scale), Schedule(gates, weights), SearchRecord())
