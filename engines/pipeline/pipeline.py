@@ -77,6 +77,8 @@ class Pipeline(Program):
         class_labels: Any = None,
         prompt_2: Any = None,
         negative_prompt_2: Any = None,
+        prompt_3: Any = None,
+        negative_prompt_3: Any = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
@@ -97,6 +99,7 @@ class Pipeline(Program):
             prompt: one or a list, for a bundle of prompts; else classes, as the pipelines' first argument is.
             class_labels: one or a list of numbers.
             prompt_2, negative_prompt_2: for the second text encoder, where there is one; None is the same as the first.
+            prompt_3, negative_prompt_3: for the third.
             height, width: of the images in pixels; None is :attr:`size`.
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
@@ -122,9 +125,11 @@ class Pipeline(Program):
         if callback_on_step_end:
             tensors = getattr(callback_on_step_end, "tensor_inputs", None) or callback_on_step_end_tensor_inputs
             callback = StepCallback(callback_on_step_end, self, tensors, convert)
-        subjects = for_each(self, prompt, prompt_2, "prompt") if class_labels is None else class_labels
+        subjects = for_each(self, prompt, (prompt_2, prompt_3), "prompt") if class_labels is None else class_labels
         negative = arguments.get("negative_prompt")
-        arguments["negative_prompt"] = for_each(self, negative, negative_prompt_2, "negative_prompt")
+        arguments["negative_prompt"] = for_each(
+            self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
+        )
         with self._calls.one() as call:
             self.__enter__()
             size = (height or self.size[0], width or self.size[1])

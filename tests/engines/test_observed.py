@@ -22,7 +22,12 @@ def pipe(made):
 
 def test_images_of_prompts_are_those_of_the_gated_pipeline(made, pipe):
     """Prompts of several encoders with lengths of their own, embedded guidance, packed noise, a packed decoder."""
-    for changes in ({}, {"prompt": ["a red fox", "two dogs"]}, {"num_images_per_prompt": 2}, {"prompt_2": ["a hen", "", "a cat"]}):
+    for changes in (
+        {},
+        {"prompt": ["a red fox", "two dogs"]},
+        {"num_images_per_prompt": 2},
+        {"prompt_2": ["a hen", "", "a cat"]},
+    ):
         assert error(made.call(pipe, **changes), made.expected(**changes)) <= 1e-4
 
 
