@@ -1,0 +1,114 @@
+"""A bundle's graphs with more of their tensors as outputs, in ONNX Runtime without any optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from benchmarks.debug.differences import Values, quiet
+from export.bundle import Bundle
+
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+GRAPH, WEIGHTS = "graph.onnx", "weights.bin"
+
+
+def read_graph(path: Path, inputs: Values | None = None) -> onnx.ModelProto:
+    """Return a graph with the shapes and types of all its tensors, its weights left where they lie.
+
+    Sizes that it leaves to the run are those of ``inputs``, if these are given.
+    """
+    model = onnx.load(path, load_external_data=False)
+    for value in model.graph.input if inputs else ():
+        for size, actual in zip(value.type.tensor_type.shape.dim, (inputs or {})[value.name].shape, strict=True):
+            size.dim_value = actual
+    model = onnx.shape_inference.infer_shapes(model)
+    model.graph.value_info.extend(model.graph.output)  # else they lose their types where outputs are marked anew
+    return model
+
+
+def tensors_of(model: onnx.ModelProto) -> list[str]:
+    """Return the floats that nodes compute of a graph's inputs, in the order of the nodes.
+
+    Sizes, indices and masks are no layers, nor are weights that are transposed.
+    """
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    depend = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        if depend.intersection(node.input):
+            depend.update(node.output)
+    return [name for node in model.graph.node for name in node.output if name in depend and types.get(name) in FLOATS]
+
+
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return the node that computes each tensor."""
+    return {name: node for node in model.graph.node for name in node.output if name}
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy whose outputs are these tensors."""
+    from polygraphy.backend.onnx import modify_outputs
+
+    with quiet():
+        marked: onnx.ModelProto = modify_outputs(model, outputs=list(names), copy=True)
+    return marked
+
+
+def session(model: onnx.ModelProto, folder: Path) -> Any:
+    """Return a session on the CPU that runs every node as it stands, its weights read from ``folder``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class Reference:
+    """All graphs of a bundle as :func:`session`, with the outputs of sites as further outputs."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._folder = bundle.folder
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, file: str, inputs: Values) -> dict[str, np.ndarray]:
+        """Return a graph's outputs, and those of the sites inside it under their names (``feature.…``)."""
+        if file not in self._sessions:
+            model = read_graph(self._folder / file)
+            names = [value.name for value in model.graph.output]
+            names += [name for name in tensors_of(model) if name.startswith("feature.") and name not in names]
+            self._sessions[file] = session(with_outputs(model, names), self._folder)
+        names = [output.name for output in self._sessions[file].get_outputs()]
+        return dict(zip(names, self._sessions[file].run(names, dict(inputs)), strict=True))
+
+
+def save_alone(path: Path, folder: Path, between: tuple[Collection[str], str] | None = None) -> Path:
+    """Write a graph and its weights into a folder of their own, and return its file.
+
+    Nodes of weights alone come first, so that whoever cuts the graph short cuts none of them off from what it is for.
+    ``between`` are names of tensors that are given, and the one to compute from them: of the graph's nodes only those
+    that it takes are left.
+    """
+    model = ir.load(path)
+    if between:
+        given, output = between
+        inputs = [value.name or "" for value in model.graph.inputs]
+        graph = ir.convenience.extract(model.graph, list(dict.fromkeys([*inputs, *given])), [output])
+        unused = [value for value in graph.inputs if not value.uses()]
+        for value in unused:
+            graph.inputs.remove(value)
+        model = ir.Model(graph, ir_version=model.ir_version)
+    depend = set(model.graph.inputs)
+    for node in model.graph:
+        if depend.intersection(node.inputs):
+            depend.update(node.outputs)
+    fixed = [node for node in model.graph if not depend.intersection(node.outputs)]
+    model.graph.remove(fixed)
+    model.graph.insert_before(model.graph[0], fixed)
+    ir.save(model, folder / GRAPH, external_data=WEIGHTS)
+    return folder / GRAPH
