@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from benchmarks.debug.differences import Values, quiet
 from export.bundle import Bundle
@@ -90,7 +91,7 @@ class Reference:
 def save_alone(path: Path, folder: Path, between: tuple[Collection[str], str] | None = None) -> Path:
     """Write a graph and its weights into a folder of their own, and return its file.
 
-    Nodes of weights alone come first, so that whoever cuts the graph short cuts none of them off from what it is for.
+    What it computes of weights alone becomes weights: Polygraphy would make it inputs that nobody has values for.
     ``between`` are names of tensors that are given, and the one to compute from them: of the graph's nodes only those
     that it takes are left.
     """
@@ -99,16 +100,35 @@ def save_alone(path: Path, folder: Path, between: tuple[Collection[str], str] | 
         given, output = between
         inputs = [value.name or "" for value in model.graph.inputs]
         graph = ir.convenience.extract(model.graph, list(dict.fromkeys([*inputs, *given])), [output])
-        unused = [value for value in graph.inputs if not value.uses()]
-        for value in unused:
+        for value in [value for value in graph.inputs if not value.uses()]:
             graph.inputs.remove(value)
         model = ir.Model(graph, ir_version=model.ir_version)
-    depend = set(model.graph.inputs)
-    for node in model.graph:
-        if depend.intersection(node.inputs):
-            depend.update(node.outputs)
-    fixed = [node for node in model.graph if not depend.intersection(node.outputs)]
-    model.graph.remove(fixed)
-    model.graph.insert_before(model.graph[0], fixed)
+    _fold(model, path.parent)
     ir.save(model, folder / GRAPH, external_data=WEIGHTS)
     return folder / GRAPH
+
+
+def _fold(model: ir.Model, folder: Path) -> None:
+    """Compute what depends on weights alone."""
+    graph, depend = model.graph, set(model.graph.inputs)
+    for node in graph:
+        if depend.intersection(node.inputs):
+            depend.update(node.outputs)
+    fixed = [node for node in graph if not depend.intersection(node.outputs)]
+    values = [value for node in fixed for value in node.outputs if depend.intersection(_results(value))]
+    if not values:
+        return
+    part = ir.Model(
+        ir.convenience.extract(graph, [], [value.name or "" for value in values]), ir_version=model.ir_version
+    )
+    results = session(ir.to_proto(part), folder).run(None, {})
+    for value, array in zip(values, results, strict=True):
+        weight = ir.Value(name=value.name, type=value.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array))
+        value.replace_all_uses_with(weight)
+        value.name = f"{value.name}.node"
+        graph.register_initializer(weight)
+    RemoveUnusedNodesPass()(model)
+
+
+def _results(value: ir.Value) -> list[ir.Value]:
+    return [result for node, _ in value.uses() for result in node.outputs]
