@@ -13,7 +13,7 @@ from benchmarks.debug.graphs import GRAPH, producers, read_graph, save_alone, se
 from benchmarks.debug.layers import FILE, Layer, compare_layers
 from benchmarks.debug.walk import Launch, Walked, walk
 from dipgo.base.errors import UsageError
-from dipgo.base.files import new_folder, refuse_existing
+from dipgo.base.files import new_folder, refuse_unless_new
 from dipgo.base.progress import Report, silent
 from export.bundle import Bundle, open_bundle
 
@@ -51,7 +51,7 @@ def check_debug(output: Path, bundle: Path) -> None:
         UsageError: the output is there already, or a bundle of a type that ONNX Runtime's CPU has not.
         DipgoError: Polygraphy is not installed, or no bundle.
     """
-    refuse_existing(output, force=False)
+    refuse_unless_new(output)
     require_polygraphy()
     if open_bundle(bundle, check_files=False).record.dtype == "bfloat16":
         raise UsageError(

@@ -95,7 +95,8 @@ def save_alone(path: Path, folder: Path, between: tuple[Collection[str], str] | 
     ``between`` are names of tensors that are given, and the one to compute from them: of the graph's nodes only those
     that it takes are left.
     """
-    model = ir.load(path)
+    model = ir.from_proto(read_graph(path))  # which knows the shape of what becomes an input
+    ir.external_data.set_base_dir(model.graph, path.parent)
     if between:
         given, output = between
         inputs = [value.name or "" for value in model.graph.inputs]

@@ -105,9 +105,10 @@ def _bad(expected: Values, actual: Values, tolerance: float) -> set[str]:
 
 def _bisect(names: Sequence[str], outputs: Sequence[str], bad: Callable[[Sequence[str]], set[str]]) -> str | None:
     """Return the first tensor that is bad when it alone is an output beside the graph's own."""
-    if not bad(outputs):
+    wrong = bad(outputs)
+    if not wrong:
         return None
-    low, high = 0, min(position for position, name in enumerate(names) if name in bad(outputs))
+    low, high = 0, min(position for position, name in enumerate(names) if name in wrong)
     while low < high:
         middle = (low + high) // 2
         if names[middle] in bad([*outputs, names[middle]]):
