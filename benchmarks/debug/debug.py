@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bench.reference import model_of
 from benchmarks.debug.differences import Difference, Values, compare, decibels, quiet, require_polygraphy
-from benchmarks.debug.graphs import GRAPH, producers, read_graph, save_alone, session, tensors_of, with_outputs
+from benchmarks.debug.graphs import GRAPH, layers_of, producers, read_graph, save_alone, session, with_outputs
 from benchmarks.debug.layers import FILE, Layer, compare_layers
 from benchmarks.debug.walk import Launch, Walked, walk
 from dipgo.base.errors import UsageError
 from dipgo.base.files import new_folder, refuse_unless_new
 from dipgo.base.progress import Report, silent
-from export.bundle import Bundle, open_bundle
+from export.bundle import ENGINES, Bundle, open_bundle
 
 LAUNCHES, LAYERS, README = "launches.csv", "layers.csv", "README.md"
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
@@ -105,7 +106,7 @@ def _locate_site(bundle: Bundle, walked: Walked, folder: Path, backend: str, tol
     given = {**walked.inputs, **walked.torch}
     path = save_alone(bundle.folder / launch.file, folder, (before, tensor))
     model = read_graph(path, given)
-    names = tensors_of(model)
+    names = layers_of(model)
     values = session(with_outputs(model, names), folder).run(
         None, {each.name: given[each.name] for each in model.graph.input}
     )
@@ -136,6 +137,7 @@ def _write(
         save_json([dict(inputs)], str(folder / INPUTS))
         results.save(str(folder / OUTPUTS))
     (folder / FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / ENGINES, ignore_errors=True)
     names = {"inputs": INPUTS, "outputs": OUTPUTS, "decibels": decibels(tolerance)}
     run = _RUN.format(graph=GRAPH, **names)
     shrink = _SHRINK.format(graph=GRAPH, run=_RUN.format(graph="polygraphy_debug.onnx", **names), **names)

@@ -39,7 +39,7 @@ def require_polygraphy() -> None:
     try:
         import polygraphy  # noqa: F401
     except ImportError as error:
-        raise not_imported("polygraphy", error, "run: pip install -e '.[debug]'") from error
+        raise not_imported("polygraphy", error, "run: pip install 'dipgo[debug]'") from error
 
 
 @contextmanager

@@ -14,12 +14,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from benchmarks.debug.differences import Values, quiet
 from export.bundle import Bundle
 
-FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 GRAPH, WEIGHTS = "graph.onnx", "weights.bin"
+_FLOATS = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(double)": onnx.TensorProto.DOUBLE,
+}
 
 
 def read_graph(path: Path, inputs: Values | None = None) -> onnx.ModelProto:
-    """Return a graph with the shapes and types of all its tensors, its weights left where they lie.
+    """Return a graph with the shapes and types of its layers, its weights left where they lie.
 
     Sizes that it leaves to the run are those of ``inputs``, if these are given.
     """
@@ -27,22 +31,28 @@ def read_graph(path: Path, inputs: Values | None = None) -> onnx.ModelProto:
     for value in model.graph.input if inputs else ():
         for size, actual in zip(value.type.tensor_type.shape.dim, (inputs or {})[value.name].shape, strict=True):
             size.dim_value = actual
-    model = onnx.shape_inference.infer_shapes(model)
-    model.graph.value_info.extend(model.graph.output)  # else they lose their types where outputs are marked anew
-    return model
-
-
-def tensors_of(model: onnx.ModelProto) -> list[str]:
-    """Return the floats that nodes compute of a graph's inputs, in the order of the nodes.
-
-    Sizes, indices and masks are no layers, nor are weights that are transposed.
-    """
-    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     depend = {value.name for value in model.graph.input}
     for node in model.graph.node:
         if depend.intersection(node.input):
             depend.update(node.output)
-    return [name for node in model.graph.node for name in node.output if name in depend and types.get(name) in FLOATS]
+    names = [name for node in model.graph.node for name in node.output if name in depend and name]
+    # ONNX's own inference stops at functions such as GroupNormalization
+    outputs = session(with_outputs(model, names), path.parent).get_outputs()
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(output.name, _FLOATS[output.type], output.shape)
+        for output in outputs
+        if output.type in _FLOATS
+    )
+    return model
+
+
+def layers_of(model: onnx.ModelProto) -> list[str]:
+    """Return the floats that the nodes of a graph of :func:`read_graph` compute of its inputs, in their order.
+
+    Sizes, indices and masks are no layers, nor are weights that are transposed.
+    """
+    return [value.name for value in model.graph.value_info]
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -82,7 +92,7 @@ class Reference:
         if file not in self._sessions:
             model = read_graph(self._folder / file)
             names = [value.name for value in model.graph.output]
-            names += [name for name in tensors_of(model) if name.startswith("feature.") and name not in names]
+            names += [name for name in layers_of(model) if name.startswith("feature.") and name not in names]
             self._sessions[file] = session(with_outputs(model, names), self._folder)
         names = [output.name for output in self._sessions[file].get_outputs()]
         return dict(zip(names, self._sessions[file].run(names, dict(inputs)), strict=True))

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 
 from benchmarks.debug.differences import Difference, Values, compare, quiet
-from benchmarks.debug.graphs import producers, read_graph, session, tensors_of, with_outputs
+from benchmarks.debug.graphs import layers_of, producers, read_graph, session, with_outputs
+from dipgo.base.files import sha256_of
 from engines.backends import runner_for
-from export.bundle import Bundle
+from export.bundle import Bundle, FileRecord
 from export.graphs import GraphRecord, read_signature
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def compare_layers(bundle: Bundle, path: Path, inputs: Values, backend: str, tol
     from polygraphy.comparator import Comparator
 
     model = read_graph(path, inputs)
-    names, outputs = tensors_of(model), [value.name for value in model.graph.output]
+    names, outputs = layers_of(model), [value.name for value in model.graph.output]
 
     def run(tensors: Sequence[str]) -> tuple[Values, Values]:
         marked = with_outputs(model, tensors)
@@ -124,9 +125,23 @@ def _only(bundle: Bundle, path: Path) -> Bundle:
     graph = GraphRecord(
         file=FILE, signature="", macs=0, parameters=0, inputs=signature.inputs, outputs=signature.outputs, rows={}
     )
-    changes: dict[str, Any] = {"graphs": {FILE: graph}, "prologues": [], "decoder": None, "axes": {}}
+    files = {FILE: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))}
+    changes: dict[str, Any] = {"graphs": {FILE: graph}, "prologues": [], "decoder": None, "axes": {}, "files": files}
     changes["conditioning"] = bundle.record.conditioning.model_copy(update={"encoder": None})
     return Bundle(path.parent, bundle.record.model_copy(update=changes), bundle.tables)
+
+
+def _build(bundle: Bundle) -> None:
+    """Build the engine of a bundle's only graph."""
+    from engines.cuda.runtime import find_device
+    from engines.trt.build import make_engine, task_for
+    from engines.trt.library import find_library
+    from engines.trt.loader import BuildOptions
+    from engines.trt.store import graphs_of
+
+    library = find_library(device := find_device())
+    (graph,) = graphs_of(bundle.record)
+    make_engine(task_for(bundle, graph, library, library.target(device), BuildOptions()))
 
 
 def _runner(bundle: Bundle, backend: str) -> BaseRunner:
@@ -137,9 +152,7 @@ def _runner(bundle: Bundle, backend: str) -> BaseRunner:
     class Backend(BaseRunner):
         def activate_impl(self) -> None:
             if backend == "tensorrt":
-                from engines.trt.build import build
-
-                build(bundle)
+                _build(bundle)
             self.runner = runner_for(bundle, _ALIKE.get(backend, backend))
             self.runner.__enter__()
 

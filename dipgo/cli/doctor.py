@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
         "triton": server,
         "triton_missing": without,
         "backends": _backends(providers, devices),
-        "debug": OK if util.find_spec("polygraphy") else "run: pip install -e '.[debug]'",
+        "debug": OK if util.find_spec("polygraphy") else "run: pip install 'dipgo[debug]'",
         "import_clashes": clashes(),
         "cache": _cache(),
     }

@@ -15,9 +15,10 @@ import torch
 from onnx import helper, numpy_helper
 
 from benchmarks.bench.parity import TOLERANCE
+from benchmarks.debug import layers
 from benchmarks.debug.debug import debug
 from benchmarks.debug.differences import compare
-from benchmarks.debug.graphs import producers
+from benchmarks.debug.graphs import producers, save_alone
 from dipgo.base.errors import UsageError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
@@ -44,7 +45,8 @@ def wrong_constant(model, node):
 
 
 def swapped_input(model, node):
-    node.input[0], node.input[1] = node.input[1], node.input[0]
+    """Let an attention take its values for keys."""
+    node.input[1], node.input[2] = node.input[2], node.input[1]
 
 
 def overflow(model, node):
@@ -161,6 +163,28 @@ def test_a_wrong_export_names_its_site(bundle, tmp_path):
     assert tool(tmp_path / "d", "run") == 1
 
 
+def test_a_layer_of_a_tensorrt_network(bundle, tmp_path, monkeypatch):
+    """TensorRT-RTX builds an engine with all tensors as outputs; where it cannot run, ONNX Runtime computes them."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install -e '.[tensorrt-rtx]'")
+    file, name = first_of(bundle, "Attention")
+    record = open_bundle(bundle).record
+    rng = np.random.default_rng(0)
+    inputs = {each.name: rng.normal(size=each.shape).astype(np.float32) for each in record.tensors[file][0]}
+    miscompile(monkeypatch, file, name, swapped_input)
+    monkeypatch.setattr(layers, "runner_for", lambda bundle, backend: runner.OnnxRuntimeRunner(bundle))
+    path = save_alone(bundle / file, tmp_path)
+    found = layers.compare_layers(open_bundle(bundle), path, inputs, "tensorrt", TOLERANCE)
+    assert found.first.node == name
+    (engine,) = (tmp_path / "engines").glob("*.engine")
+    assert engine.stat().st_size > 10_000
+    parser = trt.OnnxParser(network := trt.Builder(log := trt.Logger()).create_network(0), log)
+    assert parser.parse_from_file(str(tmp_path / "layers.onnx"))
+    parts = {network.get_layer(index).name for index in range(network.num_layers)}
+    outputs = {network.get_output(index).name for index in range(network.num_outputs)}
+    assert outputs == {row.tensor for row in found.rows}
+    assert any(part.startswith(name) for part in parts)
+
+
 def test_a_sound_program_has_no_first(bundle, tmp_path):
     done = dipgo("verify", bundle, "--number", 1, "--debug", tmp_path / "d")
     rows = table(tmp_path / "d" / "launches.csv")
@@ -181,7 +205,7 @@ def test_without_polygraphy(bundle, tmp_path, monkeypatch):
         ["inspect", bundle, "--visual", tmp_path / "p.html"],
     ):
         done = dipgo(*command)
-        assert (done.code, done.err) == (1, "dipgo: polygraphy is not installed; run: pip install -e '.[debug]'\n")
+        assert (done.code, done.err) == (1, "dipgo: polygraphy is not installed; run: pip install 'dipgo[debug]'\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -210,7 +234,7 @@ def test_differences_are_relative_and_finite():
 def test_an_overflow_in_half_precision_is_shrunk_to_its_node(tmp_path):
     """digits-dit, wrong in the graph itself: ONNX Runtime overflows in the same node with and without optimisations."""
     sound = shipped("digits-dit", torch.float16)
-    file, name = first_of(sound, "Gelu")
+    file, name = first_of(sound, "LayerNormalization")
     export_wrongly(wrong := shutil.copytree(sound, tmp_path / "b"), file, name, overflow)
     done = dipgo("verify", wrong, "--debug", tmp_path / "d")
     assert done.code == 1
