@@ -99,6 +99,29 @@ def verify(
         return measure(Path(bundle), model, images, progress=report, backend=backend)
 
 
+def debug(
+    bundle: str | Path,
+    output: str | Path,
+    parity: Parity | None = None,
+    *,
+    model: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool | None = None,
+) -> str:
+    """Write into the folder ``output`` where a bundle's program diverges, and return one line on it.
+
+    Launches are held against ONNX Runtime and the gated model in torch, within the tolerance of ``parity``, which is
+    measured if it is not given.
+    """
+    from benchmarks.debug.debug import check_debug
+    from benchmarks.debug.debug import debug as find
+
+    check_debug(Path(output), Path(bundle))
+    parity = parity or verify(bundle, model=model, backend=backend, progress=progress)
+    with Progress(progress).phases() as report:
+        return find(Path(bundle), Path(output), parity.tolerance, model, backend, report)
+
+
 def bench(
     bundle: str | Path,
     output: str | Path,

@@ -189,18 +189,23 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
 
 def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
-    subnet, family = subnet_of(program.bundle), family_of(pipe)
-    denoiser = getattr(pipe, family.component)
-    sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
-    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
+    subnet, trajectory = subnet_of(program.bundle), trajectory_of(program, pipe)
     noise = torch.from_numpy(program.noise(len(inputs), seed))
-    conditions = conditions_in(pipe, inputs, guided.guided)
-    trajectory = Trajectory(guided, subnet.sites, sampler)
+    conditions = conditions_in(pipe, inputs, trajectory.guided.guided)
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
         if program.record.decoder is None:
             return latent.numpy(), as_images(latent).numpy()
         return latent.numpy(), decode_latents(pipe, latent).numpy()
+
+
+def trajectory_of(program: Program, pipe: Any) -> Trajectory:
+    """Return the trajectory that a program was compiled from, in the dtype of the pipeline."""
+    subnet, family = subnet_of(program.bundle), family_of(pipe)
+    denoiser = getattr(pipe, family.component)
+    sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
+    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
+    return Trajectory(guided, subnet.sites, sampler)
 
 
 @contextmanager

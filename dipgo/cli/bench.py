@@ -21,15 +21,25 @@ class VerifyConfig(Config):
         2, ge=1, description="How many images to compare.", json_schema_extra={"flags": ["--number", "-n"]}
     )
     backend: Backend = "onnxruntime"
+    debug: Path | None = Field(
+        None, description="Write into this folder where the program diverges: launch, layer, site, and a reproducer."
+    )
 
     def line(self, bundle: Path, model: str | None) -> str:
         """Measure, and return one line on it; DipgoError where parity does not hold."""
         from dipgo import api
 
+        if self.debug:
+            from benchmarks.debug.debug import check_debug
+
+            check_debug(self.debug, bundle)
         parity = api.verify(bundle, model=model, images=self.images, backend=self.backend, progress=None)
-        line = f"{parity.line()}, over {parity.images} images"
+        line, cure = f"{parity.line()}, over {parity.images} images", "export it again, or say where with --debug DIR"
+        if self.debug:
+            cure = api.debug(bundle, self.debug, parity, model=model, backend=self.backend, progress=None)
+            line += "" if not parity.passed else f"; {cure}"
         if not parity.passed:
-            raise DipgoError(f"{bundle}: parity does not hold: {line}; export it again")
+            raise DipgoError(f"{bundle}: parity does not hold: {line}; {cure}")
         return f"parity holds: {line}"
 
 

@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
         "triton": server,
         "triton_missing": without,
         "backends": _backends(providers, devices),
+        "debug": OK if util.find_spec("polygraphy") else "run: pip install 'dipgo[debug]'",
         "import_clashes": clashes(),
         "cache": _cache(),
     }
@@ -61,6 +62,7 @@ def text_of(findings: dict[str, Any]) -> str:
         "CUDA devices": findings["cuda_devices"] or ["none"],
         "Triton server": [findings["triton"] or findings["triton_missing"]],
         "backends": _aligned(findings["backends"]),
+        "verify --debug": [findings["debug"]],
         "import names": clashing or [f"{', '.join(PACKAGES)}: dipgo's own"],
         "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
     }
