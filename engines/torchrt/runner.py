@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dipgo.base.errors import UsageError
 from engines.backend import Launch
+from engines.devices import check_index, place_of
 from engines.torchrt.aot import inputs_by_file, load
 from engines.torchrt.capture import Capture
 from engines.torchrt.loader import TorchGraph, module_from_graph
@@ -39,7 +41,7 @@ class TorchRunner:
         self, bundle: Bundle, threads: int | None = None, way: str = "eager", device: str | None = None
     ) -> None:
         self.bundle, self.threads, self._make = bundle, threads, _WAYS[way]
-        self.device = torch.device(device) if device else default_device()
+        self.device = device_named(device) if device else default_device()
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
@@ -59,7 +61,7 @@ class TorchRunner:
         if self.device.type == "cuda":
             self._capture = Capture(self.device)
             if self.bundle.record.dtype == "float32":
-                self._precision = _set_tf32(False, False)
+                self._precision = set_tf32(False, False)
         if not self.bundle.record.axes:  # else each choice of sizes has graphs of its own
             for file, inputs in inputs_by_file(self.bundle.record, beside=False).items():
                 self._graph(file, {tensor.name: shape_at(tensor.shape, {}) for tensor in inputs})
@@ -69,7 +71,7 @@ class TorchRunner:
         self._graphs, self._capture = {}, None
         self._weights = Weights(self.bundle.folder, self.device)
         if self._precision:
-            _set_tf32(*self._precision)
+            set_tf32(*self._precision)
             self._precision = None
 
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
@@ -126,6 +128,21 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_named(name: str) -> torch.device:
+    """Return torch's device of a name such as ``cuda:1``; ``cuda`` is the current GPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    place = place_of(name)
+    if place.kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device '{name}': torch sees no GPU here; give cpu, or run it where nvidia-smi lists one")
+    check_index(place.index, torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
 def _eager(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
     return graph.module
 
@@ -140,7 +157,7 @@ def _compile(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
 _WAYS: dict[str, Make] = {"eager": _eager, "compiled": _compile, "AOTInductor": load}
 
 
-def _set_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:
+def set_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:
     """Allow or forbid TF32, and return what was so before."""
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
