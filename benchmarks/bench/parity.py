@@ -42,6 +42,7 @@ from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
+from engines.torchrt.precision import full_float32
 from export.compiler import scheduler_of
 
 TOLERANCE = 1e-4  # float32
@@ -105,10 +106,11 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     """Run a program and the float32 pipeline that it was compiled from on the same noise and classes or prompts.
 
     Classes and prompts cycle (:func:`~benchmarks.bench.subjects.inputs_for`). The pipeline runs as a copy that has the
-    SubNet's own scheduler, for a program of half precision in that dtype.
+    SubNet's own scheduler, for a program of half precision in that dtype, on the device where the pipeline is.
     """
     inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
-    exact = _torch(program, pipe, inputs, seed, progress)
+    with full_float32():
+        exact = _torch(program, pipe, inputs, seed, progress)
     if dtype == torch.float32:
         expected, rounding = exact, (0.0, 0.0)
     else:
@@ -186,7 +188,7 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             output_type="np",
             **{name: value for name, value in options.items() if name in accepted},
         ).images
-    return torch.cat(latents).numpy(), images
+    return torch.cat(latents).cpu().numpy(), images
 
 
 def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
@@ -196,14 +198,16 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
     sampler = tabulate(scheduler_of(subnet), subnet.sampler.steps, family.scales_noise)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
     shape = (len(inputs), *latent_shape(program.record)[1:])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    conditions = conditions_in(pipe, inputs, guided.guided)
     trajectory = Trajectory(guided, subnet.sites, sampler)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(trajectory.device)
+    conditions = {
+        name: value.to(trajectory.device) for name, value in conditions_in(pipe, inputs, guided.guided).items()
+    }
     with torch.no_grad():
         latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
         if program.record.decoder is None:
-            return latent.numpy(), as_images(latent).numpy()
-        return latent.numpy(), decode_latents(pipe.vae, latent).numpy()
+            return latent.cpu().numpy(), as_images(latent).cpu().numpy()
+        return latent.cpu().numpy(), decode_latents(pipe.vae, latent).cpu().numpy()
 
 
 @contextmanager

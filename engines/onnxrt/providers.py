@@ -10,7 +10,7 @@ import threading
 from importlib import import_module
 from typing import Any
 
-from dipgo.base.errors import DipgoError, not_imported, one_line
+from dipgo.base.errors import DipgoError, not_imported
 from dipgo.base.files import cache_root
 from export.bundle import BundleRecord
 

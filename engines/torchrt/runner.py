@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from engines.devices import check_index, place_of
 from engines.torchrt.aot import inputs_by_file, load
 from engines.torchrt.capture import Capture
 from engines.torchrt.loader import TorchGraph, module_from_graph
+from engines.torchrt.precision import full_float32
 from engines.torchrt.weights import Weights
 from export.axes import shape_at
 from export.bundle import Bundle
@@ -53,7 +55,7 @@ class TorchRunner:
         self._graphs: dict[str, dict[Any, tuple[TorchGraph, Function]]] = {}
         self._lock = threading.Lock()
         self._capture: Capture | None = None
-        self._precision: tuple[bool, bool] | None = None
+        self._precision = ExitStack()
 
     def __enter__(self) -> TorchRunner:
         if self.threads:
@@ -61,7 +63,7 @@ class TorchRunner:
         if self.device.type == "cuda":
             self._capture = Capture(self.device)
             if self.bundle.record.dtype == "float32":
-                self._precision = set_tf32(False, False)
+                self._precision.enter_context(full_float32())
         if not self.bundle.record.axes:  # else each choice of sizes has graphs of its own
             for file, inputs in inputs_by_file(self.bundle.record, beside=False).items():
                 self._graph(file, {tensor.name: shape_at(tensor.shape, {}) for tensor in inputs})
@@ -70,9 +72,7 @@ class TorchRunner:
     def __exit__(self, *error: object) -> None:
         self._graphs, self._capture = {}, None
         self._weights = Weights(self.bundle.folder, self.device)
-        if self._precision:
-            set_tf32(*self._precision)
-            self._precision = None
+        self._precision.close()
 
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.device)
@@ -155,13 +155,6 @@ def _compile(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
 
 
 _WAYS: dict[str, Make] = {"eager": _eager, "compiled": _compile, "AOTInductor": load}
-
-
-def set_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:
-    """Allow or forbid TF32, and return what was so before."""
-    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
-    return before
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
