@@ -1,8 +1,8 @@
 """Everything that is to be known of a GPU, in minutes: ``make gpu``, or ``python -m benchmarks.gpu -o build/gpu``.
 
 Steps run in the order of their worth, each in a process of its own with its own time limit; what a step finds is in
-``FOLDER/STEP.json`` (schema ``dipgo.gpu/2``) as soon as it is found. A step that fails or takes too long costs none of
-the others. The same command again goes on with the steps that are not measured yet.
+``FOLDER/gpu-STEP.json`` (schema ``dipgo.gpu/2``) as soon as it is found. A step that fails or takes too long costs
+none of the others. The same command again goes on with the steps that are not measured yet.
 
 The suites ``gpu-*.yaml`` say what is measured: each of their backends is a step. After them come the pace of a search
 at true size, by block and by layer, and TensorRT-RTX, if it takes this GPU at all. Weights are random: images are
@@ -17,6 +17,7 @@ in ``FOLDER/bundles``, and ``--bundles`` takes them from there.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -59,6 +60,11 @@ class StepRecord(Record):
     environment: Environment
 
 
+def json_schema() -> str:
+    """Return the JSON Schema of a step's record, published as ``schemas/gpu-2.json``."""
+    return json.dumps(StepRecord.model_json_schema(by_alias=True), indent=2) + "\n"
+
+
 def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Sequence[str] = ()) -> list[StepRecord]:
     """Measure the steps that ``folder`` has no measured record of; returns the records of all that were begun."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,14 +73,19 @@ def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Seque
     for step in steps():
         if only and step.name not in only:
             continue
-        if record := _measured(folder / f"{step.name}.json", rehearse):
+        if record := _measured(file_of(step, folder), rehearse):
             print(f"{step.name}: measured already", flush=True)
-        elif (left := min(STEP_SECONDS, end - time.monotonic())) > 0:
+        elif (left := min(seconds if rehearse else STEP_SECONDS, end - time.monotonic())) > 0:
             record = _run_alone(step, folder, options, left)
         else:
             print(f"{step.name}: not reached", flush=True)
         records += [record] if record else []
     return records
+
+
+def file_of(step: Step, folder: Path) -> Path:
+    """Return where a step's record lies; copied into ``benchmarks/results`` it has a table of its own."""
+    return folder / f"gpu-{step.name}.json"
 
 
 def _measured(file: Path, rehearse: bool) -> StepRecord | None:
@@ -104,7 +115,7 @@ def _run_alone(step: Step, folder: Path, options: dict[str, Any], seconds: float
             command=shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
             environment=environment(load),
         )
-        with new_file(folder / f"{step.name}.json") as draft:
+        with new_file(file_of(step, folder)) as draft:
             draft.write_text(record.text())
         return record
 
@@ -129,7 +140,8 @@ def _run_alone(step: Step, folder: Path, options: dict[str, Any], seconds: float
 def _child() -> None:
     parent = Parent()
     for request in parent:
-        step = next(step for step in steps() if step.name == request.pop("step"))
+        name = request.pop("step")
+        step = next(step for step in steps() if step.name == name)
         try:
             for more in work(step, request):
                 parent.send({"more": more})

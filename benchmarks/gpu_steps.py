@@ -75,7 +75,8 @@ def _search(sites: str, workload: Workload, rehearse: bool) -> Iterator[dict[str
     from dipgo.model.models import find_model
     from dipgo.searching.config import SearchConfig
 
-    config = SearchConfig(steps=workload.steps, budget=workload.share, sampler=workload.sampler, preset="gpu")
+    steps = 6 if rehearse else workload.steps
+    config = SearchConfig(steps=steps, budget=workload.share, sampler=workload.sampler, preset="gpu")
     precisions, batches = (["bf16"], [1]) if rehearse else (["bf16", "fp16"], [4, 1])
     for pace in paces(find_model(workload.model, random_weights=True), config, [sites], precisions, batches):
         yield {"searches": [pace.model_dump(mode="json")]}
