@@ -22,6 +22,7 @@ from dipgo.base.progress import Report
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
+from engines.torchrt.runner import default_device
 from export.bundle import Bundle, BundleRecord
 
 
@@ -58,6 +59,8 @@ def candidates_of(
         DipgoError: the bundle or the full program does not run, or the bundle's parity does not hold.
     """
     task = task_of(bundle, model_of(bundle, model), progress)
+    if default_device().type != "cpu":  # parity at true size takes an hour on a CPU
+        task.pipe.to(default_device())
     spec = ProgramSpec(folder=str(bundle.folder), backend=suite.backends[0], threads=suite.threads)
     with load(bundle.folder, suite.threads, suite.backends[0]) as program:
         parity = measure(program, task.pipe, suite.parity_images, PARITY_SEED, progress)

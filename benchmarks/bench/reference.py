@@ -127,7 +127,7 @@ def conditions_in(pipe: Any, inputs: Inputs, guided: bool) -> Conditions:
 def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRecord) -> dict[str, np.ndarray]:
     """Return the conditions of a program that takes embeddings, in its dtypes."""
     conditions = conditions_in(pipe, inputs, conditioning.guided)
-    return {each.name: conditions[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
+    return {each.name: conditions[each.name].float().cpu().numpy().astype(each.dtype) for each in conditioning.inputs}
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -148,16 +148,18 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
     long = converged(task, steps)
     inputs = inputs_for(bundle.record.conditioning, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
+    device = task.trajectory.device
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED)).to(device)
     latents, images = [], []
     for start in range(0, count, CHUNK):
         progress(f"{steps} steps", start, count, "")
         end = min(start + CHUNK, count)
         with torch.no_grad():
-            conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.trace.rows > 1)
+            joined = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.trace.rows > 1)
+            conditions = {name: value.to(device) for name, value in joined.items()}
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
             if bundle.record.decoder is not None:
-                images.append(as_images(task.decode(latents[-1])))
+                images.append(as_images(task.decode(latents[-1])).cpu())
     progress(f"{steps} steps", count, count, "")
-    final = np.concatenate(latents)
+    final = torch.cat(latents).cpu().numpy()
     return Outputs(final, np.concatenate(images) if images else latents_as_images(final))

@@ -23,6 +23,7 @@ from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
+from engines.torchrt.runner import default_device
 from export.bundle import open_bundle
 from export.compiler import scheduler_of
 
@@ -130,16 +131,17 @@ TECHNIQUES: Mapping[str, Technique] = {
 class TorchSubject(Subject):
     """The whole diffusers model, on the GPU where torch has one.
 
-    The loop is that of the diffusers pipelines, without their checks and bars.
+    The loop is that of the diffusers pipelines, without their checks and bars. ``pipe`` is the model's pipeline in
+    float32 where it is loaded already; in half precision it stays as it is.
     """
 
-    def __init__(self, spec: TorchSpec) -> None:
+    def __init__(self, spec: TorchSpec, pipe: Any = None) -> None:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         bundle = open_bundle(Path(spec.bundle), check_files=False)
         subnet, record = subnet_of(bundle), bundle.record
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        pipe = model_of(bundle, spec.model).pipeline()
+        self.device = default_device()
+        pipe = pipe or model_of(bundle, spec.model).pipeline()
         dtype = getattr(torch, record.dtype)
         self.pipe = pipe if dtype == torch.float32 else cast_pipeline(pipe, dtype)
         if self.device.type != "cpu":

@@ -133,6 +133,10 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
 
         return check
 
+    def plugin() -> str:
+        missing = not util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
+        return "run: pip install onnxruntime-ep-nv-tensorrt-rtx" if missing else _card(devices)
+
     def tensorrt() -> str:
         if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
             return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
@@ -149,11 +153,12 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
         "onnxruntime": lambda: OK if providers else "run: pip install onnxruntime",
         "onnxruntime-cuda": provider("CUDA"),
         "onnxruntime-tensorrt": provider("Tensorrt"),
+        "onnxruntime-tensorrt-rtx": plugin,
         "tensorrt": tensorrt,
         "torch-compile": compiler,
         "torch-aot": compiler,
     }
-    return {name: checks[name]() if name in checks else _imports(module) for name, (module, *_) in BACKENDS.items()}
+    return {name: checks[name]() if name in checks else _imports(entry.module) for name, entry in BACKENDS.items()}
 
 
 def _card(devices: list[str]) -> str:

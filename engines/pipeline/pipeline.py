@@ -249,13 +249,18 @@ class Pipeline(Program):
         return np.concatenate([self.decode(latent[rows]) for rows in batches])[: len(latent)]
 
 
-def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT) -> Pipeline:
+def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT, device: str | None = None) -> Pipeline:
     """Open a bundle, check its files, and return its pipeline; the engines are loaded on entering or calling it.
 
     Args:
         folder: the bundle.
         threads: for backends on the CPU; None leaves the choice to them.
-        backend: see :data:`engines.backends.BACKENDS`.
+        backend: see :data:`engines.backends.BACKENDS`, or ``cuda`` for the best on a GPU.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None is the backend's own choice.
+
+    Raises:
+        UsageError: an unknown backend or device, or a device that the backend does not run on.
+        DipgoError: a damaged bundle, or a backend that cannot run here.
     """
     bundle = open_bundle(Path(folder))
-    return Pipeline(bundle, runner_for(bundle, backend, threads))
+    return Pipeline(bundle, runner_for(bundle, backend, threads, device))
