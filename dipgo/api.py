@@ -100,7 +100,7 @@ def verify(
 
 
 def bench(
-    bundle: str | Path,
+    bundle: str | Path | Sequence[str | Path],
     output: str | Path,
     config: BenchConfig | None = None,
     *,
@@ -112,6 +112,7 @@ def bench(
     """Verify a bundle, measure it against baselines, and write a report: the folder ``output``.
 
     Args:
+        bundle: or several of one model and sampler, measured in the same rounds; baselines are at the first one's MACs.
         config: the options, or as keywords: see :class:`benchmarks.bench.config.BenchConfig`.
         model: where the model lies now, if not where the bundle was compiled from.
     """
@@ -119,7 +120,8 @@ def bench(
 
     chosen = _options(BenchConfig, config, options)
     with Progress(progress).phases() as report:
-        return measure(Path(bundle), Path(output), chosen, model, force, report)
+        folders = [Path(each) for each in ([bundle] if isinstance(bundle, str | Path) else bundle)]
+        return measure(folders, Path(output), chosen, model, force, report)
 
 
 def judge(
@@ -143,10 +145,13 @@ def judge(
     from benchmarks.bench.judgement import judge as measure
     from dipgo.schedule.subnet import load_subnet
 
-    chosen, named = _options(JudgeConfig, config, options), {}
+    chosen = _options(JudgeConfig, config, options)
+    named: dict[str, SubNet] = {}
     for number, each in enumerate(subnets, 1):
-        is_file = isinstance(each, str | Path)
-        named[str(each) if is_file else f"SubNet {number}"] = load_subnet(Path(each)) if is_file else each
+        if isinstance(each, str | Path):
+            named[str(each)] = load_subnet(Path(each))
+        else:
+            named[f"SubNet {number}"] = each
     if not named or len(named) < len(subnets):
         raise UsageError("give SubNets to judge, each once")
     source = _model_of(model or next(iter(named.values())).model.name)
