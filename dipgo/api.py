@@ -6,11 +6,11 @@ Options are those of the command line, as keywords (``steps=20``) or as a config
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.bench.config import BenchConfig
+from benchmarks.bench.config import BenchConfig, JudgeConfig
 from dipgo.base.config import Config, checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
@@ -21,6 +21,7 @@ from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
 
 if TYPE_CHECKING:
+    from benchmarks.bench.judgement import Judgement
     from benchmarks.bench.parity import Parity
     from benchmarks.bench.report import ReportRecord
     from dipgo.graph.latency import LatencyProfile
@@ -123,7 +124,7 @@ def debug(
 
 
 def bench(
-    bundle: str | Path,
+    bundle: str | Path | Sequence[str | Path],
     output: str | Path,
     config: BenchConfig | None = None,
     *,
@@ -135,6 +136,7 @@ def bench(
     """Verify a bundle, measure it against baselines, and write a report: the folder ``output``.
 
     Args:
+        bundle: or several of one model and sampler, measured in the same rounds; baselines are at the first one's MACs.
         config: the options, or as keywords: see :class:`benchmarks.bench.config.BenchConfig`.
         model: where the model lies now, if not where the bundle was compiled from.
     """
@@ -142,7 +144,43 @@ def bench(
 
     chosen = _options(BenchConfig, config, options)
     with Progress(progress).phases() as report:
-        return measure(Path(bundle), Path(output), chosen, model, force, report)
+        folders = [Path(each) for each in ([bundle] if isinstance(bundle, str | Path) else bundle)]
+        return measure(folders, Path(output), chosen, model, force, report)
+
+
+def judge(
+    subnets: Sequence[SubNet | str | Path],
+    config: JudgeConfig | None = None,
+    *,
+    model: str | Model | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Judgement:
+    """Judge SubNets, or the files of some, in torch: how close each comes to the full trajectory's images.
+
+    Args:
+        subnets: of one model and sampler; files are called by their paths in what is returned, others by number.
+        config: the options, or as keywords: see :class:`benchmarks.bench.config.JudgeConfig`.
+        model: where the model lies now, if not where it was searched.
+
+    Raises:
+        UsageError, DipgoError: in one line, what is wrong and what to do.
+    """
+    from benchmarks.bench.judgement import judge as measure
+    from dipgo.schedule.subnet import load_subnet
+
+    chosen = _options(JudgeConfig, config, options)
+    named: dict[str, SubNet] = {}
+    for number, each in enumerate(subnets, 1):
+        if isinstance(each, str | Path):
+            named[str(each)] = load_subnet(Path(each))
+        else:
+            named[f"SubNet {number}"] = each
+    if not named or len(named) < len(subnets):
+        raise UsageError("give SubNets to judge, each once")
+    source = _model_of(model or next(iter(named.values())).model.name)
+    with Progress(progress).phases() as report:
+        return measure(named, source, chosen, report)
 
 
 def compile(

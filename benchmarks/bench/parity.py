@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ class Parity(Record):
     tolerance: float
     tolerance_image: float | None = None  # where it is not the latent's
     passed: bool
+    torch_seconds: float | None = None  # that an image took under the same gates in torch, and compiled; both cold
+    compiled_seconds: float | None = None
 
     def line(self) -> str:
         """Return the errors and what they may be, as text."""
@@ -107,8 +110,10 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     SubNet's own scheduler, for a program of half precision in that dtype, on the device where the pipeline is.
     """
     inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
+    begin = time.perf_counter()
     with full_float32():
         exact = _torch(program, pipe, inputs, seed, progress)
+    torch_seconds = (time.perf_counter() - begin) / images
     if dtype == torch.float32:
         expected, rounding = exact, (0.0, 0.0)
     else:
@@ -116,10 +121,12 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         expected = _torch(program, pipe, inputs, seed, progress)
         rounding = _errors(expected, exact)
     embeddings = None if encodes(program) else pipe
+    begin = time.perf_counter()
     try:
         errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
     except NotFinite:
         errors = math.nan, math.nan
+    compiled_seconds = (time.perf_counter() - begin) / images
     judged = 1 if program.record.decoder is None and not program.makes_pixels else 2  # latents alone are no images
     tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
     return Parity(
@@ -133,6 +140,8 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         tolerance=tolerances[0],
         tolerance_image=tolerances[1] if dtype != torch.float32 else None,
         passed=all(error <= tolerance for error, tolerance in [*zip(errors, tolerances, strict=True)][:judged]),
+        torch_seconds=torch_seconds,
+        compiled_seconds=compiled_seconds,
     )
 
 

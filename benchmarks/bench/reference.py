@@ -18,7 +18,7 @@ from dipgo.model.families import Conditions, family_of, join, remember
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.subnet import SubNet, load_subnet
-from dipgo.searching.task import Task, make_task
+from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
 from export.bundle import Bundle, ConditioningRecord
 from export.compiler import retrace, scheduler_of
 
@@ -63,12 +63,23 @@ def subnet_of(bundle: Bundle) -> SubNet:
 
 def task_of(bundle: Bundle, model: Model, progress: Report = silent) -> Task:
     """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to, its scheduler included."""
-    subnet = subnet_of(bundle)
+    return task_for(subnet_of(bundle), model, getattr(torch, bundle.record.dtype), progress=progress)
+
+
+def task_for(
+    subnet: SubNet,
+    model: Model,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    choices: Choices = ALL_CHOICES,
+    progress: Report = silent,
+) -> Task:
+    """Return the task that a SubNet belongs to, with the very scheduler that it was searched for."""
     sampler = subnet.sampler
     progress("load the model", 0, 2, "trace")
-    traced = retrace(model, subnet, getattr(torch, bundle.record.dtype))
+    traced = retrace(model, subnet, dtype)
     progress("load the model", 1, 2, "weights")
-    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance)
+    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance, device, choices)
     progress("load the model", 2, 2, "")
     task.pipe.scheduler = scheduler_of(subnet)
     return task.with_sampler(task.pipe.scheduler, sampler.steps)

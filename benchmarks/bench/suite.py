@@ -6,7 +6,7 @@ A suite holds settings alone: which bundle is measured is said on the command li
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -50,6 +50,7 @@ class Suite(Record):
         about: one line on what the suite is for.
         baselines: names out of :mod:`~benchmarks.bench.baselines` and :mod:`~benchmarks.bench.techniques`; the full
             program is always measured, first.
+        steps: further step counts of the bundle's solver, for its curve of quality against time.
         subnets: further baselines: name to a SubNet's file, where ``{budget}`` stands for the bundle's.
         backends: of the bundle and the full program; baselines run in the first.
         scopes: ``loop``, the denoising loop, always; ``pipeline``, conditions and decoder with it; ``step``, each step.
@@ -68,6 +69,7 @@ class Suite(Record):
 
     about: str
     baselines: list[str] = Field(default_factory=list)
+    steps: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
     subnets: dict[str, str] = Field(default_factory=dict)
     backends: list[str] = Field(default=["onnxruntime"], min_length=1)
     scopes: list[Scope] = Field(default=["loop", "step"])

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from benchmarks.bench import baselines
-from benchmarks.bench.baselines import FULL, compile_baselines
+from benchmarks.bench.baselines import FULL, Compiler, Share
 from benchmarks.bench.parity import TOLERANCE, Parity, measure
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.reference import cast_pipeline, conditions_as_arrays
@@ -106,11 +106,12 @@ def compile_programs(workload: Workload, folder: Path) -> dict[str, Path]:
         main = _main(task, workload)
         programs = {
             FULL: baselines.full,
-            MAIN: lambda task, ratio: (task, main),
+            MAIN: lambda task, share: (task, main),
             FEWER: baselines.fewer_steps,
             LEARNED: _learned,
         }
-        made = compile_baselines(task, main.cost.ratio, folder, programs, batch=workload.batch, whole=False)
+        compiler, share = Compiler(task, folder, workload.batch, whole=False), Share(main.cost.ratio, main.cost.ratio)
+        made = [compiler.compile(name, build, share) for name, build in programs.items()]
         if made[0].error:
             raise DipgoError(f"{workload.model}: the full program cannot be compiled ({made[0].error})")
         index.write_text(json.dumps({each.name: each.folder.name for each in made if each.folder}))
@@ -132,7 +133,7 @@ def _main(task: Task, workload: Workload) -> SubNet:
         DipgoError: the SubNet has other sites or another number of steps.
     """
     if workload.subnet is None:
-        return baselines.uniform_reuse(task, workload.share)[1]
+        return baselines.uniform_reuse(task, Share(workload.share, workload.share))[1]
     subnet = load_subnet(ROOT / workload.subnet)
     names = [site.name for site in task.trace.sites]
     if [site.name for site in subnet.sites] != names or subnet.calls != task.sampler.calls:
@@ -140,9 +141,9 @@ def _main(task: Task, workload: Workload) -> SubNet:
     return task.subnet(subnet.schedule.canonical(task.trace), method=Path(workload.subnet).stem)
 
 
-def _learned(task: Task, ratio: float) -> tuple[Task, SubNet]:
+def _learned(task: Task, share: Share) -> tuple[Task, SubNet]:
     """Whole steps at even intervals, and backups of the shape that a search learns: by channel and pass of guidance."""
-    start = spaced(task.trace.macs, task.sampler.calls, ratio, Rule(history=EXTRAPOLATION))
+    start = spaced(task.trace.macs, task.sampler.calls, share.macs, Rule(history=EXTRAPOLATION))
     return task, task.subnet(Backups(task.trace, start).schedule().canonical(task.trace), method=LEARNED)
 
 

@@ -135,7 +135,7 @@ def _run(program: Program, pipe: Any, observer: _Observer, progress: Report) -> 
             latents = trajectory.gated(torch.from_numpy(noise), conditions, subnet.gates, subnet.schedule.tensors())
         observer.step = None
         if record.decoder:
-            pixels = decode_latents(pipe.vae, latents[-1]).permute(0, 3, 1, 2)
+            pixels = decode_latents(pipe, latents[-1]).permute(0, 3, 1, 2)
             observer.torch[record.decoder.output.name] = pixels.numpy()
             program.decode(walk.latent)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
@@ -12,6 +13,9 @@ from benchmarks.bench.config import BenchConfig
 from dipgo.base.config import Backend, Config
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.cli.options import BundleArgument, ForceOption, SourceOption
+
+if TYPE_CHECKING:
+    from benchmarks.bench.report import ReportRecord
 
 
 class VerifyConfig(Config):
@@ -50,8 +54,13 @@ def verify(bundle: BundleArgument, config: VerifyConfig, model: SourceOption = N
 
 def bench(
     config: BenchConfig,
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.", show_default=False)
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="BUNDLE...",
+            help="Folder written by 'dipgo export'; further ones of the same model and sampler are set beside it.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write.")] = None,
     model: SourceOption = None,
@@ -60,19 +69,31 @@ def bench(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Verify a bundle, measure it against baselines, and write a report; or compare two reports."""
+    """Verify bundles, measure them against baselines, and write a report; or compare two reports."""
     if compare is not None:
-        if bundle or config.model_fields_set:
+        if bundles or config.model_fields_set:
             raise UsageError("--compare takes two reports and measures nothing; leave BUNDLE and --suite out")
         compare_with(*compare, output, force)
         return
-    if bundle is None or output is None:
+    if not bundles or output is None:
         raise UsageError("give a BUNDLE and -o REPORT, or --compare A B; see 'dipgo bench --help'")
-    from benchmarks.bench.page import table
     from dipgo import api
 
-    typer.echo(table(api.bench(bundle, output, config, model=model, force=force, progress=None)))
-    typer.echo(f"report: {output / 'report.html'}")
+    report = api.bench(bundles, output, config, model=model, force=force, progress=None)
+    for line in report_lines(report, output):
+        typer.echo(line)
+
+
+def report_lines(report: ReportRecord, output: Path) -> Iterator[str]:
+    """Yield what is printed of a report: its table, the trade in one sentence, and where to look."""
+    from benchmarks.bench.page import table
+    from benchmarks.bench.report import PAGE_FILE, PICTURE_FILE
+
+    yield table(report)
+    yield report.headline[0].line
+    yield f"report: {output / PAGE_FILE}"
+    if (output / PICTURE_FILE).is_file():
+        yield f"picture: {output / PICTURE_FILE}"
 
 
 def compare_with(first: Path, second: Path, output: Path | None, force: bool) -> None:
