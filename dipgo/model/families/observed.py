@@ -106,11 +106,15 @@ _SEEN: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
 
 def _observed(pipe: Any, component: str, request: Request) -> Observation:
     """Return what a pipeline does, observed once for each guidance scale and size."""
-    key = (component, request.guidance, rescale_of(request.guidance or 0.0), request.size, type(pipe.scheduler))
+    def key(guidance: float | None, size: tuple[int, int] | None) -> Any:
+        return component, guidance, rescale_of(guidance or 0.0), size, type(pipe.scheduler)
+
     seen = _SEEN.setdefault(pipe, {})
-    if key not in seen:
-        seen[key] = observe(pipe, component, request)
-    return seen[key]
+    asked = key(request.guidance, request.size)
+    if asked not in seen:
+        observation = observe(pipe, component, request)
+        seen |= dict.fromkeys((asked, key(observation.guidance, observation.size)), observation)
+    return seen[asked]
 
 
 def _prompting(pipe: Any, seen: Observation) -> Prompting | None:
