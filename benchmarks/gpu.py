@@ -8,10 +8,9 @@ The suites ``gpu-*.yaml`` say what is measured: each of their backends is a step
 at true size, by block and by layer, and TensorRT-RTX, if it takes this GPU at all. Weights are random: images are
 meaningless. ``--rehearse`` goes through all of it with small models, on the CPU too.
 
-A machine without a network needs the packages of ``pip download -d wheels '.[tensorrt-rtx]' onnxruntime-gpu`` beside
-its own torch: ``pip install --no-index --no-deps --find-links wheels --target packages dipgo diffusers …``, then
-``PYTHONPATH=packages``. Bundles may be compiled beforehand: a run with ``--rehearse`` or on another machine leaves them
-in ``FOLDER/bundles``, and ``--bundles`` takes them from there.
+For a machine without a network ``make gpu-packages`` puts into ``build/gpu-packages`` what it lacks beside torch, onnx,
+onnxruntime, transformers and accelerate; there it is ``PYTHONPATH=build/gpu-packages python -m benchmarks.gpu``. A run
+leaves its bundles in ``FOLDER/bundles``; ``--bundles`` takes those of another.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def records(folder):
 def test_steps_are_in_order_of_worth_and_a_suite_is_all_that_a_family_needs():
     names = [step.name for step in steps()]
     assert len(set(names)) == len(names)
-    assert names[:5] == ["sd15-torch", "sd15-torch-compile", "sd15-onnxruntime-cuda", "sdxl-torch", "dit-xl-torch"]
-    assert names[5:9] == ["search-block", "search-layer", "sd15-tensorrt", "sd15-onnxruntime-tensorrt-rtx"]
+    assert names[:4] == ["sd15-torch", "sd15-onnxruntime-cuda", "sdxl-torch", "dit-xl-torch"]
+    assert names[4:8] == ["search-block", "search-layer", "sd15-torch-compile", "sd15-tensorrt"]
     measured = {(step.suite, step.backend) for step in steps() if step.backend}
     on_gpu = {name: load_suite(name) for name in suites() if name.startswith("gpu-")}
     assert measured == {(name, backend) for name, suite in on_gpu.items() for backend in suite.backends}
