@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -201,7 +203,7 @@ def random_subnet(
     weights: dict[str, np.ndarray] = {}
     for name, site, node in backup_outputs(trace) if channels is not None else ():
         width = [trace.shape(node, 1)[trace.sites[site].channel_axis]] if channels else []
-        passes = [2] if channels == 2 and trace.guidance_scale > 1 else []
+        passes = [2] if channels == 2 and trace.rows > 1 else []
         drawn = generator.normal(1 / terms, 0.2, (sampler.calls, terms, *passes, *width))
         weights[name] = drawn.astype(np.float32)
     return make_subnet(trace, sampler.identity(trace.guidance_scale), Schedule(gates, weights), SearchRecord())
@@ -238,5 +240,18 @@ def tiny_sd3(folder: Path) -> str:
     tokenizers = {f"tokenizer{number}": _clip_tokenizer() for number in ("", "_2")} | {"tokenizer_3": _t5_tokenizer()}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae(2, shift_factor=0.1), **encoders, **tokenizers)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_chroma(folder: Path) -> str:
+    """Save a ChromaPipeline: FLUX.1 with T5 alone and guidance, whose passes are a call each, the conditional first."""
+    torch.manual_seed(0)
+    size = {"in_channels": 16, "num_layers": 2, "num_single_layers": 1, "patch_size": 1}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    approximator = {"approximator_num_channels": 16, "approximator_hidden_dim": 8, "approximator_layers": 1}
+    transformer = _stirred(ChromaTransformer2DModel(joint_attention_dim=12, **size, **heads, **approximator))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = ChromaPipeline(scheduler, vae(2, shift_factor=0.1), _t5(12), _t5_tokenizer(), transformer)
     pipe.save_pretrained(folder)
     return str(folder)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from dipgo.graph.trace import Trace
 from dipgo.graph.trace import trace as traced_anew
 from dipgo.model.models import Model, find_model
-from dipgo.model.sampler import Sampler, make_scheduler, tabulate
+from dipgo.model.sampler import Sampler, make_scheduler
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.task import Task, make_task
@@ -44,7 +44,12 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "pixart-sigma": partial(models.tiny_pixart, sample_size=64, pipeline=PixArtSigmaPipeline),
     "sana": models.tiny_sana,
     "unconditional": models.tiny_unconditional,
+    "flux": models.tiny_flux,
+    "sd3": models.tiny_sd3,
+    "chroma": models.tiny_chroma,
 }
+PIXELS = {"flux": (32, 32), "chroma": (32, 32)}
+"""Sizes of images where the pipeline's own is large."""
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",
@@ -77,7 +82,7 @@ def pipeline(kind: str) -> str:
 
 
 def model(kind: str) -> Model:
-    return find_model(pipeline(kind))
+    return find_model(pipeline(kind), pixels=PIXELS.get(kind))
 
 
 def guidance_of(kind: str) -> float:
@@ -130,7 +135,7 @@ def search_config(steps: int, budget: Any = 0.5, **changes: Any) -> SearchConfig
 def sampler(kind: str, steps: int, name: str | None = "ddim") -> Sampler:
     """Return a sampler's table for the pipeline; ``None`` is the pipeline's own."""
     pipe = model(kind).pipeline()
-    return tabulate(make_scheduler(name, pipe.scheduler), steps, model(kind).family.scales_noise)
+    return model(kind).family.table(make_scheduler(name, pipe.scheduler), steps)
 
 
 _graphs: dict[Any, Any] = {}
@@ -164,7 +169,7 @@ def bundle(
     whole: bool = True,
 ) -> Path:
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
-    digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.size, traced.free, size, whole)).encode())
+    digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.latent, traced.free, size, whole)).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
     for name, weights in sorted(subnet.schedule.backups.items()):
         digest.update(repr((name, weights.shape)).encode() + weights.tobytes())

@@ -61,4 +61,5 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
     arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": STEPS}
     arguments |= {} if kind == "unconditional" else {"guidance_scale": GUIDANCE}
     arguments |= {"clean_caption": False} if kind == "pixart" else {}
+    arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)

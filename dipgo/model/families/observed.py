@@ -91,6 +91,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         scale=seen.guidance,
         fixed=seen.fixed,
         pixels=seen.size,
+        seen=seen,
         upcasts_vae=lambda config: True,  # not known, and float32 is right in any case
     )
 

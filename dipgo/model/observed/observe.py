@@ -94,6 +94,8 @@ class Observation:
         noise: how what is drawn becomes the latent.
         scales_noise: whether what is drawn is multiplied by the scheduler's ``init_noise_sigma``.
         decoding: None where there is no VAE.
+        width: length of the denoiser's output along its first axis after the batch; beyond the latent's is a variance.
+        embeds: whether the guidance scale is an input of the denoiser.
     """
 
     component: str
@@ -107,6 +109,8 @@ class Observation:
     noise: Layout
     scales_noise: bool
     decoding: Decoding | None
+    width: int
+    embeds: bool
 
     def tabulate(self, pipe: Any, scheduler: Any, steps: int) -> Sampler:
         """Return a scheduler's table at a number of steps, as this pipeline uses it.
@@ -245,6 +249,8 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         noise=noise,
         scales_noise=scales,
         decoding=decoding,
+        width=calls[0].output.shape[1],
+        embeds=any(not same(one, other) for one, other in zip(views.scale, views.steps[0], strict=True)),
     )
     rows = joined_conditions(bare, [template.conditions(call.arguments) for call in calls])
     other = joined_conditions(bare, [template.conditions(call.arguments) for call in prompt.calls_of(0)])
@@ -298,18 +304,9 @@ def _leaves(call: Any, like: Any) -> list[Any]:
 
 
 def _moment(template: Template, arguments: Mapping[str, Any]) -> float:
-    """Return the timestep in a call's arguments."""
-    from dipgo.model.observed.template import Moment
-
-    leaves = pytree.tree_flatten(dict(arguments))[0]
-    return next(
-        (
-            float(leaf.flatten()[0])
-            for role, leaf in zip(template.roles, leaves, strict=True)
-            if isinstance(role, Moment)
-        ),
-        0.0,
-    )
+    """Return the timestep in a call's arguments; 0 where it takes none."""
+    moment = template.moment(arguments)
+    return 0.0 if moment is None else float(moment.flatten()[0])
 
 
 def _more(scale: float) -> float:
