@@ -122,8 +122,8 @@ class SolverRecord(Record):
 class TokenizerRecord(Record):
     """A tokenizer (file of the ``tokenizers`` library) and the inputs of the text graph that it fills.
 
-    Every prompt is put between ``before`` and ``after``, then cut and padded to ``length`` tokens, on one ``side``. ``expands`` has the tokens that stand for several vectors of a
-    textual inversion, and what they are replaced by.
+    Every prompt is put between ``before`` and ``after``, then cut and padded to ``length`` tokens, on one ``side``.
+    ``expands`` has the tokens that stand for several vectors of a textual inversion, and what they are replaced by.
     """
 
     file: FileName

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
 from math import prod
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np

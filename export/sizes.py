@@ -79,7 +79,7 @@ def sizes_for(model: Model, batch: int | str = 1, size: str | None = None) -> Si
     image = model.family.latent(model.config)
     if size is None:
         return Sizes(images, image)
-    if model.family.under:
+    if model.family.pixels:
         raise UsageError(f"--size {size}: {model.name} is searched and exported at one size; give it to the search")
     own = image[1:]
     parts = size.split("x")

@@ -53,9 +53,7 @@ def text_to_onnx(
     tokenizers = [record for record, _ in pairs]
     module = _Text([empty_component(model, name, dtype) for name in names], prompting, tokenizers, dtype)
     what = "the text encoder"
-    program = export_module(
-        what, module, [torch.ones((rows, length), dtype=torch.int64) for length in module.lengths]
-    )
+    program = export_module(what, module, [torch.ones((rows, length), dtype=torch.int64) for length in module.lengths])
     skips = prompting.skips([encoder.config for encoder in module.encoders])
     outputs = [*prompting.conditions, *(f"{prompting.conditions[0]}.{skip + 1}" for skip in range(skips))]
     graph = convert(what, program, module.inputs, outputs, (rows, module.lengths[0]))
@@ -72,7 +70,7 @@ def text_to_onnx(
         inputs=[tensor_record(value) for value in graph.graph.inputs],
         outputs=[tensor_record(value) for value in graph.graph.outputs],
         unconditional="zeros"
-        if prompting.always_zeros or prompting.zeros and index.get(prompting.zeros)
+        if prompting.always_zeros or (prompting.zeros and index.get(prompting.zeros))
         else "encoded",
         lower=prompting.lower,
         fixed={}

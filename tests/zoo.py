@@ -43,13 +43,13 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "pixart-1024": partial(models.tiny_pixart, sample_size=128),  # which takes sizes as conditions too
     "pixart-sigma": partial(models.tiny_pixart, sample_size=64, pipeline=PixArtSigmaPipeline),
     "sana": models.tiny_sana,
-    "unconditional": models.tiny_unconditional,
     "flux": models.tiny_flux,
+    "flux-schnell": partial(models.tiny_flux, guided=False),
     "sd3": models.tiny_sd3,
     "chroma": models.tiny_chroma,
+    "unconditional": models.tiny_unconditional,
 }
-PIXELS = {"flux": (32, 32), "chroma": (32, 32)}
-"""Sizes of images where the pipeline's own is large."""
+PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32), "chroma": (32, 32)}  # where a pipeline's own size is that of true models
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",
@@ -86,7 +86,7 @@ def model(kind: str) -> Model:
 
 
 def guidance_of(kind: str) -> float:
-    return 1.0 if kind == "unconditional" else 4.0
+    return 1.0 if kind in ("unconditional", "flux-schnell") else 4.0
 
 
 @cache
@@ -135,7 +135,7 @@ def search_config(steps: int, budget: Any = 0.5, **changes: Any) -> SearchConfig
 def sampler(kind: str, steps: int, name: str | None = "ddim") -> Sampler:
     """Return a sampler's table for the pipeline; ``None`` is the pipeline's own."""
     pipe = model(kind).pipeline()
-    return model(kind).family.table(make_scheduler(name, pipe.scheduler), steps)
+    return model(kind).at(guidance_of(kind)).family.table(make_scheduler(name, pipe.scheduler), steps)
 
 
 _graphs: dict[Any, Any] = {}

@@ -15,12 +15,14 @@ from dipgo.base.records import read_object
 from dipgo.model.checks import component_class
 from dipgo.model.empty import empty_module
 from dipgo.model.observed.stand_ins import text_stand_in
+from dipgo.model.sampler import SchedulerConfig, make_scheduler
 
 
 def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     """Return the pipeline of a folder without weights; its text encoders are stand-ins.
 
-    Components that the folder lacks, and those of other libraries than diffusers and transformers, are left out.
+    Components that the folder lacks, and those of other libraries than diffusers and transformers, are left out. A
+    scheduler that needs a package which is missing gives way to DDIM.
 
     Raises:
         UsageError: a class that the installed diffusers lacks, or a package that a part of it needs.
@@ -31,12 +33,15 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     name = str(index.get("_class_name"))
     pipeline_class = getattr(diffusers, name, None)
     if not isinstance(pipeline_class, type):
-        raise UsageError(f"the installed diffusers has no {name}; install the version that the model was made with")
+        raise UsageError(f"the installed diffusers has no {name}; only pipelines of its own are supported")
     accepted = signature(pipeline_class).parameters
     parts: dict[str, Any] = {}
     for part, value in index.items():
         if part in accepted:
-            parts[part] = _component(folder, part, *component_class(index, part)) if isinstance(value, list) else value
+            library, kind = component_class(index, part)
+            parts[part] = _component(folder, part, library, kind) if isinstance(value, list) else value
+    if "scheduler" in accepted:
+        parts["scheduler"] = _scheduler(folder, component_class(index, "scheduler")[1])
     missing = [each for each, option in accepted.items() if each not in parts and option.default is option.empty]
     parts |= dict.fromkeys(each for each in missing if each not in ("args", "kwargs"))
     try:
@@ -79,9 +84,18 @@ def _empty(name: str, kind: Any, config: Mapping[str, Any]) -> nn.Module:
     return module
 
 
+def _scheduler(folder: Path, class_name: str) -> Any:
+    config = read_object(folder / "scheduler" / "scheduler_config.json", "scheduler configuration")
+    own = SchedulerConfig(class_name or str(config.get("_class_name")), config)
+    try:
+        return make_scheduler(None, own)
+    except UsageError:
+        return make_scheduler("ddim", own)
+
+
 def _component(folder: Path, part: str, library: str, class_name: str) -> Any:
     place = folder / part
-    if library not in ("diffusers", "transformers") or not place.is_dir():
+    if library not in ("diffusers", "transformers") or not place.is_dir() or part == "scheduler":
         return None
     kind = getattr(importlib.import_module(library), class_name, None)
     if kind is None:

@@ -80,10 +80,7 @@ class KnownReader:
         sample = arguments[self._latent_name]
         values = to_array(sample)
         record = self.program.record
-        channels, height, width = values.shape[1:]
-        if channels != record.latent.shape[1]:
-            raise UsageError(f"the latent has {channels} channels, the bundle's {record.latent.shape[1]}")
-        self.program.latent_shape(1, (height * record.cell, width * record.cell))
+        _check_latent(self.program, values.shape[1:])
         others = {name: value for name, value in arguments.items() if name != self._latent_name}
         latent = _one_pass(self.program, values, record.conditioning.guided)
         return Call(sample, latent, arguments["timestep"], self._conditions(others, len(values)))
@@ -133,13 +130,7 @@ class ObservedReader:
     def read(self, arguments: Mapping[str, Any]) -> Call:
         template, batched = self.seen.template, self.seen.guide.batched
         sample = template.latent(arguments)
-        mine = self.program.record.latent.shape[1:]
-        if list(sample.shape[1:]) != list(mine):
-            height, width = self.program.size
-            raise UsageError(
-                f"the latent of an image is {list(sample.shape[1:])}, the bundle's {list(mine)}; give height = "
-                f"{height} and width = {width}"
-            )
+        _check_latent(self.program, sample.shape[1:])
         conditions = {name: to_array(value) for name, value in template.conditions(arguments).items()}
         for tensor in self.program.record.conditioning.inputs:
             value = conditions[tensor.name]
@@ -159,6 +150,23 @@ class ObservedReader:
 
     def heeds(self, scale: float) -> bool:
         return self.seen.embeds or self.seen.guide.passes > 1
+
+
+def _check_latent(program: Pipeline, image: Sequence[int]) -> None:
+    """Refuse a latent of one image of another shape than the bundle's, or outside of its ranges."""
+    record = program.record
+    mine = record.latent.shape[1:]
+    if record.pixels:
+        if list(image) != mine:
+            height, width = record.pixels
+            raise UsageError(
+                f"the latent of an image is {list(image)}, the bundle's {mine}; give height = {height} and width = "
+                f"{width}"
+            )
+        return
+    if image[0] != mine[0]:
+        raise UsageError(f"the latent has {image[0]} channels, the bundle's {mine[0]}")
+    program.latent_shape(1, (image[-2] * record.cell, image[-1] * record.cell))
 
 
 def _one_pass(program: Pipeline, sample: np.ndarray, guided: bool) -> np.ndarray:

@@ -144,7 +144,9 @@ def _load(path: Path, record: TokenizerRecord) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(read_text(path, "tokenizer", LARGEST_TOKENIZER))
         tokenizer.enable_truncation(record.length)
-        tokenizer.enable_padding(direction=record.side, length=record.length, pad_id=record.pad_id, pad_token=record.pad_token)
+        tokenizer.enable_padding(
+            direction=record.side, length=record.length, pad_id=record.pad_id, pad_token=record.pad_token
+        )
     except Exception as error:  # the library raises plain Exceptions
         raise DipgoError(f"{path}: not a readable tokenizer ({one_line(error)}); export the bundle again") from error
     return tokenizer

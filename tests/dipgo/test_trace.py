@@ -185,7 +185,7 @@ def test_what_cannot_be_traced_is_named_with_its_line(tiny_dit, sites, capfd):
 
 
 class Parts(torch.nn.Module):
-    """A denoiser with a site that hands out None beside its tensor, as the last block of an MMDiT does."""
+    """A denoiser with a site that hands out a word beside its tensor."""
 
     def __init__(self):
         super().__init__()
@@ -198,10 +198,10 @@ class Parts(torch.nn.Module):
 
 class Pair(torch.nn.Module):
     def forward(self, value):
-        return value * 2, None
+        return value * 2, "doubled"
 
 
-def test_a_site_that_hands_out_none_is_refused_by_its_name():
+def test_a_site_that_hands_out_more_than_tensors_is_refused_by_its_name():
     example = (torch.zeros(3, 4), torch.ones(3), {})
-    with refused("site 'pair' hands on a NoneType beside tensors, which is not supported"):
+    with refused("site 'pair' hands on a str beside tensors, which is not supported"):
         export_tapped(Tapped(Parts(), ["pair"]), example, ({}, {}, {}))

@@ -46,7 +46,7 @@ def made(tmp_path_factory):
     sampler = tabulate(DDIMScheduler(clip_sample=False), 3)
     subnet = random_subnet(traced, sampler, 0, keep=1.0)
     for name, batch in (("b", 1), ("ranges", AxisRecord(min=1, opt=3, max=3))):
-        write_bundle(prepare(traced, whole=False, sizes=Sizes(batch, 8, 8)), subnet, sampler, folder / name)
+        write_bundle(prepare(traced, whole=False, sizes=Sizes(batch, (4, 8, 8))), subnet, sampler, folder / name)
     return folder
 
 

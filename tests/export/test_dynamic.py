@@ -8,7 +8,6 @@ from diffusers import DDIMScheduler
 
 import dipgo
 from dipgo.eager.gating import gated
-from dipgo.model.sampler import tabulate
 from export.axes import evaluate, profile_of, shape_at, values_at
 from export.bundle import AxisRecord, TensorRecord
 from export.compiler import compile_subnet, prepare, write_bundle
@@ -33,12 +32,12 @@ class Case:
     def __init__(self, kind, sites, batch, size):
         self.model = zoo.model(kind)
         self.sizes = sizes_for(self.model, batch, size)
-        own = None if size is None else self.sizes.latent_at(4, "opt")[2:]
+        own = None if size is None else self.sizes.latent_at("opt")[2:]
         self.traced = zoo.trace(kind, sites, 4.0, size=own)
         self.pipe = self.model.pipeline()
         self.pipe.scheduler = DDIMScheduler(clip_sample=False)
         self.pipe.set_progress_bar_config(disable=True)
-        self.sampler = tabulate(self.pipe.scheduler, STEPS, self.model.family.scales_noise)
+        self.sampler = self.model.family.table(self.pipe.scheduler, STEPS)
         self.prepared = zoo.converted(self.traced, batch, size)
 
     def write(self, folder, layout, seed=0):
@@ -97,7 +96,7 @@ def test_macs_are_those_at_opt(case, tmp_path):
     """As many as a bundle has that is made for this size alone."""
     made, _ = case
     _, record = made.write(tmp_path / "b", "signature")
-    fixed = Sizes(*(made.sizes.latent_at(4, "opt")[k] for k in (0, 2, 3)))
+    fixed = Sizes(made.sizes.latent_at("opt")[0], made.sizes.latent_at("opt")[1:])
     alone = prepare(made.traced, whole=False, sizes=fixed)
     subnet = random_subnet(made.traced, made.sampler, 0, 0.5, 2, 2)
     static = write_bundle(alone, subnet, made.sampler, tmp_path / "s")
@@ -150,10 +149,10 @@ def test_profiles():
 
 def test_sizes_are_read():
     unconditional = zoo.model("unconditional")
-    assert sizes_for(unconditional) == Sizes(1, 8, 8)
+    assert sizes_for(unconditional) == Sizes(1, (3, 8, 8))
     ranged = sizes_for(unconditional, "1:2:4", "6x4:12")
-    assert ranged == Sizes(AxisRecord(min=1, opt=2, max=4), 6, AxisRecord(min=4, opt=8, max=12, multiple=2))
-    assert ranged.latent(3) == ["batch", 3, 6, "width"]
+    assert ranged == Sizes(AxisRecord(min=1, opt=2, max=4), (4, 6, AxisRecord(min=4, opt=8, max=12, multiple=2)))
+    assert ranged.latent == ["batch", 3, 6, "width"]
     assert ranged.text(3) == "1-4x3x6x4-12"
     assert sizes_for(unconditional, "1:4", "10:12").axes["batch"].opt == 4
     assert sizes_for(unconditional, 1, "10:12").axes["width"].opt == 12  # its own size, 8, lies outside

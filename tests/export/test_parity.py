@@ -74,7 +74,7 @@ class Case:
     def error(self, folder, seed, keep, backup, sampler, options):
         """Compile a random SubNet, run it, and return its relative error against gated torch."""
         terms, channels = backup
-        table = tabulate(make_scheduler(sampler, self.scheduler), STEPS, self.traced.model.family.scales_noise)
+        table = self.traced.model.family.table(make_scheduler(sampler, self.scheduler), STEPS)
         subnet = random_subnet(self.traced, table, seed, keep, terms, channels)
         record = write_bundle(self.prepared, subnet, table, folder, force=True, config=options)
         noise = torch.randn(self.traced.model.latent_shape(self.batch), generator=torch.Generator().manual_seed(seed))
@@ -131,7 +131,7 @@ def test_the_host_steps_where_graphs_cannot(unet, tmp_path, monkeypatch):
 
 def test_merged_backups_follow_the_new_histories(dit):
     """Learned weights stay where a backup combines what it did, and give way to extrapolation elsewhere."""
-    table = tabulate(dit.scheduler, 8, dit.traced.model.family.scales_noise)
+    table = dit.traced.model.family.table(dit.scheduler, 8)
     subnet = random_subnet(dit.traced, table, 0, 0.5, 2, 1)
     new = merged(subnet, dit.traced, 2)
     straight = extrapolation(dit.traced, new.gates).backups

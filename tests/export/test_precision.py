@@ -9,7 +9,6 @@ import dipgo
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, join
-from dipgo.model.sampler import tabulate
 from export.compiler import write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
@@ -32,7 +31,7 @@ def test_float16_is_as_close_to_float32_as_torch(tmp_path, kind, guidance, batch
     pipe, family = model.pipeline(), model.family
     denoiser = getattr(pipe, family.component)
     conditions = join(*family.conditions(pipe, given[:batch]), guidance > 1)
-    sampler = tabulate(DDIMScheduler(clip_sample=False), 5, family.scales_noise)
+    sampler = family.table(DDIMScheduler(clip_sample=False), 5)
     traced = zoo.trace(kind, "branch" if kind == "sdxl" else None, guidance, torch.float16)
     prepared = zoo.converted(traced, batch, whole=False)
     noise = torch.randn(model.latent_shape(batch), generator=torch.Generator().manual_seed(0))

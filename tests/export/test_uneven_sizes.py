@@ -42,7 +42,7 @@ def test_images_are_those_of_the_gated_pipeline(kind, tmp_path):
 
 
 def test_ranges_and_other_families_keep_to_their_multiples():
-    assert sizes_for(zoo.model("sd"), 1, "18").latent(4) == [1, 4, 9, 9]
+    assert sizes_for(zoo.model("sd"), 1, "18").latent == [1, 4, 9, 9]
     for kind, size, message in (
         ("sd", "19", "takes multiples of 2 pixels; 20 is near to 19"),
         ("sd", "18:26", "takes multiples of 8 pixels; 16 is near to 18"),

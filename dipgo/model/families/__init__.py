@@ -66,9 +66,9 @@ def family_of(pipe: Any) -> Family:
     Raises:
         UsageError: see :func:`component_of`; a pipeline whose loop is none that can be made again.
     """
+    component = component_of(pipe)
     if pipe in _KNOWN:
         return _KNOWN[pipe]
-    component = component_of(pipe)
     denoiser = getattr(pipe, component)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     family = registered_family(type(denoiser).__name__, component, _loop_of(pipe))

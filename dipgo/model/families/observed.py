@@ -84,13 +84,13 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         guides=lambda scale: seen.guide.passes > 1,
         guide=seen.guide.combine,
         latent=lambda config: seen.latent,
-        noise=seen.noise,
+        noise=None if seen.noise.idle else seen.noise,
         to_vae=decode if seen.decoding else None,
         from_vae=lambda values, config: seen.decoding.inverse(values) if seen.decoding else values,
         under=lambda scale, pixels: family_of_observed(pipe, component, Request(scale, pixels)),
         scale=seen.guidance,
         fixed=seen.fixed,
-        pixels=seen.size,
+        pixels=None if seen.any_size else seen.size,
         seen=seen,
         upcasts_vae=lambda config: True,  # not known, and float32 is right in any case
     )

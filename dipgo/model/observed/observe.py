@@ -21,7 +21,7 @@ from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.layout import Layout, find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
-from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
+from dipgo.model.observed.template import Constant, Template, Views, names_of, roles_of, same
 from dipgo.model.observed.watch import Log, Watch, first_of, watch
 from dipgo.model.sampler import Sampler, tabulate
 
@@ -74,12 +74,13 @@ class Decoding:
     shift: torch.Tensor
 
     def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        moved = self.layout(latent)
+        moved = latent if self.layout.idle else self.layout(latent)
         return moved * self.scale.to(moved) + self.shift.to(moved)
 
     def inverse(self, given: torch.Tensor) -> torch.Tensor:
         """Return the latent of what the VAE is given."""
-        return self.layout.inverse((given - self.shift.to(given)) / self.scale.to(given))
+        latent = (given - self.shift.to(given)) / self.scale.to(given)
+        return latent if self.layout.idle else self.layout.inverse(latent)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Observation:
         decoding: None where there is no VAE.
         width: length of the denoiser's output along its first axis after the batch; beyond the latent's is a variance.
         embeds: whether the guidance scale is an input of the denoiser.
+        usual: whether ``set_timesteps`` is given a number of steps alone, and the denoiser the scheduler's timesteps.
     """
 
     component: str
@@ -111,9 +113,24 @@ class Observation:
     decoding: Decoding | None
     width: int
     embeds: bool
+    usual: bool
+
+    @property
+    def any_size(self) -> bool:
+        """Whether all of it holds for images of other sizes too: nothing is packed, shifted or passed by the size."""
+        constants = [role.value for role in self.template.roles if isinstance(role, Constant)]
+        return (
+            self.usual
+            and self.noise.idle
+            and len(self.latent) == 3
+            and (self.decoding is None or self.decoding.layout.idle)
+            and not any(isinstance(value, torch.Tensor) for value in constants)
+        )
 
     def tabulate(self, pipe: Any, scheduler: Any, steps: int) -> Sampler:
         """Return a scheduler's table at a number of steps, as this pipeline uses it.
+
+        A scheduler that the pipeline does not run with is taken where the loop is the usual one (:attr:`usual`).
 
         Raises:
             UsageError: a scheduler that the pipeline does not run with, or one whose steps are no table.
@@ -122,6 +139,10 @@ class Observation:
         try:
             request = Request(self.guidance, self.size, steps)
             log = watch(pipe, request.inputs(pipe, self.component), Watch(self.component, steps=10**6))
+        except UsageError:
+            if not self.usual:
+                raise
+            return replace(tabulate(scheduler, steps, self.scales_noise), passes=self.guide.record)
         finally:
             pipe.scheduler = own
         return self._table(pipe, scheduler, steps, log)
@@ -133,7 +154,9 @@ class Observation:
             raise UsageError(f"{type(pipe).__name__} makes {len(log.steps)} of {table.calls} steps; not supported")
         moments = [_moment(self.template, log.calls_of(step)[0].arguments) for step in range(table.calls)]
         self._compare(pipe, replace(table, timesteps=tuple(moments)), log)
-        return replace(table, timesteps=tuple(moments), pixels=self.size, passes=self.guide.record)
+        return replace(
+            table, timesteps=tuple(moments), pixels=None if self.any_size else self.size, passes=self.guide.record
+        )
 
     def _compare(self, pipe: Any, table: Sampler, log: Log) -> None:
         """Make all steps again by the table, the template and the guide, and compare the latents."""
@@ -251,15 +274,18 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         decoding=decoding,
         width=calls[0].output.shape[1],
         embeds=any(not same(one, other) for one, other in zip(views.scale, views.steps[0], strict=True)),
+        usual=first.settings.keys() == {"num_inference_steps"}
+        and all(
+            _moment(template, first.calls_of(k)[0].arguments) == float(step.timestep)
+            for k, step in enumerate(first.steps)
+        ),
     )
     rows = joined_conditions(bare, [template.conditions(call.arguments) for call in calls])
     other = joined_conditions(bare, [template.conditions(call.arguments) for call in prompt.calls_of(0)])
     fixed = {
         name: value[-1:] for name, value in rows.items() if same(value, other[name]) and same(value[:1], value[-1:])
     }
-    whole = replace(bare, conditions={name: value[-1:] for name, value in rows.items()}, fixed=fixed)
-    whole._table(pipe, pipe.scheduler, request.steps, first)
-    return whole
+    return replace(bare, conditions={name: value[-1:] for name, value in rows.items()}, fixed=fixed)
 
 
 def conditions_of(
@@ -280,9 +306,7 @@ def conditions_of(
     return made
 
 
-def joined_conditions(
-    observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def joined_conditions(observation: Observation, calls: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the conditions of all rows, the unconditional ones first, from those of each call of a step."""
     guide = observation.guide
     if guide.passes == 1:
