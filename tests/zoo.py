@@ -46,10 +46,10 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux": models.tiny_flux,
     "flux-schnell": partial(models.tiny_flux, guided=False),
     "sd3": models.tiny_sd3,
-    "chroma": models.tiny_chroma,
+    "cogview4": models.tiny_cogview4,
     "unconditional": models.tiny_unconditional,
 }
-PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32), "chroma": (32, 32)}  # where a pipeline's own size is that of true models
+PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32)}  # where a pipeline's own size is that of true models
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",

@@ -317,6 +317,9 @@ def joined_conditions(observation: Observation, calls: Sequence[Mapping[str, tor
         else calls
     )
     order = (1 - guide.conditional, guide.conditional)
+    for name, value in both[0].items():
+        if value.shape != both[1][name].shape:
+            raise UsageError(f"the pipeline makes '{name}' as long as the prompt; not supported")
     return {name: torch.cat([both[each][name] for each in order]) for name in both[0]}
 
 
