@@ -3,6 +3,7 @@
 # make test-all  all tests: compilers, TensorRT's engines, launchers, training, hundreds of random SubNets
 # make check     ruff, mypy and the rule of imports
 # make fuzz      thousands of hostile files for MINUTES (20), and of random SubNets: programs against gated torch
+# make gpu       all that is to be known of a GPU, in 8 minutes; REHEARSE=1 goes through it on the CPU, with small models
 # make faults    small faults in a copy of the code, one at a time: does make test see each?
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test test-all check fuzz faults clean
+.PHONY: install demo test test-all check fuzz faults gpu clean
 
 install: $(VENV)/installed
 
@@ -24,9 +25,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # The CPU is enough for everything here; where an installed torch fits, nothing is fetched anew.
 TORCH ?= --constraint constraints.txt torch
 
+ASK := $(if $(filter digits-dit,$(MODEL)),--class 3,--prompt "a red fox")
+
 demo: install
 	$(BIN)/dipgo compile $(MODEL) --steps 20 --budget 0.35 --preset quick --no-bench --force -o build/demo
 	$(BIN)/dipgo bench build/demo/bundle --force -o build/demo/report
+	@echo "next: $(BIN)/dipgo run build/demo/bundle $(ASK) -n 8 -o build/demo/images.png"
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(TESTS)
@@ -48,6 +52,11 @@ fuzz: install
 
 faults: install
 	$(BIN)/python -m tests.mutate -o build/faults.json
+
+GPU := $(if $(REHEARSE),build/gpu-rehearsal --rehearse --seconds 1200,build/gpu)
+
+gpu: install
+	$(BIN)/python -m benchmarks.gpu -o $(GPU)
 
 clean:
 	rm -rf build $(VENV)

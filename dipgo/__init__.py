@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dipgo.api import bench as bench
     from dipgo.api import compile as compile
     from dipgo.api import export as export
+    from dipgo.api import judge as judge
     from dipgo.api import search as search
     from dipgo.api import verify as verify
     from dipgo.model.models import find_model as find_model
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("bench", "compile", "export", "search", "verify"), "dipgo.api"),
+    **dict.fromkeys(("bench", "compile", "export", "judge", "search", "verify"), "dipgo.api"),
     **dict.fromkeys(("attach", "detach"), "engines.attach.pipeline"),
     "find_model": "dipgo.model.models",
     "load": "engines.pipeline.pipeline",
@@ -40,6 +41,7 @@ _PLACES = {
 __all__ = [  # noqa: RUF022 - in the order of use
     "find_model",
     "search",
+    "judge",
     "export",
     "compile",
     "verify",

@@ -6,11 +6,11 @@ Options are those of the command line, as keywords (``steps=20``) or as a config
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.bench.config import BenchConfig
+from benchmarks.bench.config import BenchConfig, JudgeConfig
 from dipgo.base.config import Config, checked
 from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
@@ -21,6 +21,7 @@ from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
 
 if TYPE_CHECKING:
+    from benchmarks.bench.judgement import Judgement
     from benchmarks.bench.parity import Parity
     from benchmarks.bench.report import ReportRecord
     from dipgo.graph.latency import LatencyProfile
@@ -99,8 +100,31 @@ def verify(
         return measure(Path(bundle), model, images, progress=report, backend=backend)
 
 
-def bench(
+def debug(
     bundle: str | Path,
+    output: str | Path,
+    parity: Parity | None = None,
+    *,
+    model: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool | None = None,
+) -> str:
+    """Write into the folder ``output`` where a bundle's program diverges, and return one line on it.
+
+    Launches are held against ONNX Runtime and the gated model in torch, within the tolerance of ``parity``, which is
+    measured if it is not given.
+    """
+    from benchmarks.debug.debug import check_debug
+    from benchmarks.debug.debug import debug as find
+
+    check_debug(Path(output), Path(bundle))
+    parity = parity or verify(bundle, model=model, backend=backend, progress=progress)
+    with Progress(progress).phases() as report:
+        return find(Path(bundle), Path(output), parity.tolerance, model, backend, report)
+
+
+def bench(
+    bundle: str | Path | Sequence[str | Path],
     output: str | Path,
     config: BenchConfig | None = None,
     *,
@@ -112,6 +136,7 @@ def bench(
     """Verify a bundle, measure it against baselines, and write a report: the folder ``output``.
 
     Args:
+        bundle: or several of one model and sampler, measured in the same rounds; baselines are at the first one's MACs.
         config: the options, or as keywords: see :class:`benchmarks.bench.config.BenchConfig`.
         model: where the model lies now, if not where the bundle was compiled from.
     """
@@ -119,7 +144,43 @@ def bench(
 
     chosen = _options(BenchConfig, config, options)
     with Progress(progress).phases() as report:
-        return measure(Path(bundle), Path(output), chosen, model, force, report)
+        folders = [Path(each) for each in ([bundle] if isinstance(bundle, str | Path) else bundle)]
+        return measure(folders, Path(output), chosen, model, force, report)
+
+
+def judge(
+    subnets: Sequence[SubNet | str | Path],
+    config: JudgeConfig | None = None,
+    *,
+    model: str | Model | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Judgement:
+    """Judge SubNets, or the files of some, in torch: how close each comes to the full trajectory's images.
+
+    Args:
+        subnets: of one model and sampler; files are called by their paths in what is returned, others by number.
+        config: the options, or as keywords: see :class:`benchmarks.bench.config.JudgeConfig`.
+        model: where the model lies now, if not where it was searched.
+
+    Raises:
+        UsageError, DipgoError: in one line, what is wrong and what to do.
+    """
+    from benchmarks.bench.judgement import judge as measure
+    from dipgo.schedule.subnet import load_subnet
+
+    chosen = _options(JudgeConfig, config, options)
+    named: dict[str, SubNet] = {}
+    for number, each in enumerate(subnets, 1):
+        if isinstance(each, str | Path):
+            named[str(each)] = load_subnet(Path(each))
+        else:
+            named[f"SubNet {number}"] = each
+    if not named or len(named) < len(subnets):
+        raise UsageError("give SubNets to judge, each once")
+    source = _model_of(model or next(iter(named.values())).model.name)
+    with Progress(progress).phases() as report:
+        return measure(named, source, chosen, report)
 
 
 def compile(

@@ -42,7 +42,8 @@ def _files(model: Model, name: str) -> list[Path]:
 
 
 def _is_drawn(model: Model, name: str) -> bool:
-    return model.random_weights and name in (VAE, model.family.component) and not _files(model, name)
+    """Whether weights are drawn, as :meth:`Model.pipeline` does: a denoiser's always, a VAE's that are not there."""
+    return model.random_weights and (name == model.family.component or (name == VAE and not _files(model, name)))
 
 
 def weights_in_place(model: Model, name: str, dtype: torch.dtype) -> Weights | None:

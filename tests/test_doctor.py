@@ -37,7 +37,8 @@ def test_clashing_names_and_missing_packages_are_told(tmp_path):
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "__init__.py").write_text("")
     (tmp_path / "engines" / "backends.py").write_text(
-        "BACKENDS = {'onnxruntime': ('x', 'y'), 'torch': ('no_such_module', 'y')}"
+        "from types import SimpleNamespace as Entry\n"
+        "BACKENDS = {'onnxruntime': Entry(module='x'), 'torch': Entry(module='no_such_module')}"
     )
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('onnxruntime')")

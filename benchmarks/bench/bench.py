@@ -15,27 +15,28 @@ import numpy as np
 from benchmarks.bench.baselines import FULL, Baseline
 from benchmarks.bench.candidates import Candidate, candidates_of
 from benchmarks.bench.config import BenchConfig
+from benchmarks.bench.headline import headlines
 from benchmarks.bench.measuring import Outcome, measure_all
 from benchmarks.bench.page import write_report
 from benchmarks.bench.parity import TOLERANCE
 from benchmarks.bench.quality import Outputs, compare, latent_error
 from benchmarks.bench.reference import subnet_of
-from benchmarks.bench.report import REPORT, SUBJECT, Memory, ReportRecord, Row, Usage, headlines
+from benchmarks.bench.report import REPORT, SUBJECT, Memory, ReportRecord, Row, Usage
 from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inputs_for, latent_shape
-from benchmarks.bench.techniques import TECHNIQUES
-from benchmarks.bench.timing import Timing, spread, timing_of
+from benchmarks.bench.techniques import EAGER, TECHNIQUES
+from benchmarks.bench.timing import Spread, Timing, paired, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import refuse_existing
 from dipgo.base.progress import Report, silent
-from export.bundle import BundleRecord, open_bundle
+from export.bundle import Bundle, BundleRecord, open_bundle
 
 AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
 AGREEMENT_HALF = 0.1
 
 
 def bench(
-    folder: Path,
+    folders: Path | Sequence[Path],
     output: Path,
     config: BenchConfig = BenchConfig(),
     model: str | None = None,
@@ -46,6 +47,7 @@ def bench(
     """Measure a bundle against baselines and write the report into ``output``.
 
     Args:
+        folders: of the bundle; further ones are measured beside it in the same rounds, against its full program.
         output: folder of the report; refused where it exists, without ``force``.
         model: where the bundle's model lies now, if not where it was compiled from.
         baselines: by name, in the place of the suite's; the first is the full program.
@@ -53,17 +55,20 @@ def bench(
     Raises:
         DipgoError: a bundle that fails parity, or does not run, or a full program that does not; then nothing is
             written.
-        UsageError: an output that exists, or a suite that is wrong.
+        UsageError: an output that exists, a suite that is wrong, or bundles that cannot be measured together.
     """
+    folder, *beside = [folders] if isinstance(folders, Path) else folders
     settings = config.settings()
     refuse_existing(output, force, REPORT)
     load_at_start, clock_at_start = load_average(), clock()
-    bundle = open_bundle(folder)
+    bundle, further = open_bundle(folder), [open_bundle(each) for each in beside]
+    _check_alike(bundle, further)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:
         scratch = Path(temporary)
-        candidates, converged = candidates_of(bundle, model, settings, baselines, scratch, progress)
+        field = candidates_of(bundle, model, settings, baselines, scratch, progress, further)
+        candidates = field.candidates
         specs = {each.name: each.spec for each in candidates if each.spec}
-        outcomes = measure_all(specs, settings, scratch, progress)
+        outcomes = measure_all(specs, settings, scratch, field.plan, progress)
     for name in (FULL, SUBJECT):
         if outcomes[name].error:
             what = "the full program" if name == FULL else "it"
@@ -71,7 +76,7 @@ def bench(
 
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
-    rows = [_row(each, outcomes, candidates[0], inputs, record, converged) for each in candidates]
+    rows = [_row(each, outcomes, candidates[0], inputs, record, field.converged) for each in candidates]
     scope = f"denoising loop, batch {latent_shape(record)[0]}, {outcomes[SUBJECT].label}"
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)
@@ -87,7 +92,7 @@ def bench(
         scope=scope,
         rounds=len(outcomes[SUBJECT].samples["loop"]),
         images=settings.images,
-        headline=headlines(record.model, record.sampler, rows, scope, place),
+        headline=headlines(record.model, record.sampler, rows, scope, place, subnet.search.seconds),
         parity=candidates[1].parity,
         rows=rows,
         sites=[site.name for site in subnet.sites],
@@ -100,12 +105,28 @@ def bench(
         environment=place,
         suite=config.name,
         settings=settings,
+        search_seconds=subnet.search.seconds,
     )
     names = {number: name for name, number in record.conditioning.labels.items()}
     captions = [names.get(each, str(each)) for each in inputs]
     pictures = {name: each.outputs.images for name, each in outcomes.items() if each.outputs and not each.error}
     write_report(report, pictures, captions, output, force)
     return report
+
+
+def _check_alike(bundle: Bundle, further: Sequence[Bundle]) -> None:
+    """Refuse bundles of which the first one's full program is not the reference."""
+    own = bundle.record
+    for each in further:
+        record = each.record
+        for what, mine, theirs in (
+            ("model", own.model, record.model),
+            ("sampler", own.sampler, record.sampler),
+            ("precision", own.dtype, record.dtype),
+            ("size", latent_shape(own), latent_shape(record)),
+        ):
+            if mine != theirs:
+                raise UsageError(f"{each.folder}: of another {what} than {bundle.folder}; measure it by itself")
 
 
 def _row(
@@ -136,6 +157,8 @@ def _row(
         quality = compare(outcome.outputs, full.outputs, inputs, record.model.name, converged)
     return Row(
         name=candidate.name,
+        about=candidate.about,
+        curve=candidate.curve,
         runs_on=outcome.label,
         steps=(own or record).sampler.steps,
         launches=sum(len(step.launches) for step in own.steps) if own else None,
@@ -145,6 +168,7 @@ def _row(
         parity=candidate.parity,
         agreement=agreement,
         timing=timing,
+        over_eager=_over_eager(candidate, outcome, outcomes.get(EAGER)),
         pipeline=_pipeline(outcome, full),
         device=spread(outcome.device_seconds) if outcome.device_seconds else None,
         outside=spread(outcome.outside) if outcome.outside else None,
@@ -162,6 +186,13 @@ def _row(
         quality=quality,
         skipped=outcome.skipped,
     )
+
+
+def _over_eager(candidate: Candidate, outcome: Outcome, eager: Outcome | None) -> Spread | None:
+    """Return how many times as fast as plain torch a technique in torch is, within rounds."""
+    if candidate.record or eager is None or eager.error:
+        return None
+    return spread(paired(eager.samples["loop"], outcome.samples["loop"]))
 
 
 def _agreement(candidate: Candidate, outcome: Outcome | None, full: Outcome) -> float | None:

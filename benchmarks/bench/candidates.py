@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.baselines import Baseline, baselines_for, compile_baselines
+from benchmarks.bench.baselines import BASELINES, FULL, Baseline, Compiler, Share, baselines_for
 from benchmarks.bench.parity import Parity, measure
+from benchmarks.bench.plan import Plan, loop_seconds
 from benchmarks.bench.quality import Outputs
 from benchmarks.bench.reference import conditions_as_arrays, made_by_many_steps, model_of, subnet_of, task_of
 from benchmarks.bench.report import SUBJECT
@@ -22,12 +24,16 @@ from dipgo.base.progress import Report
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
-from export.bundle import Bundle, BundleRecord
+from engines.torchrt.runner import default_device
+from export.bundle import Bundle, BundleRecord, open_bundle
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A program that is to be measured, or why it cannot be; ``record`` is None for the model in torch."""
+    """A program that is to be measured, or why it cannot be; ``record`` is None for the model in torch.
+
+    ``curve`` names the programs that differ in their step counts or budgets alone, this one among them.
+    """
 
     name: str
     spec: ProgramSpec | TorchSpec | None = None
@@ -35,6 +41,22 @@ class Candidate:
     parity: Parity | None = None
     build_seconds: float | None = None
     error: str | None = None
+    about: str | None = None
+    curve: str | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """All that is measured: the full program, the bundle, then the others.
+
+    Attributes:
+        converged: what the long trajectory makes, where it is wanted.
+        plan: how long measuring will take.
+    """
+
+    candidates: list[Candidate]
+    converged: Outputs | None
+    plan: Plan
 
 
 def parity_failure(parity: Parity) -> str:
@@ -49,15 +71,19 @@ def candidates_of(
     baselines: Mapping[str, Baseline] | None,
     scratch: Path,
     progress: Report,
-) -> tuple[list[Candidate], Outputs | None]:
-    """Return the full program, the bundle and the baselines, and what the long trajectory makes where it is wanted.
+    further: Sequence[Bundle] = (),
+) -> Field:
+    """Return what is to be measured, compiled and verified.
 
-    The model in torch is let go of when this returns: it takes no part in the timing.
+    The model in torch is let go of when this returns: it takes no part in the timing. ``progress`` is told how
+    long all will take, as soon as that is known. ``further`` bundles are of the same model and sampler.
 
     Raises:
         DipgoError: the bundle or the full program does not run, or the bundle's parity does not hold.
     """
     task = task_of(bundle, model_of(bundle, model), progress)
+    if default_device().type != "cpu":  # parity at true size takes an hour on a CPU
+        task.pipe.to(default_device())
     spec = ProgramSpec(folder=str(bundle.folder), backend=suite.backends[0], threads=suite.threads)
     with load(bundle.folder, suite.threads, suite.backends[0]) as program:
         parity = measure(program, task.pipe, suite.parity_images, PARITY_SEED, progress)
@@ -66,45 +92,80 @@ def candidates_of(
         spec = spec.model_copy(update={"conditions": write_conditions(program, task.pipe, suite.images, scratch)})
         # What a small program takes by itself, so that torch gets as many; None is its own choice.
         threads = suite.threads or getattr(program.runner, "threads", None)
-    own, searched = Candidate(SUBJECT, spec, bundle.record, parity), subnet_of(bundle)
-    chosen = baselines or baselines_for(suite.baselines, suite.subnets, searched)
-    full, *others = baseline_candidates(task, searched.cost.ratio, chosen, spec, bundle.record, scratch, progress)
-    if full.error:
+    own, searched = Candidate(SUBJECT, spec, bundle.record, parity, curve=SUBJECT), subnet_of(bundle)
+
+    whole, batch = bundle.record.decoder is not None, latent_shape(bundle.record)[0]
+    compiler = Compiler(task, scratch, batch, whole)
+    begin = time.perf_counter()
+    ratio = searched.cost.ratio
+    full = _compiled(compiler, FULL, (baselines or BASELINES)[FULL], Share(ratio, ratio), spec, lambda: None)
+    compile_seconds = time.perf_counter() - begin
+    if full.error or not isinstance(full.spec, ProgramSpec):
         raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
-    further = other_backends([full, own], suite, task, progress)
-    torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
+    known = [each.parity.compiled_seconds if each.parity else None for each in (full, own)]
+    seconds = loop_seconds([full.spec, spec], known)
+    share = Share(ratio, seconds[1] / seconds[0])
+    if baselines:
+        chosen = {name: each for name, each in baselines.items() if name != FULL}
+    else:
+        chosen = baselines_for(suite, searched, task, share)
     techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
+    plan = Plan.of(
+        suite,
+        batch,
+        seconds,
+        (parity.torch_seconds or 0) * batch / ratio,
+        compiled=2 * len(suite.backends) + len(chosen) + len(further),
+        in_torch=len(techniques),
+        compiling=len(chosen) * compile_seconds,
+    )
+    progress("the benchmark", 0, 0, plan.line())
+
+    others = []
+    for number, (name, build) in enumerate(chosen.items()):
+        tell = partial(progress, "compile and verify", number, len(chosen))
+        tell(f"compile {name}")
+        others.append(_compiled(compiler, name, build, share, spec, partial(tell, f"verify {name}")))
+    progress("compile and verify", len(chosen), len(chosen), "")
+    beside = [_beside(each, spec, task) for each in further]
+    elsewhere = other_backends([full, own], suite, task, progress)
+    torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
     in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
     count = min(suite.converged_images, suite.images)
     converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
-    return [full, own, *others, *further, *in_torch], converged
+    return Field([full, own, *beside, *others, *elsewhere, *in_torch], converged, plan)
 
 
-def baseline_candidates(
-    task: Task,
-    ratio: float,
-    baselines: Mapping[str, Baseline],
-    own: ProgramSpec,
-    record: BundleRecord,
-    scratch: Path,
-    progress: Report,
-) -> list[Candidate]:
-    """Compile and verify the baselines, the full program first; one that fails is listed with its error.
+def _compiled(
+    compiler: Compiler, name: str, build: Baseline, share: Share, own: ProgramSpec, before_check: Callable[[], None]
+) -> Candidate:
+    """Compile and verify a baseline; one that fails is listed with its error. ``own`` is the bundle's spec."""
+    compiled = compiler.compile(name, build, share)
+    if not compiled.folder:
+        return Candidate(name, error=compiled.error)
+    before_check()
+    spec = own.model_copy(update={"folder": str(compiled.folder)})
+    candidate = _check(Candidate(name, spec, build_seconds=compiled.seconds), spec, compiler.task)
+    if candidate.record is None:
+        return candidate
+    subnet = subnet_of(open_bundle(compiled.folder, check_files=False))
+    if not subnet.gates.all():
+        method = subnet.search.method
+        return replace(candidate, about=method if method != name else None)
+    sampler = candidate.record.sampler
+    karras = ", Karras" if sampler.config.get("use_karras_sigmas") else ""
+    return replace(
+        candidate,
+        about=f"{sampler.steps} steps of {sampler.class_name}{karras}",
+        curve=f"steps of {sampler.class_name}{karras}",
+    )
 
-    ``own`` and ``record`` are the bundle's: baselines have its images a call, and a decoder if it has one.
-    """
-    batch, whole = latent_shape(record)[0], record.decoder is not None
-    compiled = compile_baselines(task, ratio, scratch, baselines, progress, batch, whole)
-    candidates = []
-    for number, baseline in enumerate(compiled):
-        progress("verify baselines", number, len(compiled), baseline.name)
-        candidate = Candidate(baseline.name, error=baseline.error)
-        if baseline.folder:
-            spec = own.model_copy(update={"folder": str(baseline.folder)})
-            candidate = _check(Candidate(baseline.name, spec, build_seconds=baseline.seconds), spec, task)
-        candidates.append(candidate)
-    progress("verify baselines", len(compiled), len(compiled), "")
-    return candidates
+
+def _beside(bundle: Bundle, own: ProgramSpec, task: Task) -> Candidate:
+    """Verify a further bundle, which runs as the first does."""
+    spec = own.model_copy(update={"folder": str(bundle.folder)})
+    candidate = Candidate(f"{SUBJECT}, {bundle.folder}", spec, curve=SUBJECT)
+    return _check(candidate, spec, task)
 
 
 def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Report) -> list[Candidate]:

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.bench.chance import CHANCE, RESAMPLES, between, mean_interval
 from benchmarks.bench.page import aligned, template
 from benchmarks.bench.report import RECORD_FILE, ReportRecord, Row, milliseconds, read_report
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, new_folder
 
-RESAMPLES = 20_000
-CHANCE = 0.05  # that any interval misses
-FEWEST = 6  # rounds or images: resamples of fewer hardly differ from each other, whatever chance did to them
 NAMES = ("comparison.html", "comparison.md")
 COMPARISON = Kind(NAMES[0], lambda folder: NAMES)
 
@@ -179,7 +177,7 @@ def _speedup(first: Row, second: Row, chance: float) -> Change | None:
     medians = [
         np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1) for values in (a, b)
     ]
-    low, high = _interval(medians[1] / medians[0], chance, min(len(a), len(b)))
+    low, high = between(medians[1] / medians[0], min(len(a), len(b)), chance)
     before, after = float(np.median(a)), float(np.median(b))
     return Change(before, after, after / before, low, high, 1.0)
 
@@ -189,17 +187,8 @@ def _psnr(first: Row, second: Row, chance: float) -> Change | None:
     if not a or len(a) != len(b):
         return None
     difference = np.array(b) - np.array(a)
-    picks = np.random.default_rng(0).integers(len(difference), size=(RESAMPLES, len(difference)))
-    low, high = _interval(difference[picks].mean(axis=1), chance, len(difference))
+    low, high = mean_interval(difference, chance)
     return Change(float(np.mean(a)), float(np.mean(b)), float(difference.mean()), low, high, 0.0)
-
-
-def _interval(resampled: np.ndarray, chance: float, measured: int) -> tuple[float, float]:
-    """Return between which two values all but ``chance`` of the resampled ones lie, as much of it on either side."""
-    if measured < FEWEST:
-        return -np.inf, np.inf
-    low, high = np.quantile(resampled, (chance / 2, 1 - chance / 2))
-    return float(low), float(high)
 
 
 def _mismatches(first: ReportRecord, second: ReportRecord) -> Sequence[str]:

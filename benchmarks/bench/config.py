@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from benchmarks.bench.suite import DEFAULT, Suite, load_suite
@@ -27,3 +29,19 @@ class BenchConfig(Config):
         """Return the suite with what is said here in its place; UsageError where there is no such suite."""
         suite = load_suite(self.suite) if isinstance(self.suite, str) else self.suite
         return suite.changed(images=self.images, repeats=self.repeats, threads=self.threads)
+
+
+class JudgeConfig(Config):
+    """What schedules are judged on."""
+
+    images: int = Field(
+        64, ge=8, description="How many images to judge on.", json_schema_extra={"flags": ["--images", "-n"]}
+    )
+    prompts: Path | None = Field(
+        None, description="What to judge on, one a line, where prompts condition; the model's own by default."
+    )
+    classes: str | None = Field(
+        None, description="Classes to judge on, by name or number, joined by commas; all by default."
+    )
+    device: str = Field("cpu", description="Where to judge: cpu, or cuda where torch has it.")
+    threads: Threads = None

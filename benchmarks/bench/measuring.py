@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.bench.plan import STEP_RUNS, Parts, Plan
 from benchmarks.bench.quality import Outputs, latent_error, latents_as_images
 from benchmarks.bench.subjects import IMAGE_SEED, ProgramSpec, TorchSpec
 from benchmarks.bench.suite import Suite
@@ -59,33 +61,51 @@ class Outcome:
 
 
 def measure_all(
-    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, progress: Report = silent
+    specs: Mapping[str, ProgramSpec | TorchSpec], suite: Suite, scratch: Path, plan: Plan, progress: Report = silent
 ) -> dict[str, Outcome]:
     """Measure what ``specs`` say, by name; one that fails has an ``error`` and drops out, the others go on.
 
     Each of ``suite.processes`` generations starts one process a candidate, loads them one after another, warms them up,
-    and takes its share of the rounds; the first one makes the images too. Only one process works at a time.
+    and takes its share of the rounds; the last one makes the images too. Only one process works at a time.
     """
-    outcomes = {name: Outcome() for name in specs}
+    outcomes, parts = {name: Outcome() for name in specs}, Parts(progress, "measure", plan.parts)
     for generation in range(suite.processes):
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for number, (name, spec) in enumerate(specs.items()):
-                progress("load", number, len(specs), name)
+                parts.report(f"load {generation}", number, len(specs), f"load {name}")
                 if outcomes[name].error is None:
                     log = scratch / f"worker-{generation}-{number}.log"
                     workers[name] = stack.enter_context(Worker(spec, log, suite.patience))
                     with _listed(outcomes[name]):
                         _load(workers[name], outcomes[name], suite.warm_up)
-            progress("load", len(specs), len(specs), "")
-            _time(workers, outcomes, suite, progress)
-            for number, (name, worker) in enumerate(workers.items()):
-                if outcomes[name].error is None:
-                    progress("make images", number, len(workers), name)
-                    with _listed(outcomes[name]):
-                        _finish(worker, outcomes[name], suite, scratch, generation == 0)
-            progress("make images", len(workers), len(workers), "")
+            _time(workers, outcomes, suite, partial(_told, parts, generation))
+            for name, worker in workers.items():
+                with _listed(outcomes[name]):
+                    _finish(worker, outcomes[name], scratch)
+            if generation == suite.processes - 1:
+                _make_all(workers, outcomes, suite, scratch, parts)
     return outcomes
+
+
+def _told(parts: Parts, generation: int, scope: str, iteration: int, total: int, figure: str) -> None:
+    """Report a round of one process's share."""
+    parts.report(f"{scope} {generation}", iteration, total, f"time the {scope}")
+
+
+def _make_all(
+    workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite: Suite, scratch: Path, parts: Parts
+) -> None:
+    """Count MACs, and make the images that are judged."""
+    for number, (name, worker) in enumerate(workers.items()):
+        outcome = outcomes[name]
+        if outcome.error is None and outcome.final is not None:
+            with _listed(outcome):
+                outcome.macs = worker.ask("macs")["macs"]
+                if suite.images:
+                    parts.report("images", number, len(workers), f"images of {name}")
+                    outcome.outputs = _make(worker, suite.images, outcome.final.shape[0], scratch)
+    parts.report("images", 1, 1, "")
 
 
 @contextmanager
@@ -110,7 +130,9 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
     repeats = math.ceil(suite.repeats / suite.processes)
     for scope in dict.fromkeys(["loop", *suite.scopes]):
         if scope == "step":
-            for _ in range(min(repeats, 5)):
+            runs = min(repeats, STEP_RUNS)
+            for run in range(runs):
+                progress(scope, run, runs, "")
                 for name, worker in workers.items():
                     if outcomes[name].error is None:
                         with _listed(outcomes[name]):
@@ -139,7 +161,7 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
             if answer.get("graph_seconds") is not None:
                 outcome.outside.append(1 - answer["graph_seconds"] / answer["seconds"])
 
-        in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, f"time the {scope}")
+        in_rounds(running, sample, repeats, suite.seconds / suite.processes, progress, scope)
         if scope == "loop":
             for name in running():
                 outcome = outcomes[name]
@@ -151,8 +173,10 @@ def _time(workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome], suite:
                         outcome.device = max(outcome.device or 0, memory["device_peak"])
 
 
-def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first: bool) -> None:
-    """Read results; the first generation counts MACs and makes the images."""
+def _finish(worker: Worker, outcome: Outcome, scratch: Path) -> None:
+    """Read the loop's results, which must be the same from run to run."""
+    if outcome.error is not None:
+        return
     file = scratch / f"latents-{worker.pid}.npz"
     worker.ask("latents", file=str(file))
     with np.load(file, allow_pickle=False) as arrays:
@@ -160,10 +184,6 @@ def _finish(worker: Worker, outcome: Outcome, suite: Suite, scratch: Path, first
         outcome.final = arrays["first"]
     if not drift <= STEADY:
         raise NotMeasuredError(f"its result changed from run to run by {drift:.1e} (relative), on the same noise")
-    if first:
-        outcome.macs = worker.ask("macs")["macs"]
-        if suite.images:
-            outcome.outputs = _make(worker, suite.images, outcome.final.shape[0], scratch)
 
 
 def _make(worker: Worker, count: int, batch: int, scratch: Path) -> Outputs:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from benchmarks.bench.baselines import FULL
-from benchmarks.bench.plots import heatmap, pareto, points_of, step_bars
+from benchmarks.bench.plots import curves_of, heatmap, points_of, step_bars, trade
 from benchmarks.bench.report import (
     PAGE_FILE,
+    PICTURE_FILE,
     RECORD_FILE,
     REPORT,
     SUBJECT,
@@ -26,20 +24,8 @@ from benchmarks.bench.report import (
     decibels,
     milliseconds,
 )
+from benchmarks.bench.strips import GAIN, LARGE, SMALL, Strip, picture, save, shown, strips_of
 from dipgo.base.files import new_folder
-from engines.pipeline.images import to_image
-
-SMALL = 128  # images with shorter sides are shown enlarged, pixel by pixel
-LARGE = 256  # those with longer ones as thumbnails
-SHOWN_SMALL, SHOWN = 16, 4  # images a program
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Images of one program, as PNG data URIs."""
-
-    name: str
-    images: list[str]
 
 
 def write_report(
@@ -49,47 +35,52 @@ def write_report(
     folder: Path,
     force: bool = False,
 ) -> None:
-    """Write ``report.json``, ``report.html`` and ``report.md`` into ``folder``, whole or not at all.
+    """Write ``report.json``, ``report.html``, ``report.md`` and ``picture.png`` into ``folder``, whole or not at all.
 
     ``pictures`` are images ``[n, height, width, channels]`` in [0, 1] of the programs that made any, ``captions`` what
-    each of them shows.
+    each of them shows. Without any there is no ``picture.png``.
 
     Raises:
         UsageError: the folder exists, without ``force``, or is no report's.
     """
-    size: Sequence[int] = next((images.shape[1:3] for images in pictures.values()), (SMALL, SMALL))
-    shown = SHOWN_SMALL if min(size) < SMALL else SHOWN
-    strips = [
-        Strip(row.name, [_data_uri(image) for image in pictures[row.name][:shown]])
-        for row in report.rows
-        if row.name in pictures and not row.error
-    ]
+    first = next(iter(pictures.values()), np.zeros((0, SMALL, SMALL, 1)))
+    size = first.shape[1:3]
+    chosen, worst = shown(report.rows, len(first), size)
+    names = [f"worst of {len(first)}: {captions[each]}" if each == worst else captions[each] for each in chosen]
+    drawn = picture(report.rows, pictures, chosen)
     with new_folder(folder, force, REPORT) as draft:
         (draft / RECORD_FILE).write_text(report.text())
-        (draft / PAGE_FILE).write_text(render(report, strips, captions[:shown], size))
+        (draft / PAGE_FILE).write_text(render(report, strips_of(report.rows, pictures, chosen), names, size))
         (draft / SUMMARY_FILE).write_text(summary(report) + "\n")
+        if drawn:
+            save(drawn, draft / PICTURE_FILE)
 
 
 def render(report: ReportRecord, strips: Sequence[Strip], captions: Sequence[str], size: Sequence[int]) -> str:
     """Return the page; ``size`` is the height and width of the images."""
     scale = max(1, round(64 / min(size))) if min(size) < SMALL else min(1.0, LARGE / max(size))
     full, own = report.row(FULL), report.row(SUBJECT)
+    points = points_of(report.rows)
     return template("report.html").render(
         report=report,
         full=FULL,
         subject=SUBJECT,
+        timed_rows=sorted((row for row in report.rows if row.timing), key=lambda row: row.timing.wall.median),
         strips=strips,
+        gain=GAIN,
         captions=captions,
         small=min(size) < SMALL,
         height=round(size[0] * scale),
         width=round(size[1] * scale),
         map=Markup(heatmap(report.gates, report.sites, report.sampler.timesteps)),
-        plot=Markup(pareto(report.rows)),
-        points=points_of(report.rows),
+        plot=Markup(trade(report.rows)),
+        points=points,
+        curves=curves_of(points),
         bars=Markup(step_bars(own.steps_seconds, full.steps_seconds)) if own.steps_seconds else None,
         pipelines=[row for row in report.rows if row.pipeline],
         used=[row for row in report.rows if row.usage],
         devices=any(row.device for row in report.rows),
+        eager=any(row.over_eager for row in report.rows),
     )
 
 
@@ -117,15 +108,7 @@ def scaled(count: int, units: Mapping[str, float]) -> str:
     return f"{count / least:.2f} {unit}" if least else f"{count} {unit}".rstrip()
 
 
-def _data_uri(pixels: np.ndarray) -> str:
-    image, stream = to_image(pixels), io.BytesIO()
-    if max(image.size) > LARGE:
-        image.thumbnail((LARGE, LARGE))
-    image.save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-_COLUMNS = ("program", "MACs", "wall time", "speedup", "efficiency", "PSNR to full", "class accuracy")
+_COLUMNS = ("program", "wall time", "speedup", "PSNR to full", "worst image", "MACs", "efficiency", "class accuracy")
 
 
 def summary(report: ReportRecord, source: str = "") -> str:
@@ -161,13 +144,16 @@ def _cells(row: Row) -> list[str]:
     quality = row.quality
     accuracy = "" if quality is None or quality.class_accuracy is None else f"{quality.class_accuracy:.1%}"
     reference = row.macs_ratio == 1 and quality is not None and row.agreement is None
+    name = row.name if row.about is None else f"{row.name}: {row.about}"
+    each = quality.each_psnr_db if quality and not reference else []
     return [
-        f"**{row.name}**" if row.name == SUBJECT else row.name,
-        "" if row.macs_ratio is None else f"{row.macs_ratio:.1%}",
+        f"**{name}**" if row.name == SUBJECT else name,
         milliseconds(row.timing.wall.median),
         f"{row.timing.speedup.median:.2f}",
-        "" if row.efficiency is None else f"{row.efficiency:.2f}",
         "" if quality is None else "reference" if reference else decibels(quality.psnr_db),
+        decibels(min(each)) if each else "",
+        "" if row.macs_ratio is None else f"{row.macs_ratio:.1%}",
+        "" if row.efficiency is None else f"{row.efficiency:.2f}",
         accuracy,
     ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
+from engines.torchrt.precision import full_float32
 from export.compiler import scheduler_of
 
 TOLERANCE = 1e-4  # float32
@@ -66,6 +68,8 @@ class Parity(Record):
     tolerance: float
     tolerance_image: float | None = None  # where it is not the latent's
     passed: bool
+    torch_seconds: float | None = None  # that an image took under the same gates in torch, and compiled; both cold
+    compiled_seconds: float | None = None
 
     def line(self) -> str:
         """Return the errors and what they may be, as text."""
@@ -103,10 +107,13 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     """Run a program and the float32 pipeline that it was compiled from on the same noise and classes or prompts.
 
     Classes and prompts cycle (:func:`~benchmarks.bench.subjects.inputs_for`). The pipeline runs as a copy that has the
-    SubNet's own scheduler, for a program of half precision in that dtype.
+    SubNet's own scheduler, for a program of half precision in that dtype, on the device where the pipeline is.
     """
     inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
-    exact = _torch(program, pipe, inputs, seed, progress)
+    begin = time.perf_counter()
+    with full_float32():
+        exact = _torch(program, pipe, inputs, seed, progress)
+    torch_seconds = (time.perf_counter() - begin) / images
     if dtype == torch.float32:
         expected, rounding = exact, (0.0, 0.0)
     else:
@@ -114,10 +121,13 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         expected = _torch(program, pipe, inputs, seed, progress)
         rounding = _errors(expected, exact)
     embeddings = None if encodes(program) else pipe
+    begin = time.perf_counter()
     try:
         errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
     except NotFinite:
         errors = math.nan, math.nan
+    compiled_seconds = (time.perf_counter() - begin) / images
+    judged = 1 if program.record.decoder is None and not program.makes_pixels else 2  # latents alone are no images
     tolerances = [2 * error + TOLERANCE if dtype != torch.float32 else TOLERANCE for error in rounding]
     return Parity(
         images=images,
@@ -129,7 +139,9 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
         rounding_image=rounding[1],
         tolerance=tolerances[0],
         tolerance_image=tolerances[1] if dtype != torch.float32 else None,
-        passed=all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True)),
+        passed=all(error <= tolerance for error, tolerance in [*zip(errors, tolerances, strict=True)][:judged]),
+        torch_seconds=torch_seconds,
+        compiled_seconds=compiled_seconds,
     )
 
 
@@ -184,23 +196,29 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             output_type="np",
             **{name: value for name, value in options.items() if name in accepted},
         ).images
-    return torch.cat(latents).numpy(), images
+    return torch.cat(latents).cpu().numpy(), images
 
 
 def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
+    subnet, trajectory = subnet_of(program.bundle), trajectory_of(program, pipe)
+    noise = torch.from_numpy(program.noise(len(inputs), seed)).to(trajectory.device)
+    made = conditions_in(pipe, inputs, trajectory.guided.guided)
+    conditions = {name: value.to(trajectory.device) for name, value in made.items()}
+    with torch.no_grad():
+        latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
+        if program.record.decoder is None:
+            return latent.cpu().numpy(), as_images(latent).cpu().numpy()
+        return latent.cpu().numpy(), decode_latents(pipe, latent).cpu().numpy()
+
+
+def trajectory_of(program: Program, pipe: Any) -> Trajectory:
+    """Return the trajectory that a program was compiled from, in the dtype of the pipeline."""
     subnet, family = subnet_of(program.bundle), family_of(pipe)
     denoiser = getattr(pipe, family.component)
     sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
-    noise = torch.from_numpy(program.noise(len(inputs), seed))
-    conditions = conditions_in(pipe, inputs, guided.guided)
-    trajectory = Trajectory(guided, subnet.sites, sampler)
-    with torch.no_grad():
-        latent = trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
-        if program.record.decoder is None:
-            return latent.numpy(), as_images(latent).numpy()
-        return latent.numpy(), decode_latents(pipe, latent).numpy()
+    return Trajectory(guided, subnet.sites, sampler)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Rectangle
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import IdentityTransform
 
 from benchmarks.bench.report import SUBJECT, Row, milliseconds
 
@@ -29,13 +30,14 @@ _RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "dipgo", "text.co
 
 @dataclass(frozen=True)
 class Point:
-    """A program in the plot: how many times the full program's speed, and its PSNR in dB."""
+    """A program in the plot: its wall time in seconds, its PSNR in dB, and the curve that it lies on, if on any."""
 
     number: int
     name: str
-    speedup: float
+    seconds: float
     psnr: float
     subject: bool
+    curve: str | None = None
 
 
 class Drawing:
@@ -88,37 +90,48 @@ class Drawing:
 def points_of(rows: Sequence[Row]) -> list[Point]:
     """Return the rows that have both speed and quality, numbered as in the report's tables."""
     return [
-        Point(number, row.name, row.timing.speedup.median, row.quality.psnr_db, row.name == SUBJECT)
+        Point(number, row.name, row.timing.wall.median, row.quality.psnr_db, row.name == SUBJECT, row.curve)
         for number, row in enumerate(rows, 1)
         if row.timing and row.quality
     ]
 
 
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one beats in both speed and PSNR, the slowest first."""
+def curves_of(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Return the points of each curve that has two or more, the fastest first.
 
-    def beats(one: Point, other: Point) -> bool:
-        at_least = one.speedup >= other.speedup and one.psnr >= other.psnr
-        return at_least and (one.speedup, one.psnr) != (other.speedup, other.psnr)
-
-    best = [point for point in points if not any(beats(other, point) for other in points)]
-    return sorted(best, key=lambda point: point.speedup)
+    A curve of step counts ends in the full program, one of budgets does not.
+    """
+    curves: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.seconds):
+        if point.curve:
+            curves.setdefault(point.curve, []).append(point)
+    return {name: line for name, line in curves.items() if len(line) > 1}
 
 
 @rc_context(_RC)
-def pareto(rows: Sequence[Row]) -> str:
-    """Draw speed against PSNR, a numbered dot a program; exact programs lie on the line at the top."""
+def trade(rows: Sequence[Row]) -> str:
+    """Draw PSNR against wall time, a numbered dot a program, curves through step counts and budgets.
+
+    Time is logarithmic. Exact programs lie on the line at the top.
+    """
     points = points_of(rows)
     if not points:
         return ""
     finite = [point.psnr for point in points if point.psnr < EXACT_DB] or [30.0]
     low, high = math.floor(min(finite) - 2), math.ceil(max(finite) + 2)
     exact = high + max(2.0, (high - low) * 0.12)
-    drawing = Drawing(720, 380, (58, 20, 28, 46))
+    drawing = Drawing(560, 380, (52, 16, 28, 46))
     axes = drawing.axes
-    axes.set(xlim=(0, max(point.speedup for point in points) * 1.08), ylim=(low, exact))
-    axes.set_xlabel("times the speed of the full program", color=COLOURS["quiet"])
+    times = [point.seconds * 1e3 for point in points]
+    axes.set(xscale="log", xlim=(min(times) / 1.12, max(times) * 1.12), ylim=(low, exact))
+    axes.set_xlabel("wall time of the loop, ms (logarithmic)", color=COLOURS["quiet"])
     axes.set_ylabel("PSNR, dB", color=COLOURS["quiet"])
+    marks = _round_numbers(*axes.get_xlim())
+    axes.xaxis.set(
+        major_locator=FixedLocator(marks),
+        major_formatter=FixedFormatter([f"{mark:g}" for mark in marks]),
+        minor_locator=NullLocator(),
+    )
     levels = [level for level in MaxNLocator(6).tick_values(low, high) if low <= level <= high]
     axes.yaxis.set(
         major_locator=FixedLocator([*levels, exact]),
@@ -127,16 +140,22 @@ def pareto(rows: Sequence[Row]) -> str:
     for level in levels:
         axes.axhline(level, color=COLOURS["line"], linewidth=1, clip_on=False)
     axes.axhline(exact, color=COLOURS["quiet"], linewidth=1, dashes=(2, 4), clip_on=False)
-    places = {point: (point.speedup, exact if point.psnr >= EXACT_DB else point.psnr) for point in points}
-    best = [places[point] for point in frontier(points)]
-    axes.plot(*zip(*best, strict=True), color=COLOURS["on"], linewidth=1.5, alpha=0.5, clip_on=False)
+    places = {point: (point.seconds * 1e3, exact if point.psnr >= EXACT_DB else point.psnr) for point in points}
+    for name, curve in curves_of(points).items():
+        own = any(point.subject for point in curve)
+        (line,) = axes.plot(
+            *zip(*(places[point] for point in curve), strict=True),
+            color=COLOURS["on" if own else "dot"],
+            linewidth=1.5,
+            alpha=0.6,
+        )
+        drawing.mark(line, "curve", name)
     pixels = {point: tuple(axes.transData.transform(place)) for point, place in places.items()}
-    (left, bottom), (right, top) = axes.transData.inverted().transform([(0, 0), (2 * RADIUS, 2 * RADIUS)])
     labels: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: (point.subject, -point.number)):
         colour = COLOURS["on" if point.subject else "dot"]
-        dot = Ellipse(places[point], right - left, top - bottom, facecolor=colour, zorder=3)
-        title = f"{point.name}: {point.speedup:.2f} times, {point.psnr:.1f} dB"
+        dot = Ellipse(pixels[point], 2 * RADIUS, 2 * RADIUS, transform=IdentityTransform(), facecolor=colour, zorder=3)
+        title = f"{point.name}: {milliseconds(point.seconds)}, {point.psnr:.1f} dB"
         drawing.add(dot, "dot subject" if point.subject else "dot", title)
         label = _free_place(pixels[point], [*pixels.values(), *labels])
         labels.append(label)
@@ -148,7 +167,13 @@ def pareto(rows: Sequence[Row]) -> str:
             color=COLOURS["text"],
             weight="bold" if point.subject else "normal",
         )
-    return drawing.svg("plot", f"Speed against PSNR of {len(points)} programs")
+    return drawing.svg("plot", f"PSNR against wall time of {len(points)} programs")
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten within a range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [mark * 10.0**power for power in powers for mark in (1, 2, 5) if low <= mark * 10.0**power <= high]
 
 
 @rc_context(_RC)
@@ -170,7 +195,7 @@ def step_bars(own: Sequence[float], full: Sequence[float] | None) -> str:
         for step, value in enumerate(seconds):
             bar = Rectangle((step - width / 2, 0), width, value * 1e3, facecolor=COLOURS[colour], zorder=2)
             drawing.add(bar, kind, f"step {step}: {name}{milliseconds(value)}")
-    return drawing.svg("plot", f"Seconds of each of {steps} steps", f"max-width:{drawing.width:.0f}px")
+    return drawing.svg("plot", f"Seconds of each of {steps} steps", f"min-width:520px;max-width:{drawing.width:.0f}px")
 
 
 @rc_context(_RC | {"font.size": 10})

@@ -21,7 +21,7 @@ class Quality(Record):
     """Images of one program against those of the full program from the same noise and classes.
 
     ``psnr_db`` is over all pixels together. ``image_psnr_db`` is the mean of the images' own PSNR (``each_psnr_db``),
-    ``ssim`` that of their structural similarity; ``…_low`` and ``…_high`` are bootstrap 95 % intervals.
+    ``ssim`` that of their structural similarity (``each_ssim``); ``…_low`` and ``…_high`` are bootstrap 95 % intervals.
     ``latent_error`` is ``||own - full||_2 / ||full||_2`` of all final latents. ``converged_…`` are the same to the
     trajectory of many steps, on the first images. ``class_accuracy`` is the share of images that the project's
     classifier takes for the class asked for, ``frechet`` the distance of its features to those of real held-out digits.
@@ -47,6 +47,7 @@ class Quality(Record):
     frechet_low: float | None = None
     frechet_high: float | None = None
     each_psnr_db: list[float] = Field(default_factory=list)
+    each_ssim: list[float] = Field(default_factory=list)
     skipped: list[str] = Field(default_factory=list)
 
 
@@ -81,6 +82,7 @@ def compare(
     if min(images.shape[1:3]) >= SSIM_WINDOW:
         similar = image_ssim(images, reference.images)
         figures |= dict(zip(("ssim", "ssim_low", "ssim_high"), _with_interval(similar), strict=True))
+        figures["each_ssim"] = [round(float(value), 5) for value in similar]
     else:
         skipped.append("SSIM: the images are smaller than its window")
     if converged is not None:

@@ -18,7 +18,7 @@ from dipgo.model.families import Conditions, family_of, join, remember
 from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.subnet import SubNet, load_subnet
-from dipgo.searching.task import Task, make_task
+from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
 from export.bundle import Bundle, ConditioningRecord
 from export.compiler import retrace, scheduler_of
 
@@ -63,12 +63,23 @@ def subnet_of(bundle: Bundle) -> SubNet:
 
 def task_of(bundle: Bundle, model: Model, progress: Report = silent) -> Task:
     """Load the pipeline, trace it, and return the task that the bundle's SubNet belongs to, its scheduler included."""
-    subnet = subnet_of(bundle)
+    return task_for(subnet_of(bundle), model, getattr(torch, bundle.record.dtype), progress=progress)
+
+
+def task_for(
+    subnet: SubNet,
+    model: Model,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    choices: Choices = ALL_CHOICES,
+    progress: Report = silent,
+) -> Task:
+    """Return the task that a SubNet belongs to, with the very scheduler that it was searched for."""
     sampler = subnet.sampler
     progress("load the model", 0, 2, "trace")
-    traced = retrace(model, subnet, getattr(torch, bundle.record.dtype))
+    traced = retrace(model, subnet, dtype)
     progress("load the model", 1, 2, "weights")
-    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance)
+    task = make_task(model, sampler.steps, sampler.class_name, traced, sampler.guidance, device, choices)
     progress("load the model", 2, 2, "")
     task.pipe.scheduler = scheduler_of(subnet)
     return task.with_sampler(task.pipe.scheduler, sampler.steps)
@@ -127,7 +138,7 @@ def conditions_in(pipe: Any, inputs: Inputs, guided: bool) -> Conditions:
 def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRecord) -> dict[str, np.ndarray]:
     """Return the conditions of a program that takes embeddings, in its dtypes."""
     conditions = conditions_in(pipe, inputs, conditioning.guided)
-    return {each.name: conditions[each.name].float().numpy().astype(each.dtype) for each in conditioning.inputs}
+    return {each.name: conditions[each.name].float().cpu().numpy().astype(each.dtype) for each in conditioning.inputs}
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -148,16 +159,18 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
     long = converged(task, steps)
     inputs = inputs_for(bundle.record.conditioning, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED))
+    device = task.trajectory.device
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED)).to(device)
     latents, images = [], []
     for start in range(0, count, CHUNK):
         progress(f"{steps} steps", start, count, "")
         end = min(start + CHUNK, count)
         with torch.no_grad():
-            conditions = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.trace.rows > 1)
+            joined = join(*task.model.family.conditions(task.pipe, inputs[start:end]), task.trace.rows > 1)
+            conditions = {name: value.to(device) for name, value in joined.items()}
             latents.append(long.trajectory.full(noise[start:end], conditions)[-1])
             if bundle.record.decoder is not None:
-                images.append(as_images(task.decode(latents[-1])))
+                images.append(as_images(task.decode(latents[-1])).cpu())
     progress(f"{steps} steps", count, count, "")
-    final = np.concatenate(latents)
+    final = torch.cat(latents).cpu().numpy()
     return Outputs(final, np.concatenate(images) if images else latents_as_images(final))

@@ -6,7 +6,7 @@ A suite holds settings alone: which bundle is measured is said on the command li
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -20,6 +20,29 @@ DEFAULT = "quick"
 Scope = Literal["loop", "pipeline", "step"]
 
 
+class Workload(Record):
+    """What ``make gpu`` exports, with random weights, and measures; a suite of a GPU has one.
+
+    Attributes:
+        model: name of an architecture that ships.
+        dtype: of the graphs.
+        sampler: alias or class of a scheduler; None keeps the model's own.
+        sites: granularity or patterns; None takes the model's own.
+        subnet: file of a SubNet whose gates are run, below the project's folder; None runs whole steps at even
+            intervals, whose share of the MACs is ``share``.
+        batch: images a call.
+    """
+
+    model: str
+    steps: int = Field(ge=2)
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    sampler: str | None = None
+    sites: str | None = None
+    subnet: str | None = None
+    share: float = Field(default=0.2, gt=0, le=1)
+    batch: int = Field(default=1, ge=1)
+
+
 class Suite(Record):
     """What is measured, and how often.
 
@@ -27,6 +50,7 @@ class Suite(Record):
         about: one line on what the suite is for.
         baselines: names out of :mod:`~benchmarks.bench.baselines` and :mod:`~benchmarks.bench.techniques`; the full
             program is always measured, first.
+        steps: further step counts of the bundle's solver, for its curve of quality against time.
         subnets: further baselines: name to a SubNet's file, where ``{budget}`` stands for the bundle's.
         backends: of the bundle and the full program; baselines run in the first.
         scopes: ``loop``, the denoising loop, always; ``pipeline``, conditions and decoder with it; ``step``, each step.
@@ -40,10 +64,12 @@ class Suite(Record):
         parity_images: the bundle's parity is measured on.
         threads: of every program; None leaves the choice to the backend.
         patience: seconds that a program may take to answer before it counts as hung.
+        workload: of ``make gpu``; ``dipgo bench`` measures the bundle that it is given.
     """
 
     about: str
     baselines: list[str] = Field(default_factory=list)
+    steps: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
     subnets: dict[str, str] = Field(default_factory=dict)
     backends: list[str] = Field(default=["onnxruntime"], min_length=1)
     scopes: list[Scope] = Field(default=["loop", "step"])
@@ -57,6 +83,7 @@ class Suite(Record):
     parity_images: int = Field(default=2, ge=1)
     threads: int | None = Field(default=None, ge=1)
     patience: float = Field(default=600.0, gt=0)
+    workload: Workload | None = None
 
     def changed(self, **changes: Any) -> Suite:
         """Return the suite with the settings that are given, and not None, in the place of its own."""

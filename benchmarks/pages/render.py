@@ -62,6 +62,8 @@ def _shown(raw: Raw, source: str) -> str:
         return summary(report.model_copy(update={"headline": ordered}), source)
     if schema == gpu.SCHEMA:
         return gpu.table(raw, source)
+    if schema == gpu.STEP_SCHEMA:
+        return gpu.step_table(raw, source)
     if "cells" in raw:
         return search_record.markdown(search_record.TableRecord.model_validate(raw), source)
     if "cases" in raw and schema is None:

@@ -56,10 +56,10 @@ def cells(
         steps = max(2, round(task.sampler.steps * budget))
         ratio = steps / task.sampler.calls
         same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
-        yield judge.cell("fewer steps, same solver", budget, ratio, judge.full(same))
+        yield judge.cell("fewer steps, same solver", budget, ratio, judge.images_in(same))
         if task.sampler.name != "DPMSolverMultistepScheduler":
             dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
-            yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, ratio, judge.full(dpm))
+            yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, ratio, judge.images_in(dpm))
         if earlier:
             yield from earlier_cells(judge, task, subnet, budget, earlier)
         else:

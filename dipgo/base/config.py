@@ -116,6 +116,11 @@ Threads = Annotated[int | None, Field(ge=1, le=1024, description="Threads; all c
 Seed = Annotated[int, Field(ge=0, description="Seed of everything random.")]
 Backend = Annotated[str, Field(description="What runs the graphs; 'dipgo doctor' lists them.")]
 
+Device = Annotated[
+    str | None,
+    Field(description="cpu, cuda, or cuda:N for a GPU by its number; the backend's own choice by default."),
+]
+
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
 """Numbers, or one string of them joined by commas."""
 

@@ -118,6 +118,13 @@ def refuse_existing(path: Path, force: bool, kind: Kind | None = None) -> None:
         raise UsageError(f"{path}: is where a file system is mounted, which nothing replaces; give a folder in it")
 
 
+def refuse_unless_new(path: Path) -> None:
+    """Refuse an output that exists already where nothing is ever replaced, or that cannot be written."""
+    refuse_unwritable(path.absolute().parent, path)
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists; give another path")
+
+
 def refuse_to_fill(folder: Path, force: bool) -> None:
     """The same of a folder that outputs are written into, whatever else is in it."""
     refuse_unwritable(folder, folder)

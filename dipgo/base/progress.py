@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Report = Callable[[str, int, int, str], None]
-"""Called with the phase, the iteration, how many there are, and a short figure."""
+"""Called with the phase, the iteration, how many there are, and a short figure; of none, the figure is a remark."""
 
 
 def silent(phase: str, iteration: int, total: int, figure: str) -> None:
@@ -67,6 +67,10 @@ class Progress:
 
         def report(phase: str, iteration: int, total: int, figure: str) -> None:
             nonlocal bar, shown
+            if not total:
+                if figure:
+                    tqdm.write(f"{phase}: {figure}", file=sys.stderr)
+                return
             if bar is None or shown != phase:
                 if bar is not None:
                     bar.close()

@@ -31,6 +31,6 @@ def compile_(
     recipe = {"about": "dipgo compile", "model": model, "random_weights": random_weights, "output": output}
     recipe |= {"search": search, "export": export}
     if measure:
-        recipe["bench"] = BenchConfig(images=64, repeats=10, threads=search.threads)
+        recipe["bench"] = BenchConfig(threads=search.threads)
     for line in carry_out(checked(Recipe, recipe), force):
         typer.echo(line)

@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
         "triton": server,
         "triton_missing": without,
         "backends": _backends(providers, devices),
+        "debug": OK if util.find_spec("polygraphy") else "run: pip install 'dipgo[debug]'",
         "import_clashes": clashes(),
         "cache": _cache(),
     }
@@ -61,6 +62,7 @@ def text_of(findings: dict[str, Any]) -> str:
         "CUDA devices": findings["cuda_devices"] or ["none"],
         "Triton server": [findings["triton"] or findings["triton_missing"]],
         "backends": _aligned(findings["backends"]),
+        "verify --debug": [findings["debug"]],
         "import names": clashing or [f"{', '.join(PACKAGES)}: dipgo's own"],
         "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
     }
@@ -131,6 +133,10 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
 
         return check
 
+    def plugin() -> str:
+        missing = not util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
+        return "run: pip install onnxruntime-ep-nv-tensorrt-rtx" if missing else _card(devices)
+
     def tensorrt() -> str:
         if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
             return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
@@ -147,11 +153,12 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
         "onnxruntime": lambda: OK if providers else "run: pip install onnxruntime",
         "onnxruntime-cuda": provider("CUDA"),
         "onnxruntime-tensorrt": provider("Tensorrt"),
+        "onnxruntime-tensorrt-rtx": plugin,
         "tensorrt": tensorrt,
         "torch-compile": compiler,
         "torch-aot": compiler,
     }
-    return {name: checks[name]() if name in checks else _imports(module) for name, (module, *_) in BACKENDS.items()}
+    return {name: checks[name]() if name in checks else _imports(entry.module) for name, entry in BACKENDS.items()}
 
 
 def _card(devices: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dipgo.base.errors import UsageError
 from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption
 from export.config import ExportConfig
 
@@ -40,6 +41,12 @@ def export(
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")],
+    visual: Annotated[
+        Path | None, typer.Option(metavar="PAGE", help="Also draw a graph of the bundle as a page, by Polygraphy.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The graph to draw; by default that of the most MACs.")
+    ] = None,
 ) -> None:
     """Show gate map, signatures, slots and sizes as text."""
     from dipgo.schedule.describe import subnet_text
@@ -52,5 +59,11 @@ def inspect(
         bundle = open_bundle(path)
         typer.echo(subnet_text(load_subnet(path / bundle.record.subnet_file)))
         typer.echo(bundle_text(bundle))
+        if visual:
+            from benchmarks.debug.visual import draw
+
+            typer.echo(f"page: {visual}, of {draw(path, visual, graph)}; a browser loads its scripts from the web")
+    elif visual:
+        raise UsageError(f"{path}: --visual draws graphs, which a SubNet has none of; give a bundle")
     else:
         typer.echo(subnet_text(load_subnet(path)))

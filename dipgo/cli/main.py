@@ -31,6 +31,7 @@ def application() -> typer.Typer:
     from dipgo.cli.compile import compile_
     from dipgo.cli.doctor import doctor
     from dipgo.cli.export import export, inspect
+    from dipgo.cli.judge import judge
     from dipgo.cli.options import settings_text, with_options
     from dipgo.cli.recipe import app as recipe
     from dipgo.cli.run import run
@@ -46,7 +47,7 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    to_subnet = (models, search, import_, import_checkpoint)
+    to_subnet = (models, search, import_, import_checkpoint, judge)
     to_images = (export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
     for command in (*to_subnet, *to_images):
         epilog = settings_text(SearchConfig) if command is search else None

@@ -11,6 +11,7 @@ import typer
 
 from dipgo.base.config import unknown
 from dipgo.base.errors import UsageError
+from dipgo.cli.bench import report_lines
 from dipgo.cli.options import ForceOption
 from dipgo.cli.recipe_file import FOLDER, Recipe, read_recipe, shipped
 from dipgo.cli.search import subnet_line
@@ -93,11 +94,8 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
     if recipe.verify:
         yield recipe.verify.line(bundle, str(model.folder))
     if recipe.bench:
-        from benchmarks.bench.page import table
-
-        place = str(model.folder)
-        yield table(api.bench(bundle, output / "report", recipe.bench, model=place, force=force, progress=None))
-        yield f"report: {output / 'report' / 'report.html'}"
+        report = api.bench(bundle, output / "report", recipe.bench, model=str(model.folder), force=force, progress=None)
+        yield from report_lines(report, output / "report")
     if recipe.evaluate:
         from benchmarks.studies.evaluate import evaluate
 

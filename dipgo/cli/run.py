@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import Field
 
-from dipgo.base.config import Backend, Config, Seed, Threads
+from dipgo.base.config import Backend, Config, Device, Seed, Threads
 from dipgo.base.errors import UsageError
 from dipgo.base.pixels import pixels_of
 from dipgo.base.progress import bar
@@ -32,6 +32,7 @@ class RunConfig(Config):
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
     backend: Backend = "onnxruntime"
+    device: Device = None
     threads: Threads = None
 
     def save(self, bundle: Path, output: Path, force: bool) -> str:
@@ -43,7 +44,7 @@ class RunConfig(Config):
         output = _picture(output)
         refuse_existing(output, force)
         size = pixels_of(self.size)
-        with load(bundle, self.threads, self.backend) as program:
+        with load(bundle, self.threads, self.backend, self.device) as program:
             pixels = program.generate(
                 self._conditions(bundle, program), self.seed, bar("generate"), self.negative, size
             )

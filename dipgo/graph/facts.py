@@ -44,8 +44,8 @@ class Facts(Record):
         ]
         for denoiser, sites in self.families.items():
             lines += [f"  {denoiser}", *(f"    {spec}: {', '.join(patterns)}" for spec, patterns in sites.items())]
-        other = "any other class of diffusers that is called on a latent, a timestep and at most text embeddings"
-        return [*lines, f"  {other}: --sites PATTERN,…"]
+        other = "any other class whose pipeline can be observed: block (its lists of modules), or --sites PATTERN,…"
+        return [*lines, f"  {other}"]
 
 
 def read_facts() -> Facts:
@@ -78,8 +78,10 @@ def counted(model: Model) -> ModelFacts:
 def families() -> dict[str, Any]:
     """Return the site patterns of the supported denoisers."""
     from dipgo.model.families import FAMILIES
+    from dipgo.model.families.sites import OBSERVED
 
-    return {family.denoiser_class: {spec: list(each) for spec, each in family.sites.items()} for family in FAMILIES}
+    known = {family.denoiser_class: family.sites for family in FAMILIES} | dict(OBSERVED)
+    return {name: {spec: list(each) for spec, each in sites.items()} for name, sites in known.items()}
 
 
 if __name__ == "__main__":

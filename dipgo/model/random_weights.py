@@ -7,9 +7,12 @@ the same ones, in any order.
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,30 +45,49 @@ def randomise(module: nn.Module) -> None:
     Data types and ``requires_grad`` stay. A parameter that the module holds under several names is drawn by the first,
     as ``named_parameters`` gives it.
     """
-    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    names: dict[nn.Parameter, str] = {}
     for prefix, owner in module.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter not in drawn:
-                values = draw(f"{prefix}.{name}" if prefix else name, parameter.shape).to(parameter.dtype)
-                drawn[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            setattr(owner, name, drawn[parameter])
+            names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+            places.setdefault(parameter, []).append((owner, name))
+    with _threads() as threads:
+        values = threads.map(lambda each: draw(each[1], each[0].shape).to(each[0].dtype), names.items())
+        for parameter, value in zip(names, values, strict=True):
+            drawn = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            for owner, name in places[parameter]:
+                setattr(owner, name, drawn)
 
 
 def write_random(parameters: Mapping[str, tuple[int, ...]], dtype: Dtype, path: Path) -> None:
     """Write a safetensors file of parameters, shapes by name, whole or not at all; one that is there is kept.
 
-    The values are ``draw(name, shape)`` in ``dtype``. Takes the memory of one block of values, not of a parameter.
+    The values are ``draw(name, shape)`` in ``dtype``. Takes the memory of a block of values in each thread.
 
     Raises:
         DipgoError: the disk is full.
     """
     if is_whole(path, {name: (dtype, tuple(shape)) for name, shape in parameters.items()}):
         return
-    with new_file(path) as draft, draft.open("wb") as stream:
-        stream.write(safetensors_header({name: (dtype, shape) for name, shape in parameters.items()}))
-        for name, shape in parameters.items():
-            for block in _blocks(name, shape):
-                stream.write(block.to(dtype.torch).view(torch.uint8).numpy().data)
+    header = safetensors_header({name: (dtype, shape) for name, shape in parameters.items()})
+    sizes = [math.prod(shape) * dtype.itemsize for shape in parameters.values()]
+    starts = itertools.accumulate(sizes, initial=len(header))
+    with new_file(path) as draft, draft.open("wb") as stream, _threads() as threads:
+        stream.write(header)
+        stream.flush()
+
+        def write(name: str, start: int) -> None:
+            for block in _blocks(name, parameters[name]):
+                content = block.to(dtype.torch).view(torch.uint8).numpy().data
+                while content:
+                    written = os.pwrite(stream.fileno(), content, start)
+                    content, start = content[written:], start + written
+
+        list(threads.map(write, parameters, starts))
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 def _blocks(name: str, shape: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -117,7 +117,7 @@ def make_task(
         sites: granularity or patterns, or a trace to use again, which must fit the other arguments; None takes the
             family's default.
         guidance_scale: None takes the default of the pipeline's ``__call__``.
-        device: where to run, as torch names it.
+        device: where to run, as torch names it, or ``auto``.
 
     Raises:
         UsageError, DipgoError: see :func:`~dipgo.model.sampler.tabulate`, :func:`~dipgo.graph.trace.trace` and
@@ -175,13 +175,15 @@ def _some(labels: Mapping[str, int]) -> str:
 
 
 def _device(name: str) -> torch.device:
+    """Return torch's device of a name; ``auto`` is the GPU where torch has one, else the CPU."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         detail = str(error).splitlines()[0]
         raise UsageError(
-            f"device '{name}' cannot be used here ({detail}); use cpu, or cuda where torch has it"
+            f"device '{name}' cannot be used here ({detail}); use auto, cpu, or cuda where torch has it"
         ) from error
     local = os.environ.get("LOCAL_RANK")
     return torch.device(device.type, int(local)) if local and device.type == "cuda" and device.index is None else device

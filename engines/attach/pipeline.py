@@ -54,7 +54,13 @@ class Attachment:
             detach(self.pipe)
 
 
-def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, threads: int | None = None) -> Attachment:
+def attach(
+    pipe: Any,
+    bundle: str | Path | Pipeline,
+    backend: str = DEFAULT,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Attachment:
     """Put a bundle in the place of a diffusers pipeline's denoiser.
 
     The pipeline is then called as ever: with the bundle's step count, guidance and size. Guidance is inside the
@@ -68,7 +74,7 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
     Args:
         pipe: a diffusers pipeline, on any device; one call at a time.
         bundle: folder of the bundle, or a loaded one, which may serve several pipelines at once.
-        backend, threads: as in :func:`engines.pipeline.pipeline.load`, for a folder.
+        backend, threads, device: as in :func:`engines.pipeline.pipeline.load`, for a folder.
 
     Raises:
         UsageError: another pipeline class, denoiser, configuration, weights or scheduler than the bundle's, naming
@@ -84,7 +90,7 @@ def attach(pipe: Any, bundle: str | Path | Pipeline, backend: str = DEFAULT, thr
 
     if _ATTACHMENT in pipe.__dict__:
         raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
-    program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend)
+    program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend, device)
     record = program.record
     check_pipeline_class(type(pipe).__name__)
     component = component_of(pipe)

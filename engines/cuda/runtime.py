@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dipgo.base.errors import DipgoError, not_imported
+from engines.devices import check_index
 
 INSTALL = "run: pip install 'cuda-bindings>=13,<14' (or <13 for a driver of CUDA 12)"
 
@@ -21,6 +22,7 @@ class Device:
     name: str
     capability: int
     bytes: int
+    index: int = 0
 
 
 class CudaError(DipgoError):
@@ -39,22 +41,25 @@ def find_device() -> Device | None:
         return None
 
 
-def open_device() -> Device:
-    """Return the current CUDA device.
+def open_device(index: int | None = None) -> Device:
+    """Return a CUDA device by its number; None is the current one.
 
     Raises:
         CudaError: no GPU can be used; says why.
+        UsageError: no GPU of this number.
         DipgoError: ``cuda-bindings`` is not installed.
     """
     try:
         count = call("cudaGetDeviceCount")
         if not count:
             raise CudaError("no CUDA device")
-        properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
+        check_index(index, count)
+        number = int(call("cudaGetDevice")) if index is None else index
+        properties = call("cudaGetDeviceProperties", number)
     except CudaError as error:
         raise CudaError(f"no GPU can be used here ({error}); run it where nvidia-smi lists one") from error
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-    return Device(name, 10 * properties.major + properties.minor, properties.totalGlobalMem)
+    return Device(name, 10 * properties.major + properties.minor, properties.totalGlobalMem, number)
 
 
 def bindings() -> Any:

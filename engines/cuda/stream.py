@@ -50,14 +50,18 @@ class Stream:
 
     Whoever puts several things on the stream that belong together (addresses, then a launch) holds :attr:`lock`.
 
+    Args:
+        device: the number of the GPU; None is the current one.
+
     Attributes:
         handle: the stream's address, as other libraries take it.
-        lock: a reentrant lock; each method holds it.
+        lock: a reentrant lock; each method holds it. To hold it makes the GPU the current one of the thread.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        stream = call("cudaStreamCreate")
+    def __init__(self, device: int | None = None) -> None:
+        self.lock = _Turn(int(call("cudaGetDevice")) if device is None else device)
+        with self.lock:
+            stream = call("cudaStreamCreate")
         self.handle = int(stream)
         self._end = weakref.finalize(self, call_quietly, "cudaStreamDestroy", stream)
 
@@ -79,16 +83,16 @@ class Stream:
         """
         size = prod(shape) * Dtype(dtype).itemsize
         memory = _Memory()
-        try:
-            pointer = int(call("cudaMalloc", max(size, 1)))
-        except CudaError as error:
-            free, total = call("cudaMemGetInfo")
-            raise DipgoError(
-                f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} of {total / 1e9:.2f} GB free; "
-                "export with --graphs segment, which holds every weight once, or a smaller --batch"
-            ) from error
-        weakref.finalize(memory, call_quietly, "cudaFree", pointer)
         with self.lock:
+            try:
+                pointer = int(call("cudaMalloc", max(size, 1)))
+            except CudaError as error:
+                free, total = (value / 1e9 for value in call("cudaMemGetInfo"))
+                raise DipgoError(
+                    f"the GPU's memory is full: {size / 1e9:.2f} GB needed, {free:.2f} of {total:.2f} GB free; "
+                    "export with --graphs segment, which holds every weight once, or a smaller --batch"
+                ) from error
+            weakref.finalize(memory, call_quietly, "cudaFree", pointer)
             call("cudaMemsetAsync", pointer, 0, size, self.handle)
         return DeviceArray(memory, pointer, shape, dtype)
 
@@ -150,6 +154,31 @@ class Stream:
 
         weakref.finalize(launch, call_quietly, "cudaGraphExecDestroy", executable)
         return launch
+
+
+class _Turn:
+    """A reentrant lock. While a thread holds it a GPU is the thread's current one; then the one before is again."""
+
+    def __init__(self, device: int) -> None:
+        self._lock, self._device = threading.RLock(), device
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            before = int(call("cudaGetDevice"))
+            if before != self._device:
+                call("cudaSetDevice", self._device)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._before.append(before)
+
+    def __exit__(self, *error: object) -> None:
+        before = self._before.pop()
+        if before != self._device:
+            call_quietly("cudaSetDevice", before)
+        self._lock.release()
 
 
 class _Memory:

@@ -1,4 +1,4 @@
-"""Run a bundle's graphs with ONNX Runtime on a GPU, by its CUDA or its TensorRT execution provider.
+"""Run a bundle's graphs with ONNX Runtime on a GPU, by its CUDA, its TensorRT or TensorRT-RTX's execution provider.
 
 Buffers lie on the device and are bound by address; everything runs on one stream, nothing waits between launches.
 """
@@ -13,20 +13,18 @@ from typing import Any
 import numpy as np
 
 from dipgo.base.dtypes import Dtype
-from dipgo.base.errors import DipgoError, not_imported
-from dipgo.base.files import cache_root
+from dipgo.base.errors import DipgoError
 from engines.backend import Launch
 from engines.cuda.buffers import StreamRunner, warn_of_no_graph
 from engines.cuda.runtime import open_device
 from engines.cuda.stream import DeviceArray, Stream
-from export.bundle import Bundle, BundleRecord
-
-CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_INSTALL = "run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+from engines.devices import place_of
+from engines.onnxrt.providers import CUDA, INSTALL, NAMES, add_provider, require
+from export.bundle import Bundle
 
 
 class CudaRunner(StreamRunner):
-    """Sessions of all graphs of a bundle on the current GPU, opened on entering the context.
+    """Sessions of all graphs of a bundle on a GPU, opened on entering the context.
 
     Every session holds the weights of its graph on the device; ``--graphs segment`` has each block in one graph.
 
@@ -34,18 +32,18 @@ class CudaRunner(StreamRunner):
         DipgoError: the provider is not in the installed onnxruntime, or there is no GPU.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, provider: str = CUDA) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, provider: str = CUDA, device: str = "cuda") -> None:
         super().__init__(bundle)
-        self.provider = provider
-        _require(provider)
-        device = open_device()
-        self.label = f"ONNX Runtime {'TensorRT' if provider == TENSORRT else 'CUDA'}, {device.name}"
+        index = place_of(device).index
+        require(provider, index or 0)
+        self.provider, self._device = provider, open_device(index)
+        self.label = f"ONNX Runtime {NAMES[provider]}, {self._device.name}"
         self._sessions: dict[str, Any] = {}
         self._on_host: set[str] = set()
         self._files: weakref.WeakKeyDictionary[Launch, str] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> CudaRunner:
-        self._stream = Stream()
+        self._stream = Stream(self._device.index)
         for file in self.bundle.record.loaded:
             self._session(file)
         return self
@@ -58,9 +56,9 @@ class CudaRunner(StreamRunner):
         session, stream = self._session(file), self.stream
         binding = session.io_binding()
         for name, array in inputs.items():
-            binding.bind_input(name, "cuda", 0, _element(array.dtype), array.shape, array.pointer)
+            binding.bind_input(name, "cuda", self._device.index, _element(array.dtype), array.shape, array.pointer)
         for name, array in outputs.items():
-            binding.bind_output(name, "cuda", 0, _element(array.dtype), array.shape, array.pointer)
+            binding.bind_output(name, "cuda", self._device.index, _element(array.dtype), array.shape, array.pointer)
         options = _without_waiting()
         arrays = (dict(inputs), dict(outputs))
 
@@ -110,54 +108,22 @@ class CudaRunner(StreamRunner):
             options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             try:
-                session = onnxruntime.InferenceSession(model, options, providers=self._providers())
+                chosen = add_provider(
+                    options, self.provider, self.bundle.record, self._device.index, self.stream.handle
+                )
+                session = onnxruntime.InferenceSession(model, options, **chosen)
+            except DipgoError:
+                raise
             except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
                 failure = " ".join(str(error).split())[:300]
                 continue
             if session.get_providers()[0] != self.provider:
-                raise DipgoError(f"{self.provider} could not be loaded: its libraries are missing; {_INSTALL}")
+                raise DipgoError(f"{self.provider} could not be loaded: its libraries are missing; {INSTALL}")
             if not strict:
                 self._on_host.add(file)
             return session
         other = " with --dtype fp16 or fp32" if self.bundle.record.dtype == "bfloat16" else ""  # Resize is in no other
         raise DipgoError(f"{path}: ONNX Runtime refuses it ({failure}); export it again{other}")
-
-    def _providers(self) -> list[tuple[str, dict[str, str]]]:
-        common = {"device_id": "0", "user_compute_stream": str(self.stream.handle)}
-        record = self.bundle.record
-        cuda = (CUDA, common | {"use_tf32": str(int(record.dtype != "float32"))})
-        if self.provider == CUDA:
-            return [cuda]
-        return [(TENSORRT, common | tensorrt_options(record)), cuda]
-
-
-def tensorrt_options(record: BundleRecord) -> dict[str, str]:
-    """Return the TensorRT provider's options: where it keeps engines and timings, and the precision.
-
-    Timings are shared by all bundles. Engines are not: ONNX Runtime finds them by the graph without its weights, so it
-    would take those of another bundle.
-    """
-    timings = cache_root() / "onnxruntime-tensorrt"
-    engines = timings / record.sha256[:16]
-    engines.mkdir(parents=True, exist_ok=True)
-    return {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(engines),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(timings),
-        "trt_fp16_enable": str(int(record.dtype == "float16")),
-        "trt_bf16_enable": str(int(record.dtype == "bfloat16")),
-    }
-
-
-def _require(provider: str) -> None:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise not_imported("onnxruntime", error, "run: pip install 'onnxruntime-gpu[cuda,cudnn]'") from error
-    if provider not in onnxruntime.get_available_providers():
-        raise DipgoError(f"this onnxruntime has no {provider}; {_INSTALL}")
-    onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages
 
 
 def _keeps_what_graphs_read() -> bool:

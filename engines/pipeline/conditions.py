@@ -72,26 +72,32 @@ def conditions_of(
     return len(images), conditions
 
 
-def for_each(program: Program, first: Any, second: Any, name: str) -> Any:
-    """Return prompts for two text encoders: those of the first, or pairs where the second has others.
+def for_each(program: Program, first: Any, others: Sequence[Any], name: str) -> Any:
+    """Return prompts for all text encoders: those of the first, or some for each where further ones have others.
+
+    ``others`` are those of the second encoder, and of a third; None stands for the first's.
 
     Raises:
-        UsageError: others for a second encoder that is not there, or another number of them.
+        UsageError: others for an encoder that is not there, or another number of them.
     """
-    if second is None or second == first:
+    given = [number for number, each in enumerate(others, 2) if each is not None and each != first]
+    if not given:
         return first
     encoder = program.record.conditioning.encoder
     if first is None and name == "prompt":
-        raise UsageError("prompt_2 is given without prompt; give both, or prompt alone")
+        raise UsageError(f"prompt_{given[0]} is given without prompt; give both, or prompt alone")
     if first is None and encoder and encoder.unconditional == "zeros":
         return None  # as SDXL's pipeline has it
-    if program.encoders < 2:
-        raise UsageError(f"{name}_2 is given, the bundle has no second text encoder; leave it out")
-    firsts, seconds = ([each] if each is None or isinstance(each, str) else each for each in (first, second))
-    if len(firsts) != len(seconds):
-        raise UsageError(f"{len(seconds)} of {name}_2 for {len(firsts)} of {name}; give as many")
-    pairs = [Each((one or "", other or "")) for one, other in zip(firsts, seconds, strict=True)]
-    return pairs[0] if isinstance(second, str) else pairs
+    if program.encoders < given[-1]:
+        which = {2: "second", 3: "third"}[given[-1]]
+        raise UsageError(f"{name}_{given[-1]} is given, the bundle has no {which} text encoder; leave it out")
+    columns = [first, *(first if each is None else each for each in others)][: program.encoders]
+    listed = [[each] if each is None or isinstance(each, str) else list(each) for each in columns]
+    for number, column in enumerate(listed[1:], 2):
+        if len(column) != len(listed[0]):
+            raise UsageError(f"{len(column)} of {name}_{number} for {len(listed[0])} of {name}; give as many")
+    rows = [Each(text or "" for text in row) for row in zip(*listed, strict=True)]
+    return rows[0] if isinstance(others[given[0] - 2], str) else rows
 
 
 def _micro_conditions(size: tuple[int, int], arguments: Mapping[str, Any]) -> np.ndarray:

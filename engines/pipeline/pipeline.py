@@ -77,6 +77,8 @@ class Pipeline(Program):
         class_labels: Any = None,
         prompt_2: Any = None,
         negative_prompt_2: Any = None,
+        prompt_3: Any = None,
+        negative_prompt_3: Any = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
@@ -97,6 +99,7 @@ class Pipeline(Program):
             prompt: one or a list, for a bundle of prompts; else classes, as the pipelines' first argument is.
             class_labels: one or a list of numbers.
             prompt_2, negative_prompt_2: for the second text encoder, where there is one; None is the same as the first.
+            prompt_3, negative_prompt_3: for the third.
             height, width: of the images in pixels; None is :attr:`size`.
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
@@ -122,9 +125,11 @@ class Pipeline(Program):
         if callback_on_step_end:
             tensors = getattr(callback_on_step_end, "tensor_inputs", None) or callback_on_step_end_tensor_inputs
             callback = StepCallback(callback_on_step_end, self, tensors, convert)
-        subjects = for_each(self, prompt, prompt_2, "prompt") if class_labels is None else class_labels
+        subjects = for_each(self, prompt, (prompt_2, prompt_3), "prompt") if class_labels is None else class_labels
         negative = arguments.get("negative_prompt")
-        arguments["negative_prompt"] = for_each(self, negative, negative_prompt_2, "negative_prompt")
+        arguments["negative_prompt"] = for_each(
+            self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
+        )
         with self._calls.one() as call:
             self.__enter__()
             size = (height or self.size[0], width or self.size[1])
@@ -244,13 +249,18 @@ class Pipeline(Program):
         return np.concatenate([self.decode(latent[rows]) for rows in batches])[: len(latent)]
 
 
-def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT) -> Pipeline:
+def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT, device: str | None = None) -> Pipeline:
     """Open a bundle, check its files, and return its pipeline; the engines are loaded on entering or calling it.
 
     Args:
         folder: the bundle.
         threads: for backends on the CPU; None leaves the choice to them.
-        backend: see :data:`engines.backends.BACKENDS`.
+        backend: see :data:`engines.backends.BACKENDS`, or ``cuda`` for the best on a GPU.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None is the backend's own choice.
+
+    Raises:
+        UsageError: an unknown backend or device, or a device that the backend does not run on.
+        DipgoError: a damaged bundle, or a backend that cannot run here.
     """
     bundle = open_bundle(Path(folder))
-    return Pipeline(bundle, runner_for(bundle, backend, threads))
+    return Pipeline(bundle, runner_for(bundle, backend, threads, device))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 
+from dipgo.base.errors import UsageError
 from engines.backend import Launch
+from engines.devices import check_index, place_of
 from engines.torchrt.aot import inputs_by_file, load
 from engines.torchrt.capture import Capture
 from engines.torchrt.loader import TorchGraph, module_from_graph
+from engines.torchrt.precision import full_float32
 from engines.torchrt.weights import Weights
 from export.axes import shape_at
 from export.bundle import Bundle
@@ -39,7 +43,7 @@ class TorchRunner:
         self, bundle: Bundle, threads: int | None = None, way: str = "eager", device: str | None = None
     ) -> None:
         self.bundle, self.threads, self._make = bundle, threads, _WAYS[way]
-        self.device = torch.device(device) if device else default_device()
+        self.device = device_named(device) if device else default_device()
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
@@ -51,7 +55,7 @@ class TorchRunner:
         self._graphs: dict[str, dict[Any, tuple[TorchGraph, Function]]] = {}
         self._lock = threading.Lock()
         self._capture: Capture | None = None
-        self._precision: tuple[bool, bool] | None = None
+        self._precision = ExitStack()
 
     def __enter__(self) -> TorchRunner:
         if self.threads:
@@ -59,7 +63,7 @@ class TorchRunner:
         if self.device.type == "cuda":
             self._capture = Capture(self.device)
             if self.bundle.record.dtype == "float32":
-                self._precision = _set_tf32(False, False)
+                self._precision.enter_context(full_float32())
         if not self.bundle.record.axes:  # else each choice of sizes has graphs of its own
             for file, inputs in inputs_by_file(self.bundle.record, beside=False).items():
                 self._graph(file, {tensor.name: shape_at(tensor.shape, {}) for tensor in inputs})
@@ -68,9 +72,7 @@ class TorchRunner:
     def __exit__(self, *error: object) -> None:
         self._graphs, self._capture = {}, None
         self._weights = Weights(self.bundle.folder, self.device)
-        if self._precision:
-            _set_tf32(*self._precision)
-            self._precision = None
+        self._precision.close()
 
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.device)
@@ -126,6 +128,21 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_named(name: str) -> torch.device:
+    """Return torch's device of a name such as ``cuda:1``; ``cuda`` is the current GPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    place = place_of(name)
+    if place.kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device '{name}': torch sees no GPU here; give cpu, or run it where nvidia-smi lists one")
+    check_index(place.index, torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
 def _eager(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
     return graph.module
 
@@ -138,13 +155,6 @@ def _compile(bundle: Bundle, file: str, graph: TorchGraph) -> Function:
 
 
 _WAYS: dict[str, Make] = {"eager": _eager, "compiled": _compile, "AOTInductor": load}
-
-
-def _set_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:
-    """Allow or forbid TF32, and return what was so before."""
-    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
-    return before
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

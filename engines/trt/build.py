@@ -76,7 +76,7 @@ def build(
         raise DipgoError(
             f"{library.name} makes engines without weights only where there is a GPU; build without --strip"
         )
-    tasks = [_task(bundle, graph, library, target, options) for graph in graphs_of(bundle.record)]
+    tasks = [task_for(bundle, graph, library, target, options) for graph in graphs_of(bundle.record)]
     records = {} if force else _engines_there(tasks)
     new: list[str] = []
     if len(records) < len(tasks):
@@ -140,7 +140,8 @@ def make_engine(task: Task) -> EngineRecord:
         )
 
 
-def _task(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> Task:
+def task_for(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> Task:
+    """Return what a child process needs to build the engine of a graph."""
     return Task(
         path=bundle.folder / graph.file,
         graph=graph,

@@ -165,7 +165,8 @@ def _let_attention_decompose(library: Library, network: Any) -> None:
     """Let TensorRT write out each attention that it has no fused kernel for; by default it refuses the graph.
 
     It concerns masks (PixArt, Sana, text encoders) in float32 and unusual widths of heads; where there is a fused
-    kernel it is still taken.
+    kernel it is still taken. (Polygraphy's SetDecomposableAttentions does the same to the same layers, but for the one
+    TensorRT that an environment variable names when Polygraphy is first imported.)
     """
     trt = library.module
     for index in range(network.num_layers):

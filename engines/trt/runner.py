@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dipgo.base.errors import DipgoError
+from dipgo.base.errors import DipgoError, UsageError
 from engines.backend import Launch
 from engines.cuda.buffers import StreamRunner
 from engines.cuda.runtime import open_device
 from engines.cuda.stream import DeviceArray, Stream
+from engines.devices import place_of
 from engines.trt.engine import LoadedEngine
 from engines.trt.library import find_library, listener
 from engines.trt.loader import BuildOptions, engine_from_plan, refit
@@ -27,9 +28,10 @@ class TensorRtRunner(StreamRunner):
     activations, as much as the largest asks for.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, device: str = "cuda") -> None:
         super().__init__(bundle)
         self.label = "TensorRT"
+        self._index = place_of(device).index
         self._graphs = {graph.file: graph for graph in graphs_of(bundle.record)}
         self._engines: dict[str, LoadedEngine] = {}
         self._arenas: list[DeviceArray] = []
@@ -37,7 +39,9 @@ class TensorRtRunner(StreamRunner):
 
     def __enter__(self) -> TensorRtRunner:
         try:
-            device = open_device()
+            device = open_device(self._index)
+        except UsageError:
+            raise
         except DipgoError as error:
             raise DipgoError(
                 f"{self.bundle.folder}: TensorRT engines are built here, not run: {error}; or use --backend onnxruntime"
@@ -46,8 +50,9 @@ class TensorRtRunner(StreamRunner):
         self._target = self._library.target(device)
         self.label = f"{self._library.name} {self._library.version}, {device.name}"
         self._logger, self._errors = listener(self._library)
-        self._runtime = self._library.module.Runtime(self._logger)
-        self._stream = Stream()
+        self._stream = Stream(device.index)
+        with self._stream.lock:
+            self._runtime = self._library.module.Runtime(self._logger)
         for file in self.bundle.record.loaded:
             self._engine(file)
         return self

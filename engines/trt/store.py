@@ -102,6 +102,17 @@ def find_engine(path: Path, key: str, check: bool = False) -> EngineRecord | Non
     return record
 
 
+def all_built(bundle: Bundle, library: Library, target: str) -> bool:
+    """Whether a bundle holds all of its engines for a library and GPU, whole or stripped of weights."""
+    return all(
+        any(
+            find_engine(engine_path(bundle, graph, library, target), key_of(bundle, graph, library, target, options))
+            for options in (BuildOptions(), BuildOptions(strip=True))
+        )
+        for graph in graphs_of(bundle.record)
+    )
+
+
 def save_engine(path: Path, data: Any, **facts: Any) -> EngineRecord:
     """Write an engine (a buffer) and its record; ``facts`` are the fields that are not about the file."""
     record_path(path).unlink(missing_ok=True)

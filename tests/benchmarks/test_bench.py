@@ -9,6 +9,7 @@ from benchmarks.bench.baselines import full, uniform_reuse
 from benchmarks.bench.bench import bench
 from benchmarks.bench.config import BenchConfig
 from benchmarks.bench.page import table
+from benchmarks.bench.plots import curves_of, points_of
 from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
 from dipgo.base.progress import silent
@@ -20,7 +21,8 @@ from tests.models import random_subnet
 
 def test_every_program_is_measured_in_every_round(measured):
     report, _ = measured
-    plain = ["fewer steps", "fewer steps, DPM-Solver++ 2M", "uniform reuse", "uniform extrapolation"]
+    plain = ["fewer steps", "fewer steps, equal time", "fewer steps, DPM-Solver++ 2M"]
+    plain += ["uniform reuse", "uniform extrapolation"]
     assert [row.name for row in report.rows] == ["full", "dipgo", *plain, "crash"]
     assert report.rounds == 4
     for row in report.rows[:-1]:
@@ -50,12 +52,12 @@ def test_the_table_has_a_line_a_program_then_parity(measured):
     report, _ = measured
     header, *lines, parity = table(report).splitlines()
     assert re.split(r"  +", header) == [
-        *("program", "MACs", "wall time", "speedup"),
-        *("efficiency", "PSNR to full", "class accuracy"),
+        *("program", "wall time", "speedup", "PSNR to full"),
+        *("worst image", "MACs", "efficiency", "class accuracy"),
     ]
     assert len(lines) == len(report.rows)
-    assert re.fullmatch(r"full +100\.0% +\S+ ms +1\.00 +1\.00 +reference", lines[0])
-    assert re.fullmatch(r"dipgo +\d+\.\d% +\S+ ms +\d+\.\d\d +\d+\.\d\d +\d+\.\d dB", lines[1])
+    assert re.fullmatch(r"full: 8 steps of DDIMScheduler +\S+ ms +1\.00 +reference +100\.0% +1\.00", lines[0])
+    assert re.fullmatch(r"dipgo +\S+ ms +\d+\.\d\d +\d+\.\d dB +\d+\.\d dB +\d+\.\d% +\d+\.\d\d", lines[1])
     assert parity.startswith("parity: relative error ")
     assert "denoising loop, batch 1, ONNX Runtime CPU, 1 thread" in parity
 
@@ -67,7 +69,7 @@ def test_a_wrong_program_gets_no_speed_and_no_report(bundle, tmp_path, capsys):
     phases: set[str] = set()
     with refused(r"parity failed, relative error .* nothing was measured"):
         bench(wrong, output, BenchConfig(threads=1), progress=lambda phase, *_: phases.add(phase))
-    assert not any(phase in ("load", "make images") or phase.startswith("time") for phase in phases)
+    assert "measure" not in phases
     assert "verify: compiled" in phases
     assert not output.parent.exists()
     assert capsys.readouterr().out == ""
@@ -86,6 +88,26 @@ def test_what_makes_no_report_is_refused_and_leaves_nothing(bundle, tmp_path):
     with misused("--force"):
         bench(bundle, tmp_path, progress=silent)
     assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_bundles_are_measured_beside_each_other(bundle, task, tmp_path):
+    """Further ones against the first one's full program, on one curve with it; none of another sampler."""
+    less = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=3, keep=0.3))
+    suite = Suite(about="small", baselines=["eager torch", "fewer steps"], images=8, repeats=3, seconds=0, threads=1)
+    report = dipgo.bench([bundle, less], tmp_path / "report", suite=suite.changed(scopes=["loop"]), progress=False)
+    assert [row.name for row in report.rows] == ["full", "dipgo", f"dipgo, {less}", "fewer steps", "eager torch"]
+    own, other, fewer, eager = report.rows[1:]
+    assert own.macs > other.macs
+    assert other.parity.passed
+    assert curves_of(points_of(report.rows)).keys() == {"dipgo", "steps of DDIMScheduler"}
+    assert fewer.about == f"{fewer.steps} steps of DDIMScheduler"
+    assert eager.over_eager.median == 1
+    assert own.over_eager is None
+    sampler = zoo.sampler("dit", 4, None)
+    fewer_steps = zoo.bundle(task.trace, sampler, random_subnet(task.trace, sampler, seed=2))
+    with misused(f"{fewer_steps}: of another sampler than {bundle}; measure it by itself"):
+        dipgo.bench([bundle, fewer_steps], tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

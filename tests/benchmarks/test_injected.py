@@ -54,11 +54,11 @@ def report(bundle, tmp_path_factory):
     done: set[str] = set()
 
     def inject(phase, count, total, figure):
-        if phase == "verify baselines" and figure == "wrong" and "wrong" not in done:
+        if phase == "compile and verify" and figure == "verify wrong" and "wrong" not in done:
             done.add("wrong")
             (folder,) = scratch.glob("dipgo-bench-*/1")
             change_a_table(folder, "solver.outputs", lambda table: scale(table, 0, 1.01))
-        if phase == "time the loop" and "crash" not in done:
+        if phase == "measure" and figure == "time the loop" and "crash" not in done:
             done.add("crash")
             workers = [
                 child for child in psutil.Process().children() if "benchmarks.bench.worker" in " ".join(child.cmdline())
@@ -66,7 +66,7 @@ def report(bundle, tmp_path_factory):
             last = max(workers, key=lambda child: child.create_time())
             os.kill(last.pid, signal.SIGKILL)
 
-    suite = Suite(about="small", images=0, repeats=3, seconds=0, threads=1, scopes=["loop"], patience=60)
+    suite = Suite(about="small", images=0, repeats=6, seconds=0, threads=1, scopes=["loop"], patience=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(scratch))
         baselines = {"full": full, "wrong": uniform_reuse, "crashes": fewer_steps}
@@ -92,5 +92,5 @@ def test_a_slowed_program_is_shown_as_slow_and_a_wrong_or_dead_one_gets_no_speed
     assert wrong.error.startswith("parity failed, relative error ")
     assert wrong.timing is wrong.quality is wrong.usage is dead.timing is None
     assert dead.error == "its process was killed by SIGKILL"
-    assert report.rounds == 3
+    assert report.rounds == 6
     assert report.row("full").timing is not None, "the others go on"

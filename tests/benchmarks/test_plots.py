@@ -1,19 +1,30 @@
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from benchmarks.bench.plots import Point, frontier, pareto, points_of, step_bars
+from benchmarks.bench.plots import Point, curves_of, points_of, step_bars, trade
+from benchmarks.bench.report import milliseconds
 
 
-def test_the_frontier_is_what_nothing_beats():
-    full, fast, good, poor = (
-        Point(number, name, speedup, psnr, False)
-        for number, (name, speedup, psnr) in enumerate(
-            [("full", 1, 150), ("fast", 3, 20), ("good", 2, 40), ("poor", 1.9, 39)]
+def test_curves_join_what_differs_in_steps_or_budgets_alone():
+    full, few, some, own, other = (
+        Point(number, name, seconds, psnr, name == "dipgo", curve)
+        for number, (name, seconds, psnr, curve) in enumerate(
+            [
+                ("full", 1, 150, "steps of DDIM"),
+                ("few", 0.2, 20, "steps of DDIM"),
+                ("some", 0.5, 40, "steps of DDIM"),
+                ("dipgo", 0.4, 45, "dipgo"),
+                ("eager", 2, 130, None),
+            ]
         )
     )
-    assert frontier([full, fast, good, poor]) == [full, good, fast]
+    assert curves_of([full, few, some, own, other]) == {"steps of DDIM": [few, some, full]}
+    larger = replace(own, seconds=0.7, psnr=60)
+    assert curves_of([larger, own])["dipgo"] == [own, larger]
 
 
 def boxes(drawn, kind):
@@ -28,21 +39,23 @@ def boxes(drawn, kind):
 
 def test_every_measured_program_is_a_dot_at_its_values(measured):
     report = measured[0]
-    drawn = pareto(report.rows)
+    drawn = trade(report.rows)
     ElementTree.fromstring(drawn)  # well-formed
     points = points_of(report.rows)
     assert [point.name for point in points] == [row.name for row in report.rows if not row.error]
     (own,) = boxes(drawn, "dot subject")
     dots = [*boxes(drawn, "dot"), own]
     assert len(dots) == len(points)
-    assert all(0 <= left <= 720 and 0 <= top <= 380 and width == pytest.approx(10) for left, top, width, _ in dots)
+    assert all(0 <= left <= 560 and 0 <= top <= 380 and width == pytest.approx(10) for left, top, width, _ in dots)
     middles = sorted(left + width / 2 for left, _, width, _ in dots)
-    scale = 642 / (1.08 * max(point.speedup for point in points))
-    assert middles == pytest.approx(sorted(58 + scale * point.speedup for point in points), abs=0.1)
+    logs = sorted(np.log(point.seconds) for point in points)
+    places = 52 + 492 * (np.array(logs) - logs[0] + np.log(1.12)) / (logs[-1] - logs[0] + 2 * np.log(1.12))
+    assert middles == pytest.approx(places, abs=0.1)
     for point in points:
-        assert f"<title>{point.name}: {point.speedup:.2f} times" in drawn
+        assert f"<title>{point.name}: {milliseconds(point.seconds)}, {point.psnr:.1f} dB</title>" in drawn
         assert f">{point.number}</text>" in drawn
-    assert pareto([row for row in report.rows if row.error]) == ""
+    assert "<title>steps of DDIMScheduler</title>" in drawn
+    assert trade([row for row in report.rows if row.error]) == ""
 
 
 @pytest.mark.parametrize("steps", [1, 20, 100])

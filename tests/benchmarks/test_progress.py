@@ -13,9 +13,10 @@ def test_bars_show_each_phase_to_its_end_in_a_terminal(capsys, monkeypatch):
     with Progress().phases() as report:
         for done in range(4):
             report("first", done, 3, "")
+        report("all of it", 0, 0, "takes a minute")
         report("second", 1, 2, "half")
         report("first", 1, 1, "again")
     shown = capsys.readouterr()
-    for text in ("first", "3/3", "1/2", "half", "again", "1/1"):
+    for text in ("first", "3/3", "1/2", "half", "again", "1/1", "all of it: takes a minute\n"):
         assert text in shown.err
     assert shown.out == ""

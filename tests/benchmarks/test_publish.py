@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bench.report import ReportRecord
+from benchmarks.bench.strips import LEFT, SIDE
 from benchmarks.pages import publish
-from benchmarks.pages.picture import LEFT, SIDE
 from benchmarks.pages.render import markdown, today
 
 

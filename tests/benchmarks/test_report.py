@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.bench.headline import headlines
 from benchmarks.bench.page import write_report
 from benchmarks.bench.plots import heatmap
-from benchmarks.bench.report import headlines, json_schema, milliseconds, read_report
-from benchmarks.bench.timing import Spread
+from benchmarks.bench.report import json_schema, milliseconds, read_report
+from benchmarks.bench.strips import LEFT, shown
+from benchmarks.bench.timing import timing_of
 from tests.benchmarks.test_plots import boxes
 from tests.checks import misused, refused
 
@@ -20,13 +22,18 @@ def cells(page):
     return re.findall(r'<g class="(on|off)">', page)
 
 
+def names_in(page, table):
+    body = page.split(f'<table id="{table}">')[1].split("</table>")[0]
+    return [name.strip() for name in re.findall(r"<tr[^>]*><td>([^<]*)<", body)]
+
+
 def test_the_report_round_trips_as_strict_json(measured, tmp_path):
     def refuse(constant):
         raise AssertionError(constant)
 
     report, folder = measured
     assert read_report(folder / "report.json") == report
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["picture.png", "report.html", "report.json", "report.md"]
     text = (folder / "report.json").read_text()
     raw, schema = json.loads(text, parse_constant=refuse), json.loads(json_schema())
     assert raw["schema"] == "dipgo.report/1"
@@ -45,8 +52,10 @@ def test_the_page_maps_every_gate_and_has_a_row_a_program_in_both_tables(measure
     assert len(found) == len(report.sites) * len(report.gates)
     assert found.count("on") == np.sum(report.gates)
     for name in ("speed", "quality"):
-        body = page.split(f'<table id="{name}">')[1].split("</table>")[0]
-        assert re.findall(r"<tr[^>]*><td>([^<]*)</td>", body) == [row.name for row in report.rows]
+        assert names_in(page, name) == [row.name for row in report.rows]
+    timed = [row for row in report.rows if row.timing]
+    fastest_first = sorted(timed, key=lambda row: row.timing.wall.median)
+    assert names_in(page, "summary") == [*(row.name for row in fastest_first), "crash"]
 
 
 def test_the_page_shows_the_images_themselves_and_needs_nothing_from_outside(measured):
@@ -55,7 +64,8 @@ def test_the_page_shows_the_images_themselves_and_needs_nothing_from_outside(mea
     assert not re.search(r"http|<script|@import|url\(", page)
     begin = "data:image/png;base64,"
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 9 * sum(not row.error for row in report.rows)
+    made = sum(not row.error for row in report.rows)
+    assert len(sources) == 8 * (2 * made - 1), "images of each, and differences of all but the full program"
     assert all(source.startswith(begin) for source in sources)
     encoded = [base64.b64decode(source.removeprefix(begin)) for source in sources]
     pictures = [np.asarray(Image.open(io.BytesIO(one))) for one in encoded]
@@ -63,32 +73,70 @@ def test_the_page_shows_the_images_themselves_and_needs_nothing_from_outside(mea
     assert not np.array_equal(pictures[0], pictures[1])
     assert "image-rendering: pixelated" in page
     assert "cat" in page
+    worst = int(np.argmin(report.row("dipgo").quality.each_psnr_db))
+    assert "worst of 9: " in page
+    places, worst_too = shown(report.rows, 9, (16, 16))
+    assert (len(places), places[-1], worst_too) == (8, worst, worst)
+    order = re.findall(r"<tr><td>([^<]*)<br>", page.split('class="strips"')[1])
+    assert order == names_in(page, "summary")[: len(order)], "by wall time"
+    pixels = np.asarray(Image.open(folder / "picture.png").convert("RGB"), int)
+    full, own, plain = np.split(pixels, 3)
+    assert full[:, LEFT:].std() > 0
+    for other in (own, plain):
+        assert 0 < np.abs(full - other)[:, LEFT:].mean() < 128, "alike and not the same"
 
 
-def test_headlines_begin_with_what_is_lost(measured):
+def changed(row, psnr, speedup, spread=0.0):
+    """A row with another mean PSNR and another speed in each of its rounds, these apart by ``spread``."""
+    samples = [1 / speedup * (1 + spread * (-1) ** number) for number in range(20)]
+    quality = row.quality.model_copy(update={"psnr_db": psnr, "each_psnr_db": [psnr - 1, psnr, psnr + 1] * 3})
+    return row.model_copy(update={"quality": quality, "timing": timing_of(samples, [1.0] * 20)})
+
+
+def lines_of(report, *rows, seconds=None):
+    rows = [report.rows[0], *rows]
+    return headlines(report.model, report.sampler, rows, report.scope, report.environment, seconds)
+
+
+def losses(report, *rows):
+    return [entry.line for entry in lines_of(report, *rows) if entry.kind == "loss"]
+
+
+def test_headlines_begin_with_the_trade(measured):
     report, _ = measured
+    own, fewer = changed(report.row("dipgo"), 41.8, 2.35), changed(report.row("fewer steps"), 30.1, 2.8)
+    equal = changed(report.row("fewer steps, equal time"), 34.0, 2.4)
+    first, *rest = lines_of(report, own, fewer, equal, seconds=100)
+    assert first.kind == "result"
+    assert first.line == (
+        "2.35 times as fast, 41.8 dB from the full images; "
+        f"{fewer.steps} plain steps (equal MACs): 2.80 times, 30.1 dB; "
+        f"{equal.steps} plain steps (equal time): 2.40 times, 34.0 dB."
+    )
+    saved = report.row("full").timing.wall.median - 1 / 2.35
+    paid = [entry.line for entry in rest if "paid" in entry.line]
+    assert len(paid) == (saved > 0)
+    plain = own.model_copy(update={"quality": None})
+    assert lines_of(report, plain)[0].line == "2.35 times as fast as the full program."
 
-    def with_psnr(row, psnr, speedup=1.5):
-        timing = row.timing.model_copy(update={"speedup": Spread(median=speedup, p5=speedup, p95=speedup)})
-        quality = row.quality.model_copy(update={"psnr_db": psnr})
-        return row.model_copy(update={"quality": quality, "timing": timing})
 
-    full, own = report.rows[:2]
-    first, second = report.row("uniform reuse"), report.row("uniform extrapolation")
-
-    def lines_of(*rows):
-        return headlines(report.model, report.sampler, [full, *rows], report.scope, report.environment)
-
-    lines = lines_of(with_psnr(own, 30), with_psnr(first, 29), with_psnr(second, 32.25))
-    assert lines[0].kind == "loss"
-    assert f"Loses to '{second.name}' in PSNR: 30.0 dB against 32.2 dB" in lines[0].line
-    assert not any(first.name + "'" in entry.line for entry in lines if entry.kind == "loss")
-
-    lines = lines_of(with_psnr(own, 33), with_psnr(first, 29), with_psnr(second, 32.25))
-    assert not any("Loses" in entry.line for entry in lines)
-    lines = lines_of(with_psnr(own, 33, 2.0), with_psnr(first, 29, 2.5), with_psnr(second, 32))
-    assert lines[0].line.endswith(f"2.00 times the full program's, against '{first.name}' 2.50.")
-    assert any(f"the next best at equal compute, '{second.name}', has 32.0 dB" in entry.line for entry in lines)
+def test_a_loss_is_told_only_beyond_chance(measured):
+    report, _ = measured
+    own, row = changed(report.row("dipgo"), 40, 2.0), report.row("uniform reuse")
+    (line,) = losses(report, own, changed(row, 41, 2.0))
+    assert line.startswith("Loses to 'uniform reuse' in PSNR by 1.0 dB per image (1.0 to 1.0), at 2.00 times")
+    wavering = changed(row, 40.1, 1.0)
+    each = [value + (-1) ** number for number, value in enumerate(wavering.quality.each_psnr_db)]
+    wavering = wavering.model_copy(update={"quality": wavering.quality.model_copy(update={"each_psnr_db": each})})
+    assert losses(report, own, wavering) == []
+    (line,) = losses(report, own, changed(row, 39, 2.1))
+    assert line == "Loses in speed: 2.00 times the full program's, against 'uniform reuse' 2.10."
+    assert losses(report, own, changed(row, 39, 2.01, spread=0.2)) == []
+    costly = {"macs_ratio": 0.9}
+    assert losses(report, own, changed(row, 39, 2.1).model_copy(update=costly)) == [], "a trade, with more MACs"
+    assert losses(report, own, changed(row, 41, 1.5).model_copy(update=costly)) == []
+    assert "in PSNR" in losses(report, own, changed(row, 41, 2.1).model_copy(update=costly))[0]
+    assert any(line.startswith("Slower than the full program: 0.50") for line in losses(report, changed(own, 40, 0.5)))
 
 
 def test_an_existing_folder_is_refused_without_force(measured, tmp_path):

@@ -43,8 +43,8 @@ def test_every_result_is_on_one_page_with_the_command_that_writes_it_alone():
 
 def test_the_published_schema_still_holds_of_the_committed_gpu_reports():
     schema = json.loads((results.ROOT / "benchmarks" / "schemas" / "gpu-1.json").read_text())
-    reports = [json.loads(path.read_text()) for path in COMMITTED if path.name.startswith("gpu-")]
-    assert [report["schema"] for report in reports] == ["dipgo.gpu/1"] * 2
+    reports = [report for path in COMMITTED if (report := json.loads(path.read_text())).get("schema") == "dipgo.gpu/1"]
+    assert len(reports) == 2
     for report in reports:
         jsonschema.validate(report, schema)
 

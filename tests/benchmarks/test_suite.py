@@ -4,13 +4,16 @@ import pytest
 import yaml
 
 from benchmarks.bench.suite import FOLDER, Suite, load_suite, suites
+from dipgo.model.models import architectures
+from engines.backends import BACKENDS
 from tests.checks import misused
 
 ABOUT = "about: mine\n"
 
 
 def test_all_that_ship_are_read_and_say_how_to_run_them():
-    assert suites() == ["dit-xl", "emoji-sd", "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
+    on_gpu = ["gpu-dit-xl", "gpu-pixart", "gpu-sd15", "gpu-sdxl"]
+    assert suites() == ["dit-xl", "emoji-sd", *on_gpu, "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
     for name in suites():
         suite = load_suite(name)
         assert suite.about
@@ -18,6 +21,10 @@ def test_all_that_ship_are_read_and_say_how_to_run_them():
         first = (FOLDER / f"{name}.yaml").read_text().splitlines()
         commands = [line for line in first if line.startswith("# dipgo ")]
         assert any("dipgo bench build/" in line and f"--suite {name} " in line for line in commands)
+        assert bool(suite.workload) == (name in on_gpu)
+        assert set(suite.backends) <= BACKENDS.keys()
+        if suite.workload:
+            assert suite.workload.model in architectures()
 
 
 def test_a_file_of_ones_own(tmp_path):
@@ -53,5 +60,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, why):
 
 def test_one_that_is_not_there():
     for name in ("quicker", "no/such.yaml", "quick.json"):
-        with misused(f"no suite '{name}'; use dit-xl, emoji-sd, pixart, quality, quick"):
+        with misused(f"no suite '{name}'; use dit-xl, emoji-sd, gpu-dit-xl, gpu-pixart, .*, quality, quick"):
             load_suite(name)

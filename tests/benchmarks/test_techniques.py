@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,28 @@ def test_first_block_cache_forgets_between_trajectories(monkeypatch):
     assert latent_error(first, subject(dit, "eager torch").loop()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["dit", pytest.param("pixart", marks=pytest.mark.slow)])
+def test_cache_dit_computes_less_and_forgets_between_trajectories(kind):
+    """Its own package; six steps are few, so that it warms up for four of them."""
+    pytest.importorskip("cache_dit")
+    found = made(kind)
+    cached = subject(found, "cache-dit")
+    first = cached.loop()
+    assert np.array_equal(first, cached.loop())
+    assert found.macs * 4 / STEPS < cached.macs() < found.macs
+    assert 1e-6 < latent_error(first, subject(found, "eager torch").loop()) < 1
+
+
+@pytest.mark.slow
+def test_compiled_torch_does_what_eager_torch_does():
+    found = made("dit")
+    assert latent_error(subject(found, "torch.compile").loop(), subject(found, "eager torch").loop()) < 1e-4
+
+
 def test_one_that_does_not_fit_says_so():
+    if find_spec("cache_dit"):
+        with pytest.raises(NotMeasuredError, match="cache-dit does not know UNet2DConditionModel"):
+            subject(made("sd"), "cache-dit")
     for kind, technique in (("dit", "DeepCache, N = 3"), ("sd", "diffusers FirstBlockCache")):
         with pytest.raises(NotMeasuredError, match=r"(DeepCache is for UNets|FirstBlockCache is for transformers)"):
             subject(made(kind), technique)

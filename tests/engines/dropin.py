@@ -59,7 +59,8 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
     folder = zoo.bundle(task.trace, task.sampler, subnet, whole=whole)
     subjects = {"dit": {"class_labels": [0, 1, 2]}, "unconditional": {"batch_size": 3}}
     arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": STEPS}
-    arguments |= {} if kind == "unconditional" else {"guidance_scale": GUIDANCE}
+    arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}
+    arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     arguments |= {"clean_caption": False} if kind == "pixart" else {}
     arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)

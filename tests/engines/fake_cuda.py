@@ -23,18 +23,25 @@ class FakeCuda:
         live: the allocations by address.
         capacity: bytes of the device's memory.
         can_capture: whether work on a captured stream is taken.
+        count, current: how many GPUs there are, and the one that is current; the real one is a thread's own.
         launched: what ran, by name, in order.
     """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeRelaxed=2)
 
-    def __init__(self, capability: tuple[int, int] = (9, 0), capacity: int = 10**9) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0), capacity: int = 10**9, count: int = 1) -> None:
+        self.count, self.current = count, 0
+        self.places: dict[int, int] = {}  # the GPU of each allocation
         self.capability, self.capacity, self.can_capture = capability, capacity, True
         self.live: dict[int, Any] = {}
         self.launched: list[str] = []
         self._captured: list[Work] | None = None
         self._broken = False
+
+    def device_of(self, pointer: int) -> int:
+        """Return the GPU that holds an address."""
+        return next(self.places[first] for first, memory in self.live.items() if 0 <= pointer - first < len(memory))
 
     def put(self, name: str, work: Work) -> int:
         """Run work, or keep it where the stream is being captured."""
@@ -52,10 +59,15 @@ class FakeCuda:
         return OK, {FULL: b"out of memory", UNSUPPORTED: b"operation not permitted when stream is capturing"}[status]
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
-        return OK, 1
+        return OK, self.count
 
     def cudaGetDevice(self) -> tuple[int, int]:
-        return OK, 0
+        return OK, self.current
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        assert 0 <= device < self.count
+        self.current = device
+        return (OK,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
         major, minor = self.capability
@@ -67,6 +79,7 @@ class FakeCuda:
         memory = (ctypes.c_char * size)()
         ctypes.memset(memory, 0xAB, size)
         self.live[ctypes.addressof(memory)] = memory
+        self.places[ctypes.addressof(memory)] = self.current
         return OK, ctypes.addressof(memory)
 
     def cudaFree(self, pointer: int) -> tuple[int]:

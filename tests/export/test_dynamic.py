@@ -151,9 +151,9 @@ def test_sizes_are_read():
     unconditional = zoo.model("unconditional")
     assert sizes_for(unconditional) == Sizes(1, (3, 8, 8))
     ranged = sizes_for(unconditional, "1:2:4", "6x4:12")
-    assert ranged == Sizes(AxisRecord(min=1, opt=2, max=4), (4, 6, AxisRecord(min=4, opt=8, max=12, multiple=2)))
+    assert ranged == Sizes(AxisRecord(min=1, opt=2, max=4), (3, 6, AxisRecord(min=4, opt=8, max=12, multiple=2)))
     assert ranged.latent == ["batch", 3, 6, "width"]
-    assert ranged.text(3) == "1-4x3x6x4-12"
+    assert ranged.text == "1-4x3x6x4-12"
     assert sizes_for(unconditional, "1:4", "10:12").axes["batch"].opt == 4
     assert sizes_for(unconditional, 1, "10:12").axes["width"].opt == 12  # its own size, 8, lies outside
     for batch, size, message in (

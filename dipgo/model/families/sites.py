@@ -27,7 +27,12 @@ def sites_of_lists(denoiser: nn.Module) -> Sites:
 
 
 _STREAMS = ("attn", "ff", "ff_context")  # of double blocks: joint attention, and a feed-forward for each stream
-_FLUX = _transformer("transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS, "attn|proj_mlp|proj_out"))
+_DOUBLE = _transformer("transformer_blocks", layers=_STREAMS)
+_FLUX: Sites = {  # a single block's last projection takes its attention and its feed-forward along
+    "block": (*_DOUBLE["block"], "single_transformer_blocks.*"),
+    "branch": (*_DOUBLE["block"], "single_transformer_blocks.*"),
+    "layer": (*_DOUBLE["layer"], "single_transformer_blocks.*.proj_out"),
+}
 
 OBSERVED: Mapping[str, Sites] = {
     "AuraFlowTransformer2DModel": _transformer(

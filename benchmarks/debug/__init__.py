@@ -1,0 +1,1 @@
+"""Where a program that diverges goes wrong: the launch, the layer or the site, with Polygraphy."""

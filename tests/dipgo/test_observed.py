@@ -1,0 +1,71 @@
+"""What is observed of a pipeline equals what is known of it, and what cannot be made again is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo.model.families import GuidedDenoiser, join
+from dipgo.model.families.observed import family_of_observed
+from dipgo.model.observed.observe import Request
+from dipgo.model.sampler import make_scheduler
+from tests import zoo
+from tests.checks import error, misused
+
+PROMPTS = ["a cat", "two dogs in the rain"]
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd-v", "sdxl", "pixart", "pixart-1024", "pixart-sigma"])
+def test_registered_families_are_observed_as_they_are_known(kind):
+    """The same table, the same conditions up to constants, and the same guided ε."""
+    model = zoo.model(kind)
+    pipe = model.pipeline()
+    known, seen = model.family, family_of_observed(pipe, model.family.component, Request(guidance=4.0))
+    scheduler = make_scheduler("ddim", model.scheduler)
+    tables = [family.table(scheduler, 5) for family in (known, seen)]
+    assert tables[0].timesteps == tables[1].timesteps
+    assert np.allclose(tables[0].rows, tables[1].rows, atol=1e-6)
+    torch.manual_seed(0)
+    latent, denoiser = torch.randn(model.latent_shape(2)), getattr(pipe, known.component)
+    outputs = []
+    for family in (known, seen):
+        with torch.no_grad():
+            conditions = join(*family.conditions(pipe, PROMPTS), True)
+            outputs.append(GuidedDenoiser(denoiser, family, 4.0)(latent, torch.full((2,), 300.0), conditions))
+    assert error(outputs[1].numpy(), outputs[0].numpy()) <= 1e-5
+    vae = pipe.vae.config
+    assert torch.allclose(seen.to_vae(latent, vae), known.to_vae(latent, vae), atol=1e-5)
+    assert torch.allclose(seen.from_vae(seen.to_vae(latent, vae), vae), latent, atol=1e-5)
+
+
+def test_flux_is_packed_shifted_by_its_size_and_guided_by_a_condition():
+    small, large = (zoo.model("flux").at(4.0, pixels).family for pixels in ((32, 32), (64, 64)))
+    scheduler = make_scheduler(None, zoo.model("flux").scheduler)
+    tables = [family.table(scheduler, 4) for family in (small, large)]
+    assert tables[0].timesteps != tables[1].timesteps
+    assert [table.pixels for table in tables] == [(32, 32), (64, 64)]
+    assert small.latent({}) == (64, 16)
+    assert small.noise.before == [4, 16, 16]
+    assert not small.guides(4.0)
+    assert small.fixed["guidance"].tolist() == [4.0]
+    assert zoo.model("flux").at(2.5).family.fixed["guidance"].tolist() == [2.5]
+
+
+def test_a_loop_that_changes_latents_by_itself_is_refused():
+    pipe = zoo.model("sana").pipeline()
+    prepare = pipe.prepare_latents
+    pipe.prepare_latents = lambda *args, **kwargs: prepare(*args, **kwargs).abs()
+    with misused("SanaPipeline makes its first latent of noise in a way of its own"):
+        family_of_observed(pipe, "transformer", Request())
+
+
+def test_guidance_of_its_own_is_refused():
+    pipe = zoo.model("sana").pipeline()
+    step = pipe.scheduler.step
+
+    def squared(output, *args, **kwargs):
+        return step(output * output.abs(), *args, **kwargs)
+
+    pipe.scheduler.step = squared
+    family = family_of_observed(pipe, "transformer", Request())
+    with misused("not linear as configured"):
+        family.table(pipe.scheduler, 4)
