@@ -260,7 +260,7 @@ def tiny_cogview4(folder: Path) -> str:
     torch.manual_seed(2)
     text = {"vocab_size": 16, "hidden_size": 12, "intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 6}
     encoder = GlmModel(GlmConfig(pad_token_id=0, eos_token_id=1, **text, **TWO_LAYERS)).eval()
-    words = ["<pad>", "</s>", "<unk>", *"a red fox in the snow and two dogs harbour".split()]
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "fox", "two", "dogs", "in", "the", "snow", "harbour"]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])

@@ -131,7 +131,9 @@ class AttachedDenoiser(nn.Module):
             self.end()
             calls = self._heard or [call]
             if len(calls) < self._reader.calls:
-                raise UsageError("the denoiser is called by itself; a bundle with two calls per step needs a pipeline's")
+                raise UsageError(
+                    "the denoiser is called by itself; a bundle with two calls per step needs a pipeline's"
+                )
             self._trajectory = _Trajectory(self.program, calls, self._reader.join(calls))
         assert self._trajectory is not None
         try:

@@ -44,9 +44,7 @@ def check_known(program: Pipeline, arguments: Mapping[str, Any]) -> None:
     )
 
 
-def check_observed(
-    program: Pipeline, seen: Observation, guidance: str, call: BoundArguments
-) -> None:
+def check_observed(program: Pipeline, seen: Observation, guidance: str, call: BoundArguments) -> None:
     """Refuse a call of a pipeline that was observed that asks for what it was not observed at.
 
     Prompts, noise and outputs are free; what nobody knows must be as it is by default.

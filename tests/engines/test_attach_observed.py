@@ -29,13 +29,16 @@ def test_a_pipeline_that_users_loaded_is_observed_as_it_is(flux):
         assert error(flux.call(pipe), expected) <= 1e-4
         pipe.to(torch.bfloat16)
     with dipgo.attach(pipe, flux.folder):
-        assert error(flux.call(pipe, generator=torch.Generator().manual_seed(3)), expected) <= 0.1
+        assert error(flux.call(pipe), expected) <= 0.1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_inference_steps": STEPS + 1}, f"num_inference_steps = {STEPS + 1}, the bundle was compiled for {STEPS};"),
+        (
+            {"num_inference_steps": STEPS + 1},
+            f"num_inference_steps = {STEPS + 1}, the bundle was compiled for {STEPS};",
+        ),
         ({"guidance_scale": 3.0}, "guidance_scale = 3.0, the bundle was compiled for 4.0;"),
         ({"height": 48}, "height 48, it takes 32 alone"),
         ({"height": None, "width": None}, r"image is \[\d+, 16\], the bundle's \[64, 16\]; give height = 32 and"),
