@@ -119,8 +119,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def converged(task: Task, steps: int) -> Task:
     """Return a task under many steps of DDIM, which come close to where all solvers of the model's ODE converge.
 
-    A flow's own solver is one of its ODE too. Else it is DDIM whatever the task's sampler is: with ``leading`` timesteps some schedulers (DPM-Solver++ among them) begin a
-    trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
+    A flow's own solver is one of its ODE too. Else it is DDIM whatever the task's sampler is: with ``leading``
+    timesteps some schedulers (DPM-Solver++ among them) begin a trajectory of 500 steps in the middle of the noise,
+    because their stride is rounded down.
     """
     if is_flow(task.pipe.scheduler):
         return task.with_sampler(task.pipe.scheduler, steps)

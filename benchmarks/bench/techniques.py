@@ -23,8 +23,8 @@ from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
-from engines.torchrt.runner import default_device
 from engines.pipeline.formats import draw_noise
+from engines.torchrt.runner import default_device
 from export.bundle import open_bundle
 from export.compiler import scheduler_of
 
