@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -33,6 +35,10 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -41,6 +47,9 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -239,4 +248,23 @@ def tiny_sd3(folder: Path) -> str:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae(2, shift_factor=0.1), **encoders, **tokenizers)
     pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_cogview4(folder: Path) -> str:
+    """Save a CogView4Pipeline: each pass of guidance a call of its own, the conditional first; it knows few words."""
+    torch.manual_seed(0)
+    size = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "time_embed_dim": 8, "condition_dim": 4}
+    transformer = _stirred(CogView4Transformer2DModel(text_embed_dim=12, **size, **heads))
+    torch.manual_seed(2)
+    text = {"vocab_size": 16, "hidden_size": 12, "intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 6}
+    encoder = GlmModel(GlmConfig(pad_token_id=0, eos_token_id=1, **text, **TWO_LAYERS)).eval()
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "fox", "two", "dogs", "in", "the", "snow", "harbour"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, time_shift_type="linear")
+    CogView4Pipeline(fast, encoder, vae(2), transformer, scheduler).save_pretrained(folder)
     return str(folder)

@@ -46,6 +46,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux": models.tiny_flux,
     "flux-schnell": partial(models.tiny_flux, guided=False),
     "sd3": models.tiny_sd3,
+    "cogview4": models.tiny_cogview4,
     "unconditional": models.tiny_unconditional,
 }
 PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32)}  # where a pipeline's own size is that of true models

@@ -36,7 +36,8 @@ from dipgo.base.records import Record
 from dipgo.eager.gating import gated
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
-from dipgo.model.families import GuidedDenoiser, family_of
+from dipgo.model.families import GuidedDenoiser, family_of, remember
+from dipgo.model.observed.observe import Request
 from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program
@@ -172,30 +173,20 @@ def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Rep
 
 def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
     """Call the gated pipeline itself."""
-    subnet, pipe = subnet_of(program.bundle), copy.copy(pipe)
+    subnet, family, pipe = subnet_of(program.bundle), family_of(pipe), copy.copy(pipe)
+    remember(pipe, family)
     for name in _POSTPROCESSORS:
         if getattr(pipe, name, None) is not None:
             setattr(pipe, name, None)
     pipe.scheduler = scheduler_of(subnet)
     height, width = program.size
-    options: dict[str, Any] = {
-        "clean_caption": False,
-        "use_resolution_binning": False,
-        "height": height,
-        "width": width,
-    }
-    options |= {"guidance_rescale": subnet.sampler.guidance_rescale}
+    request = Request(subnet.sampler.guidance, (height, width), subnet.sampler.steps, tuple(inputs), seed)
+    options = request.inputs(pipe, family.component)
+    options |= {"class_labels": inputs, "clean_caption": False, "use_resolution_binning": False}
     accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
-    with gated(getattr(pipe, family_of(pipe).component), subnet), _decoded(pipe) as latents:
-        images = pipe(
-            inputs,
-            guidance_scale=subnet.sampler.guidance_scale,
-            num_inference_steps=subnet.sampler.steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-            **{name: value for name, value in options.items() if name in accepted},
-        ).images
+    with gated(getattr(pipe, family.component), subnet), _decoded(pipe) as latents:
+        images = pipe(**{name: value for name, value in options.items() if name in accepted}).images
     return torch.cat(latents).cpu().numpy(), images
 
 

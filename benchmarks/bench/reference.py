@@ -16,9 +16,10 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.progress import Report, silent
 from dipgo.model.families import Conditions, family_of, join, remember
 from dipgo.model.models import Model, find_model
-from dipgo.model.sampler import make_scheduler
+from dipgo.model.sampler import is_flow, make_scheduler
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
+from engines.pipeline.formats import draw_noise
 from export.bundle import Bundle, ConditioningRecord
 from export.compiler import retrace, scheduler_of
 
@@ -118,9 +119,12 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def converged(task: Task, steps: int) -> Task:
     """Return a task under many steps of DDIM, which come close to where all solvers of the model's ODE converge.
 
-    DDIM whatever the task's sampler is: with ``leading`` timesteps some schedulers (DPM-Solver++ among them) begin a
-    trajectory of 500 steps in the middle of the noise, because their stride is rounded down.
+    A flow's own solver is one of its ODE too. Else it is DDIM whatever the task's sampler is: with ``leading``
+    timesteps some schedulers (DPM-Solver++ among them) begin a trajectory of 500 steps in the middle of the noise,
+    because their stride is rounded down.
     """
+    if is_flow(task.pipe.scheduler):
+        return task.with_sampler(task.pipe.scheduler, steps)
     scheduler = make_scheduler("ddim", task.pipe.scheduler)
     scheduler.register_to_config(clip_sample=False)  # where the pipeline's own clips, but not the task's sampler
     return task.with_sampler(scheduler, steps)
@@ -160,7 +164,7 @@ def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, pro
     inputs = inputs_for(bundle.record.conditioning, suite.images)
     shape = [suite.images, *latent_shape(bundle.record)[1:]]
     device = task.trajectory.device
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(IMAGE_SEED)).to(device)
+    noise = torch.from_numpy(draw_noise(shape, IMAGE_SEED, bundle.record.noise)).to(device)
     latents, images = [], []
     for start in range(0, count, CHUNK):
         progress(f"{steps} steps", start, count, "")

@@ -23,6 +23,7 @@ from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
+from engines.pipeline.formats import draw_noise
 from engines.torchrt.runner import default_device
 from export.bundle import open_bundle
 from export.compiler import scheduler_of
@@ -184,7 +185,7 @@ class TorchSubject(Subject):
         denoiser = getattr(self.pipe, self.family.component)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance)
         self.batch, *self.shape = latent_shape(record)
-        self.conditioning, self.decodes = record.conditioning, record.decoder is not None
+        self.conditioning, self.decodes, self.noise = record.conditioning, record.decoder is not None, record.noise
         threads = torch.get_num_threads()
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
@@ -254,8 +255,7 @@ class TorchSubject(Subject):
         return latent
 
     def _noise_of(self, count: int, seed: int) -> torch.Tensor:
-        noise = torch.randn([count, *self.shape], generator=torch.Generator().manual_seed(seed))
-        return noise.to(self.device)
+        return torch.from_numpy(draw_noise([count, *self.shape], seed, self.noise)).to(self.device)
 
     def _conditions_of(self, inputs: list[Any]) -> Any:
         conditions = conditions_in(self.pipe, inputs, self.guided.guided)

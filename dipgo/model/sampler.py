@@ -85,6 +85,12 @@ class SchedulerConfig:
     config: Mapping[str, Any]
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler, or its :class:`SchedulerConfig`, is for models that predict a flow."""
+    own = scheduler.class_name if isinstance(scheduler, SchedulerConfig) else type(scheduler).__name__
+    return own.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
 def make_scheduler(name: str | None, base: Any) -> Any:
     """Return a scheduler by alias or class name, configured from the pipeline's own; None returns the pipeline's.
 
@@ -107,7 +113,12 @@ def make_scheduler(name: str | None, base: Any) -> Any:
         options = inspect.signature(scheduler_class.__init__).parameters if known else {}
         if name is not None and "clip_sample" in options and "clip_sample" not in base.config:
             overrides = overrides | {"clip_sample": False}
+        if own.startswith("FlowMatch") and "use_flow_sigmas" in options:
+            overrides = overrides | {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+            overrides["flow_shift"] = base.config.get("shift", 1.0)
         scheduler = scheduler_class.from_config(base.config, **overrides) if known else None
+        if known and name is not None and class_name != own and is_flow(base) != is_flow(scheduler):
+            raise ValueError("the model predicts a flow, for which it is not made")
     except Exception as error:  # a package that is not there, or whatever a constructor says of its arguments
         raise UsageError(
             f"sampler '{name or own}' cannot be made of the pipeline's configuration ({one_line(error)}); use "

@@ -52,6 +52,40 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
         raise DipgoError(f"{folder}: {name} cannot be made of it ({one_line(error)}); save it again") from error
 
 
+def skeleton_of(pipe: Any) -> Any:
+    """Return a pipeline in memory as :func:`skeleton` makes that of a folder, whatever its dtype and device.
+
+    Raises:
+        UsageError: parts of it cannot be made of their configurations.
+    """
+    parts = {name: _like(name, part) for name, part in pipe.components.items()}
+    options = {name: pipe.config[name] for name in signature(type(pipe)).parameters if name in pipe.config}
+    try:
+        return type(pipe)(**options | parts)
+    except Exception as error:  # whatever a constructor may raise
+        raise UsageError(f"{type(pipe).__name__} cannot be made anew of its parts ({one_line(error)})") from error
+
+
+def _like(name: str, part: Any) -> Any:
+    part = getattr(part, "_orig_mod", part)  # what torch.compile has inside
+    if name == "scheduler":
+        return type(part).from_config(part.config)
+    if not isinstance(part, nn.Module):
+        return part
+    if type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
+        return None
+    config: Any = part.config
+    return _empty(name, type(part), config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _empty(name: str, kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a network without weights; of a text encoder a stand-in."""
+    module: nn.Module = empty_module(kind, config)
+    if name.startswith("text_encoder") and kind.__module__.startswith("transformers."):
+        text_stand_in(module)
+    return module
+
+
 def _scheduler(folder: Path, class_name: str) -> Any:
     config = read_object(folder / "scheduler" / "scheduler_config.json", "scheduler configuration")
     own = SchedulerConfig(class_name or str(config.get("_class_name")), config)
@@ -71,13 +105,10 @@ def _component(folder: Path, part: str, library: str, class_name: str) -> Any:
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
-        module = empty_module(kind, read_object(place / "config.json", f"configuration of the {part}"))
+        return _empty(part, kind, read_object(place / "config.json", f"configuration of the {part}"))
     except ImportError as error:
         raise UsageError(f"{place}: {one_line(error)}") from error
     except DipgoError:
         raise
     except Exception as error:  # whatever a constructor may raise
         raise DipgoError(f"{place}: no {class_name} can be made of it ({one_line(error)})") from error
-    if library == "transformers" and part.startswith("text_encoder"):
-        text_stand_in(module)
-    return module

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,32 +14,42 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from dipgo.base.errors import UsageError
+from dipgo.model.observed.watch import arguments_of
+from engines.attach.reading import Call, Reader
 from engines.pipeline.formats import to_array
 from engines.pipeline.pipeline import Pipeline
 from engines.steps import Steps
 
-_READ_BY_PIPELINES = ("add_embedding",)  # SDXL's checks its inner size
-_PASSED_BESIDES = ("self", "return_dict", "timestep")
+_READ_BY_PIPELINES = ("add_embedding", "in_channels", "out_channels")  # SDXL's checks the inner size of the first
+_EXACT = 1e-4  # of a timestep
+_ROUNDED = 2.0**-7  # of one in 16 bits, relative
+
+
+class _Heard(BaseException):
+    """Ends a call of a pipeline that was made to hear its first step; some pipelines catch exceptions."""
 
 
 class AttachedDenoiser(nn.Module):
     """Called like the denoiser that it stands for; answers with the bundle's ε.
 
-    The call with the first timestep begins a trajectory; each further one must have the next timestep, and the same
-    conditions. x is the pipeline's own at every step, so callbacks may change it.
+    The first call with the first timestep begins a trajectory; each further step must have the next timestep, and the
+    same conditions. x is the pipeline's own at every step, so callbacks may change it. Where a pipeline makes each pass
+    of guidance a call of its own, the conditions of both are needed at the first: :meth:`hear` gets them.
 
     Attributes:
         config: of the denoiser that it stands for.
     """
 
-    def __init__(self, program: Pipeline, original: Any, pipe: Any) -> None:
+    def __init__(self, program: Pipeline, original: Any, pipe: Any, reader: Reader) -> None:
         super().__init__()
         self.config = original.config
         self.program = program
         self._original = (original,)  # in a tuple it is no submodule: pipe.to() leaves it where it is
         self._pipe = weakref.ref(pipe)
         self._signature = inspect.signature(type(getattr(original, "_orig_mod", original)).forward)
-        self._latent_name = list(self._signature.parameters)[1]
+        self._reader = reader
+        self._hearing = False
+        self._heard: list[Call] = []
         self._trajectory: _Trajectory | None = None
         self.register_buffer("_place", torch.empty(0, dtype=original.dtype, device=original.device), persistent=False)
 
@@ -50,6 +61,10 @@ class AttachedDenoiser(nn.Module):
     def device(self) -> torch.device:
         return self._place.device
 
+    def cache_context(self, *name: Any, **state: Any) -> Any:
+        """Return a context that does nothing: a bundle has no caches of diffusers."""
+        return nullcontext()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -60,6 +75,32 @@ class AttachedDenoiser(nn.Module):
             if hasattr(original, name):
                 raise AttributeError(f"'{name}' has no effect on a bundle; call detach(pipe) first") from error
             raise
+
+    @contextmanager
+    def hear(self, call: Callable[[], Any]) -> Iterator[None]:
+        """Within the context the calls of the first step are known, of the pipeline's ``call``, which is cut short.
+
+        Raises:
+            UsageError: the pipeline makes other calls than two per step.
+        """
+        self._heard, self._hearing = [], True
+        try:
+            call()
+        except _Heard:
+            pass
+        finally:
+            self._hearing = False
+        moments = {float(moment) for heard in self._heard for moment in _moments(heard)}
+        if len(self._heard) < self._reader.calls or len(moments) > 1:
+            scale = self.program.record.sampler.guidance_scale
+            raise UsageError(
+                f"the pipeline makes one pass per step, the bundle was compiled for guidance {scale:g}, with a "
+                "conditional and an unconditional one; ask for guidance, and give a negative_prompt (it may be empty)"
+            )
+        try:
+            yield
+        finally:
+            self._heard = []
 
     def end(self) -> None:
         """End the trajectory that is under way, if any; the next call must have the first timestep."""
@@ -73,36 +114,40 @@ class AttachedDenoiser(nn.Module):
         Raises:
             UsageError: a timestep out of order, or another latent size, guidance or condition than the bundle's.
         """
-        arguments = dict(self._signature.bind(self, *args, **kwargs).arguments)
-        sample = arguments.pop(self._latent_name)
-        latent = self._latent(to_array(sample))
-        conditions = self._conditions(arguments, len(sample))
-        step = self._step(arguments["timestep"])
-        if step == 0:
+        arguments = arguments_of(self._signature, args, kwargs)
+        self._check_guidance()
+        call = self._reader.read(arguments)
+        output = torch.zeros(call.latent.shape) if self._hearing else self._epsilon(call)
+        if self._hearing:
+            self._heard.append(call)
+            if len(self._heard) == self._reader.calls:
+                raise _Heard
+        rows = len(call.sample)
+        output = self._reader.answer(output, rows).to(call.sample.device, call.sample.dtype)
+        return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
+
+    def _epsilon(self, call: Call) -> torch.Tensor:
+        if self._begins(call):
             self.end()
-            self._trajectory = _Trajectory(self.program, latent.shape, conditions)
+            calls = self._heard or [call]
+            if len(calls) < self._reader.calls:
+                raise UsageError(
+                    "the denoiser is called by itself; a bundle with two calls per step needs a pipeline's"
+                )
+            self._trajectory = _Trajectory(self.program, calls, self._reader.join(calls))
         assert self._trajectory is not None
         try:
-            epsilon = torch.from_numpy(self._trajectory.advance(latent, conditions))
+            return torch.from_numpy(self._trajectory.answer(call))
         except BaseException:
             self.end()
             raise
-        epsilon = epsilon.repeat(len(sample) // len(latent), 1, 1, 1).to(sample.device, sample.dtype)
-        missing = (getattr(self.config, "out_channels", None) or epsilon.shape[1]) - epsilon.shape[1]
-        if missing > 0:  # a learned variance, which pipelines drop
-            epsilon = torch.cat([epsilon, epsilon.new_zeros(len(epsilon), missing, *epsilon.shape[2:])], dim=1)
-        return Transformer2DModelOutput(sample=epsilon) if arguments.get("return_dict", True) else (epsilon,)
 
-    def _latent(self, sample: np.ndarray) -> np.ndarray:
-        """Return x of every image; with guidance, where both passes get the same, that of the first."""
+    def _check_guidance(self) -> None:
+        """Refuse a guidance that was changed on the way."""
         record = self.program.record
-        channels, height, width = sample.shape[1:]
-        if channels != record.latent.shape[1]:
-            raise UsageError(f"the latent has {channels} channels, the bundle's {record.latent.shape[1]}")
-        self.program.latent_shape(1, (height * record.cell, width * record.cell))
         scale = getattr(self._pipe(), "_guidance_scale", None)
         mine = record.sampler.guidance_scale
-        if scale is not None and abs(scale - mine) > 1e-6 and (record.conditioning.guided or scale > 1):
+        if scale is not None and abs(scale - mine) > 1e-6 and self._reader.heeds(scale):
             raise UsageError(
                 f"guidance_scale = {scale}, the bundle was compiled for {mine}; it cannot change on the way"
             )
@@ -110,51 +155,18 @@ class AttachedDenoiser(nn.Module):
         own = record.sampler.guidance_rescale
         if not abs(rescale - own) <= 1e-6:
             raise UsageError(f"guidance_rescale = {rescale}, the bundle's is {own}; it cannot change on the way")
-        if not record.conditioning.guided:
-            return sample
-        count = len(sample) // 2
-        if len(sample) % 2 or not np.array_equal(sample[:count], sample[count:], equal_nan=True):
-            raise UsageError(
-                f"the denoiser is called without guidance, on {len(sample)} images; the bundle was compiled for "
-                f"guidance_scale = {mine}"
-            )
-        return sample[:count]
 
-    def _conditions(self, arguments: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:
-        """Return the bundle's conditions from a call's arguments, and refuse whatever it does not know."""
-        conditioning = self.program.record.conditioning
-        names = {tensor.name for tensor in conditioning.inputs}
-        flat: dict[str, Any] = {}
-        for name, value in arguments.items():
-            flat |= value if isinstance(value, Mapping) else {name: value}
-        conditions = {
-            name: to_array(value) for name, value in flat.items() if value is not None and name not in _PASSED_BESIDES
-        }
-        for name in conditions.keys() ^ names:
-            verb = "passes" if name in conditions else "does not pass"
-            raise UsageError(
-                f"the pipeline {verb} '{name}' to its denoiser; the bundle takes {', '.join(sorted(names))}"
-            )
-        for name, value in conditions.items():
-            if len(value) != rows:
-                raise UsageError(f"'{name}' has {len(value)} rows, the latent {rows}; the bundle takes one per row")
-        if conditioning.kind == "class" and conditioning.guided:  # DiTPipeline has the unconditional rows last
-            labels, null = np.split(conditions[conditioning.inputs[0].name], 2)
-            if not (null == conditioning.null_class).all():
-                raise UsageError(f"the unconditional class is {null.tolist()}, the bundle's {conditioning.null_class}")
-            conditions[conditioning.inputs[0].name] = np.concatenate([null, labels])
-        return conditions
-
-    def _step(self, timestep: Any) -> int:
-        moments = {float(value) for value in np.ravel(to_array(timestep))}
+    def _begins(self, call: Call) -> bool:
+        """Whether a call begins a trajectory; else it is the next of the one under way."""
+        moments = {float(value) for value in _moments(call)}
         steps = [step.timestep for step in self.program.record.steps]
         step = self._trajectory.step if self._trajectory else 0
         if len(moments) == 1:
             (moment,) = moments
-            if self._trajectory and step < len(steps) and abs(moment - steps[step]) <= 1e-4:
-                return step
-            if abs(moment - steps[0]) <= 1e-4:
-                return 0
+            if self._trajectory and step < len(steps) and _is_near(moment, steps[step], call):
+                return False
+            if _is_near(moment, steps[0], call):
+                return True
         after = f"timestep {steps[step]} after {step} steps" if 0 < step < len(steps) else f"the first, {steps[0]}"
         self.end()
         raise UsageError(
@@ -162,28 +174,55 @@ class AttachedDenoiser(nn.Module):
         )
 
 
-class _Trajectory:
-    """The images of one call of the pipeline, and how far they are."""
+def _moments(call: Call) -> np.ndarray:
+    return np.unique(to_array(call.timestep))
 
-    def __init__(self, program: Pipeline, shape: Sequence[int], conditions: dict[str, np.ndarray]) -> None:
-        self._shape, self._conditions, self.step = tuple(shape), conditions, 0
-        self._steps = Steps(program.contexts, shape, conditions)
+
+def _is_near(moment: float, expected: float, call: Call) -> bool:
+    """Whether a call's timestep is the expected one, to the precision that it comes in."""
+    dtype = getattr(call.timestep, "dtype", None)
+    rounded = _ROUNDED * abs(expected) if dtype in (torch.float16, torch.bfloat16) else 0.0
+    return abs(moment - expected) <= max(_EXACT, rounded)
+
+
+class _Trajectory:
+    """The images of one call of the pipeline, and how far they are.
+
+    Attributes:
+        step: the next one, or the one of whose calls some are to come.
+    """
+
+    def __init__(self, program: Pipeline, calls: Sequence[Call], conditions: dict[str, np.ndarray]) -> None:
+        self._first, self.step = list(calls), 0
+        self._number = 0  # of the next call in its step
+        self._steps = Steps(program.contexts, calls[0].latent.shape, conditions)
         self._in_graphs = program.record.solver.kind == "graph"
         self._scale = program.bundle.tables["solver.input_scale"]
+        self._epsilon = np.empty(0)
         self._steps.__enter__()
 
-    def advance(self, latent: np.ndarray, conditions: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return ε at x scaled, as the denoiser takes it; graphs with a solver inside scale it themselves."""
-        if latent.shape != self._shape:
-            raise UsageError(f"latents {list(latent.shape)} after {list(self._shape)}; a call has one shape of them")
-        for name, value in conditions.items():
-            if not np.array_equal(value, self._conditions[name], equal_nan=value.dtype.kind == "f"):
+    def answer(self, call: Call) -> np.ndarray:
+        """Return ε at x scaled, as the denoiser takes it; further calls of a step have that of its first."""
+        first = self._first[self._number]
+        if call.latent.shape != first.latent.shape:
+            raise UsageError(
+                f"latents {list(call.latent.shape)} after {list(first.latent.shape)}; a call has one shape of them"
+            )
+        for name, value in call.conditions.items():
+            if not np.array_equal(value, first.conditions[name], equal_nan=value.dtype.kind == "f"):
                 raise UsageError(f"'{name}' changed at step {self.step}; a bundle reads conditions once, at the first")
+        if self._number == 0:
+            self._compute(call.latent)
+        self._number = (self._number + 1) % len(self._first)
+        self.step += self._number == 0
+        return self._epsilon
+
+    def _compute(self, latent: np.ndarray) -> None:
+        """Compute the step; graphs with a solver inside scale x themselves."""
         if self._steps.record.steps[self.step].launches:
             self._steps.write(self.step, latent / self._scale[self.step] if self._in_graphs else latent)
         self._steps.launch(self.step)
-        self.step += 1
-        return self._steps.epsilon(self.step - 1)
+        self._epsilon = self._steps.epsilon(self.step)
 
     def close(self) -> None:
         self._steps.__exit__()

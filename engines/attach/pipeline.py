@@ -9,33 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipgo.base.errors import UsageError
 from engines.backends import DEFAULT
-from engines.pipeline.arguments import check_arguments, check_scheduler
+from engines.pipeline.arguments import check_scheduler
 from engines.pipeline.pipeline import Pipeline, load
 
-# What reaches the denoiser as conditions, which it takes as they come, or not at all.
-_THE_PIPELINES_OWN = (
-    "max_sequence_length",
-    "clip_skip",
-    "clean_caption",
-    "use_resolution_binning",
-    "complex_human_instruction",
-    "negative_prompt",
-    "negative_prompt_embeds",
-    "original_size",
-    "target_size",
-    "crops_coords_top_left",
-    "negative_original_size",
-    "negative_target_size",
-    "negative_crops_coords_top_left",
-)
+if TYPE_CHECKING:
+    from dipgo.model.observed.observe import Observation
+
 _ATTACHMENT = "_dipgo_attachment"
 
 
@@ -48,12 +35,14 @@ class Attachment:
         program: the bundle's program.
         component: attribute of the pipeline that the denoiser is.
         original: the denoiser that was there.
+        seen: what the pipeline was seen to do; None of one that is known.
     """
 
     pipe: Any
     program: Pipeline
     component: str
     original: Any
+    seen: Observation | None
     owns: bool
     calling: threading.Lock
 
@@ -79,6 +68,9 @@ def attach(
     own guidance leaves as it is. Any number of images goes in one call, a context for every batch of the bundle. The
     denoiser that was there stays in memory for :func:`detach`.
 
+    A pipeline without an entry is observed first. Where it makes both passes calls of their own, it encodes prompts
+    twice: the bundle needs both at the first.
+
     Args:
         pipe: a diffusers pipeline, on any device; one call at a time.
         bundle: folder of the bundle, or a loaded one, which may serve several pipelines at once.
@@ -86,13 +78,15 @@ def attach(
 
     Raises:
         UsageError: another pipeline class, denoiser, configuration, weights or scheduler than the bundle's, naming
-            both; a denoiser that was changed (hooks, FreeU, adapters, …); or a pipeline that has a bundle attached.
+            both; a denoiser that was changed (hooks, FreeU, adapters, …); a pipeline that has a bundle attached, or
+            that cannot be observed.
         DipgoError: a damaged bundle.
     """
     from dipgo.model.checks import check_pipeline_class
-    from dipgo.model.families import component_of
+    from dipgo.model.families import component_of, family_of
     from engines.attach.check import check_denoiser
     from engines.attach.denoiser import AttachedDenoiser
+    from engines.attach.reading import reader_for
 
     if _ATTACHMENT in pipe.__dict__:
         raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
@@ -105,9 +99,10 @@ def attach(
     check_scheduler(record, pipe.scheduler)
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
-    attachment = Attachment(pipe, program, component, original, program is not bundle, threading.Lock())
+    seen = family_of(pipe).at(record.sampler.guidance, record.sampler.pixels).seen
+    attachment = Attachment(pipe, program, component, original, seen, program is not bundle, threading.Lock())
     program.__enter__()
-    setattr(pipe, component, AttachedDenoiser(program, original, pipe))
+    setattr(pipe, component, AttachedDenoiser(program, original, pipe, reader_for(program, original, seen)))
     kind: Any = type(pipe)
     pipe.__class__ = _checking_class(kind)
     pipe.__dict__[_ATTACHMENT] = attachment
@@ -145,11 +140,12 @@ def _checking_class(kind: Any) -> Any:
         bound.apply_defaults()
         attachment = self.__dict__[_ATTACHMENT]
         with _one_call(attachment):
-            _check_call(attachment, bound.arguments)
+            _check_call(attachment, bound)
             denoiser = getattr(self, attachment.component)
             denoiser.end()
             try:
-                return call(self, *args, **kwargs)
+                with _heard(attachment, call, bound):
+                    return call(self, *args, **kwargs)
             finally:
                 denoiser.end()
 
@@ -193,7 +189,50 @@ def _one_call(attachment: Attachment) -> Iterator[None]:
         attachment.calling.release()
 
 
-def _check_call(attachment: Attachment, arguments: Mapping[str, Any]) -> None:
-    record = attachment.program.record
-    check_scheduler(record, attachment.pipe.scheduler)
-    check_arguments(record, {name: value for name, value in arguments.items() if name not in _THE_PIPELINES_OWN})
+def _check_call(attachment: Attachment, bound: inspect.BoundArguments) -> None:
+    from dipgo.model.observed.observe import guidance_argument
+    from engines.attach.request import check_known, check_observed
+
+    check_scheduler(attachment.program.record, attachment.pipe.scheduler)
+    if attachment.seen is None:
+        check_known(attachment.program, bound.arguments)
+    else:
+        guidance = guidance_argument(attachment.pipe, attachment.component)
+        check_observed(attachment.program, attachment.seen, guidance, bound)
+
+
+def _heard(
+    attachment: Attachment, call: Callable[..., Any], bound: inspect.BoundArguments
+) -> AbstractContextManager[None]:
+    """Return a context in which the denoiser knows the conditions of both passes, where these are two calls."""
+    if attachment.seen is None or attachment.seen.guide.record.calls == 1:
+        return nullcontext()
+    pipe = attachment.pipe
+    quiet = inspect.BoundArguments(bound.signature, {**bound.arguments, "callback_on_step_end": None})  # type: ignore[arg-type]
+
+    def first_step() -> None:
+        bar = getattr(pipe, "_progress_bar_config", {})
+        pipe.set_progress_bar_config(**bar | {"disable": True})
+        try:
+            with _generators_as_they_were(bound.arguments.get("generator")):
+                call(*quiet.args, **quiet.kwargs)
+        finally:
+            pipe.set_progress_bar_config(**bar)
+
+    hearing: AbstractContextManager[None] = getattr(pipe, attachment.component).hear(first_step)
+    return hearing
+
+
+@contextmanager
+def _generators_as_they_were(given: Any) -> Iterator[None]:
+    """Restore afterwards what torch's own generators, and those that a call was given, were at."""
+    import torch
+
+    generators = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    states = [generator.get_state() for generator in generators]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -62,4 +62,5 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
     arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}
     arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     arguments |= {"clean_caption": False} if kind == "pixart" else {}
+    arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)

@@ -12,10 +12,11 @@ from tests.checks import error, misused
 from tests.engines.dropin import GUIDANCE, STEPS, compiled
 
 KINDS = ["sd", "dit", "sdxl", "pixart", "unconditional"]  # the first gives way where only a height is given
-WHOLE = ("sd", "unconditional")
+OBSERVED = ["flux", "sd3", "cogview4"]
+WHOLE = ("sd", "unconditional", "flux", "sd3")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=KINDS + OBSERVED)
 def made(request):
     return compiled(request.param, request.param in WHOLE)
 

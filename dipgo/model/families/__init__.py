@@ -18,6 +18,7 @@ from dipgo.model.families.observed import family_of_observed, observed_family
 from dipgo.model.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from dipgo.model.families.unet import UNET
 from dipgo.model.observed.observe import Request
+from dipgo.model.skeleton import skeleton_of
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)
 _KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
@@ -71,7 +72,7 @@ def family_of(pipe: Any) -> Family:
     denoiser = getattr(pipe, component)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     family = registered_family(type(denoiser).__name__, component, _loop_of(pipe))
-    return remember(pipe, family or family_of_observed(pipe, component, Request()))
+    return remember(pipe, family or family_of_observed(skeleton_of(pipe), component, Request()))
 
 
 def remember(pipe: Any, family: Family) -> Family:

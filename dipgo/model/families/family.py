@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
 from dipgo.model.sampler import Sampler, tabulate
 from dipgo.model.vae import from_vae, to_vae
+
+if TYPE_CHECKING:
+    from dipgo.model.observed.observe import Observation
 
 Conditions = dict[str, torch.Tensor]
 
@@ -109,6 +112,7 @@ class Family:
         scale: the guidance scale that it was observed at; None where it is the same at all.
         fixed: conditions that do not depend on the prompt, one row each.
         pixels: height and width of images that it is for alone; None where the latent's shape tells.
+        seen: what its pipeline was seen to do; None where the pipeline is known.
         null_class: the label of the unconditional half, where classes condition.
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
         prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
@@ -140,6 +144,7 @@ class Family:
     scale: float | None = None
     fixed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pixels: tuple[int, int] | None = None
+    seen: Observation | None = None
     null_class: int | None = None
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)

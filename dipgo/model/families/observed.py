@@ -91,6 +91,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         scale=seen.guidance,
         fixed=seen.fixed,
         pixels=None if seen.any_size else seen.size,
+        seen=seen,
         upcasts_vae=lambda config: hasattr(pipe, "upcast_vae"),  # which pipelines have that do it
     )
 

@@ -95,6 +95,8 @@ class Observation:
         noise: how what is drawn becomes the latent.
         scales_noise: whether what is drawn is multiplied by the scheduler's ``init_noise_sigma``.
         decoding: None where there is no VAE.
+        width: length of the denoiser's output along its first axis after the batch; beyond the latent's is a variance.
+        embeds: whether the guidance scale is an input of the denoiser.
         usual: whether ``set_timesteps`` is given a number of steps alone, and the denoiser the scheduler's timesteps.
     """
 
@@ -109,6 +111,8 @@ class Observation:
     noise: Layout
     scales_noise: bool
     decoding: Decoding | None
+    width: int
+    embeds: bool
     usual: bool
 
     @property
@@ -268,6 +272,8 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         noise=noise,
         scales_noise=scales,
         decoding=decoding,
+        width=calls[0].output.shape[1],
+        embeds=any(not same(one, other) for one, other in zip(views.scale, views.steps[0], strict=True)),
         usual=first.settings.keys() == {"num_inference_steps"}
         and all(
             _moment(template, first.calls_of(k)[0].arguments) == float(step.timestep)
@@ -311,6 +317,9 @@ def joined_conditions(observation: Observation, calls: Sequence[Mapping[str, tor
         else calls
     )
     order = (1 - guide.conditional, guide.conditional)
+    for name, value in both[0].items():
+        if value.shape != both[1][name].shape:
+            raise UsageError(f"the pipeline makes '{name}' as long as the prompt; not supported")
     return {name: torch.cat([both[each][name] for each in order]) for name in both[0]}
 
 
@@ -322,18 +331,9 @@ def _leaves(call: Any, like: Any) -> list[Any]:
 
 
 def _moment(template: Template, arguments: Mapping[str, Any]) -> float:
-    """Return the timestep in a call's arguments."""
-    from dipgo.model.observed.template import Moment
-
-    leaves = pytree.tree_flatten(dict(arguments))[0]
-    return next(
-        (
-            float(leaf.flatten()[0])
-            for role, leaf in zip(template.roles, leaves, strict=True)
-            if isinstance(role, Moment)
-        ),
-        0.0,
-    )
+    """Return the timestep in a call's arguments; 0 where it takes none."""
+    moment = template.moment(arguments)
+    return 0.0 if moment is None else float(moment.flatten()[0])
 
 
 def _more(scale: float) -> float:

@@ -69,17 +69,32 @@ class Template:
 
         return pytree.tree_unflatten([of(role) for role in self.roles], self.tree)
 
+    def latent(self, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """Return the latent in the arguments of a call."""
+        return self._first(Latent, arguments)
+
+    def moment(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the timestep in the arguments of a call; None where it takes none."""
+        return self._first(Moment, arguments)
+
+    def _first(self, kind: type[Role], arguments: Mapping[str, Any]) -> Any:
+        leaves = self._leaves(arguments)
+        return next((leaf for role, leaf in zip(self.roles, leaves, strict=True) if isinstance(role, kind)), None)
+
+    def _leaves(self, arguments: Mapping[str, Any]) -> list[Any]:
+        leaves, tree = pytree.tree_flatten(dict(arguments))
+        if tree != self.tree:
+            raise UsageError("the pipeline calls its denoiser with other arguments for these prompts; not supported")
+        return leaves
+
     def conditions(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the conditions in the arguments of a call.
 
         Raises:
             UsageError: arguments of another structure than those that were observed, or other constants.
         """
-        leaves, tree = pytree.tree_flatten(dict(arguments))
-        if tree != self.tree:
-            raise UsageError("the pipeline calls its denoiser with other arguments for these prompts; not supported")
         conditions = {}
-        for name, role, leaf in zip(names_of(arguments), self.roles, leaves, strict=True):
+        for name, role, leaf in zip(names_of(arguments), self.roles, self._leaves(arguments), strict=True):
             if isinstance(role, Condition):
                 conditions[role.name] = leaf
             elif isinstance(role, Constant) and not _is_constant(leaf, role):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any
 from unittest import mock
 
@@ -119,6 +119,13 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
     return log
 
 
+def arguments_of(forward: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a denoiser by name; ``forward`` is its class's own."""
+    arguments = dict(forward.bind(None, *args, **kwargs).arguments)
+    del arguments["self"]
+    return arguments | arguments.pop("kwargs", {})
+
+
 def plain(value: Any) -> Any:
     """Return a copy of nested values whose tensors are their own."""
     return pytree.tree_map(
@@ -143,9 +150,7 @@ def _observed_denoiser(denoiser: Any, log: Log, how: Watch) -> Iterator[None]:
     forward, parameters = denoiser.forward, signature(type(denoiser).forward)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(parameters.bind(denoiser, *args, **kwargs).arguments)
-        del arguments["self"]
-        arguments |= arguments.pop("kwargs", {})
+        arguments = arguments_of(parameters, args, kwargs)
         output = forward(*args, **kwargs)
         log.calls.append(Call(plain(arguments), plain(first_of(output)), len(log.steps)))
         if len(log.calls) == how.calls:
