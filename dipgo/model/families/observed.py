@@ -107,6 +107,7 @@ _SEEN: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
 
 def _observed(pipe: Any, component: str, request: Request) -> Observation:
     """Return what a pipeline does, observed once for each guidance scale and size."""
+
     def key(guidance: float | None, size: tuple[int, int] | None) -> Any:
         return component, guidance, rescale_of(guidance or 0.0), size, type(pipe.scheduler)
 
