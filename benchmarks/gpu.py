@@ -64,8 +64,19 @@ def json_schema() -> str:
     return json.dumps(StepRecord.model_json_schema(by_alias=True), indent=2) + "\n"
 
 
-def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Sequence[str] = ()) -> list[StepRecord]:
-    """Measure the steps that ``folder`` has no measured record of; returns the records of all that were begun."""
+def run(
+    folder: Path, bundles: Path, rehearse: bool, seconds: float, step_seconds: float, only: Sequence[str] = ()
+) -> list[StepRecord]:
+    """Measure the steps that ``folder`` has no measured record of; returns the records of all that were begun.
+
+    Args:
+        bundles: folder of the suites' bundles; those that are not there are compiled into it.
+        seconds: of the whole; each step has ``step_seconds`` at most.
+        only: names of steps; none is all.
+
+    Raises:
+        DipgoError: ``folder`` holds a record that cannot be read, or one of a rehearsal beside measurements.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     end, records = time.monotonic() + seconds, []
     options = {"folder": str(folder.resolve()), "bundles": str(bundles.resolve()), "rehearse": rehearse}
@@ -74,7 +85,7 @@ def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Seque
             continue
         if record := _measured(file_of(step, folder), rehearse):
             print(f"{step.name}: measured already", flush=True)
-        elif (left := min(seconds if rehearse else STEP_SECONDS, end - time.monotonic())) > 0:
+        elif (left := min(step_seconds, end - time.monotonic())) > 0:
             record = _run_alone(step, folder, options, left)
         else:
             print(f"{step.name}: not reached", flush=True)
@@ -164,9 +175,9 @@ def main(words: Sequence[str] | None = None) -> None:
         _child()
         return
     only = [name for name in options.only.split(",") if name]
-    records = run(
-        options.output, options.bundles or options.output / "bundles", options.rehearse, options.seconds, only
-    )
+    bundles = options.bundles or options.output / "bundles"
+    step_seconds = options.seconds if options.rehearse else STEP_SECONDS
+    records = run(options.output, bundles, options.rehearse, options.seconds, step_seconds, only)
     sys.exit(any(record.status == "failed" for record in records))
 
 
