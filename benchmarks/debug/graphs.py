@@ -135,7 +135,9 @@ def _fold(model: ir.Model, folder: Path) -> None:
     results = session(ir.to_proto(part), folder).run(None, {})
     for value, array in zip(values, results, strict=True):
         tensor = ir.tensor(array)
-        weight = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        weight = ir.Value(
+            name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
         value.replace_all_uses_with(weight)
         value.name = f"{value.name}.node"
         graph.register_initializer(weight)
