@@ -99,11 +99,11 @@ def test_two_calls_per_step_are_told_from_one(cogview4):
             cogview4.call(pipe, guidance_scale=1.0)
         with misused("guidance_scale = 1.0, the bundle was compiled for 4.0; it cannot change on the way"):
             cogview4.call(pipe, callback_on_step_end=weaker)
+        pipe._guidance_scale = 4.0
         latent, words = torch.zeros(1, 4, 16, 16), torch.zeros(1, 16, 12)
         sizes = {name: torch.tensor([[32.0, 32.0]]) for name in ("original_size", "target_size")}
         given = {"hidden_states": latent, "encoder_hidden_states": words, "timestep": torch.ones(1), **sizes}
         given |= {"crop_coords": torch.zeros(1, 2), "attention_kwargs": None, "return_dict": False}
-        pipe.scheduler.set_timesteps(STEPS, mu=0.3)
         with misused("called by itself; a bundle with two calls per step"):
             pipe.transformer(**given | {"timestep": torch.tensor([cogview4.subnet.sampler.timesteps[0]])})
 
