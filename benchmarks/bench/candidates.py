@@ -75,7 +75,7 @@ def candidates_of(
     torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
     techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
     in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
-    count = min(suite.converged_images, suite.images)
+    count = 0 if task.sampler.draws else min(suite.converged_images, suite.images)  # drawn noise leads elsewhere
     converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
     return [full, own, *others, *further, *in_torch], converged
 
