@@ -214,11 +214,8 @@ class TorchSubject(Subject):
         scheduler = self.scheduler
         scheduler.set_timesteps(**self.table.settings, device=self.device)
         initial, *drawn = noise.unbind(1) if self.table.draws else [noise]
-        latent, scales, left = (
-            initial * float(self.table.rows[0, 0]),
-            hasattr(scheduler, "scale_model_input"),
-            iter(drawn),
-        )
+        latent, left = initial * float(self.table.rows[0, 0]), iter(drawn)
+        scales = hasattr(scheduler, "scale_model_input")
         with torch.no_grad(), drawing(type(scheduler), lambda *_, **__: next(left)):
             for moment, timestep in zip(self.table.timesteps, scheduler.timesteps, strict=True):
                 self.position.timestep = float(timestep)
