@@ -20,6 +20,7 @@ from dipgo.model.families.unet import UNET
 from dipgo.model.observed.observe import Request
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)
+OTHERS = ("LatentConsistencyModelPipeline",)  # pipelines that are observed, though their denoiser has an entry
 _KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
 COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
@@ -50,7 +51,7 @@ def registered_family(denoiser_class: str, component: str, pipeline_class: str) 
     for family in registered:
         if pipeline_class in family.pipelines:
             return family
-    if registered:
+    if registered and pipeline_class not in OTHERS:
         names = ", ".join(name for family in registered for name in family.pipelines)
         raise UsageError(
             f"{pipeline_class} samples in a way of its own, which is not supported; with a {denoiser_class} these are: "

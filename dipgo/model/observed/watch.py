@@ -185,8 +185,14 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
             raise _Enough
         if how.result is None:
             return output
-        other = how.result(result)
-        return (other,) if isinstance(output, tuple) else type(output)(prev_sample=other)
+        change = how.result
+
+        def changed(value: Any) -> Any:  # some hand out the latent twice
+            return change(value) if isinstance(value, torch.Tensor) and torch.equal(value, result) else value
+
+        if isinstance(output, tuple):
+            return tuple(changed(value) for value in output)
+        return type(output)(**{name: changed(value) for name, value in output.items()})
 
     wrappers: dict[str, Any] = {
         "set_timesteps": set_timesteps,
