@@ -280,5 +280,5 @@ def _trajectory(run: _Run, vectors: np.ndarray, drawn: Iterable[np.ndarray]) -> 
             inputs.append(scheduler.scale_model_input(latent, timestep) if scales else latent)
             latent = scheduler.step(images[call + 1], timestep, latent, **options).prev_sample.to(torch.float64)
             latents.append(latent)
-    stacked = (torch.stack(each).flatten(1).numpy() for each in (inputs, latents))
-    return _Seen(*stacked, draws=next(draws))
+    before, after = (torch.stack(each).flatten(1).numpy() for each in (inputs, latents))
+    return _Seen(before, after, next(draws))
