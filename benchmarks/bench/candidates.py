@@ -135,7 +135,7 @@ def candidates_of(
     elsewhere = other_backends([full, own], suite, task, progress)
     torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
     in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
-    count = min(suite.converged_images, suite.images)
+    count = 0 if task.sampler.draws else min(suite.converged_images, suite.images)  # drawn noise leads elsewhere
     converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
     return Programs([full, own, *beside, *others, *elsewhere, *in_torch], converged, plan)
 

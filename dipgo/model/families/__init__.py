@@ -21,6 +21,7 @@ from dipgo.model.observed.observe import Request
 from dipgo.model.skeleton import skeleton_of
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)
+OTHERS = ("LatentConsistencyModelPipeline",)  # pipelines that are observed, though their denoiser has an entry
 _KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
 COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
@@ -51,7 +52,7 @@ def registered_family(denoiser_class: str, component: str, pipeline_class: str) 
     for family in registered:
         if pipeline_class in family.pipelines:
             return family
-    if registered:
+    if registered and pipeline_class not in OTHERS:
         names = ", ".join(name for family in registered for name in family.pipelines)
         raise UsageError(
             f"{pipeline_class} samples in a way of its own, which is not supported; with a {denoiser_class} these are: "

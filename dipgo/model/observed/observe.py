@@ -149,7 +149,8 @@ class Observation:
 
     def _table(self, pipe: Any, scheduler: Any, steps: int, log: Log) -> Sampler:
         """Return the table, after comparing it with what was seen."""
-        table = tabulate(scheduler, steps, self.scales_noise, log.settings, log.begin)
+        given = {name: value for name, value in log.steps[0].options.items() if not isinstance(value, torch.Tensor)}
+        table = tabulate(scheduler, steps, self.scales_noise, log.settings, log.begin, given)
         if len(log.steps) != table.calls:
             raise UsageError(f"{type(pipe).__name__} makes {len(log.steps)} of {table.calls} steps; not supported")
         moments = [_moment(self.template, log.calls_of(step)[0].arguments) for step in range(table.calls)]
@@ -161,7 +162,7 @@ class Observation:
     def _compare(self, pipe: Any, table: Sampler, log: Log) -> None:
         """Make all steps again by the table, the template and the guide, and compare the latents."""
         denoiser = getattr(pipe, self.component)
-        basis = [self.noise(log.drawn[0]).float()]
+        basis = [self.noise(log.drawn[0]).float(), *(noise.float() for noise in log.drawn_in_steps)]
         first = log.calls_of(0)
         conditions = joined_conditions(self, [self.template.conditions(call.arguments) for call in first])
         with denoiser_stand_in(denoiser), torch.no_grad():

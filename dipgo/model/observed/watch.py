@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import UsageError, one_line
+from dipgo.model.noise_source import drawing
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
@@ -50,6 +50,7 @@ class Log:
         begin: the step that the scheduler was told to begin at, if it was.
         scaled: what ``scale_model_input`` returned, by step; empty where it was not called.
         drawn: the noise that the pipeline drew, in order.
+        drawn_in_steps: the noise that its scheduler drew.
         decoded: what the VAE was given.
     """
 
@@ -59,6 +60,7 @@ class Log:
     steps: list[Step] = field(default_factory=list)
     scaled: list[torch.Tensor] = field(default_factory=list)
     drawn: list[torch.Tensor] = field(default_factory=list)
+    drawn_in_steps: list[torch.Tensor] = field(default_factory=list)
     decoded: list[torch.Tensor] = field(default_factory=list)
 
     def calls_of(self, step: int) -> list[Call]:
@@ -104,7 +106,8 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         stack.enter_context(denoiser_stand_in(getattr(pipe, how.component)))
         stack.enter_context(_observed_denoiser(getattr(pipe, how.component), log, how))
         stack.enter_context(_observed_scheduler(pipe.scheduler, log, how))
-        stack.enter_context(_observed_noise(type(pipe), log, how))
+        stack.enter_context(_observed_noise(type(pipe), log.drawn, how.draw))
+        stack.enter_context(_observed_noise(type(pipe.scheduler), log.drawn_in_steps))
         if getattr(pipe, "vae", None) is not None:
             stack.enter_context(_observed_decoder(pipe.vae, log))
         stack.enter_context(torch.no_grad())
@@ -187,8 +190,14 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
             raise _Enough
         if how.result is None:
             return output
-        other = how.result(result)
-        return (other,) if isinstance(output, tuple) else type(output)(prev_sample=other)
+        change = how.result
+
+        def changed(value: Any) -> Any:  # some hand out the latent twice
+            return change(value) if isinstance(value, torch.Tensor) and torch.equal(value, result) else value
+
+        if isinstance(output, tuple):
+            return tuple(changed(value) for value in output)
+        return type(output)(**{name: changed(value) for name, value in output.items()})
 
     wrappers: dict[str, Any] = {
         "set_timesteps": set_timesteps,
@@ -206,18 +215,14 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def _observed_noise(kind: type, log: Log, how: Watch) -> Iterator[None]:
+def _observed_noise(kind: type, drawn: list[torch.Tensor], change: Draw | None = None) -> Iterator[None]:
     def draw(original: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         noise = original(*args, **kwargs)
-        noise = how.draw(noise) if how.draw else noise
-        log.drawn.append(noise.detach().clone())
+        noise = change(noise) if change else noise
+        drawn.append(noise.detach().clone())
         return noise
 
-    with ExitStack() as stack:
-        for module in {sys.modules[each.__module__] for each in kind.__mro__}:
-            original = vars(module).get("randn_tensor")
-            if original is not None:
-                stack.enter_context(mock.patch.object(module, "randn_tensor", functools.partial(draw, original)))
+    with drawing(kind, draw):
         yield
 
 
