@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
+from dipgo.graph.complex_numbers import in_real_numbers
 from dipgo.graph.outputs import take_apart
 from dipgo.model.families import Conditions, Family, GuidedDenoiser, latent_size
 from dipgo.model.models import Model
@@ -114,7 +115,7 @@ def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, 
     """
     try:
         with torch.no_grad(), _quiet(), _OpenSizes():
-            return torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False)
+            return in_real_numbers(torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False))
     except DipgoError:
         raise
     except Exception as error:  # whatever the model's code or torch.export may raise

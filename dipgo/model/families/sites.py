@@ -29,7 +29,7 @@ def sites_of_lists(denoiser: nn.Module) -> Sites:
 _STREAMS = ("attn", "ff", "ff_context")  # of double blocks: joint attention, and a feed-forward for each stream
 _FLUX = _transformer("transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS, "attn|proj_mlp|proj_out"))
 
-OBSERVED: Mapping[str, Sites] = {
+OBSERVED: dict[str, Sites] = {
     "AuraFlowTransformer2DModel": _transformer(
         "joint_transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS,)
     ),
