@@ -8,7 +8,7 @@ the dependents" (Algorithm 1) without a hand-written topology, and MACs are summ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -197,7 +197,9 @@ def trace(
         node_macs={name: node_macs(node) // rows for name, node in nodes.items()},
     )
     if unfit := _unfit(bare):
-        if sites in (None, *model.family.sites) and len(unfit) < len(names):  # such as what a last block makes of its text
+        if sites in (None, *model.family.sites) and len(unfit) < len(
+            names
+        ):  # such as what a last block makes of its text
             fit = ",".join(name for name in names if name not in unfit)
             return trace(model, fit, guidance_scale, dtype, size)
         name, reason = next(iter(unfit.items()))

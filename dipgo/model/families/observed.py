@@ -24,7 +24,6 @@ from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
 
-
 _SITES = OBSERVED | {family.denoiser_class: family.sites for family in (DIT, PIXART_ALPHA, UNET)}
 
 

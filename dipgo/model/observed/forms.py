@@ -2,11 +2,13 @@
 
 A form reads the arguments that a pipeline passes into those that it takes itself, with a row for each image and text
 of one length; its ``forward`` computes on them what the class does on its own. So one graph serves every prompt.
+(No ``len`` of a tensor in a forward: torch.export takes it for a constant.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -111,7 +113,7 @@ def _chroma(denoiser: Any, **arguments: Any) -> Any:
         guidance = embedding.guidance_proj(torch.zeros_like(timestep)).to(timestep.dtype)
         table = embedding.mod_proj.to(time)
         both = torch.cat([time, guidance], dim=1)[:, None].expand(-1, len(table), -1)
-        return torch.cat([both, table[None].expand(len(time), -1, -1)], dim=-1)
+        return torch.cat([both, table[None].expand(time.shape[0], -1, -1)], dim=-1)
 
     with mock.patch.object(embedding, "forward", embed):
         return _own_forward(denoiser, **arguments)
@@ -131,7 +133,7 @@ def _lumina(
     height, width, tokens = hidden_states.shape[2] // side, hidden_states.shape[3] // side, text.shape[1]
     places = torch.arange(tokens, device=text.device).clamp(max=rope.axes_lens[0] - 1)
     starts = encoder_attention_mask.sum(1)
-    ids = torch.cat([_ids(places.expand(len(text), -1), 1, 1), _ids(starts[:, None], height, width)], dim=1)
+    ids = torch.cat([_ids(places.expand(text.shape[0], -1), 1, 1), _ids(starts[:, None], height, width)], dim=1)
     rotary = rope._get_freqs_cis(ids)
     image = hidden_states.unflatten(2, (height, side)).unflatten(4, (width, side))
     image = denoiser.x_embedder(image.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
@@ -168,7 +170,14 @@ def _read_z_image(arguments: Arguments, tokens: int) -> Arguments:
     return arguments | {"x": latents, "cap_feats": text, "cap_mask": mask}
 
 
-def _z_image(
+def _z_image(denoiser: Any, **arguments: Any) -> tuple[torch.Tensor]:
+    with mock.patch.object(
+        torch.amp, "autocast", lambda *_, **__: nullcontext()
+    ):  # which would hide a graph in a graph
+        return _z_image_tensors(denoiser, **arguments)
+
+
+def _z_image_tensors(
     denoiser: Any, x: torch.Tensor, t: torch.Tensor, cap_feats: torch.Tensor, cap_mask: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor]:
     """Z-Image, which takes a list of images and one of texts; here text beyond a whole number of lanes is masked."""
@@ -203,7 +212,9 @@ def _z_image(
 
 def _z_rotary(rope: Any, ids: torch.Tensor) -> torch.Tensor:
     tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
-    return torch.cat([table.to(ids.device)[ids[..., axis].clamp(max=len(table) - 1)] for axis, table in enumerate(tables)], dim=-1)
+    return torch.cat(
+        [table.to(ids.device)[ids[..., axis].clamp(max=len(table) - 1)] for axis, table in enumerate(tables)], dim=-1
+    )
 
 
 _OWN = Form()

@@ -78,7 +78,9 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
         for sign in (1, -1):
             c, u = sign * passes[conditional], sign * passes[1 - conditional]
             slope = float(((given - u) * (c - u)).sum() / ((c - u) ** 2).sum())
-            for offset in {0.0, float(round(slope - scale))}:
+            for offset in dict.fromkeys(
+                (0.0, 1.0, float(round(slope - scale)))
+            ):  # the slope of rescaled passes is another
                 for kind in ("linear", "norm"):
                     guide = Guide(kind, sign, offset, batched, conditional)
                     if slope > 0 and _near(guide.combine(u, c, scale), given):

@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from types import MethodType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dipgo.model.fakes import quiet
 from dipgo.model.observed.forms import bound, form_of
-
 
 _STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
 
@@ -92,7 +93,8 @@ def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
 
 def output_like(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Return what a call would return, with tensors of the right shapes and dtypes that hold nothing."""
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    exporting = mock.patch.object(torch.compiler, "_is_exporting_flag", True)  # else modules cache what is fake
+    with torch.no_grad(), quiet(), exporting, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         output = forward(*args, **kwargs)
     return pytree.tree_map_only(
