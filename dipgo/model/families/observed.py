@@ -14,13 +14,19 @@ from torch import nn
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import read_json
+from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting
+from dipgo.model.families.pixart import PIXART_ALPHA
 from dipgo.model.families.sites import OBSERVED, sites_of_lists
+from dipgo.model.families.unet import UNET
+from dipgo.model.observed.forms import form_of
 from dipgo.model.observed.observe import Observation, Request, conditions_of, observe
 from dipgo.model.observed.prompts import observe_prompts
 from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
+
+_SITES = OBSERVED | {family.denoiser_class: family.sites for family in (DIT, PIXART_ALPHA, UNET)}
 
 
 def observed_family(folder: Path, component: str, pixels: tuple[int, int] | None = None) -> Family:
@@ -44,7 +50,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
     """
     seen = _observed(pipe, component, request)
     denoiser_class = type(getattr(pipe, component)).__name__
-    sites = OBSERVED.get(denoiser_class) or sites_of_lists(getattr(pipe, component))
+    sites = _SITES.get(denoiser_class) or sites_of_lists(getattr(pipe, component))
 
     def example(config: Mapping[str, Any], rows: int) -> Conditions:
         return {
@@ -53,7 +59,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         }
 
     def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
-        output = first_of(denoiser(**seen.template.arguments(sample, timestep, given)))
+        output = first_of(form_of(denoiser).forward(denoiser, **seen.template.arguments(sample, timestep, given)))
         return seen.guide.sign * output if seen.guide.sign < 0 else output
 
     def encode(pipe: Any, prompts: Sequence[Any]) -> tuple[Conditions, Conditions]:
@@ -68,6 +74,10 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
     def decode(latents: torch.Tensor, config: Any) -> torch.Tensor:
         assert seen.decoding is not None
         return seen.decoding(latents)
+
+    def under(scale: float, pixels: tuple[int, int] | None) -> Family:
+        asked = seen.asked if pixels in (None, seen.size) else pixels
+        return family_of_observed(pipe, component, Request(scale, asked))
 
     return Family(
         denoiser_class=denoiser_class,
@@ -87,7 +97,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         noise=None if seen.noise.idle else seen.noise,
         to_vae=decode if seen.decoding else None,
         from_vae=lambda values, config: seen.decoding.inverse(values) if seen.decoding else values,
-        under=lambda scale, pixels: family_of_observed(pipe, component, Request(scale, pixels)),
+        under=under,
         scale=seen.guidance,
         fixed=seen.fixed,
         pixels=None if seen.any_size else seen.size,

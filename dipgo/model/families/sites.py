@@ -51,7 +51,7 @@ _UNET: Sites = {
     ),
 }
 
-OBSERVED: Mapping[str, Sites] = {
+OBSERVED: dict[str, Sites] = {
     "AuraFlowTransformer2DModel": _transformer(
         "joint_transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS,)
     ),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import UsageError, one_line
+from dipgo.model.checks import SUPPORTED, pictures_of
 from dipgo.model.noise_source import drawing
+from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
@@ -99,12 +101,12 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
     Raises:
         UsageError: it cannot be run, with its own reason.
     """
-    log = Log()
+    log, denoiser = Log(), getattr(pipe, how.component)
     accepted = signature(type(pipe).__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     with ExitStack() as stack:
-        stack.enter_context(denoiser_stand_in(getattr(pipe, how.component)))
-        stack.enter_context(_observed_denoiser(getattr(pipe, how.component), log, how))
+        stack.enter_context(denoiser_stand_in(denoiser, tokens_of(pipe)))
+        stack.enter_context(_observed_denoiser(denoiser, tokens_of(pipe), log, how))
         stack.enter_context(_observed_scheduler(pipe.scheduler, log, how))
         stack.enter_context(_observed_noise(type(pipe), log.drawn, how.draw))
         stack.enter_context(_observed_noise(type(pipe.scheduler), log.drawn_in_steps))
@@ -118,15 +120,16 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         except UsageError:
             raise
         except Exception as error:  # whatever a pipeline may raise
-            raise UsageError(f"{type(pipe).__name__} cannot be run here ({one_line(error)})") from error
+            name, reason = type(pipe).__name__, one_line(error)
+            pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
+            raise UsageError(f"{name} cannot be run here ({reason}){pictures}") from error
     return log
 
 
-def arguments_of(forward: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a denoiser by name; ``forward`` is its class's own."""
-    arguments = dict(forward.bind(None, *args, **kwargs).arguments)
-    del arguments["self"]
-    return arguments | arguments.pop("kwargs", {})
+def tokens_of(pipe: Any) -> int:
+    """Return how many tokens a pipeline's texts have at most, where its call does not say another number."""
+    option = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    return option.default if option and isinstance(option.default, int) else 512
 
 
 def plain(value: Any) -> Any:
@@ -149,19 +152,27 @@ def _copied(leaf: Any) -> Any:
 
 
 @contextmanager
-def _observed_denoiser(denoiser: Any, log: Log, how: Watch) -> Iterator[None]:
-    forward, parameters = denoiser.forward, signature(type(denoiser).forward)
+def _observed_denoiser(denoiser: Any, tokens: int, log: Log, how: Watch) -> Iterator[None]:
+    forward, form = denoiser.forward, form_of(denoiser)
+    processors = _processors(denoiser)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
-        arguments = arguments_of(parameters, args, kwargs)
+        if _processors(denoiser) != processors:
+            raise UsageError(f"the attention of its {type(denoiser).__name__} is replaced while it runs; not supported")
+        arguments = form.read(bound(denoiser, args, kwargs), tokens)
         output = forward(*args, **kwargs)
-        log.calls.append(Call(plain(arguments), plain(first_of(output)), len(log.steps)))
+        log.calls.append(Call(plain(arguments), plain(form.first(output)), len(log.steps)))
         if len(log.calls) == how.calls:
             raise _Enough
         return output
 
     with mock.patch.object(denoiser, "forward", observed):
         yield
+
+
+def _processors(denoiser: Any) -> list[int]:
+    """Return which processors do a denoiser's attention."""
+    return [id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")]
 
 
 @contextmanager
