@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoWarning, UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import read_json
 from dipgo.model.families.dit import DIT
@@ -129,14 +130,21 @@ def _observed(pipe: Any, component: str, request: Request) -> Observation:
     return seen[asked]
 
 
+_READ: WeakKeyDictionary[Any, dict[Any, Prompting | None]] = WeakKeyDictionary()
+
+
 def _prompting(pipe: Any, seen: Observation) -> Prompting | None:
-    """Return how the pipeline reads prompts; None where bundles of it take embeddings."""
+    """Return how the pipeline reads prompts; None where bundles of it take embeddings, which a warning says."""
     if not any(name.startswith("tokenizer") and part is not None for name, part in pipe.components.items()):
         return None
-    try:
-        return observe_prompts(pipe, seen)
-    except UsageError:
-        return None
+    known, key = _READ.setdefault(pipe, {}), (seen.component, seen.guidance, seen.size)
+    if key not in known:
+        try:
+            known[key] = observe_prompts(pipe, seen)
+        except UsageError as error:
+            known[key] = None
+            warnings.warn(f"bundles of it take embeddings, not prompts: {error}", DipgoWarning, stacklevel=2)
+    return known[key]
 
 
 def _blank(value: torch.Tensor, rows: int) -> torch.Tensor:
