@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from dipgo.base.errors import UsageError, one_line
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import Passes, SamplerIdentity
-from dipgo.model.noise_source import drawing
+from dipgo.model.scheduler_run import Run, combined, trajectory
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -169,7 +169,7 @@ def tabulate(
     if steps < 2:
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
     given = {"generator": torch.Generator(), "eta": 0.0} if given is None else given
-    run = _Run(scheduler, steps, settings or {"num_inference_steps": steps}, begin, given)
+    run = Run(scheduler, steps, settings or {"num_inference_steps": steps}, begin, given)
     try:
         return _table(run, scales_noise)
     except UsageError:
@@ -180,64 +180,24 @@ def tabulate(
         ) from error
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A scheduler as a pipeline sets it."""
-
-    scheduler: Any
-    steps: int
-    settings: Mapping[str, Any]
-    begin: int | None
-    given: Mapping[str, Any]
-
-    @property
-    def first_scale(self) -> float:
-        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What ``step`` is given by name, of what it takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in self.given.items() if name in accepted}
-
-    def start(self) -> None:
-        try:
-            self.scheduler.set_timesteps(**self.settings)
-        except Exception as error:  # whatever a scheduler may say of its configuration
-            raise UsageError(
-                f"{type(self.scheduler).__name__} refuses {self.steps} steps: {one_line(error)}"
-            ) from error
-        if self.begin is not None:
-            self.scheduler.set_begin_index(self.begin)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A run: the inputs of the calls ``[calls, n]``, the latents before and after them ``[calls + 1, n]``."""
-
-    inputs: np.ndarray
-    latents: np.ndarray
-    draws: int
-
-
-def _table(run: _Run, scales_noise: bool) -> Sampler:
+def _table(run: Run, scales_noise: bool) -> Sampler:
     scheduler, steps, name = run.scheduler, run.steps, type(run.scheduler).__name__
     run.start()
     if not scales_noise and abs(run.first_scale - 1) > 1e-6:
         raise UsageError(f"{name} starts from scaled noise, which this pipeline does not do; use ddim, dpm++2m or pndm")
     timesteps = scheduler.timesteps.tolist()
     calls = len(timesteps)
-    still = _trajectory(run, np.zeros((1 + calls, 1)), itertools.repeat(np.zeros(1)))
+    still = trajectory(run, np.zeros((1 + calls, 1)), itertools.repeat(np.zeros(1)))
     if np.nan_to_num(still.latents).any():
         raise UsageError(f"sampler {name} draws noise in a way of its own, not from a generator; {_CURE}")
-    seen = _combined(run, np.eye(1 + still.draws + calls), still.draws)
+    seen = combined(run, np.eye(1 + still.draws + calls), still.draws)
     rows = seen.latents
     if not (np.isfinite(seen.inputs).all() and np.isfinite(rows).all()):
         raise UsageError(f"sampler {name} makes values that are not finite as configured; {_CURE}")
 
     # One more run on other vectors: a table that explains it is the scheduler, one that does not is refused.
     vectors = np.random.default_rng(0).normal(scale=3, size=(rows.shape[1], 8))
-    expected, actual = rows @ vectors, _combined(run, vectors, still.draws).latents
+    expected, actual = rows @ vectors, combined(run, vectors, still.draws).latents
     if not np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
         raise UsageError(
             f"sampler {name} is not linear as configured: it clips or thresholds; switch clip_sample and "
@@ -257,39 +217,3 @@ def _plain(config: Any) -> dict[str, Any]:
         for key, value in dict(config).items()
         if not key.startswith("_") and not (isinstance(value, float) and not math.isfinite(value))
     }
-
-
-def _combined(run: _Run, vectors: np.ndarray, draws: int) -> _Seen:
-    """Run the scheduler on vectors ``[1 + draws + calls, n]``, in the order of a table's columns."""
-    noise, drawn, outputs = np.split(vectors, [1, 1 + draws])
-    return _trajectory(run, np.concatenate([noise, outputs]), drawn)
-
-
-def _trajectory(run: _Run, vectors: np.ndarray, drawn: Iterable[np.ndarray]) -> _Seen:
-    """Run the scheduler with ``vectors[0]`` as noise and ``vectors[k + 1]`` as the output of call k.
-
-    ``drawn`` is what it draws, a vector each time.
-    """
-    run.start()
-    scheduler, options, left, draws = run.scheduler, run.options, iter(drawn), itertools.count()
-    images = torch.from_numpy(vectors)[:, None, :, None, None]  # some schedulers insist on [B, C, H, W]
-    latent = images[0] * run.first_scale
-
-    def draw(original: Any, shape: Any, generator: Any = None, **_: Any) -> torch.Tensor:
-        if generator is None:
-            raise UsageError(
-                f"sampler {type(scheduler).__name__} draws noise, and this pipeline gives it no generator to draw it "
-                f"from, so that no seed determines an image; {_CURE}"
-            )
-        next(draws)
-        return torch.from_numpy(next(left)).view(shape)
-
-    inputs, latents = [], [latent]
-    with drawing(type(scheduler), draw):
-        for call, timestep in enumerate(scheduler.timesteps):
-            scales = hasattr(scheduler, "scale_model_input")
-            inputs.append(scheduler.scale_model_input(latent, timestep) if scales else latent)
-            latent = scheduler.step(images[call + 1], timestep, latent, **options).prev_sample.to(torch.float64)
-            latents.append(latent)
-    before, after = (torch.stack(each).flatten(1).numpy() for each in (inputs, latents))
-    return _Seen(before, after, next(draws))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from benchmarks.bench.parity import verify
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
 from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, cache_dit, first_block_cache
@@ -30,8 +31,8 @@ class Made:
 
 
 @cache
-def made(kind):
-    task = zoo.task(kind, STEPS)
+def made(kind, sampler=None):
+    task = zoo.task(kind, STEPS, sampler)
     folder = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=0, keep=1.0))
     return Made(folder, zoo.pipeline(kind), open_bundle(folder).record.macs)
 
@@ -40,9 +41,9 @@ def subject(found, technique):
     return TorchSubject(TorchSpec(bundle=str(found.bundle), model=found.model, technique=technique, threads=1))
 
 
-@pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_eager_torch_does_what_the_full_program_does(kind):
-    found = made(kind)
+@pytest.mark.parametrize(("kind", "sampler"), [("sd", None), ("sd", "euler-a"), ("dit", None)])
+def test_eager_torch_does_what_the_full_program_does(kind, sampler):
+    found = made(kind, sampler)
     eager = subject(found, "eager torch")
     program = ProgramSubject(ProgramSpec(folder=str(found.bundle), backend="onnxruntime", threads=1))
     assert latent_error(eager.loop(), program.loop()) < 1e-4
@@ -51,6 +52,7 @@ def test_eager_torch_does_what_the_full_program_does(kind):
     assert eager.macs() == found.macs
     assert len(eager.steps()) == len(program.steps())
     program.close()
+    assert verify(found.bundle, found.model).passed
 
 
 def test_deep_cache_is_the_packages_own():

@@ -24,6 +24,7 @@ PROMPTS = ["a cat", "two dogs in the rain"]
 KINDS = [
     "sd",
     "sd-v",
+    "lcm",
     "sdxl",
     "pixart",
     "pixart-1024",
