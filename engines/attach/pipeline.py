@@ -208,7 +208,7 @@ def _heard(
     if attachment.seen is None or attachment.seen.guide.record.calls == 1:
         return nullcontext()
     pipe = attachment.pipe
-    quiet = inspect.BoundArguments(bound.signature, {**bound.arguments, "callback_on_step_end": None})  # type: ignore[arg-type]
+    quiet = inspect.BoundArguments(bound.signature, {**bound.arguments, "callback_on_step_end": None})
 
     def first_step() -> None:
         bar = getattr(pipe, "_progress_bar_config", {})
