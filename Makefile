@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test test-all check fuzz faults gpu clean
+.PHONY: install demo test test-all check fuzz faults gpu gpu-packages clean
 
 install: $(VENV)/installed
 
@@ -57,6 +57,17 @@ GPU := $(if $(REHEARSE),build/gpu-rehearsal --rehearse --seconds 1200,build/gpu)
 
 gpu: install
 	$(BIN)/python -m benchmarks.gpu -o $(GPU)
+
+# What a machine with torch, onnx, onnxruntime, transformers and accelerate lacks for make gpu, where it has no network:
+# PYTHONPATH=build/gpu-packages python -m benchmarks.gpu. WITH="onnxruntime-gpu tensorrt-rtx" for more backends.
+GPU_PACKAGES := diffusers onnx-ir onnxscript pydantic pydantic-core annotated-types typing-inspection cuda-bindings \
+	cuda-pathfinder psutil filelock pillow importlib-metadata zipp
+GPU_PYTHON ?= 3.12
+
+gpu-packages: install
+	$(BIN)/pip install --quiet --no-deps --no-compile --only-binary :all: --python-version $(GPU_PYTHON) --upgrade \
+		--constraint constraints.txt --target build/gpu-packages $(GPU_PACKAGES) $(WITH)
+	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target build/gpu-packages .
 
 clean:
 	rm -rf build $(VENV)

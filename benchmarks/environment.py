@@ -18,7 +18,7 @@ from dipgo.base.records import Record
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("dipgo", "torch", "diffusers", "onnx", "onnxruntime", "numpy"),
-    *("DeepCache", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+    *("DeepCache", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt", "tensorrt-rtx", "triton"),
 )
 _GPU_FACTS = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
 

@@ -8,10 +8,9 @@ The suites ``gpu-*.yaml`` say what is measured: each of their backends is a step
 at true size, by block and by layer, and TensorRT-RTX, if it takes this GPU at all. Weights are random: images are
 meaningless. ``--rehearse`` goes through all of it with small models, on the CPU too.
 
-A machine without a network needs the packages of ``pip download -d wheels '.[tensorrt-rtx]' onnxruntime-gpu`` beside
-its own torch: ``pip install --no-index --no-deps --find-links wheels --target packages dipgo diffusers …``, then
-``PYTHONPATH=packages``. Bundles may be compiled beforehand: a run with ``--rehearse`` or on another machine leaves them
-in ``FOLDER/bundles``, and ``--bundles`` takes them from there.
+For a machine without a network ``make gpu-packages`` puts into ``build/gpu-packages`` what it lacks beside torch, onnx,
+onnxruntime, transformers and accelerate; there it is ``PYTHONPATH=build/gpu-packages python -m benchmarks.gpu``. A run
+leaves its bundles in ``FOLDER/bundles``; ``--bundles`` takes those of another.
 """
 
 from __future__ import annotations
@@ -65,8 +64,19 @@ def json_schema() -> str:
     return json.dumps(StepRecord.model_json_schema(by_alias=True), indent=2) + "\n"
 
 
-def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Sequence[str] = ()) -> list[StepRecord]:
-    """Measure the steps that ``folder`` has no measured record of; returns the records of all that were begun."""
+def run(
+    folder: Path, bundles: Path, rehearse: bool, seconds: float, step_seconds: float, only: Sequence[str] = ()
+) -> list[StepRecord]:
+    """Measure the steps that ``folder`` has no measured record of; returns the records of all that were begun.
+
+    Args:
+        bundles: folder of the suites' bundles; those that are not there are compiled into it.
+        seconds: of the whole; each step has ``step_seconds`` at most.
+        only: names of steps; none is all.
+
+    Raises:
+        DipgoError: ``folder`` holds a record that cannot be read, or one of a rehearsal beside measurements.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     end, records = time.monotonic() + seconds, []
     options = {"folder": str(folder.resolve()), "bundles": str(bundles.resolve()), "rehearse": rehearse}
@@ -75,7 +85,7 @@ def run(folder: Path, bundles: Path, rehearse: bool, seconds: float, only: Seque
             continue
         if record := _measured(file_of(step, folder), rehearse):
             print(f"{step.name}: measured already", flush=True)
-        elif (left := min(seconds if rehearse else STEP_SECONDS, end - time.monotonic())) > 0:
+        elif (left := min(step_seconds, end - time.monotonic())) > 0:
             record = _run_alone(step, folder, options, left)
         else:
             print(f"{step.name}: not reached", flush=True)
@@ -165,9 +175,9 @@ def main(words: Sequence[str] | None = None) -> None:
         _child()
         return
     only = [name for name in options.only.split(",") if name]
-    records = run(
-        options.output, options.bundles or options.output / "bundles", options.rehearse, options.seconds, only
-    )
+    bundles = options.bundles or options.output / "bundles"
+    step_seconds = options.seconds if options.rehearse else STEP_SECONDS
+    records = run(options.output, bundles, options.rehearse, options.seconds, step_seconds, only)
     sys.exit(any(record.status == "failed" for record in records))
 
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench.baselines import FULL
 from benchmarks.bench.suite import Workload, load_suite, suites
-from benchmarks.bench.workload import compile_programs, measure_programs
+from benchmarks.bench.workload import FEWER, MAIN, compile_programs, measure_programs
+from benchmarks.failures import NotMeasuredError
 from benchmarks.studies.search_pace import paces
 
 REPEATS = 5  # of each pair
-LATER = ("tensorrt", "onnxruntime-tensorrt-rtx")  # after the searches: nobody knows whether they take the GPU
+UNSURE = ("tensorrt", "onnxruntime-tensorrt-rtx")  # nobody knows whether they take the GPU; the first program tells
+LATER = ("torch-compile", *UNSURE)  # after the searches: they compile for minutes
 FIRST = ("gpu-sd15", "gpu-sdxl", "gpu-dit-xl")  # of the suites; others come at the end
 SEARCHES = ("block", "layer")
 ON_CPU = {"torch": "torch", "torch-compile": "torch"}  # what stands for a backend in a rehearsal; else onnxruntime
@@ -66,9 +69,13 @@ def work(step: Step, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         backend = ON_CPU.get(backend, "onnxruntime")
     programs = compile_programs(workload, Path(options["bundles"]) / step.suite)
     with tempfile.TemporaryDirectory() as scratch:
-        repeats = 1 if options["rehearse"] else REPEATS
-        for row in measure_programs(workload, programs, backend, repeats, Path(scratch)):
+        repeats, names = 1 if options["rehearse"] else REPEATS, None
+        if step.backend in UNSURE:
+            names = [name for name in (FEWER, MAIN, FULL) if name in programs]  # one graph, several, one of each step
+        for row in measure_programs(workload, programs, backend, repeats, Path(scratch), names):
             yield {"rows": [row.model_dump(mode="json")]}
+            if row.error and step.backend in UNSURE:
+                raise NotMeasuredError(row.error)
 
 
 def _search(sites: str, workload: Workload, rehearse: bool) -> Iterator[dict[str, Any]]:

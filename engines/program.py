@@ -15,7 +15,7 @@ from engines.context_pool import ContextPool
 from engines.finite import check_finite
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
-from engines.sizes import axes_of, batch_of, batches_of, image_shape
+from engines.sizes import axes_of, batch_of, batches_of, image_shape, latent_shape_of
 from engines.steps import Steps, Walk
 from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
@@ -67,14 +67,15 @@ class Program:
         return count, *image_shape(self.record, size or self.size, str(self.bundle.folder))
 
     def noise(self, count: int, seed: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Return initial noise ``[count, C, H, W]``, the same that diffusers draws from this seed on the CPU.
+        """Return noise, the same that diffusers draws from this seed on the CPU.
 
-        ``size`` is height and width of the images in pixels; None is :attr:`size`.
+        It is ``[count, C, H, W]``; with a sampler that draws noise on its way ``[count, 1 + draws, C, H, W]``, the
+        initial one first. ``size`` is height and width of the images in pixels; None is :attr:`size`.
 
         Raises:
             UsageError: a seed that torch's noise cannot be rebuilt from, or a size that the bundle does not take.
         """
-        return draw_noise(self.latent_shape(count, size), seed, self.record.noise)
+        return draw_noise(self.latent_shape(count, size), seed, self.record.noise, self.record.solver.draws)
 
     def class_of(self, label: str) -> int:
         """Return the class that ``label`` names, by its name or its number.
@@ -162,7 +163,7 @@ class Program:
         """Run the trajectory of one batch.
 
         Args:
-            noise: initial noise, float32 of the bundle's latent shape, or of one in its ranges.
+            noise: float32 of the bundle's latent shape, or of one in its ranges, as :meth:`noise` gives it.
             conditions: the graph inputs of the prompt or class.
             after_step: called with the step and its ε, float32 ``[B, C, H, W]``.
             before_step: called before every step, but where one launch does them all; it may raise to end here.
@@ -170,8 +171,9 @@ class Program:
         Returns:
             The final latent, float32 ``[B, C, H, W]``.
         """
-        self._check_rows(conditions, self.axes_of(noise.shape))
-        with Steps(self.contexts, noise.shape, conditions) as steps:
+        shape = latent_shape_of(self.record, noise.shape)
+        self._check_rows(conditions, self.axes_of(shape))
+        with Steps(self.contexts, shape, conditions) as steps:
             walk = Walk(steps, noise, watched=False)
             if steps.can_replay and not after_step:
                 walk.finish()

@@ -27,6 +27,23 @@ def axes_of(record: BundleRecord, shape: Sequence[int]) -> dict[str, int]:
     return sizes
 
 
+def latent_shape_of(record: BundleRecord, noise: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the latents ``[n, …]`` that noise of a shape is for.
+
+    Raises:
+        UsageError: not as much of it as the sampler draws.
+    """
+    pieces = 1 + record.solver.draws
+    if pieces == 1:
+        return tuple(noise)
+    if tuple(noise[1:2]) != (pieces,):
+        raise UsageError(
+            f"noise is {list(noise)}; this sampler draws it {record.solver.draws} times on its way, and each image "
+            f"takes {pieces} of it: [n, {pieces}, …]"
+        )
+    return noise[0], *noise[2:]
+
+
 def batch_of(record: BundleRecord) -> int:
     """Return how many images a batch has: the bundle's number, or the largest."""
     return shape_at(record.latent.shape, values_at(record.axes, "max"))[0]

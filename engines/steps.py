@@ -98,6 +98,8 @@ class Steps:
 class Walk:
     """The solver on top. Where it is in the graphs, x is what they compute; else the host sums it up.
 
+    ``noise`` is that of all images, float32 ``[n, C, H, W]``, or ``[n, 1 + draws, C, H, W]`` where the sampler draws.
+
     Sums are in float64, over the whole history, from the sampler's table: their terms cancel. ``watched`` says whether
     :attr:`latent` will be read in between where graphs hold the solver. Then it is summed up here too, and differs
     from a graph's own x by rounding. Values that stop being finite raise NotFinite, with the step.
@@ -112,8 +114,11 @@ class Walk:
         self.steps, self.step = steps, 0
         self._in_graphs = steps.record.solver.kind == "graph"
         self._sums = watched or not self._in_graphs
-        self._history = np.zeros((len(self._rows) if self._sums else 1, *noise.shape))
-        self._history[0] = noise
+        draws = steps.record.solver.draws
+        drawn = np.moveaxis(noise, 1, 0) if draws else noise[None]
+        self._known = 1 + draws  # of what rows combine, before the first step
+        self._history = np.zeros((self._rows.shape[1] if self._sums else 1, *drawn.shape[1:]))
+        self._history[: self._known] = drawn
         if self._in_graphs:
             steps.write(0, noise * self._rows[0, 0])
 
@@ -124,7 +129,7 @@ class Walk:
             self.steps.write(step, self._scale[step] * self._sum(step))
         self.steps.launch(step)
         if self._sums:
-            self._history[step + 1] = self.steps.epsilon(step)
+            self._history[self._known + step] = self.steps.epsilon(step)
         self.step = step + 1
 
     def finish(self) -> None:
@@ -151,8 +156,9 @@ class Walk:
                 walk.advance()
 
     def _sum(self, step: int) -> np.ndarray:
-        history = self._history[: step + 1].reshape(step + 1, -1)
-        return (self._rows[step, : step + 1] @ history).reshape(self._history.shape[1:])
+        known = self._known + step
+        history = self._history[:known].reshape(known, -1)
+        return (self._rows[step, :known] @ history).reshape(self._history.shape[1:])
 
 
 def rows_of(conditions: Mapping[str, np.ndarray], images: np.ndarray, count: int) -> dict[str, np.ndarray]:

@@ -75,6 +75,7 @@ class Assembly:
             kind="graph" if solver else "host",
             history=solver.history if solver else 0,
             result=self.allocation.slot_of[LATENT, self.subnet.calls if solver else 0],
+            draws=self.sampler.draws,
         )
 
     @property

@@ -109,14 +109,18 @@ class SolverRecord(Record):
     ``graph``: the last graph of a step also writes the next x, so the loop is nothing but launches; silent steps are
     part of the launch before them. ``host``: the runtime applies the table between launches, because the sampler
     needs more history than graphs keep. The table of the sampler (see ``dipgo.model.sampler``) lies in the tables file:
-    ``solver.rows`` and ``solver.input_scale``, float64; x_k = rows[k] · [noise, ε_0, ε_1, …].
+    ``solver.rows`` and ``solver.input_scale``, float64; x_k = rows[k] · [z, z_1, …, z_draws, ε_0, ε_1, …] with z the
+    initial noise.
 
-    ``history`` is how many past x and ε the graphs combine, ``result`` the slot of the final x.
+    ``history`` is how many past x and ε the graphs combine, ``result`` the slot of the final x, ``draws`` how often the
+    sampler draws noise of the latent's shape: after the initial noise, from the same generator, for all images at
+    once. Such samplers run on the host.
     """
 
     kind: Literal["graph", "host"]
     history: int = Field(ge=0, le=MOST_CALLS)
     result: Slot
+    draws: int = Field(default=0, ge=0, le=MOST_CALLS)
 
 
 class TokenizerRecord(Record):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
 from dipgo.model.models import Model
@@ -94,7 +97,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         if pixels is not None:
             graph, decoder = pixels
             extra[decoder.file] = graph
-        text = text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, parts, sizes)
+        text = _text(model, sizes, dtype, parts)
         if text is not None:
             graph, encoder, tokenizers = text
             extra[encoder.file] = graph
@@ -112,6 +115,20 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)
     hoisting = hoist(denoiser.model.graph, names, denoiser.rows)
     return Prepared(denoiser, hoisting, conditioning, decoder, extra, tokenizers, weights)
+
+
+def _text(model: Model, sizes: Sizes, dtype: torch.dtype, parts: Mapping[str, Weights]) -> Any:
+    """Return the text encoders in ONNX, None where there are none.
+
+    Those of an observed pipeline may have no form in ONNX: its bundles take embeddings, which a warning says.
+    """
+    try:
+        return text_to_onnx(model, sizes.batch if isinstance(sizes.batch, int) else 1, dtype, parts, sizes)
+    except DipgoError as error:
+        if not model.family.under:
+            raise
+        warnings.warn(f"the bundle takes embeddings, not prompts: {error}", DipgoWarning, stacklevel=2)
+        return None
 
 
 def cache_folder(model: Model) -> Path:

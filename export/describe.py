@@ -22,6 +22,7 @@ def bundle_text(bundle: Bundle) -> str:
     weights = sum(size for name, size in sizes.items() if "/" in name)
     own = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
     solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
+    solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
     lines = [
         "",
         f"program    {len(record.steps)} steps, {silent} of them silent, {len(launches)} launches of "

@@ -135,14 +135,18 @@ class _Program:
             yield "step 0 launches nothing"
 
     def solver(self) -> Problems:
-        for name, shape in (("rows", (self.calls + 1, self.calls + 1)), ("input_scale", (self.calls,))):
+        solver = self.record.solver
+        if solver.draws and solver.kind == "graph":
+            yield "its sampler draws noise, which graphs are not given"
+        columns = 1 + solver.draws + self.calls
+        for name, shape in (("rows", (self.calls + 1, columns)), ("input_scale", (self.calls,))):
             table = self.tables.get(f"solver.{name}")
             if table is None or table.shape != shape or not np.isfinite(table).all():
                 yield f"the table 'solver.{name}' is not {list(shape)} finite numbers"
         steps = self.record.steps
         slots = {step.epsilon for step in steps} | {step.latent for step in steps if step.launches}
-        if self.record.solver.kind == "graph":
-            slots.add(self.record.solver.result)
+        if solver.kind == "graph":
+            slots.add(solver.result)
         for slot in sorted(slots):
             value = self._slot(slot)
             if value is None or not value.is_real or value.shapes != self.latent.shapes:

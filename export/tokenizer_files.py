@@ -30,10 +30,11 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
             "not supported"
         )
     suffix = f"_{number + 1}" if number else ""
+    mask = f"{'token_mask' if 'attention_mask' in prompting.conditions else 'attention_mask'}{suffix}"
     record = TokenizerRecord(
         file=f"{name}.json",
         ids=f"input_ids{suffix}",
-        mask=f"attention_mask{suffix}" if prompting.masked(component_config(model, encoder)) else None,
+        mask=mask if prompting.masked(component_config(model, encoder)) else None,
         length=length,
         pad_token=tokenizer.pad_token,
         pad_id=tokenizer.pad_token_id,

@@ -23,6 +23,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -133,6 +135,16 @@ def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
     pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_lcm(folder: Path) -> str:
+    """Save a LatentConsistencyModelPipeline: its sampler draws noise, and guidance is embedded."""
+    text = {"text_encoder": _clip(24), "tokenizer": _clip_tokenizer()}
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = LCMScheduler(steps_offset=1, beta_schedule="scaled_linear")
+    unet = _unet(time_cond_proj_dim=8)
+    LatentConsistencyModelPipeline(vae(2), unet=unet, scheduler=scheduler, **text, **nothing).save_pretrained(folder)
     return str(folder)
 
 

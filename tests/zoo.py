@@ -37,6 +37,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "dit": models.tiny_dit,
     "sd": models.tiny_sd,
     "sd-v": partial(models.tiny_sd, prediction="v_prediction"),
+    "lcm": models.tiny_lcm,
     "sdxl": models.tiny_sdxl,
     "pixart": models.tiny_pixart,
     "pixart-512": partial(models.tiny_pixart, sample_size=64),

@@ -65,10 +65,10 @@ def bench(
     _check_alike(bundle, further)
     with tempfile.TemporaryDirectory(prefix="dipgo-bench-") as temporary:
         scratch = Path(temporary)
-        field = candidates_of(bundle, model, settings, baselines, scratch, progress, further)
-        candidates = field.candidates
+        programs = candidates_of(bundle, model, settings, baselines, scratch, progress, further)
+        candidates = programs.candidates
         specs = {each.name: each.spec for each in candidates if each.spec}
-        outcomes = measure_all(specs, settings, scratch, field.plan, progress)
+        outcomes = measure_all(specs, settings, scratch, programs.plan, progress)
     for name in (FULL, SUBJECT):
         if outcomes[name].error:
             what = "the full program" if name == FULL else "it"
@@ -76,7 +76,7 @@ def bench(
 
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
-    rows = [_row(each, outcomes, candidates[0], inputs, record, field.converged) for each in candidates]
+    rows = [_row(each, outcomes, candidates[0], inputs, record, programs.converged) for each in candidates]
     scope = f"denoising loop, batch {latent_shape(record)[0]}, {outcomes[SUBJECT].label}"
     place = environment(load_at_start, clock_at_start)
     subnet = subnet_of(bundle)

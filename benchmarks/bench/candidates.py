@@ -46,7 +46,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Field:
+class Programs:
     """All that is measured: the full program, the bundle, then the others.
 
     Attributes:
@@ -72,7 +72,7 @@ def candidates_of(
     scratch: Path,
     progress: Report,
     further: Sequence[Bundle] = (),
-) -> Field:
+) -> Programs:
     """Return what is to be measured, compiled and verified.
 
     The model in torch is let go of when this returns: it takes no part in the timing. ``progress`` is told how
@@ -95,15 +95,19 @@ def candidates_of(
     own, searched = Candidate(SUBJECT, spec, bundle.record, parity, curve=SUBJECT), subnet_of(bundle)
 
     whole, batch = bundle.record.decoder is not None, latent_shape(bundle.record)[0]
+    progress("the full program", 0, 3, "convert")
     compiler = Compiler(task, scratch, batch, whole)
+    progress("the full program", 1, 3, "compile and verify")
     begin = time.perf_counter()
     ratio = searched.cost.ratio
     full = _compiled(compiler, FULL, (baselines or BASELINES)[FULL], Share(ratio, ratio), spec, lambda: None)
     compile_seconds = time.perf_counter() - begin
     if full.error or not isinstance(full.spec, ProgramSpec):
         raise DipgoError(f"{bundle.folder}: the full program cannot be measured ({full.error})")
+    progress("the full program", 2, 3, "time")
     known = [each.parity.compiled_seconds if each.parity else None for each in (full, own)]
     seconds = loop_seconds([full.spec, spec], known)
+    progress("the full program", 3, 3, "")
     share = Share(ratio, seconds[1] / seconds[0])
     if baselines:
         chosen = {name: each for name, each in baselines.items() if name != FULL}
@@ -131,9 +135,9 @@ def candidates_of(
     elsewhere = other_backends([full, own], suite, task, progress)
     torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
     in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
-    count = min(suite.converged_images, suite.images)
+    count = 0 if task.sampler.draws else min(suite.converged_images, suite.images)  # drawn noise leads elsewhere
     converged = made_by_many_steps(task, bundle, count, suite, progress) if count else None
-    return Field([full, own, *beside, *others, *elsewhere, *in_torch], converged, plan)
+    return Programs([full, own, *beside, *others, *elsewhere, *in_torch], converged, plan)
 
 
 def _compiled(
@@ -180,7 +184,7 @@ def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progre
                 continue
             spec = candidate.spec.model_copy(update={"backend": backend})
             assert isinstance(spec, ProgramSpec)
-            elsewhere.append(_check(replace(candidate, name=name, spec=spec), spec, task))
+            elsewhere.append(_check(replace(candidate, name=name, spec=spec, curve=None), spec, task))
     return elsewhere
 
 

@@ -120,7 +120,7 @@ def trade(rows: Sequence[Row]) -> str:
     finite = [point.psnr for point in points if point.psnr < EXACT_DB] or [30.0]
     low, high = math.floor(min(finite) - 2), math.ceil(max(finite) + 2)
     exact = high + max(2.0, (high - low) * 0.12)
-    drawing = Drawing(560, 380, (52, 16, 28, 46))
+    drawing = Drawing(560, 380, (62, 16, 28, 46))
     axes = drawing.axes
     times = [point.seconds * 1e3 for point in points]
     axes.set(xscale="log", xlim=(min(times) / 1.12, max(times) * 1.12), ylim=(low, exact))

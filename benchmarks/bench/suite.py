@@ -31,6 +31,8 @@ class Workload(Record):
         subnet: file of a SubNet whose gates are run, below the project's folder; None runs whole steps at even
             intervals, whose share of the MACs is ``share``.
         batch: images a call.
+        small: what changes in the denoiser's configuration where this is rehearsed; its blocks stay those of the large
+            one, since the SubNet names them.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Workload(Record):
     subnet: str | None = None
     share: float = Field(default=0.2, gt=0, le=1)
     batch: int = Field(default=1, ge=1)
+    small: dict[str, Any] = Field(default_factory=dict)
 
 
 class Suite(Record):

@@ -23,6 +23,7 @@ from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of
+from dipgo.model.noise_source import drawing
 from engines.pipeline.formats import draw_noise
 from engines.torchrt.runner import default_device
 from export.bundle import open_bundle
@@ -125,8 +126,10 @@ def pyramid_attention_broadcast(pipe: Any, position: Position) -> Reset:
     return _reset_of(denoiser)
 
 
-def cache_dit(pipe: Any, position: Position) -> Reset:
+def cache_dit(pipe: Any, position: Position, threshold: float = 0.08) -> Reset:
     """Apply cache-dit's DBCache with its defaults, but one block that is always computed, as small models need it.
+
+    The other blocks are skipped where the residual of that one has moved by less than ``threshold``.
 
     Raises:
         NotMeasuredError: a model that the package does not know.
@@ -137,7 +140,7 @@ def cache_dit(pipe: Any, position: Position) -> Reset:
     except ImportError as error:
         raise DipgoError("cache-dit is not installed; run: pip install cache-dit") from error
     denoiser = _denoiser(pipe)
-    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4)
+    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=threshold)
     try:
         package.enable_cache(denoiser, cache_config=config)
     except ValueError as error:
@@ -185,7 +188,7 @@ class TorchSubject(Subject):
         denoiser = getattr(self.pipe, self.family.component)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance)
         self.batch, *self.shape = latent_shape(record)
-        self.conditioning, self.decodes, self.noise = record.conditioning, record.decoder is not None, record.noise
+        self.conditioning, self.decodes, self.layout = record.conditioning, record.decoder is not None, record.noise
         threads = torch.get_num_threads()
         place = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.label = f"torch {place}" + (f", {threads} thread{'s' * (threads > 1)}" if place == "CPU" else "")
@@ -239,23 +242,26 @@ class TorchSubject(Subject):
         return counter.get_total_flops() // 2 // (self.batch * (1 + self.guided.guided))
 
     def _run(self, noise: torch.Tensor, conditions: Any, after_step: Callable[[], None] | None = None) -> torch.Tensor:
-        """Run the loop; float32 noise ``[B, C, H, W]`` to the final latents."""
+        """Run the loop; float32 noise, as :func:`~engines.pipeline.formats.draw_noise` has it, to the final latents."""
         self._reset()
         scheduler = self.scheduler
         scheduler.set_timesteps(**self.table.settings, device=self.device)
-        latent, scales = noise * float(self.table.rows[0, 0]), hasattr(scheduler, "scale_model_input")
-        with torch.no_grad():
+        initial, *drawn = noise.unbind(1) if self.table.draws else [noise]
+        latent, left = initial * float(self.table.rows[0, 0]), iter(drawn)
+        scales = hasattr(scheduler, "scale_model_input")
+        with torch.no_grad(), drawing(type(scheduler), lambda *_, **__: next(left)):
             for moment, timestep in zip(self.table.timesteps, scheduler.timesteps, strict=True):
                 self.position.timestep = float(timestep)
                 sample = scheduler.scale_model_input(latent, timestep) if scales else latent
                 epsilon = self.guided(sample, torch.full((len(sample),), moment, device=self.device), conditions)
-                latent = scheduler.step(epsilon, timestep, latent, return_dict=False)[0]
+                latent = scheduler.step(epsilon, timestep, latent, **self.table.options, return_dict=False)[0]
                 if after_step:
                     after_step()
         return latent
 
     def _noise_of(self, count: int, seed: int) -> torch.Tensor:
-        return torch.from_numpy(draw_noise([count, *self.shape], seed, self.noise)).to(self.device)
+        noise = draw_noise([count, *self.shape], seed, self.layout, self.table.draws)
+        return torch.from_numpy(noise).to(self.device)
 
     def _conditions_of(self, inputs: list[Any]) -> Any:
         conditions = conditions_in(self.pipe, inputs, self.guided.guided)

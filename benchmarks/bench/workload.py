@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,17 @@ def _learned(task: Task, share: Share) -> tuple[Task, SubNet]:
 
 
 def measure_programs(
-    workload: Workload, programs: Mapping[str, Path], backend: str, repeats: int, scratch: Path
+    workload: Workload,
+    programs: Mapping[str, Path],
+    backend: str,
+    repeats: int,
+    scratch: Path,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Yield the eager model's row, then one for each program in a backend, as soon as it is measured.
 
-    With ``torch-compile`` the whole model under ``torch.compile`` comes last.
+    ``names`` are those of the programs, in order; None is all. With ``torch-compile`` the whole model under
+    ``torch.compile`` comes last.
 
     Raises:
         DipgoError: the model does not run.
@@ -162,8 +168,8 @@ def measure_programs(
     pairs = _Pairs(full, pipe, repeats)
     yield pairs.row(EAGER, "diffusers", partial(pairs.timed, pairs.eager))
     conditions = _conditions(full, pipe, workload.batch, scratch / "conditions.npz")
-    for name, folder in programs.items():
-        spec = ProgramSpec(folder=str(folder), backend=backend, conditions=conditions)
+    for name in programs if names is None else names:
+        spec = ProgramSpec(folder=str(programs[name]), backend=backend, conditions=conditions)
         yield pairs.row(name, backend, partial(pairs.program, spec))
     if backend == "torch-compile":
         yield pairs.row(COMPILED, "diffusers", pairs.technique)

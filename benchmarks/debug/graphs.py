@@ -134,7 +134,10 @@ def _fold(model: ir.Model, folder: Path) -> None:
     )
     results = session(ir.to_proto(part), folder).run(None, {})
     for value, array in zip(values, results, strict=True):
-        weight = ir.Value(name=value.name, type=value.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array))
+        tensor = ir.tensor(array)
+        weight = ir.Value(
+            name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
         value.replace_all_uses_with(weight)
         value.name = f"{value.name}.node"
         graph.register_initializer(weight)

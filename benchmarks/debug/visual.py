@@ -32,18 +32,8 @@ def draw(folder: Path, page: Path, graph: str | None = None) -> str:
         raise UsageError(unknown("graph", file, record.tensors))
     with new_file(page, force=False) as draft:
         draft.unlink()
-        command: list[str | Path] = [
-            sys.executable,
-            "-c",
-            _TOOL,
-            "inspect",
-            "model",
-            folder / file,
-            "--visual",
-            "--save-visual",
-            draft,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", _TOOL, "inspect", "model", str(folder / file), "--visual", "--save-visual"]
+        done = subprocess.run([*command, str(draft)], capture_output=True, text=True, check=False)
         if done.returncode or not draft.is_file():
             lines = (done.stderr or done.stdout).strip().splitlines() or ["it gives no reason"]
             raise DipgoError(f"{folder / file}: Polygraphy draws no page of it ({lines[-1][:200]})")

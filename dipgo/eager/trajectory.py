@@ -3,6 +3,9 @@
 The sampler is applied as a table (:mod:`dipgo.model.sampler`), so the whole trajectory is one differentiable function
 of the gates, the backup weights and the noise. Parity with the real diffusers pipeline is a test.
 
+The noise of a batch is ``[B, *latent]``; where the sampler draws more on its way, ``[B, 1 + draws, *latent]``, the
+initial one first.
+
 Each call of the denoiser is a function of its latent and of the cached outputs that it reads. What no later step
 reads (:mod:`dipgo.graph.liveness`) is let go of at once; with ``recompute`` nothing else outlives the call, and the
 call is run again when gradient comes back to it (Chen et al. 2016, activation checkpointing).
@@ -201,12 +204,12 @@ class Trajectory:
     ) -> list[torch.Tensor]:
         """Apply the sampler's table to ``denoise(step, latent, timestep)``; returns the latents after 0, 1, … calls."""
         rows = torch.tensor(self.sampler.rows, dtype=noise.dtype, device=noise.device)
-        basis = [noise]
-        latents = [noise * rows[0, 0]]
+        basis = list(noise.unbind(1)) if self.sampler.draws else [noise]
+        latents = [basis[0] * rows[0, 0]]
         for step, timestep in enumerate(self.sampler.timesteps):
             scaled = latents[-1] * self.sampler.input_scale[step]
             basis.append(denoise(step, scaled, torch.full((len(noise),), timestep, device=noise.device)))
-            coefficients = rows[step + 1, : step + 2]
+            coefficients = rows[step + 1, : len(basis)]
             latents.append(torch.tensordot(coefficients, torch.stack(basis), dims=1))
         return latents
 
@@ -227,7 +230,7 @@ def _changed(name: str, first: int, then: Sequence[Any], step: int, now: Sequenc
 
 @dataclass(frozen=True)
 class Batch:
-    """Initial noise and conditions of some images, those of the unconditional pass first."""
+    """Noise and conditions of some images, those of the unconditional pass first."""
 
     noise: torch.Tensor
     conditions: Conditions
@@ -257,11 +260,17 @@ class Sampling:
         self._encoded: dict[int, Conditions] = {}
         self._unconditional: Conditions = {}
 
-    def draw(self, count: int, seed: int) -> Batch:
-        """Return ``count`` pairs of noise and a class or prompt drawn from the choices, on the denoiser's device."""
+    def draw(self, count: int, seed: int, draws: int = 0) -> Batch:
+        """Return ``count`` pairs of noise and a class or prompt drawn from the choices, on the denoiser's device.
+
+        ``draws`` is how often the sampler draws noise; the initial noise and the choices do not depend on it.
+        """
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((count, *self.shape[1:]), generator=generator)
         picks = torch.randint(len(self.choices), (count,), generator=generator).tolist()
+        if draws:
+            drawn = torch.randn((count, draws, *self.shape[1:]), generator=generator)
+            noise = torch.cat([noise[:, None], drawn], dim=1)
         rows = [self._encode(pick) for pick in picks]
         conditional = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         unconditional = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import linecache
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,11 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
+from dipgo.graph.complex_numbers import in_real_numbers
 from dipgo.graph.outputs import take_apart
+from dipgo.model.fakes import quiet
 from dipgo.model.families import Conditions, Family, GuidedDenoiser, latent_size
 from dipgo.model.models import Model
-
-_TALKATIVE = ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
 
 
 def in_dtype(family: Family, dtype: torch.dtype) -> Family:
@@ -113,8 +110,8 @@ def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, 
         DipgoError: torch.export cannot trace it; the message names the module and the line of its source.
     """
     try:
-        with torch.no_grad(), _quiet(), _OpenSizes():
-            return torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False)
+        with torch.no_grad(), quiet(), _OpenSizes():
+            return in_real_numbers(torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False))
     except DipgoError:
         raise
     except Exception as error:  # whatever the model's code or torch.export may raise
@@ -168,18 +165,3 @@ def _untraceable(denoiser: nn.Module, error: Exception) -> str:
         return f"{what} goes by the values of a tensor, but one graph must serve all inputs; not supported"
     reason = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return f"{what}: {re.sub(r'/[^ :,]*/', '', reason)[:300]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging and printing what the error says anyway."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled

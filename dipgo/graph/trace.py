@@ -8,7 +8,7 @@ the dependents" (Algorithm 1) without a hand-written topology, and MACs are summ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -175,8 +175,6 @@ def trace(
     assert spec is not None
     epsilon, taps = pytree.tree_unflatten([node.name for node in results], spec)
     outputs = tuple(tuple(tensors) for tensors in taps)
-    _refuse_shared_outputs(program, names, outputs)
-
     nodes = {node.name: node for node in program.graph_module.graph.nodes if node.op != "output"}
     ranks = [nodes[first].meta["val"].ndim for first, *_ in outputs]
     batch = nodes[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
@@ -198,6 +196,14 @@ def trace(
         inputs={name: tuple(source.name for source in node.all_input_nodes) for name, node in nodes.items()},
         node_macs={name: node_macs(node) // rows for name, node in nodes.items()},
     )
+    if unfit := _unfit(bare):
+        if sites in (None, *model.family.sites) and len(unfit) < len(
+            names
+        ):  # such as what a last block makes of its text
+            fit = ",".join(name for name in names if name not in unfit)
+            return trace(model, fit, guidance_scale, dtype, size)
+        name, reason = next(iter(unfit.items()))
+        raise DipgoError(f"site '{name}' {reason}; leave it out")
     parameters = {name: nodes[name].meta["val"].numel() for name in program.graph_signature.inputs_to_parameters}
     priced = []
     for number, site in enumerate(bare.sites):
@@ -217,11 +223,15 @@ def _growth(size: Any, batch: Any) -> tuple[int, int]:
     return per_image, per_image
 
 
-def _refuse_shared_outputs(program: ExportedProgram, names: Sequence[str], outputs: Sequence[tuple[str, ...]]) -> None:
-    placeholders = {node.name for node in program.graph_module.graph.nodes if node.op == "placeholder"}
+def _unfit(bare: Trace) -> dict[str, str]:
+    """Return the sites that cannot be skipped, with the reason: what they hand on is not their own, or nobody's."""
+    placeholders = {node.name for node in bare.program.graph_module.graph.nodes if node.op == "placeholder"}
+    live = bare.live_sites(np.ones(len(bare.sites), bool))
     owner: dict[str, str] = {}
-    for site, values in zip(names, outputs, strict=True):
-        for value in set(values):
-            other = owner.setdefault(value, site)
-            if value in placeholders or other != site:
-                raise DipgoError(f"site '{site}' hands on a value that it did not compute; leave it out")
+    unfit = {}
+    for number, (site, values) in enumerate(zip(bare.sites, bare.outputs, strict=True)):
+        if any(value in placeholders or owner.setdefault(value, site.name) != site.name for value in values):
+            unfit[site.name] = "hands on a value that it did not compute"
+        elif number not in live:
+            unfit[site.name] = "computes what nobody reads"
+    return unfit

@@ -13,11 +13,7 @@ from dipgo.model.safetensors_index import Stored
 _LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 _OF_PICTURES = ("image", "mask_image", "control_image", "video", "strength")  # arguments of a pipeline's call
-_OPTIONAL = {  # pictures that a pipeline does without
-    "Flux2Pipeline": ("image",),
-    "Flux2KleinPipeline": ("image",),
-}
-_SUPPORTED = "only text, class and unconditional generation are supported"
+SUPPORTED = "only text, class and unconditional generation are supported"
 
 
 def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
@@ -48,15 +44,21 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
 
 
 def check_pipeline_class(class_name: str) -> None:
-    """Refuse a class of diffusers pipeline whose call takes pictures."""
+    """Refuse a class of diffusers pipeline whose call takes pictures, and cannot do without."""
     import diffusers
 
-    pipeline = getattr(diffusers, class_name, None)
+    pictures = pictures_of(getattr(diffusers, class_name, None))
+    if pictures and (pictures != {"image": None}):
+        raise UsageError(f"{class_name} starts from pictures ('{next(iter(pictures))}'); {SUPPORTED}")
+
+
+def pictures_of(pipeline: Any) -> dict[str, Any]:
+    """Return the pictures that a class of pipeline takes, by argument, and their defaults.
+
+    Where ``image`` alone is taken, None by default, a pipeline may do without: which shows when it is observed.
+    """
     arguments = inspect.signature(pipeline.__call__).parameters if pipeline else {}
-    if picture := next(
-        (name for name in _OF_PICTURES if name in arguments and name not in _OPTIONAL.get(class_name, ())), None
-    ):
-        raise UsageError(f"{class_name} starts from pictures ('{picture}'); {_SUPPORTED}")
+    return {name: arguments[name].default for name in _OF_PICTURES if name in arguments}
 
 
 def check_latent(index_file: Path, config: Mapping[str, Any]) -> None:
@@ -71,7 +73,7 @@ def check_latent(index_file: Path, config: Mapping[str, Any]) -> None:
     if out_channels is not None and out_channels < channels:
         raise UsageError(
             f"{index_file}: the denoiser takes {channels} channels and makes {out_channels} (inpainting, depth, "
-            f"upscaling); {_SUPPORTED}"
+            f"upscaling); {SUPPORTED}"
         )
 
 

@@ -1,16 +1,19 @@
 """Samplers as tables: a linear diffusers scheduler turned into coefficients, so that running it needs no scheduler.
 
-With x_0 the initial noise and ε_k the model output of call k, every linear scheduler gives
+With z the initial noise, z_j what the scheduler draws on its way, and ε_k the model output of call k, every linear
+scheduler gives
 
-    x_k = rows[k, 0] noise + Σ_{i<k} rows[k, i + 1] ε_i        (x_0 = init_noise_sigma · noise)
+    x_k = rows[k] · [z, z_1, …, z_draws, ε_0, …, ε_{k-1}, 0, …]        (x_0 = init_noise_sigma · z)
 
 and the denoiser is called on ``input_scale[k] · x_k`` at ``timesteps[k]``. The table is read off the real scheduler
-by running it once on basis vectors; a second run on random vectors checks that it is linear and draws no noise.
+by running it once on basis vectors, which stand for what it draws too; a second run on random vectors checks that it
+is linear.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,15 +25,22 @@ import torch
 from dipgo.base.errors import UsageError, one_line
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import Passes, SamplerIdentity
+from dipgo.model.scheduler_run import Run, combined, trajectory
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+_CURE = f"use {', '.join(ALIASES)}"
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,9 @@ class Sampler:
         steps: how many the pipeline is asked for.
         timesteps: ``[calls]``, one per call of the denoiser.
         input_scale: ``[calls]`` float64, what the latent is multiplied by before each call.
-        rows: ``[calls + 1, calls + 1]`` float64, the latent after k calls as a combination (module docstring).
+        rows: ``[calls + 1, 1 + draws + calls]`` float64, the latent after k calls as a combination (module docstring).
         settings: what ``set_timesteps`` is given.
+        options: what ``step`` is given by name, beside a generator.
         pixels: height and width of the images that it is for; None where it is for all.
         passes: how the pipeline makes the passes of guidance, where that was observed.
     """
@@ -56,12 +67,18 @@ class Sampler:
     input_scale: np.ndarray
     rows: np.ndarray
     settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     pixels: tuple[int, int] | None = None
     passes: Passes = field(default_factory=Passes)
 
     @property
     def calls(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def draws(self) -> int:
+        """How often the scheduler draws noise of a latent's shape, after the initial noise and from its generator."""
+        return self.rows.shape[1] - 1 - self.calls
 
     def identity(self, guidance_scale: float) -> SamplerIdentity:
         """Return what a SubNet keeps of the sampler that it belongs to."""
@@ -121,11 +138,10 @@ def make_scheduler(name: str | None, base: Any) -> Any:
             raise ValueError("the model predicts a flow, for which it is not made")
     except Exception as error:  # a package that is not there, or whatever a constructor says of its arguments
         raise UsageError(
-            f"sampler '{name or own}' cannot be made of the pipeline's configuration ({one_line(error)}); use "
-            f"{', '.join(ALIASES)}"
+            f"sampler '{name or own}' cannot be made of the pipeline's configuration ({one_line(error)}); {_CURE}"
         ) from error
     if scheduler is None:
-        raise UsageError(f"unknown sampler '{class_name}'; use {', '.join(ALIASES)}, or a diffusers scheduler's name")
+        raise UsageError(f"unknown sampler '{class_name}'; {_CURE}, or a diffusers scheduler's name")
     return scheduler
 
 
@@ -135,83 +151,63 @@ def tabulate(
     scales_noise: bool = True,
     settings: Mapping[str, Any] | None = None,
     begin: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Sampler:
     """Read a scheduler's table off the scheduler itself.
 
     ``scales_noise`` says whether the pipeline multiplies the initial noise by ``init_noise_sigma`` (``DiTPipeline``
     forgets to; with a scheduler that needs it, its images are noise). ``settings`` are what the pipeline gives
     ``set_timesteps``, where that is more than the number of steps (sigmas, a shift by the image's size), ``begin`` what
-    it gives ``set_begin_index``.
+    it gives ``set_begin_index``, and ``given`` what it gives ``step`` by name: None is what Stable Diffusion's does, a
+    generator and ``eta = 0``.
 
     Raises:
-        UsageError: fewer than two steps, or a scheduler that draws noise, clips, or is otherwise not linear, or that
-            does not fit the pipeline.
+        UsageError: fewer than two steps, or a scheduler that clips, draws noise that no generator of the pipeline's
+            determines, or is otherwise not linear, or that does not fit the pipeline.
     """
     name = type(scheduler).__name__
     if steps < 2:
         raise UsageError(f"steps = {steps}: with one step there is nothing to reuse; give at least 2")
-    run = _Run(scheduler, steps, settings or {"num_inference_steps": steps}, begin)
+    given = {"generator": torch.Generator(), "eta": 0.0} if given is None else given
+    run = Run(scheduler, steps, settings or {"num_inference_steps": steps}, begin, given)
     try:
         return _table(run, scales_noise)
     except UsageError:
         raise
     except Exception as error:  # whatever a scheduler may say of another's ways
         raise UsageError(
-            f"sampler {name} does not step as those do that are supported ({one_line(error)}); use {', '.join(ALIASES)}"
+            f"sampler {name} does not step as those do that are supported ({one_line(error)}); {_CURE}"
         ) from error
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A scheduler as a pipeline sets it."""
-
-    scheduler: Any
-    steps: int
-    settings: Mapping[str, Any]
-    begin: int | None
-
-    @property
-    def first_scale(self) -> float:
-        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-
-    def start(self) -> None:
-        try:
-            self.scheduler.set_timesteps(**self.settings)
-        except Exception as error:  # whatever a scheduler may say of its configuration
-            raise UsageError(
-                f"{type(self.scheduler).__name__} refuses {self.steps} steps: {one_line(error)}"
-            ) from error
-        if self.begin is not None:
-            self.scheduler.set_begin_index(self.begin)
-
-
-def _table(run: _Run, scales_noise: bool) -> Sampler:
+def _table(run: Run, scales_noise: bool) -> Sampler:
     scheduler, steps, name = run.scheduler, run.steps, type(run.scheduler).__name__
     run.start()
     if not scales_noise and abs(run.first_scale - 1) > 1e-6:
         raise UsageError(f"{name} starts from scaled noise, which this pipeline does not do; use ddim, dpm++2m or pndm")
     timesteps = scheduler.timesteps.tolist()
     calls = len(timesteps)
-    inputs, rows = _trajectory(run, np.eye(calls + 1))
-    if not (np.isfinite(inputs).all() and np.isfinite(rows).all()):
-        raise UsageError(f"sampler {name} makes values that are not finite as configured; use {', '.join(ALIASES)}")
+    still = trajectory(run, np.zeros((1 + calls, 1)), itertools.repeat(np.zeros(1)))
+    if np.nan_to_num(still.latents).any():
+        raise UsageError(f"sampler {name} draws noise in a way of its own, not from a generator; {_CURE}")
+    seen = combined(run, np.eye(1 + still.draws + calls), still.draws)
+    rows = seen.latents
+    if not (np.isfinite(seen.inputs).all() and np.isfinite(rows).all()):
+        raise UsageError(f"sampler {name} makes values that are not finite as configured; {_CURE}")
 
     # One more run on other vectors: a table that explains it is the scheduler, one that does not is refused.
-    vectors = np.random.default_rng(0).normal(scale=3, size=(calls + 1, 8))
-    _, actual = _trajectory(run, vectors)
-    if not _same(rows @ vectors, actual):
-        _, again = _trajectory(run, vectors, seed=2)
+    vectors = np.random.default_rng(0).normal(scale=3, size=(rows.shape[1], 8))
+    expected, actual = rows @ vectors, combined(run, vectors, still.draws).latents
+    if not np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
         raise UsageError(
-            f"sampler {name} draws noise at every step, which is not supported yet; use {', '.join(ALIASES)}"
-            if not _same(again, actual)
-            else f"sampler {name} is not linear as configured: it clips or thresholds; switch clip_sample and "
-            f"thresholding off in its config, or use {', '.join(ALIASES)}"
+            f"sampler {name} is not linear as configured: it clips or thresholds; switch clip_sample and "
+            f"thresholding off in its config, or {_CURE}"
         )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scales = inputs[:, 0] / rows[:-1, 0]
-    return Sampler(
-        name, _plain(scheduler.config), steps, tuple(float(t) for t in timesteps), scales, rows, run.settings
-    )
+    largest = np.abs(rows[:-1]).argmax(axis=1)  # the noise may be all but gone
+    scales = seen.inputs[range(calls), largest] / rows[range(calls), largest]
+    config, moments = _plain(scheduler.config), tuple(float(t) for t in timesteps)
+    options = {name: value for name, value in run.options.items() if name != "generator"}
+    return Sampler(name, config, steps, moments, scales, rows, run.settings, options)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -221,29 +217,3 @@ def _plain(config: Any) -> dict[str, Any]:
         for key, value in dict(config).items()
         if not key.startswith("_") and not (isinstance(value, float) and not math.isfinite(value))
     }
-
-
-def _same(expected: np.ndarray, actual: np.ndarray) -> bool:
-    return np.allclose(expected, actual, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
-
-
-def _trajectory(run: _Run, vectors: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Run the scheduler with ``vectors[0]`` as noise and ``vectors[k + 1]`` as the output of call k.
-
-    ``seed`` is for the noise of its own that a scheduler may draw.
-
-    Returns the inputs of the calls ``[calls, n]`` and the latents before and after them ``[calls + 1, n]``.
-    """
-    run.start()
-    scheduler = run.scheduler
-    images = torch.from_numpy(vectors)[:, None, :, None, None]  # some schedulers insist on [B, C, H, W]
-    latent = images[0] * run.first_scale
-    inputs, latents = [], [latent]
-    accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": torch.Generator().manual_seed(seed)} if accepts_generator else {}
-    for call, timestep in enumerate(scheduler.timesteps):
-        scales = hasattr(scheduler, "scale_model_input")
-        inputs.append(scheduler.scale_model_input(latent, timestep) if scales else latent)
-        latent = scheduler.step(images[call + 1], timestep, latent, **options).prev_sample.to(torch.float64)
-        latents.append(latent)
-    return torch.stack(inputs).flatten(1).numpy(), torch.stack(latents).flatten(1).numpy()

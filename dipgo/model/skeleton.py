@@ -29,7 +29,9 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
         DipgoError: a folder that is damaged.
     """
     import diffusers
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()  # what a pipeline says while it is watched is nobody's business
     name = str(index.get("_class_name"))
     pipeline_class = getattr(diffusers, name, None)
     if not isinstance(pipeline_class, type):

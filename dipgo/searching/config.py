@@ -70,7 +70,9 @@ class TaskConfig(Config):
     """What the gates are for, beside the model and the number of steps."""
 
     sampler: str | None = Field(
-        None, description="ddim, dpm++2m, euler, heun, pndm, unipc or a diffusers class; the model's own by default."
+        None,
+        description="ddim, ddpm, dpm++2m, dpm++2m-sde, euler, euler-a, heun, lcm, pndm, unipc or a diffusers class; "
+        "the model's own by default.",
     )
     sites: Names | None = Field(
         None,

@@ -58,4 +58,4 @@ class SearchContext:
 
 def drift_of(task: Task, seed: int) -> np.ndarray:
     """Return the drift of every site, ``[calls, sites]``, as a search with this seed measures it."""
-    return measure_drift(task.trajectory, task.sampling.draw(8, 3_000_000 + seed))
+    return measure_drift(task.trajectory, task.draw(8, 3_000_000 + seed))

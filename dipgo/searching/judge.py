@@ -24,7 +24,7 @@ class Judge:
 
     def __init__(self, task: Task, count: int, seed: int, run: Run, chunk: int = 32) -> None:
         self.task, self.run = task, run
-        images = task.sampling.draw(count, seed)
+        images = task.draw(count, seed)
         self.batches: list[Batch] = [select(images, rows) for rows in torch.arange(count).split(chunk)]
 
     def __call__(self, schedule: Schedule) -> float:

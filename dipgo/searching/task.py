@@ -54,6 +54,10 @@ class Task:
     def identity(self) -> SamplerIdentity:
         return self.sampler.identity(self.guidance_scale)
 
+    def draw(self, count: int, seed: int) -> Batch:
+        """Return noise and conditions of ``count`` images; see :meth:`~dipgo.eager.trajectory.Sampling.draw`."""
+        return self.sampling.draw(count, seed, self.sampler.draws)
+
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """Return the same task under another sampler."""
         return self.with_trajectory(sampler=self.model.family.table(scheduler, steps))
@@ -235,7 +239,7 @@ class Pool:
             if not self.rows:
                 self._chunks.clear()
             seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            images_of_all = self.task.sampling.draw(self.depth * self.columns, seed)
+            images_of_all = self.task.draw(self.depth * self.columns, seed)
             places = torch.arange(self.depth * self.columns).view(self.depth, self.columns)
             first = self.processes.rank * self.batch
             own = select(images_of_all, places[:, first : first + self.batch].flatten())

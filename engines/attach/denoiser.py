@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from dipgo.base.errors import UsageError
-from dipgo.model.observed.watch import arguments_of
+from dipgo.model.observed.forms import bound, form_of
+from dipgo.model.observed.watch import tokens_of
 from engines.attach.reading import Call, Reader
 from engines.pipeline.formats import to_array
 from engines.pipeline.pipeline import Pipeline
@@ -46,7 +46,6 @@ class AttachedDenoiser(nn.Module):
         self.program = program
         self._original = (original,)  # in a tuple it is no submodule: pipe.to() leaves it where it is
         self._pipe = weakref.ref(pipe)
-        self._signature = inspect.signature(type(getattr(original, "_orig_mod", original)).forward)
         self._reader = reader
         self._hearing = False
         self._heard: list[Call] = []
@@ -114,7 +113,9 @@ class AttachedDenoiser(nn.Module):
         Raises:
             UsageError: a timestep out of order, or another latent size, guidance or condition than the bundle's.
         """
-        arguments = arguments_of(self._signature, args, kwargs)
+        denoiser = getattr(self._original[0], "_orig_mod", self._original[0])
+        form = form_of(denoiser)
+        arguments = form.read(bound(denoiser, args, kwargs), tokens_of(self._pipe()))
         self._check_guidance()
         call = self._reader.read(arguments)
         output = torch.zeros(call.latent.shape) if self._hearing else self._epsilon(call)
@@ -124,6 +125,8 @@ class AttachedDenoiser(nn.Module):
                 raise _Heard
         rows = len(call.sample)
         output = self._reader.answer(output, rows).to(call.sample.device, call.sample.dtype)
+        if form.listed:
+            return form.handed_out((output,))
         return Transformer2DModelOutput(sample=output) if arguments.get("return_dict", True) else (output,)
 
     def _epsilon(self, call: Call) -> torch.Tensor:

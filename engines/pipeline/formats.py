@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from dipgo.base.errors import UsageError
 from dipgo.base.layout import Layout
 from engines.pipeline.images import to_image
-from engines.pipeline.noise import torch_randn
+from engines.pipeline.noise import Stream
 
 FORMATS = ("pil", "np", "pt", "latent")
 
@@ -53,36 +53,63 @@ def to_array(value: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def draw_noise(shape: Sequence[int], generator: Any, layout: Layout | None = None) -> np.ndarray:
-    """Return the noise ``[n, …]``, float32, that diffusers draws with a generator; with a layout, as it packs it.
+def draw_noise(
+    shape: Sequence[int],
+    generator: Any,
+    layout: Layout | None = None,
+    draws: int = 0,
+    latents: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the noise that diffusers draws with a generator, float32.
 
     Args:
+        shape: of the latents, ``[n, …]``.
         generator: None for a random seed; an int, a seed on the CPU; a ``torch.Generator``, which moves on; a list of
             either, one an image.
+        layout: how the initial noise is packed.
+        draws: how often the sampler draws noise on its way.
+        latents: what is to be there in the place of the initial noise.
+
+    Returns:
+        ``[n, …]``; where the sampler draws, ``[n, 1 + draws, …]``.
 
     Raises:
         UsageError: another kind of generator, a list of another length, or a seed that torch's noise cannot be
             rebuilt from.
     """
-    if layout:
-        return np.ascontiguousarray(layout(draw_noise((shape[0], *layout.before), generator)))
+    if latents is not None and not draws:
+        return latents
+    if isinstance(generator, list | tuple) and len(generator) == 1:
+        generator = generator[0]
     if isinstance(generator, list | tuple):
-        if len(generator) == 1:
-            return draw_noise(shape, generator[0])
         if len(generator) != shape[0]:
             raise UsageError(f"{len(generator)} generators for {shape[0]} images; give one an image, or one for all")
-        return np.concatenate([draw_noise((1, *shape[1:]), each) for each in generator])
-    if generator is None:
-        generator = secrets.randbits(32)
+        own = [None] * len(generator) if latents is None else np.split(latents, len(latents))
+        pairs = zip(generator, own, strict=True)
+        return np.concatenate([draw_noise((1, *shape[1:]), each, layout, draws, first) for each, first in pairs])
+    draw = _source(generator)
+    try:
+        if latents is None:
+            latents = draw((shape[0], *layout.before) if layout else shape)
+            latents = np.ascontiguousarray(layout(latents)) if layout else latents
+        return np.stack([latents, *(draw(shape) for _ in range(draws))], axis=1) if draws else latents
+    except ValueError as error:
+        raise UsageError(f"{error}; give another seed, or noise as latents") from error
+
+
+def _source(generator: Any) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return what draws noise of a shape from a generator, again and again."""
     if is_torch(generator) and hasattr(generator, "initial_seed"):
         torch = sys.modules["torch"]
-        return to_array(torch.randn(tuple(shape), generator=generator, device=generator.device))
+        return lambda shape: to_array(torch.randn(tuple(shape), generator=generator, device=generator.device))
+    if generator is None:
+        generator = secrets.randbits(32)
     if isinstance(generator, bool) or not isinstance(generator, int | np.integer):
         raise UsageError(
             f"generator is a {type(generator).__name__}; give a seed, a torch.Generator, or noise as latents"
         )
     try:
-        return torch_randn(shape, int(generator))
+        return Stream(int(generator)).randn
     except ValueError as error:
         raise UsageError(f"{error}; give another seed, or noise as latents") from error
 

@@ -21,7 +21,7 @@ from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.program import Program
-from engines.sizes import batches_of
+from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import open_bundle
 
@@ -104,7 +104,7 @@ class Pipeline(Program):
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
             generator: a seed, a ``torch.Generator``, or a list of either, one an image; None for a random seed.
-            latents: noise ``[n, C, H, W]`` in the generator's place.
+            latents: initial noise ``[n, C, H, W]`` in the generator's place.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
             return_dict: whether to return :class:`Output`, or a tuple.
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
@@ -209,12 +209,11 @@ class Pipeline(Program):
             raise UsageError(f"{self.bundle.folder}: holds no VAE decoder; ask for output_type='latent'")
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
-        if latents is None:
-            return draw_noise(shape, generator, self.record.noise)
-        noise = check_input(to_array(latents), "latents")
-        if noise.shape != shape:
-            raise UsageError(f"latents are {list(noise.shape)}, this call is for {list(shape)}")
-        return noise.astype(np.float32, copy=False)
+        if latents is not None:
+            latents = check_input(to_array(latents), "latents").astype(np.float32, copy=False)
+            if latents.shape != shape:
+                raise UsageError(f"latents are {list(latents.shape)}, this call is for {list(shape)}")
+        return draw_noise(shape, generator, self.record.noise, self.record.solver.draws, latents)
 
     def _integrate(
         self,
@@ -230,8 +229,9 @@ class Pipeline(Program):
             for start in range(0, len(noise), size):
                 images = np.arange(start, min(start + size, len(noise)))
                 rows = rows_of(conditions, images, len(noise))
-                with Steps(self.contexts, noise[images].shape, rows) as steps:
-                    walk = Walk(steps, noise[images])
+                own = noise[images]
+                with Steps(self.contexts, latent_shape_of(self.record, own.shape), rows) as steps:
+                    walk = Walk(steps, own)
                     if steps.can_replay and not together and going:
                         walk.finish()
                         bar.update(calls)

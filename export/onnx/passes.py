@@ -103,6 +103,28 @@ class WidenAttentionMasks(NodePass):
         return True
 
 
+class ChooseByLogic(NodePass):
+    """Write each Where on booleans as (c and a) or (not c and b): ORT has none."""
+
+    def change(self, node: ir.Node) -> bool:
+        if node.op_type != "Where" or node.outputs[0].dtype != ir.DataType.BOOL:
+            return False
+        condition, first, second = node.inputs
+        other = ir.node("Not", [condition], name=f"{node.name}_not")
+        parts = [
+            ir.node("And", [condition, first], name=f"{node.name}_first"),
+            ir.node("And", [other.outputs[0], second], name=f"{node.name}_second"),
+        ]
+        for made in (other, *parts):
+            made.outputs[0].name, made.outputs[0].type = made.name, ir.TensorType(ir.DataType.BOOL)
+        _graph(node).insert_before(node, [other, *parts])
+        node.op_type = "Or"
+        node.resize_inputs(2)
+        for position, part in enumerate(parts):
+            node.replace_input_with(position, part.outputs[0])
+        return True
+
+
 class DropIdleArithmetic(NodePass):
     """Remove each addition of 0 and multiplication by 1: of exactly these, as a constant of one element."""
 
@@ -143,7 +165,9 @@ class MergeConstants(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, len(initializers) < count)
 
 
-MEND = ir.passes.Sequential(DropIdleSqueezes(), AlignConcatenations(), TransposeByName(), WidenAttentionMasks())
+MEND = ir.passes.Sequential(
+    DropIdleSqueezes(), AlignConcatenations(), TransposeByName(), WidenAttentionMasks(), ChooseByLogic()
+)
 """Every repair that is right for all runtimes."""
 
 

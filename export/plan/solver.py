@@ -40,8 +40,12 @@ class Recurrence:
 def recurrence(sampler: Sampler, launched: Sequence[int]) -> Recurrence | None:
     """Return the shortest recurrence over the calls ``launched``, or None where none up to LONGEST reproduces it.
 
+    None too where the sampler draws noise: graphs are not given it.
+
     ``launched`` are the calls whose ε is computed, ascending from 0; each other call has the ε of the one before.
     """
+    if sampler.draws:
+        return None
     rows = by_launch(sampler, launched)
     for history in range(1, LONGEST + 1):
         candidate = _solve(rows, history)

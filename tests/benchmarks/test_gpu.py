@@ -27,8 +27,8 @@ def records(folder):
 def test_steps_are_in_order_of_worth_and_a_suite_is_all_that_a_family_needs():
     names = [step.name for step in steps()]
     assert len(set(names)) == len(names)
-    assert names[:5] == ["sd15-torch", "sd15-torch-compile", "sd15-onnxruntime-cuda", "sdxl-torch", "dit-xl-torch"]
-    assert names[5:9] == ["search-block", "search-layer", "sd15-tensorrt", "sd15-onnxruntime-tensorrt-rtx"]
+    assert names[:4] == ["sd15-torch", "sd15-onnxruntime-cuda", "sdxl-torch", "dit-xl-torch"]
+    assert names[4:8] == ["search-block", "search-layer", "sd15-torch-compile", "sd15-tensorrt"]
     measured = {(step.suite, step.backend) for step in steps() if step.backend}
     on_gpu = {name: load_suite(name) for name in suites() if name.startswith("gpu-")}
     assert measured == {(name, backend) for name, suite in on_gpu.items() for backend in suite.backends}
@@ -37,10 +37,10 @@ def test_steps_are_in_order_of_worth_and_a_suite_is_all_that_a_family_needs():
 def test_a_step_is_written_resumed_and_does_not_mind_one_that_takes_too_long(tmp_path, capsys):
     """The first of two steps has half a second; the other is rehearsed whole, and not again the second time."""
     folder, bundles = tmp_path / "gpu", tmp_path / "bundles"
-    (late,) = gpu.run(folder, bundles, True, 0.5, ["pixart-torch"])
+    (late,) = gpu.run(folder, bundles, True, 600, 0.5, ["pixart-torch"])
     assert late.status == "failed"
     assert late.error.startswith("no answer within")
-    (done,) = gpu.run(folder, bundles, True, 600, ["dit-xl-torch"])
+    (done,) = gpu.run(folder, bundles, True, 600, 600, ["dit-xl-torch"])
     assert (done.status, done.error) == ("measured", None)
     assert [row.program for row in done.rows] == [EAGER, *PROGRAMS]
     assert [row.error for row in done.rows] == [None] * 5
@@ -52,11 +52,11 @@ def test_a_step_is_written_resumed_and_does_not_mind_one_that_takes_too_long(tmp
     assert [row.steps for row in done.rows] == [None, 10, 10, plain, 10]
     assert (ratios["full"], ratios[FEWER]) == (1, plain / 10)
     assert 0 < ratios[MAIN] < 0.5
-    again = gpu.run(folder, bundles, True, 0.5, ["dit-xl-torch", "pixart-torch"])
+    again = gpu.run(folder, bundles, True, 600, 0.5, ["dit-xl-torch", "pixart-torch"])
     assert [record.status for record in again] == ["measured", "failed"]
     assert "dit-xl-torch: measured already" in capsys.readouterr().out
     with refused(r"gpu-dit-xl-torch.json: rehearsed; give another folder"):
-        gpu.run(folder, bundles, False, 600, ["dit-xl-torch"])
+        gpu.run(folder, bundles, False, 600, 600, ["dit-xl-torch"])
     assert records(folder).keys() == {"gpu-dit-xl-torch", "gpu-pixart-torch"}
     schema = json.loads(gpu.json_schema())
     for record in records(folder).values():
@@ -123,7 +123,7 @@ def test_torch_compile_is_held_against_the_eager_model(workload, programs, tmp_p
 
 @pytest.mark.slow
 def test_all_of_it_is_rehearsed(tmp_path):
-    made = gpu.run(tmp_path, tmp_path / "bundles", True, 3600)
+    made = gpu.run(tmp_path, tmp_path / "bundles", True, 3600, 900)
     assert [record.step for record in made] == [step.name for step in steps()]
     for record in made:
         assert record.status == "measured", record.error

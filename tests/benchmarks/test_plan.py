@@ -18,7 +18,7 @@ def test_a_plan_counts_every_run():
     expected = {"load 0": load, "loop 0": loop, "step 0": steps, "load 1": load, "loop 1": loop, "step 1": steps}
     assert plan.parts == expected | {"images": images}
     assert plan.line() == (
-        "takes about 9 min: 30 s to compile and verify, 7 min to time 7 programs in 6 rounds, 85 s to make their images"
+        "takes about 8 min: 30 s to compile and verify, 7 min to time 7 programs in 6 rounds, 85 s to make their images"
     )
     bare = plan_of(SUITE.changed(warm_up=0, images=0, processes=1, scopes=["loop"]))
     assert bare.parts == {"load 0": load - 17, "loop 0": 6 * 17, "images": 0}

@@ -49,7 +49,7 @@ def test_every_measured_program_is_a_dot_at_its_values(measured):
     assert all(0 <= left <= 560 and 0 <= top <= 380 and width == pytest.approx(10) for left, top, width, _ in dots)
     middles = sorted(left + width / 2 for left, _, width, _ in dots)
     logs = sorted(np.log(point.seconds) for point in points)
-    places = 52 + 492 * (np.array(logs) - logs[0] + np.log(1.12)) / (logs[-1] - logs[0] + 2 * np.log(1.12))
+    places = 62 + 482 * (np.array(logs) - logs[0] + np.log(1.12)) / (logs[-1] - logs[0] + 2 * np.log(1.12))
     assert middles == pytest.approx(places, abs=0.1)
     for point in points:
         assert f"<title>{point.name}: {milliseconds(point.seconds)}, {point.psnr:.1f} dB</title>" in drawn

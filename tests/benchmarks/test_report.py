@@ -90,11 +90,12 @@ def changed(row, psnr, speedup, spread=0.0):
     """A row with another mean PSNR and another speed in each of its rounds, these apart by ``spread``."""
     samples = [1 / speedup * (1 + spread * (-1) ** number) for number in range(20)]
     quality = row.quality.model_copy(update={"psnr_db": psnr, "each_psnr_db": [psnr - 1, psnr, psnr + 1] * 3})
-    return row.model_copy(update={"quality": quality, "timing": timing_of(samples, [1.0] * 20)})
+    timing = timing_of(samples, [1.0] * 20)
+    return row.model_copy(update={"quality": quality, "timing": timing, "efficiency": 1.0})
 
 
 def lines_of(report, *rows, seconds=None):
-    rows = [report.rows[0], *rows]
+    rows = [changed(report.rows[0], 150, 1.0), *rows]
     return headlines(report.model, report.sampler, rows, report.scope, report.environment, seconds)
 
 
@@ -113,9 +114,7 @@ def test_headlines_begin_with_the_trade(measured):
         f"{fewer.steps} plain steps (equal MACs): 2.80 times, 30.1 dB; "
         f"{equal.steps} plain steps (equal time): 2.40 times, 34.0 dB."
     )
-    saved = report.row("full").timing.wall.median - 1 / 2.35
-    paid = [entry.line for entry in rest if "paid" in entry.line]
-    assert len(paid) == (saved > 0)
+    assert rest[1].line == "The search took 100 s; with 574 ms saved per run it has paid after 175 runs."
     plain = own.model_copy(update={"quality": None})
     assert lines_of(report, plain)[0].line == "2.35 times as fast as the full program."
 

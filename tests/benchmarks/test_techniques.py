@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from benchmarks.bench.parity import verify
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
-from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, first_block_cache
+from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, cache_dit, first_block_cache
 from benchmarks.failures import NotMeasuredError
 from export.bundle import open_bundle
 from tests import zoo
@@ -30,8 +31,8 @@ class Made:
 
 
 @cache
-def made(kind):
-    task = zoo.task(kind, STEPS)
+def made(kind, sampler=None):
+    task = zoo.task(kind, STEPS, sampler)
     folder = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=0, keep=1.0))
     return Made(folder, zoo.pipeline(kind), open_bundle(folder).record.macs)
 
@@ -40,9 +41,9 @@ def subject(found, technique):
     return TorchSubject(TorchSpec(bundle=str(found.bundle), model=found.model, technique=technique, threads=1))
 
 
-@pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_eager_torch_does_what_the_full_program_does(kind):
-    found = made(kind)
+@pytest.mark.parametrize(("kind", "sampler"), [("sd", None), ("sd", "euler-a"), ("dit", None)])
+def test_eager_torch_does_what_the_full_program_does(kind, sampler):
+    found = made(kind, sampler)
     eager = subject(found, "eager torch")
     program = ProgramSubject(ProgramSpec(folder=str(found.bundle), backend="onnxruntime", threads=1))
     assert latent_error(eager.loop(), program.loop()) < 1e-4
@@ -51,6 +52,7 @@ def test_eager_torch_does_what_the_full_program_does(kind):
     assert eager.macs() == found.macs
     assert len(eager.steps()) == len(program.steps())
     program.close()
+    assert verify(found.bundle, found.model).passed
 
 
 def test_deep_cache_is_the_packages_own():
@@ -96,9 +98,10 @@ def test_first_block_cache_forgets_between_trajectories(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dit", pytest.param("pixart", marks=pytest.mark.slow)])
-def test_cache_dit_computes_less_and_forgets_between_trajectories(kind):
-    """Its own package; six steps are few, so that it warms up for four of them."""
+def test_cache_dit_computes_less_and_forgets_between_trajectories(kind, monkeypatch):
+    """Its own package; six steps are few and far apart: it warms up for four of them, and then takes any change."""
     pytest.importorskip("cache_dit")
+    monkeypatch.setitem(TECHNIQUES, "cache-dit", Technique(partial(cache_dit, threshold=10.0)))
     found = made(kind)
     cached = subject(found, "cache-dit")
     first = cached.loop()

@@ -12,7 +12,9 @@ from dipgo.graph.trace import trace
 from dipgo.model.families import join
 from dipgo.model.models import find_model
 from dipgo.model.sampler import make_scheduler
+from dipgo.searching.search import search
 from dipgo.searching.task import make_task
+from engines.pipeline.formats import draw_noise
 from tests import models, zoo
 from tests.checks import misused, refused
 from tests.models import random_subnet
@@ -22,6 +24,7 @@ PROMPTS = ["a cat", "two dogs in the rain"]
 KINDS = [
     "sd",
     "sd-v",
+    "lcm",
     "sdxl",
     "pixart",
     "pixart-1024",
@@ -47,15 +50,14 @@ def run_pipeline(task, seed):
 
 
 def run_trajectory(task, seed, subnet=None):
-    family = task.model.family
-    shape = family.noise.before if family.noise else task.model.latent_shape(1)[1:]
-    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
-    noise = family.noise(noise) if family.noise else noise
+    family, generator = task.model.family, torch.Generator().manual_seed(seed)
+    shape = (2, *task.model.latent_shape(1)[1:])
+    noise = torch.from_numpy(draw_noise(shape, generator, family.noise, task.sampler.draws))
     conditions = join(*family.conditions(task.pipe, PROMPTS), task.trace.rows > 1)
     with torch.no_grad():
         if subnet is None:
             return task.trajectory.full(noise, conditions)[-1]
-        return task.trajectory.gated(noise, conditions, subnet.gates, {})[-1]
+        return task.trajectory.gated(noise, conditions, subnet.gates, subnet.schedule.tensors())[-1]
 
 
 def same(actual, expected, images=False):
@@ -76,9 +78,22 @@ def test_trajectory_equals_the_pipeline(name):
     assert same(run_trajectory(task, 4, subnet), expected, images)
 
 
-def test_a_sampler_that_draws_noise_gives_way_to_another(tmp_path):
-    folders = [zoo.pipeline("unconditional")]
-    folders += [models.tiny_unconditional(tmp_path / "ddpm", DDPMPipeline, DDPMScheduler)]
+def test_a_pipeline_whose_sampler_draws_noise(tmp_path):
+    """By itself, in a search, and under another sampler."""
+    folder = models.tiny_unconditional(tmp_path / "ddpm", DDPMPipeline, DDPMScheduler)
+    own = make_task(find_model(folder), STEPS, None, zoo.SITES["unconditional"], guidance_scale=1.0)
+    own.pipe.set_progress_bar_config(disable=True)
+    assert own.sampler.draws == STEPS - 1
+    assert same(run_trajectory(own, 3), run_pipeline(own, 3), images=True)
+    found = search(own, zoo.search_config(STEPS, 0.6, **zoo.LEAST))
+    assert found.cost.ratio <= 0.6
+    assert found.search.psnr_db == max(found.search.held_out_psnr_db.values())
+    with gated(own.pipe.unet, found):
+        expected = run_pipeline(own, 4)
+    assert same(run_trajectory(own, 4, found), expected, images=True)
+    alike = [task.draw(2, 7) for task in (own, own.with_sampler(make_scheduler("ddim", own.pipe.scheduler), STEPS))]
+    assert torch.equal(alike[0].noise[:, 0], alike[1].noise)  # the initial noise does not depend on the sampler
+    folders = [zoo.pipeline("unconditional"), folder]
     tasks = [make_task(find_model(folder), STEPS, "ddim", "mid_block", guidance_scale=1.0) for folder in folders]
     assert type(tasks[1].pipe).__name__ == "DDPMPipeline"
     assert same(run_trajectory(tasks[1], 5), run_pipeline(tasks[0], 5), images=True)

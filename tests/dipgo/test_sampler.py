@@ -12,8 +12,7 @@ from dipgo.model.sampler import ALIASES, SchedulerConfig, make_scheduler, tabula
 from tests.checks import misused
 
 BASE = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
-
-
+DRAW = ("ddpm", "dpm++2m-sde", "euler-a", "lcm")
 V_PREDICTION = diffusers.DDIMScheduler(
     beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", steps_offset=1
 )
@@ -28,15 +27,19 @@ def test_table_equals_scheduler(name, steps, base):
     sampler = tabulate(scheduler, steps)
     generator = torch.Generator().manual_seed(steps)
     noise, *outputs = torch.randn(sampler.calls + 1, 2, 4, 8, 8, generator=generator)
+    state = generator.get_state()
+    drawn = [torch.randn(noise.shape, generator=generator) for _ in range(sampler.draws)]
+    options = {"generator": generator.set_state(state)} if drawn else {}
+    assert bool(drawn) == (name in DRAW)
 
     scheduler.set_timesteps(steps)
     latent = noise * float(scheduler.init_noise_sigma)
-    basis = torch.stack([noise, *outputs]).double()
+    basis = torch.stack([noise, *drawn, *outputs]).double()
     for call, timestep in enumerate(scheduler.timesteps):
         expected = np.einsum("k,k...->...", sampler.rows[call], basis) * sampler.input_scale[call]
         actual = scheduler.scale_model_input(latent, timestep)
         assert torch.linalg.norm(actual - torch.from_numpy(expected)) <= 1e-4 * torch.linalg.norm(actual)
-        latent = scheduler.step(outputs[call], timestep, latent).prev_sample
+        latent = scheduler.step(outputs[call], timestep, latent, **options).prev_sample
     final = torch.from_numpy(np.einsum("k,k...->...", sampler.rows[-1], basis))
     assert torch.linalg.norm(latent - final) <= 1e-4 * torch.linalg.norm(latent)
 
@@ -60,14 +63,25 @@ def test_timesteps_are_the_scheduler_s():
     assert sampler.calls == 6
 
 
+class Wanders(diffusers.EulerDiscreteScheduler):
+    """Draws from torch's global generator, which no call sets."""
+
+    def step(self, output, timestep, sample):
+        moved = super().step(output, timestep, sample)
+        moved.prev_sample += torch.randn_like(sample)
+        return moved
+
+
 def test_what_is_not_linear_or_makes_no_sense_is_refused():
     euler = make_scheduler("euler", BASE)
     assert tabulate(euler, 10).calls == 10
+    ancestral = diffusers.EulerAncestralDiscreteScheduler()
     clips = "not linear as configured: it clips or thresholds"
     for call, message in (
-        (lambda: tabulate(diffusers.DDPMScheduler(clip_sample=False), 20), "DDPMScheduler draws noise at every step"),
-        (lambda: tabulate(diffusers.EulerAncestralDiscreteScheduler(), 20), "DiscreteScheduler draws noise at every"),
+        (lambda: tabulate(ancestral, 20, given={}), "AncestralDiscreteScheduler draws noise, and this pipeline gives"),
+        (lambda: tabulate(Wanders(), 20), "Wanders draws noise in a way of its own, not from a generator"),
         (lambda: tabulate(diffusers.DDIMScheduler(clip_sample=True), 20), clips),
+        (lambda: tabulate(diffusers.DDPMScheduler(clip_sample=True), 20), clips),
         (lambda: tabulate(diffusers.DPMSolverMultistepScheduler(thresholding=True), 20), clips),
         (lambda: tabulate(diffusers.UniPCMultistepScheduler(predict_x0=False), 20), "not finite as configured"),
         (lambda: tabulate(diffusers.DDIMScheduler(num_train_timesteps=10), 20), "DDIMScheduler refuses 20 steps"),

@@ -6,7 +6,7 @@ import torch
 
 import dipgo
 from engines.pipeline.images import grid
-from engines.pipeline.noise import torch_randn
+from engines.pipeline.noise import Stream
 from tests import zoo
 from tests.checks import misused, python
 from tests.engines.dropin import compiled
@@ -22,15 +22,17 @@ def bundle():
 @pytest.mark.parametrize("shape", [(16,), (1, 4, 8, 8), (3, 5, 7), (2, 4, 64, 64)])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 7, 2**64 - 1, -1, -(2**63)])
 def test_noise_is_torch_s(shape, seed):
-    expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
-    assert np.abs(torch_randn(shape, seed) - expected).max() <= 1e-6
+    generator, stream = torch.Generator().manual_seed(seed), Stream(seed)
+    for size in (shape, (3, 7), shape):  # each draw goes on where the one before ended
+        expected = torch.randn(size, generator=generator).numpy()
+        assert np.abs(stream.randn(size) - expected).max() <= 1e-6
 
 
 def test_noise_that_torch_draws_otherwise_is_refused():
     with pytest.raises(ValueError, match="fewer than the 16"):
-        torch_randn((3, 5), 0)
+        Stream(0).randn((3, 5))
     with pytest.raises(ValueError, match="outside"):
-        torch_randn((16,), 2**64)
+        Stream(2**64)
 
 
 LIGHT = "torch diffusers transformers onnx onnx_ir"

@@ -137,6 +137,8 @@ CONTRADICTIONS = {
         "nested more than 64 lev",
     ),
     "trained steps": (lambda r: r["sampler"]["config"].update(num_train_timesteps=-5), "num_train_timesteps is -5"),
+    "draws": (lambda r: r["solver"].update(kind="graph", draws=3), "draws noise, which graphs are not given"),
+    "draws more": (lambda r: r["solver"].update(kind="host", draws=3), r"'solver.rows' is not \[5, 8\] finite"),
     "escapes": (lambda r: r["model"].update(name="\x1b[2J"), "model.name: String should match pattern"),
     "NaN": (lambda r: r["steps"][0].update(timestep=float("nan")), "timestep: Input should be less than"),
     "fields": (lambda r: r["solver"].update(dict.fromkeys(map(str, range(5000)))), "no record of this kind"),

@@ -42,21 +42,12 @@ __all__ = [
 
 
 def registered_family(denoiser_class: str, component: str, pipeline_class: str) -> Family | None:
-    """Return the registered family of a denoiser and its pipeline; None where there is none.
-
-    Raises:
-        UsageError: a pipeline whose loop is none of those that are reproduced, of a denoiser that has an entry.
-    """
-    registered = [each for each in FAMILIES if (each.denoiser_class, each.component) == (denoiser_class, component)]
-    for family in registered:
-        if pipeline_class in family.pipelines:
+    """Return the registered family of a denoiser and its pipeline; None where there is none."""
+    for family in FAMILIES:
+        if (family.denoiser_class, family.component) == (denoiser_class, component) and (
+            pipeline_class in family.pipelines
+        ):
             return family
-    if registered:
-        names = ", ".join(name for family in registered for name in family.pipelines)
-        raise UsageError(
-            f"{pipeline_class} samples in a way of its own, which is not supported; with a {denoiser_class} these are: "
-            f"{names} (load the model by one of them and save that, if its images are what you want)"
-        )
     return None
 
 
@@ -90,12 +81,11 @@ def component_of(pipe: Any) -> str:
     """Return the attribute that holds a pipeline's denoiser.
 
     Raises:
-        UsageError: there is none, or see :func:`registered_family`.
+        UsageError: there is none.
     """
     for component in COMPONENTS:
         denoiser = getattr(pipe, component, None)
         denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what torch.compile has inside
         if denoiser is not None:
-            registered_family(type(denoiser).__name__, component, _loop_of(pipe))
             return component
     raise UsageError(f"{type(pipe).__name__} holds no denoiser: it has neither {' nor '.join(COMPONENTS)}")

@@ -46,7 +46,7 @@ DIT = Family(
     example=lambda config, rows: {"class_labels": torch.zeros(rows, dtype=torch.int64)},
     call=_call,
     conditional_first=True,
-    table=partial(tabulate, scales_noise=False),
+    table=partial(tabulate, scales_noise=False, given={}),
     null_class=NULL_CLASS,
     labels=_labels,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,16 +12,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoWarning, UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import read_json
+from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting
+from dipgo.model.families.pixart import PIXART_ALPHA
 from dipgo.model.families.sites import OBSERVED, sites_of_lists
+from dipgo.model.families.unet import UNET
+from dipgo.model.observed.forms import form_of
 from dipgo.model.observed.observe import Observation, Request, conditions_of, observe
 from dipgo.model.observed.prompts import observe_prompts
 from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
+
+_SITES = OBSERVED | {family.denoiser_class: family.sites for family in (DIT, PIXART_ALPHA, UNET)}
 
 
 def observed_family(folder: Path, component: str, pixels: tuple[int, int] | None = None) -> Family:
@@ -44,7 +51,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
     """
     seen = _observed(pipe, component, request)
     denoiser_class = type(getattr(pipe, component)).__name__
-    sites = OBSERVED.get(denoiser_class) or sites_of_lists(getattr(pipe, component))
+    sites = _SITES.get(denoiser_class) or sites_of_lists(getattr(pipe, component))
 
     def example(config: Mapping[str, Any], rows: int) -> Conditions:
         return {
@@ -53,7 +60,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         }
 
     def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
-        output = first_of(denoiser(**seen.template.arguments(sample, timestep, given)))
+        output = first_of(form_of(denoiser).forward(denoiser, **seen.template.arguments(sample, timestep, given)))
         return seen.guide.sign * output if seen.guide.sign < 0 else output
 
     def encode(pipe: Any, prompts: Sequence[Any]) -> tuple[Conditions, Conditions]:
@@ -68,6 +75,10 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
     def decode(latents: torch.Tensor, config: Any) -> torch.Tensor:
         assert seen.decoding is not None
         return seen.decoding(latents)
+
+    def under(scale: float, pixels: tuple[int, int] | None) -> Family:
+        asked = seen.asked if pixels in (None, seen.size) else pixels
+        return family_of_observed(pipe, component, Request(scale, asked))
 
     return Family(
         denoiser_class=denoiser_class,
@@ -87,12 +98,12 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         noise=None if seen.noise.idle else seen.noise,
         to_vae=decode if seen.decoding else None,
         from_vae=lambda values, config: seen.decoding.inverse(values) if seen.decoding else values,
-        under=lambda scale, pixels: family_of_observed(pipe, component, Request(scale, pixels)),
+        under=under,
         scale=seen.guidance,
         fixed=seen.fixed,
         pixels=None if seen.any_size else seen.size,
         seen=seen,
-        upcasts_vae=lambda config: True,  # not known, and float32 is right in any case
+        upcasts_vae=lambda config: hasattr(pipe, "upcast_vae"),  # which pipelines have that do it
     )
 
 
@@ -107,21 +118,33 @@ _SEEN: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
 
 def _observed(pipe: Any, component: str, request: Request) -> Observation:
     """Return what a pipeline does, observed once for each guidance scale and size."""
-    key = (component, request.guidance, rescale_of(request.guidance or 0.0), request.size, type(pipe.scheduler))
+
+    def key(guidance: float | None, size: tuple[int, int] | None) -> Any:
+        return component, guidance, rescale_of(guidance or 0.0), size, type(pipe.scheduler)
+
     seen = _SEEN.setdefault(pipe, {})
-    if key not in seen:
-        seen[key] = observe(pipe, component, request)
-    return seen[key]
+    asked = key(request.guidance, request.size)
+    if asked not in seen:
+        observation = observe(pipe, component, request)
+        seen |= dict.fromkeys((asked, key(observation.guidance, observation.size)), observation)
+    return seen[asked]
+
+
+_READ: WeakKeyDictionary[Any, dict[Any, Prompting | None]] = WeakKeyDictionary()
 
 
 def _prompting(pipe: Any, seen: Observation) -> Prompting | None:
-    """Return how the pipeline reads prompts; None where bundles of it take embeddings."""
+    """Return how the pipeline reads prompts; None where bundles of it take embeddings, which a warning says."""
     if not any(name.startswith("tokenizer") and part is not None for name, part in pipe.components.items()):
         return None
-    try:
-        return observe_prompts(pipe, seen)
-    except UsageError:
-        return None
+    known, key = _READ.setdefault(pipe, {}), (seen.component, seen.guidance, seen.size)
+    if key not in known:
+        try:
+            known[key] = observe_prompts(pipe, seen)
+        except UsageError as error:
+            known[key] = None
+            warnings.warn(f"bundles of it take embeddings, not prompts: {error}", DipgoWarning, stacklevel=2)
+    return known[key]
 
 
 def _blank(value: torch.Tensor, rows: int) -> torch.Tensor:

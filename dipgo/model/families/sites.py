@@ -34,7 +34,24 @@ _FLUX: Sites = {  # a single block's last projection takes its attention and its
     "layer": (*_DOUBLE["layer"], "single_transformer_blocks.*.proj_out"),
 }
 
-OBSERVED: Mapping[str, Sites] = {
+_UNET: Sites = {
+    "block": ("down_blocks.*", "mid_block", "up_blocks.*"),
+    # A transformer reads its resnet's output alone: where it is skipped, nobody reads the resnet, which goes too.
+    "branch": ("*_blocks.*.attentions|resnets.*", "*_blocks.*.*samplers.*", "mid_block"),
+    "layer": (
+        "*_blocks.*.resnets.*",
+        "*_blocks.*.*samplers.*",
+        "mid_block.resnets.*",
+        *(
+            f"{place}.attentions.*.transformer_blocks.*.{part}"
+            for place in ("*_blocks.*", "mid_block")
+            for part in ("attn1", "attn2", "ff")
+        ),
+        "conv_out",  # what a step is skipped whole by
+    ),
+}
+
+OBSERVED: dict[str, Sites] = {
     "AuraFlowTransformer2DModel": _transformer(
         "joint_transformer_blocks", "single_transformer_blocks", layers=(*_STREAMS,)
     ),
@@ -47,5 +64,6 @@ OBSERVED: Mapping[str, Sites] = {
     "QwenImageTransformer2DModel": _transformer("transformer_blocks", layers=("attn", "img_mlp", "txt_mlp")),
     "SanaTransformer2DModel": _transformer("transformer_blocks", layers=("attn1", "attn2", "ff")),
     "SD3Transformer2DModel": _transformer("transformer_blocks", layers=_STREAMS),
+    "UNet2DConditionModel": _UNET,
     "WanTransformer3DModel": _transformer("blocks", layers=("attn1", "attn2", "ffn")),
 }

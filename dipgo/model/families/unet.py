@@ -10,6 +10,7 @@ from torch import nn
 
 from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
+from dipgo.model.families.sites import OBSERVED
 
 TOKENS = 77  # of CLIP's text encoders
 _SKIPS = 3  # the most layers that clip_skip leaves out in a bundle
@@ -132,22 +133,7 @@ UNET = Family(
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     component="unet",
     conditioned_by="prompt",
-    sites={
-        "block": ("down_blocks.*", "mid_block", "up_blocks.*"),
-        # A transformer reads its resnet's output alone: where it is skipped, nobody reads the resnet, which goes too.
-        "branch": ("*_blocks.*.attentions|resnets.*", "*_blocks.*.*samplers.*", "mid_block"),
-        "layer": (
-            "*_blocks.*.resnets.*",
-            "*_blocks.*.*samplers.*",
-            "mid_block.resnets.*",
-            *(
-                f"{place}.attentions.*.transformer_blocks.*.{part}"
-                for place in ("*_blocks.*", "mid_block")
-                for part in ("attn1", "attn2", "ff")
-            ),
-            "conv_out",  # what a step is skipped whole by
-        ),
-    },
+    sites=OBSERVED["UNet2DConditionModel"],
     granularity="block",
     encode=_encode,
     example=_example,

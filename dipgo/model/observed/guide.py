@@ -72,12 +72,15 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
                 return Guide("none", sign)
     passes, batched = (list(cut[0].chunk(2)), True) if len(cut) == 1 else (cut, False)
     if len(passes) != 2 or any(each.shape != given.shape for each in passes):
-        raise UsageError(f"it makes {len(outputs)} calls of its denoiser per step, in a way of its own")
+        count = sum(len(each) for each in cut) // rows
+        raise UsageError(f"it makes {count} passes of guidance per step, and one or two are supported")
     for conditional in (0, 1):
         for sign in (1, -1):
             c, u = sign * passes[conditional], sign * passes[1 - conditional]
             slope = float(((given - u) * (c - u)).sum() / ((c - u) ** 2).sum())
-            for offset in {0.0, float(round(slope - scale))}:
+            for offset in dict.fromkeys(
+                (0.0, 1.0, float(round(slope - scale)))
+            ):  # the slope of rescaled passes is another
                 for kind in ("linear", "norm"):
                     guide = Guide(kind, sign, offset, batched, conditional)
                     if slope > 0 and _near(guide.combine(u, c, scale), given):

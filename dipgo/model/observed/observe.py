@@ -22,7 +22,7 @@ from dipgo.base.layout import Layout, find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
 from dipgo.model.observed.template import Constant, Template, Views, names_of, roles_of, same
-from dipgo.model.observed.watch import Log, Watch, first_of, watch
+from dipgo.model.observed.watch import Log, Watch, first_of, tokens_of, watch
 from dipgo.model.sampler import Sampler, tabulate
 
 STEPS = 4  # that a pipeline is watched for, where their number does not matter
@@ -89,6 +89,8 @@ class Observation:
 
     Attributes:
         guidance: the scale that it was observed at.
+        size: of its images in pixels; None where that is not known.
+        asked: the size that it is asked for, so that it makes images of :attr:`size`; None is its own.
         conditions: an example of each condition, one row.
         fixed: those that do not depend on the prompt, one row.
         latent: its shape, without the batch.
@@ -103,6 +105,7 @@ class Observation:
     component: str
     guidance: float
     size: tuple[int, int] | None
+    asked: tuple[int, int] | None
     template: Template
     guide: Guide
     conditions: Mapping[str, torch.Tensor]
@@ -137,7 +140,7 @@ class Observation:
         """
         own, pipe.scheduler = pipe.scheduler, scheduler
         try:
-            request = Request(self.guidance, self.size, steps)
+            request = Request(self.guidance, self.asked, steps)
             log = watch(pipe, request.inputs(pipe, self.component), Watch(self.component, steps=10**6))
         except UsageError:
             if not self.usual:
@@ -149,7 +152,8 @@ class Observation:
 
     def _table(self, pipe: Any, scheduler: Any, steps: int, log: Log) -> Sampler:
         """Return the table, after comparing it with what was seen."""
-        table = tabulate(scheduler, steps, self.scales_noise, log.settings, log.begin)
+        given = {name: value for name, value in log.steps[0].options.items() if not isinstance(value, torch.Tensor)}
+        table = tabulate(scheduler, steps, self.scales_noise, log.settings, log.begin, given)
         if len(log.steps) != table.calls:
             raise UsageError(f"{type(pipe).__name__} makes {len(log.steps)} of {table.calls} steps; not supported")
         moments = [_moment(self.template, log.calls_of(step)[0].arguments) for step in range(table.calls)]
@@ -161,10 +165,10 @@ class Observation:
     def _compare(self, pipe: Any, table: Sampler, log: Log) -> None:
         """Make all steps again by the table, the template and the guide, and compare the latents."""
         denoiser = getattr(pipe, self.component)
-        basis = [self.noise(log.drawn[0]).float()]
+        basis = [self.noise(log.drawn[0]).float(), *(noise.float() for noise in log.drawn_in_steps)]
         first = log.calls_of(0)
         conditions = joined_conditions(self, [self.template.conditions(call.arguments) for call in first])
-        with denoiser_stand_in(denoiser), torch.no_grad():
+        with denoiser_stand_in(denoiser, tokens_of(pipe)), torch.no_grad():
             for step, seen in enumerate(log.steps):
                 latent = _combine(table.rows[step], basis)
                 if not _near(latent, seen.latent):
@@ -204,13 +208,30 @@ def observe(pipe: Any, component: str, request: Request) -> Observation:
         UsageError: it cannot be run, or its loop is none that can be made again, with the reason.
     """
     try:
-        return _observe(pipe, component, request)
+        seen = _observe(pipe, component, request)
+        return seen if request.size is None or request.size == seen.size else _at_size(pipe, component, request, seen)
     except DipgoError:
         raise
     except Exception as error:  # whatever inputs of unknown kinds may lead to
         raise UsageError(
             f"{type(pipe).__name__} is not supported: it cannot be observed ({one_line(error)})"
         ) from error
+
+
+def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> Observation:
+    """Return what is observed where images are of the size that is wanted, and not as asked for.
+
+    The VAE may be of another scale than its pipeline takes it for.
+    """
+    assert request.size is not None
+    assert seen.size is not None
+    scaled = [side * side / made for side, made in zip(request.size, seen.size, strict=True)]
+    if "use_resolution_binning" not in signature(type(pipe).__call__).parameters:
+        other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
+        if other.size == request.size:
+            return other
+    made, asked = ("x".join(map(str, size)) for size in (seen.size, request.size))
+    raise UsageError(f"{type(pipe).__name__} makes images of {made} where {asked} are asked for; give --size {made}")
 
 
 def _observe(pipe: Any, component: str, request: Request) -> Observation:
@@ -263,7 +284,8 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     bare = Observation(
         component=component,
         guidance=request.guidance,
-        size=request.size or size,
+        size=size or request.size,
+        asked=request.size,
         template=template,
         guide=guide,
         conditions={},
@@ -292,7 +314,7 @@ def conditions_of(
     observation: Observation, pipe: Any, prompts: Sequence[Any], guidance: float
 ) -> dict[str, torch.Tensor]:
     """Return what a pipeline passes for some prompts, with guidance the unconditional rows first."""
-    request = Request(guidance, observation.size, prompts=tuple(prompts))
+    request = Request(guidance, observation.asked, prompts=tuple(prompts))
     component, passes = observation.component, observation.guide.passes
     calls = 1 if observation.guide.batched else passes
     log = watch(pipe, request.inputs(pipe, component), Watch(component, calls=calls))
@@ -380,11 +402,6 @@ def _decoding(
         raise UsageError(f"{type(pipe).__name__} decodes its latents in a way of its own; not supported")
     images = first_of(output_like(pipe.vae.decode, (shift,), {"return_dict": False}))
     size = (int(images.shape[-2]), int(images.shape[-1]))
-    if request.size and request.size != size:
-        raise UsageError(
-            f"{type(pipe).__name__} makes images of {size[0]}x{size[1]} where {request.size[0]}x{request.size[1]} are "
-            f"asked for, and resizes them; give --size {size[0]}x{size[1]}"
-        )
     if shift.ndim != 4:  # frames, which no bundle decodes
         return None, size
     return Decoding(layout, _by_channel(scale), _by_channel(shift.double())), size

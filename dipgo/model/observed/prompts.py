@@ -82,7 +82,7 @@ def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
         raise UsageError(f"{name} has no encode_prompt")
     wanted = [each for each in seen.conditions if each not in seen.fixed]
     reads, rows = _read(pipe, seen, _PROBE)
-    long, _ = _read(pipe, seen, _LONG)
+    long, longer = _read(pipe, seen, _LONG)
     _, empty = _read(pipe, seen, "")
     call = next((k for k, given in enumerate(reads.arguments) if _PROBE in str(given.get("prompt"))), None)
     if call is None:
@@ -91,7 +91,8 @@ def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
     places = []
     for each in wanted:
         own = rows[each][-1:]
-        place = next((k for k, leaf in enumerate(leaves) if _is(leaf, own)), None)
+        found = (_Place.of(k, leaf, own) for k, leaf in enumerate(leaves))
+        place = next((place for place in found if place), None)
         if place is None:
             raise UsageError(f"{name} makes '{each}' of more than the prompt's encoding")
         places.append(place)
@@ -128,8 +129,23 @@ def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
             prompts = [_PROBE] * len(ids[0])
             again = {key: prompts if value == [_PROBE] else value for key, value in arguments.items()}
             made = pytree.tree_leaves(pipe.encode_prompt(**again))
-        return tuple(made[place] for place in places)
+        return tuple(place.take(made) for place in places)
 
+    def tokens_of(prompt: str) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        text = prompt.lower().strip() if lower else prompt
+        made = [
+            getattr(pipe, each)(
+                f"{start}{text}{end}", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            for each, start, end, length in zip(tokenizers, before, after, lengths, strict=True)
+        ]
+        return [each.input_ids for each in made], [each.attention_mask for each in made]
+
+    modules = [getattr(pipe, each) for each in encoders]
+    for prompt, expected in ((_PROBE, rows), (_LONG, longer), ("", empty)):
+        made = encode(modules, *tokens_of(prompt))
+        if not all(_is(value, expected[each][-1:]) for each, value in zip(wanted, made, strict=True)):
+            raise UsageError(f"{name} reads prompts in a way of its own")
     return Prompting(
         encoders=encoders,
         tokenizers=tokenizers,
@@ -202,6 +218,34 @@ def _texts(
 def _reads_probe(text: Any) -> bool:
     text = text[0] if isinstance(text, list) and text else text
     return isinstance(text, str) and _PROBE.lower() in text.lower()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a condition comes from: a result of ``encode_prompt``, then so many entries of one value along axis 1."""
+
+    number: int
+    more: int = 0
+    value: float = 0.0
+
+    @staticmethod
+    def of(number: int, leaf: Any, own: torch.Tensor) -> _Place | None:
+        """Return the place of a condition ``[1, …]`` where this result makes it up."""
+        if _is(leaf, own):
+            return _Place(number)
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim != own.ndim or leaf.ndim < 2:
+            return None
+        head, tail = own[:, : leaf.shape[1]], own[:, leaf.shape[1] :]
+        if not tail.numel() or not _is(leaf, head) or not bool((tail == tail.flatten()[0]).all()):
+            return None
+        return _Place(number, tail.shape[1], float(tail.flatten()[0]))
+
+    def take(self, results: Sequence[Any]) -> torch.Tensor:
+        result: torch.Tensor = results[self.number]
+        if not self.more:
+            return result
+        shape = (result.shape[0], self.more, *result.shape[2:])
+        return torch.cat([result, torch.full(shape, self.value, dtype=result.dtype)], dim=1)
 
 
 def _is(leaf: Any, own: torch.Tensor) -> bool:

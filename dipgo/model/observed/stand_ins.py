@@ -6,13 +6,14 @@ does with inputs and outputs can be told from what it makes of them.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from inspect import signature
 from types import MethodType
 from typing import Any
+from unittest import mock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +21,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dipgo.model.fakes import quiet
+from dipgo.model.observed.forms import bound, form_of
+
+_STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What denoisers return, without values, by the shapes of their inputs: finding out takes seconds."""
 
 
 @contextmanager
-def denoiser_stand_in(denoiser: nn.Module) -> Iterator[None]:
-    """Within the context the denoiser's ``forward`` is a stand-in; its weights are not read."""
-    forward = _denoise(denoiser)
+def denoiser_stand_in(denoiser: nn.Module, tokens: int) -> Iterator[None]:
+    """Within the context the denoiser's ``forward`` is a stand-in; its weights are not read.
+
+    It takes the arguments of a pipeline as well as those of its form, whose texts have ``tokens`` tokens
+    (:mod:`~dipgo.model.observed.forms`).
+    """
+    forward = _denoise(denoiser, tokens)
     denoiser.forward = forward
     try:
         yield
@@ -49,7 +58,7 @@ def text_stand_in(encoder: nn.Module) -> None:
 
         assert input_ids is not None
         hidden = torch.sin(input_ids[..., None].float() * 0.37 + torch.arange(width, device=input_ids.device) * 0.11)
-        states = (hidden,) * (layers + 1)
+        states = (hidden,) * max(layers + 1, _STATES)
         if projected is None:
             return BaseModelOutputWithPooling(
                 last_hidden_state=hidden, pooler_output=hidden.mean(1), hidden_states=states
@@ -61,18 +70,17 @@ def text_stand_in(encoder: nn.Module) -> None:
     encoder.forward = MethodType(forward, encoder)
 
 
-def _denoise(denoiser: nn.Module) -> Callable[..., Any]:
-    parameters = signature(type(denoiser).forward)
-    original = denoiser.forward
+def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
+    form = form_of(denoiser)
     shapes = _OUTPUTS.setdefault(denoiser, {})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(parameters.bind(denoiser, *args, **kwargs).arguments)
-        del arguments["self"]
-        key = pytree.tree_map_only(torch.Tensor, lambda value: (tuple(value.shape), value.dtype), (args, kwargs))
+        given = bound(denoiser, args, kwargs)
+        arguments = form.read(given, tokens)
+        key = pytree.tree_map_only(torch.Tensor, lambda value: (tuple(value.shape), value.dtype), arguments)
         if str(key) not in shapes:
             try:
-                shapes[str(key)] = output_like(original, args, kwargs)
+                shapes[str(key)] = output_like(functools.partial(form.forward, denoiser), (), arguments)
             except (DataDependentOutputException, DynamicOutputShapeException):  # it goes by values: guess
                 shapes[str(key)] = (next(value for value in arguments.values() if isinstance(value, torch.Tensor)),)
         inputs = [
@@ -80,14 +88,16 @@ def _denoise(denoiser: nn.Module) -> Callable[..., Any]:
             for path, value in pytree.tree_flatten_with_path(arguments)[0]
             if isinstance(value, torch.Tensor)
         ]
-        return pytree.tree_map_only(torch.Tensor, lambda like: _of(like, inputs), shapes[str(key)])
+        output = pytree.tree_map_only(torch.Tensor, lambda like: _of(like, inputs), shapes[str(key)])
+        return form.handed_out(output) if form.listed and arguments is not given else output
 
     return forward
 
 
 def output_like(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Return what a call would return, with tensors of the right shapes and dtypes that hold nothing."""
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    exporting = mock.patch.object(torch.compiler, "_is_exporting_flag", True)  # else modules cache what is fake
+    with torch.no_grad(), quiet(), exporting, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         output = forward(*args, **kwargs)
     return pytree.tree_map_only(

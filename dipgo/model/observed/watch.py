@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -16,6 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import UsageError, one_line
+from dipgo.model.checks import SUPPORTED, pictures_of
+from dipgo.model.noise_source import drawing
+from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
@@ -50,6 +52,7 @@ class Log:
         begin: the step that the scheduler was told to begin at, if it was.
         scaled: what ``scale_model_input`` returned, by step; empty where it was not called.
         drawn: the noise that the pipeline drew, in order.
+        drawn_in_steps: the noise that its scheduler drew.
         decoded: what the VAE was given.
     """
 
@@ -59,6 +62,7 @@ class Log:
     steps: list[Step] = field(default_factory=list)
     scaled: list[torch.Tensor] = field(default_factory=list)
     drawn: list[torch.Tensor] = field(default_factory=list)
+    drawn_in_steps: list[torch.Tensor] = field(default_factory=list)
     decoded: list[torch.Tensor] = field(default_factory=list)
 
     def calls_of(self, step: int) -> list[Call]:
@@ -97,14 +101,15 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
     Raises:
         UsageError: it cannot be run, with its own reason.
     """
-    log = Log()
+    log, denoiser = Log(), getattr(pipe, how.component)
     accepted = signature(type(pipe).__call__).parameters
     pipe.set_progress_bar_config(disable=True)
     with ExitStack() as stack:
-        stack.enter_context(denoiser_stand_in(getattr(pipe, how.component)))
-        stack.enter_context(_observed_denoiser(getattr(pipe, how.component), log, how))
+        stack.enter_context(denoiser_stand_in(denoiser, tokens_of(pipe)))
+        stack.enter_context(_observed_denoiser(denoiser, tokens_of(pipe), log, how))
         stack.enter_context(_observed_scheduler(pipe.scheduler, log, how))
-        stack.enter_context(_observed_noise(type(pipe), log, how))
+        stack.enter_context(_observed_noise(type(pipe), log.drawn, how.draw))
+        stack.enter_context(_observed_noise(type(pipe.scheduler), log.drawn_in_steps))
         if getattr(pipe, "vae", None) is not None:
             stack.enter_context(_observed_decoder(pipe.vae, log))
         stack.enter_context(torch.no_grad())
@@ -115,15 +120,16 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         except UsageError:
             raise
         except Exception as error:  # whatever a pipeline may raise
-            raise UsageError(f"{type(pipe).__name__} cannot be run here ({one_line(error)})") from error
+            name, reason = type(pipe).__name__, one_line(error)
+            pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
+            raise UsageError(f"{name} cannot be run here ({reason}){pictures}") from error
     return log
 
 
-def arguments_of(forward: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a denoiser by name; ``forward`` is its class's own."""
-    arguments = dict(forward.bind(None, *args, **kwargs).arguments)
-    del arguments["self"]
-    return arguments | arguments.pop("kwargs", {})
+def tokens_of(pipe: Any) -> int:
+    """Return how many tokens a pipeline's texts have at most, where its call does not say another number."""
+    option = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    return option.default if option and isinstance(option.default, int) else 512
 
 
 def plain(value: Any) -> Any:
@@ -146,19 +152,27 @@ def _copied(leaf: Any) -> Any:
 
 
 @contextmanager
-def _observed_denoiser(denoiser: Any, log: Log, how: Watch) -> Iterator[None]:
-    forward, parameters = denoiser.forward, signature(type(denoiser).forward)
+def _observed_denoiser(denoiser: Any, tokens: int, log: Log, how: Watch) -> Iterator[None]:
+    forward, form = denoiser.forward, form_of(denoiser)
+    processors = _processors(denoiser)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
-        arguments = arguments_of(parameters, args, kwargs)
+        if _processors(denoiser) != processors:
+            raise UsageError(f"the attention of its {type(denoiser).__name__} is replaced while it runs; not supported")
+        arguments = form.read(bound(denoiser, args, kwargs), tokens)
         output = forward(*args, **kwargs)
-        log.calls.append(Call(plain(arguments), plain(first_of(output)), len(log.steps)))
+        log.calls.append(Call(plain(arguments), plain(form.first(output)), len(log.steps)))
         if len(log.calls) == how.calls:
             raise _Enough
         return output
 
     with mock.patch.object(denoiser, "forward", observed):
         yield
+
+
+def _processors(denoiser: Any) -> list[int]:
+    """Return which processors do a denoiser's attention."""
+    return [id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")]
 
 
 @contextmanager
@@ -187,8 +201,14 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
             raise _Enough
         if how.result is None:
             return output
-        other = how.result(result)
-        return (other,) if isinstance(output, tuple) else type(output)(prev_sample=other)
+        change = how.result
+
+        def changed(value: Any) -> Any:  # some hand out the latent twice
+            return change(value) if isinstance(value, torch.Tensor) and torch.equal(value, result) else value
+
+        if isinstance(output, tuple):
+            return tuple(changed(value) for value in output)
+        return type(output)(**{name: changed(value) for name, value in output.items()})
 
     wrappers: dict[str, Any] = {
         "set_timesteps": set_timesteps,
@@ -206,18 +226,14 @@ def _observed_scheduler(scheduler: Any, log: Log, how: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def _observed_noise(kind: type, log: Log, how: Watch) -> Iterator[None]:
+def _observed_noise(kind: type, drawn: list[torch.Tensor], change: Draw | None = None) -> Iterator[None]:
     def draw(original: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         noise = original(*args, **kwargs)
-        noise = how.draw(noise) if how.draw else noise
-        log.drawn.append(noise.detach().clone())
+        noise = change(noise) if change else noise
+        drawn.append(noise.detach().clone())
         return noise
 
-    with ExitStack() as stack:
-        for module in {sys.modules[each.__module__] for each in kind.__mro__}:
-            original = vars(module).get("randn_tensor")
-            if original is not None:
-                stack.enter_context(mock.patch.object(module, "randn_tensor", functools.partial(draw, original)))
+    with drawing(kind, draw):
         yield
 
 
