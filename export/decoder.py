@@ -61,4 +61,5 @@ class _Decoder(nn.Module):
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         pixels = self.vae.decode(self.to_vae(latent, self.vae.config).to(self.dtype), return_dict=False)[0]
+        pixels = pixels.squeeze(2) if pixels.ndim == 5 else pixels  # of one frame
         return (pixels.float() / 2 + 0.5).clamp(0, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch.utils import _pytree as pytree
 from dipgo.base.errors import DipgoError
 
 _aten = torch.ops.aten
-_BY_PART = {  # what works on the real and the imaginary part by itself
-    *("add", "alias", "cat", "clone", "contiguous", "detach", "detach_", "expand", "flatten", "gather", "index"),
-    *("index_select", "lift_fresh_copy", "narrow", "neg", "permute", "repeat", "reshape", "select", "slice", "split"),
-    *("split_with_sizes", "squeeze", "stack", "sub", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
-    *("constant_pad_nd", "index_put", "slice_scatter", "getitem"),
-}
+_BY_PART = """
+_to_copy add alias cat clone constant_pad_nd contiguous detach detach_ expand flatten gather getitem index index_put
+index_select lift_fresh_copy narrow neg permute repeat reshape select slice slice_scatter split split_with_sizes squeeze
+stack sub t to transpose unbind unsqueeze view _unsafe_view
+"""  # what works on the real and the imaginary part by itself
 
 Pair = tuple[Any, Any]
+Emit = Callable[..., Node]
 
 
 def in_real_numbers(program: ExportedProgram) -> ExportedProgram:
@@ -33,6 +34,7 @@ def in_real_numbers(program: ExportedProgram) -> ExportedProgram:
     if not any(_is_complex(node.meta.get("val")) for node in graph.nodes):
         return program
     pairs: dict[Node, Pair] = {}
+    done: list[Node] = []
     mode = next(node.meta["val"].fake_mode for node in graph.nodes if hasattr(node.meta.get("val"), "fake_mode"))
 
     def emit(like: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
@@ -47,74 +49,83 @@ def in_real_numbers(program: ExportedProgram) -> ExportedProgram:
         if node.op == "placeholder" and _is_complex(node.meta.get("val")):
             _store_as_real(program, node, mode)
             with graph.inserting_before(_first_call(graph)):
-                pairs[node] = _halves(emit, node, node)
+                pairs[node] = _halves(partial(emit, node), node)
         elif node.op == "call_function" and (
             _is_complex(node.meta.get("val")) or any(each in pairs for each in node.all_input_nodes)
         ):
             with graph.inserting_before(node):
-                result = _translated(node, pairs, lambda *args, node=node, **kwargs: emit(node, *args, **kwargs))
+                result = _translated(node, pairs, partial(emit, node))
+            done.append(node)
             if isinstance(result, Node):
                 node.replace_all_uses_with(result)
             else:
                 pairs[node] = result
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
+    for node in reversed(done):
+        graph.erase_node(node)
     program.graph_module.recompile()
     return program
 
 
-def _translated(node: Node, pairs: dict[Node, Pair], emit: Callable[..., Node]) -> Pair | Node:  # noqa: PLR0911 - one for each kind of node
+def _translated(node: Node, pairs: dict[Node, Pair], emit: Emit) -> Pair | Node:
     """Return the pair that stands for a complex node, or the real node in its place."""
-    name = getattr(node.target, "_schema", None)
-    word = name.name.removeprefix("aten::") if name else getattr(node.target, "__name__", str(node.target))
-    first = node.args[0]
-
-    def parts(value: Any) -> Pair:
-        return pairs[value] if isinstance(value, Node) and value in pairs else (value, None)
-
-    if word == "_assert_tensor_metadata":
-        return first, None
-    if word == "view_as_complex":
-        return _halves(lambda like, *args: emit(*args), node, first)
-    if word == "view_as_real":
-        return emit(_aten.stack.default, list(parts(first)), -1)
-    if word in ("real", "imag"):
-        return parts(first)[word == "imag"]
-    if word == "complex":
-        return first, node.args[1]
-    if word == "polar":
-        length, angle = node.args
-        cos, sin = emit(_aten.cos.default, angle), emit(_aten.sin.default, angle)
-        return emit(_aten.mul.Tensor, length, cos), emit(_aten.mul.Tensor, length, sin)
-    if word in ("_conj", "conj", "conj_physical"):
-        real, imaginary = parts(first)
-        return real, emit(_aten.neg.default, imaginary)
-    if word in ("_to_copy", "to") and first in pairs and _is_complex(node.meta["val"]):
-        dtype = node.meta["val"].dtype.to_real()
-        return tuple(emit(_aten._to_copy.default, part, dtype=dtype) for part in parts(first))  # type: ignore[return-value]
-    if word == "mul":
-        (a, b), (c, d) = parts(first), parts(node.args[1])
-        times = lambda x, y: emit(_aten.mul.Tensor, x, y)  # noqa: E731
-        if b is None or d is None:
-            return (times(a, c), times(a, d)) if b is None else (times(a, c), times(b, c))
-        real = emit(_aten.sub.Tensor, times(a, c), times(b, d))
-        return real, emit(_aten.add.Tensor, times(a, d), times(b, c))
-    target = _aten.reshape.default if word in ("view", "_unsafe_view") else node.target  # halves are not contiguous
-    if word in _BY_PART and all(each in pairs or not _floating(each) for each in node.all_input_nodes):
-        return tuple(  # type: ignore[return-value]
-            emit(target, *_part(node.args, pairs, part), **_part(node.kwargs, pairs, part)) for part in (0, 1)
+    schema = getattr(node.target, "_schema", None)
+    word = schema.name.removeprefix("aten::") if schema else getattr(node.target, "__name__", str(node.target))
+    if rule := _RULES.get(word):
+        return rule(
+            emit, *(pairs.get(each, (each, None)) if isinstance(each, Node) else (each, None) for each in node.args)
         )
-    raise DipgoError(f"torch.export made '{word}' of complex numbers, for which ONNX has nothing; not supported")
+    if word not in _BY_PART.split() or any(each not in pairs and _floating(each) for each in node.all_input_nodes):
+        raise DipgoError(f"torch.export made '{word}' of complex numbers, for which ONNX has nothing; not supported")
+    target = _aten.reshape.default if word in ("view", "_unsafe_view") else node.target  # halves are not contiguous
+    real, imaginary = (
+        emit(target, *_part(node.args, pairs, part), **_part(node.kwargs, pairs, part)) for part in (0, 1)
+    )
+    return real, imaginary
 
 
 def _part(values: Any, pairs: dict[Node, Pair], part: int) -> Any:
-    return pytree.tree_map_only(Node, lambda node: pairs[node][part] if node in pairs else node, values)
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return leaf.to_real() if leaf.is_complex else leaf
+        return pairs[leaf][part] if isinstance(leaf, Node) and leaf in pairs else leaf
+
+    return pytree.tree_map(of, values)
 
 
-def _halves(emit: Callable[..., Node], like: Node, pair: Any) -> Pair:
+def _halves(emit: Emit, pair: Any) -> Pair:
     """Return the two parts of a tensor ``[…, 2]``."""
-    return emit(like, _aten.select.int, pair, -1, 0), emit(like, _aten.select.int, pair, -1, 1)
+    return emit(_aten.select.int, pair, -1, 0), emit(_aten.select.int, pair, -1, 1)
+
+
+def _polar(emit: Emit, length: Pair, angle: Pair) -> Pair:
+    cos, sin = (emit(turned, angle[0]) for turned in (_aten.cos.default, _aten.sin.default))
+    return emit(_aten.mul.Tensor, length[0], cos), emit(_aten.mul.Tensor, length[0], sin)
+
+
+def _product(emit: Emit, first: Pair, second: Pair) -> Pair:
+    def times(x: Any, y: Any) -> Node:
+        return emit(_aten.mul.Tensor, x, y)
+
+    (a, b), (c, d) = first, second
+    if b is None:
+        return times(a, c), times(a, d)
+    if d is None:
+        return times(a, c), times(b, c)
+    real = emit(_aten.sub.Tensor, times(a, c), times(b, d))
+    return real, emit(_aten.add.Tensor, times(a, d), times(b, c))
+
+
+_RULES: Mapping[str, Callable[..., Pair | Node]] = {  # of pairs; a real argument is one with None
+    "_assert_tensor_metadata": lambda emit, value, *_: (None, None),
+    "_conj": lambda emit, value: (value[0], emit(_aten.neg.default, value[1])),
+    "complex": lambda emit, real, imaginary: (real[0], imaginary[0]),
+    "imag": lambda emit, value: value[1],
+    "mul": _product,
+    "polar": _polar,
+    "real": lambda emit, value: value[0],
+    "view_as_complex": lambda emit, value: _halves(emit, value[0]),
+    "view_as_real": lambda emit, value: emit(_aten.stack.default, list(value), -1),
+}
 
 
 def _store_as_real(program: ExportedProgram, node: Node, mode: Any) -> None:

@@ -102,8 +102,11 @@ def test_only_pipelines_of_text_to_image_are_attached_to(sd):
     parts = pipeline_of(sd).components
     for kind, message in (
         (StableDiffusionImg2ImgPipeline, r"starts from pictures \('image'\)"),
-        (StableDiffusionPAGPipeline, "samples in a way of its own"),
-        (type("Mine", (StableDiffusionPipeline,), {"__call__": lambda self: None}), "Mine samples in a way of its own"),
+        (StableDiffusionPAGPipeline, "attention of its UNet2DConditionModel is replaced while it runs"),
+        (
+            type("Mine", (StableDiffusionPipeline,), {"__call__": lambda self: None}),
+            "Mine draws no noise, or calls neither",
+        ),
     ):
         with misused(message):
             dipgo.attach(kind(**parts, requires_safety_checker=False), sd.folder)

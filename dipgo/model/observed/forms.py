@@ -171,8 +171,7 @@ def _read_z_image(arguments: Arguments, tokens: int) -> Arguments:
 
 
 def _z_image(denoiser: Any, **arguments: Any) -> tuple[torch.Tensor]:
-    # Autocast would hide a graph in a graph.
-    with mock.patch.object(torch.amp, "autocast", return_value=nullcontext()):
+    with mock.patch.object(torch.amp, "autocast", return_value=nullcontext()):  # it would hide a graph in the graph
         return _z_image_tensors(denoiser, **arguments)
 
 

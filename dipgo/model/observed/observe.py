@@ -402,7 +402,7 @@ def _decoding(
         raise UsageError(f"{type(pipe).__name__} decodes its latents in a way of its own; not supported")
     images = first_of(output_like(pipe.vae.decode, (shift,), {"return_dict": False}))
     size = (int(images.shape[-2]), int(images.shape[-1]))
-    if shift.ndim != 4:  # frames, which no bundle decodes
+    if images.ndim != 4 and images.shape[2] != 1:  # frames, which no bundle decodes
         return None, size
     return Decoding(layout, _by_channel(scale), _by_channel(shift.double())), size
 
