@@ -37,7 +37,7 @@ from dipgo.eager.gating import gated
 from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of, remember
-from dipgo.model.observed.observe import Request
+from dipgo.model.observed.request import Request
 from engines.finite import NotFinite
 from engines.pipeline.pipeline import load
 from engines.program import Program

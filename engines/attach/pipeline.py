@@ -21,7 +21,7 @@ from engines.pipeline.arguments import check_scheduler
 from engines.pipeline.pipeline import Pipeline, load
 
 if TYPE_CHECKING:
-    from dipgo.model.observed.observe import Observation
+    from dipgo.model.observed.observation import Observation
 
 _ATTACHMENT = "_dipgo_attachment"
 
@@ -190,7 +190,7 @@ def _one_call(attachment: Attachment) -> Iterator[None]:
 
 
 def _check_call(attachment: Attachment, bound: inspect.BoundArguments) -> None:
-    from dipgo.model.observed.observe import guidance_argument
+    from dipgo.model.observed.request import guidance_argument
     from engines.attach.request import check_known, check_observed
 
     check_scheduler(attachment.program.record, attachment.pipe.scheduler)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError
-from dipgo.model.observed.observe import Observation, joined_conditions
+from dipgo.model.observed.observation import Observation, joined_conditions
 from engines.pipeline.formats import to_array
 from engines.pipeline.pipeline import Pipeline
 

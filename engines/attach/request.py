@@ -7,7 +7,7 @@ from inspect import BoundArguments
 from typing import Any
 
 from dipgo.base.errors import UsageError
-from dipgo.model.observed.observe import Observation
+from dipgo.model.observed.observation import Observation
 from dipgo.model.observed.template import same
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.pipeline import Pipeline

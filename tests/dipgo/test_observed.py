@@ -6,7 +6,7 @@ import torch
 
 from dipgo.model.families import GuidedDenoiser, join
 from dipgo.model.families.observed import family_of_observed
-from dipgo.model.observed.observe import Request
+from dipgo.model.observed.request import Request
 from dipgo.model.sampler import make_scheduler
 from tests import zoo
 from tests.checks import error, misused

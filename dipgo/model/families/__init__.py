@@ -17,7 +17,7 @@ from dipgo.model.families.guided import GuidedDenoiser, join
 from dipgo.model.families.observed import family_of_observed, observed_family
 from dipgo.model.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from dipgo.model.families.unet import UNET
-from dipgo.model.observed.observe import Request
+from dipgo.model.observed.request import Request
 from dipgo.model.skeleton import skeleton_of
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)

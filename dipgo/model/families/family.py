@@ -17,7 +17,7 @@ from dipgo.model.sampler import Sampler, tabulate
 from dipgo.model.vae import from_vae, to_vae
 
 if TYPE_CHECKING:
-    from dipgo.model.observed.observe import Observation
+    from dipgo.model.observed.observation import Observation
 
 Conditions = dict[str, torch.Tensor]
 

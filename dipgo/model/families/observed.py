@@ -21,8 +21,10 @@ from dipgo.model.families.pixart import PIXART_ALPHA
 from dipgo.model.families.sites import OBSERVED, sites_of_lists
 from dipgo.model.families.unet import UNET
 from dipgo.model.observed.forms import form_of
-from dipgo.model.observed.observe import Observation, Request, conditions_of, observe
+from dipgo.model.observed.observation import Observation, conditions_of
+from dipgo.model.observed.observe import observe
 from dipgo.model.observed.prompts import observe_prompts
+from dipgo.model.observed.request import Request
 from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton

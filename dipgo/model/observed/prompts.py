@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Prompting
-from dipgo.model.observed.observe import Observation, Request, joined_conditions
+from dipgo.model.observed.observation import Observation, joined_conditions
+from dipgo.model.observed.request import Request
 from dipgo.model.observed.watch import Watch, watch
 
 _PROBE = "Two Red Foxes"

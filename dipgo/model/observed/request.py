@@ -1,0 +1,59 @@
+"""What a pipeline is asked for while it is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+
+STEPS = 4  # that a pipeline is watched for, where their number does not matter
+PROMPTS = ("a", "a red fox in the snow, and two dogs")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pipeline is asked for while it is watched.
+
+    Attributes:
+        guidance: the guidance scale; None leaves it to the pipeline.
+        size: height and width of images in pixels; None leaves them to the pipeline.
+    """
+
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    steps: int = STEPS
+    prompts: tuple[Any, ...] = PROMPTS[:1]
+    seed: int = 0
+
+    def inputs(self, pipe: Any, component: str) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call; it may not take all of them."""
+        scale = guidance_argument(pipe, component)
+        given: dict[str, Any] = {
+            "prompt": list(self.prompts),
+            "batch_size": len(self.prompts),
+            "num_inference_steps": self.steps,
+            "generator": torch.Generator().manual_seed(self.seed),
+            "output_type": "np",
+        }
+        if self.size:
+            given |= {"height": self.size[0], "width": self.size[1]}
+        if self.guidance is not None:
+            given[scale] = float(self.guidance)
+            given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)
+        if scale == "true_cfg_scale":
+            given["negative_prompt"] = [""] * len(self.prompts)
+        return given
+
+
+def guidance_argument(pipe: Any, component: str) -> str:
+    """Return the argument that guidance is by: ``true_cfg_scale`` where there is one, and the denoiser takes none."""
+    options = signature(type(pipe).__call__).parameters
+    embedded = getattr(getattr(pipe, component).config, "guidance_embeds", False)
+    true = options.get("true_cfg_scale")
+    return (
+        "true_cfg_scale"
+        if true is not None and true.default and true.default > 1 and not embedded
+        else "guidance_scale"
+    )
