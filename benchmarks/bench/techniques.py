@@ -123,7 +123,7 @@ def pyramid_attention_broadcast(pipe: Any, position: Position) -> Reset:
     return _reset_of(denoiser)
 
 
-def cache_dit(pipe: Any, position: Position) -> Reset:
+def cache_dit(pipe: Any, position: Position, threshold: float = 0.08) -> Reset:
     """Apply cache-dit's DBCache with its defaults, but one block that is always computed, as small models need it.
 
     Raises:
@@ -135,7 +135,7 @@ def cache_dit(pipe: Any, position: Position) -> Reset:
     except ImportError as error:
         raise DipgoError("cache-dit is not installed; run: pip install cache-dit") from error
     denoiser = _denoiser(pipe)
-    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4)
+    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=threshold)
     try:
         package.enable_cache(denoiser, cache_config=config)
     except ValueError as error:
