@@ -18,7 +18,7 @@ from benchmarks.bench.timing import Timing
 from benchmarks.environment import Environment
 from dipgo.base.records import ModelIdentity, SamplerIdentity
 
-EQUAL = 1.1  # a baseline with up to so many times the bundle's MACs is one at equal compute
+EQUAL = 1.1  # a baseline whose MACs differ from the bundle's by up to this factor is one at equal compute
 POOR = 0.5  # an efficiency below this says that the program, not its schedule, is slow
 PLAIN = {"fewer steps": "equal MACs", EQUAL_TIME: "equal time"}
 
@@ -100,15 +100,15 @@ def _losses(own: Row, others: Sequence[Row]) -> list[str]:
         if row.timing is None:
             continue
         low, high = _speed_interval(row, own)
-        equal = row.macs_ratio is not None and row.macs_ratio <= own.macs_ratio * EQUAL
+        times = (row.macs_ratio or np.inf) / own.macs_ratio
         lead = _psnr_lead(row, own)
-        if lead and lead[1] > 0 and (equal or 1 <= high < np.inf):
+        if lead and lead[1] > 0 and (times <= EQUAL or 1 <= high < np.inf):
             mean, least, most = lead
             losses.append(
                 f"Loses to '{row.name}' in PSNR by {mean:.1f} dB per image ({least:.1f} to {most:.1f}), at "
                 f"{row.timing.speedup.median:.2f} times the full program's speed against {speedup:.2f}."
             )
-        elif low > 1 and (equal or row.agreement is not None):
+        elif low > 1 and (1 / EQUAL <= times <= EQUAL or row.agreement is not None):
             faster.append(f"'{row.name}' {row.timing.speedup.median:.2f}")
     if faster:
         losses.append(f"Loses in speed: {speedup:.2f} times the full program's, against {', '.join(faster)}.")

@@ -131,6 +131,8 @@ def test_a_loss_is_told_only_beyond_chance(measured):
     (line,) = losses(report, own, changed(row, 39, 2.1))
     assert line == "Loses in speed: 2.00 times the full program's, against 'uniform reuse' 2.10."
     assert losses(report, own, changed(row, 39, 2.01, spread=0.2)) == []
+    fewer = {"macs_ratio": 0.1}
+    assert losses(report, own, changed(row, 39, 9.0).model_copy(update=fewer)) == [], "a trade, with fewer MACs"
     costly = {"macs_ratio": 0.9}
     assert losses(report, own, changed(row, 39, 2.1).model_copy(update=costly)) == [], "a trade, with more MACs"
     assert losses(report, own, changed(row, 41, 1.5).model_copy(update=costly)) == []
