@@ -131,7 +131,7 @@ def cache_dit(pipe: Any, position: Position, threshold: float = 0.08) -> Reset:
         DipgoError: the package is missing.
     """
     try:
-        import cache_dit as package  # type: ignore[import-not-found,unused-ignore]
+        import cache_dit as package  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
         raise DipgoError("cache-dit is not installed; run: pip install cache-dit") from error
     denoiser = _denoiser(pipe)
