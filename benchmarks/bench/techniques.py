@@ -6,6 +6,7 @@ pipeline and returns what resets it before a trajectory, and a line in :data:`TE
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from benchmarks.bench.subjects import TIMING_SEED, Subject, TorchSpec, inputs_fo
 from benchmarks.failures import NotMeasuredError
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
-from dipgo.model.families import GuidedDenoiser, family_of
+from dipgo.model.families import GuidedDenoiser, family_of, remember
 from dipgo.model.noise_source import drawing
 from engines.pipeline.formats import draw_noise
 from engines.torchrt.runner import default_device
@@ -184,6 +185,7 @@ class TorchSubject(Subject):
         self.family = family_of(self.pipe)
         self.table = self.family.table(self.scheduler, self.steps_count)
         self.position = Position()
+        self._bare = _with_bare_denoiser(self.pipe)
         self._reset = TECHNIQUES[spec.technique].apply(self.pipe, self.position)
         denoiser = getattr(self.pipe, self.family.component)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance)
@@ -264,12 +266,22 @@ class TorchSubject(Subject):
         return torch.from_numpy(noise).to(self.device)
 
     def _conditions_of(self, inputs: list[Any]) -> Any:
-        conditions = conditions_in(self.pipe, inputs, self.guided.guided)
+        conditions = conditions_in(self._bare, inputs, self.guided.guided)
         return {name: value.to(self.device) for name, value in conditions.items()}
 
     def _decoded(self, latents: torch.Tensor) -> np.ndarray:
         with torch.no_grad():
             return decode_latents(self.pipe, latents).cpu().numpy()
+
+
+def _with_bare_denoiser(pipe: Any) -> Any:
+    """Return a copy of a pipeline whose denoiser no technique is applied to: some are run to see their conditions."""
+    family, bare = family_of(pipe), copy.copy(pipe)
+    denoiser = getattr(pipe, family.component)
+    weights = {id(each): each for each in (*denoiser.parameters(), *denoiser.buffers())}  # which both share
+    setattr(bare, family.component, copy.deepcopy(denoiser, weights))
+    remember(bare, family)
+    return bare
 
 
 def _denoiser(pipe: Any) -> nn.Module:
