@@ -50,6 +50,12 @@ def test_flux_is_packed_shifted_by_its_size_and_guided_by_a_condition():
     assert zoo.model("flux").at(2.5).family.fixed["guidance"].tolist() == [2.5]
 
 
+def test_without_guidance_there_is_one_pass():
+    family = zoo.model("sd3").at(1.0).family
+    assert not family.guides(1.0)
+    assert all(len(value) == 1 for value in family.example({}, 1).values())
+
+
 def test_a_loop_that_changes_latents_by_itself_is_refused():
     pipe = zoo.model("sana").pipeline()
     prepare = pipe.prepare_latents

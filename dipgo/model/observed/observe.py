@@ -73,7 +73,7 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     prompt, seed, scale, both = (
         seen(1, prompts=PROMPTS[1:]),
         seen(1, seed=1),
-        seen(1, guidance=_more(request.guidance)),
+        seen(1, guidance=_another(request.guidance)),
         seen(1, prompts=PROMPTS),
     )
     calls = first.calls_of(0)
@@ -139,5 +139,6 @@ def _leaves(call: Any, like: Any) -> list[Any]:
     return leaves
 
 
-def _more(scale: float) -> float:
-    return type(scale)(scale + 0.5) if type(scale) is float else float(scale) + 0.5
+def _another(scale: float) -> float:
+    """Return another guidance scale, which takes as many passes: above 1 two, else one."""
+    return float(scale) + 0.5 if scale > 1 else float(scale) / 2
