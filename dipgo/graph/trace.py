@@ -217,6 +217,8 @@ def _growth(size: Any, batch: Any) -> tuple[int, int]:
     """Return a size at one image, and what each further image adds (sizes are linear in the number of images)."""
     if not isinstance(size, torch.SymInt):
         return int(size), 0
+    if size.node.hint is None:
+        raise DipgoError("a tensor in the denoiser is as long as the values of another tell; not supported")
     if not size.node.expr.free_symbols & batch.node.expr.free_symbols:
         return int(size.node.hint), 0
     per_image = int(size.node.hint) // _EXAMPLE_BATCH

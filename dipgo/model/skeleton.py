@@ -48,6 +48,8 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     parts |= dict.fromkeys(each for each in missing if each not in ("args", "kwargs"))
     try:
         return pipeline_class(**parts)
+    except ImportError as error:
+        raise UsageError(f"{folder}: {one_line(error)}") from error
     except Exception as error:  # whatever a constructor may raise
         raise DipgoError(f"{folder}: {name} cannot be made of it ({one_line(error)}); save it again") from error
 
