@@ -61,6 +61,22 @@ def test_tiny_addends_and_idle_squeezes():
     assert {node.op_type for node in model.graph} <= {"Add", "Div", "Identity"}
 
 
+class _Masks(torch.nn.Module):
+    """HunyuanVideo's way with masks: one boolean tensor where another says so."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x > 2, x > -2).float()
+
+
+def test_a_choice_between_booleans_is_logic():
+    program = export_module("masks", _Masks().eval(), [torch.ones(2, 3)])
+    model = convert("masks", program, ["x"], ["y"], (2, 3))
+    assert "Where" not in {node.op_type for node in model.graph}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.array([[-3, -1, 0], [1, 2, 3]], np.float32)
+    assert np.array_equal(session.run(["y"], {"x": x})[0], np.array([[0, 1, 1], [0, 0, 1]]))
+
+
 def test_mending_twice_changes_nothing():
     model = denoiser("pixart")
     before = [node.op_type for node in model.graph]
