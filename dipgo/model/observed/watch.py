@@ -117,8 +117,8 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
             pipe(**{name: value for name, value in inputs.items() if name in accepted})
         except _Enough:
             pass
-        except UsageError:
-            raise
+        except UsageError as error:
+            raise UsageError(f"{type(pipe).__name__} is not supported: {error}") from error
         except Exception as error:  # whatever a pipeline may raise
             name, reason = type(pipe).__name__, one_line(error)
             pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
@@ -158,7 +158,7 @@ def _observed_denoiser(denoiser: Any, tokens: int, log: Log, how: Watch) -> Iter
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         if _processors(denoiser) != processors:
-            raise UsageError(f"the attention of its {type(denoiser).__name__} is replaced while it runs; not supported")
+            raise UsageError(f"the attention of its {type(denoiser).__name__} is replaced while it runs")
         arguments = form.read(bound(denoiser, args, kwargs), tokens)
         output = forward(*args, **kwargs)
         log.calls.append(Call(plain(arguments), plain(form.first(output)), len(log.steps)))
