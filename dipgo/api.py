@@ -52,7 +52,7 @@ def search(
 
 
 def export(
-    subnet: SubNet | str | Path,
+    subnet: SubNet | str | Path | Sequence[SubNet | str | Path],
     output: str | Path,
     config: ExportConfig | None = None,
     *,
@@ -62,6 +62,8 @@ def export(
     **options: Any,
 ) -> BundleRecord:
     """Compile a SubNet, or the file of one, into a bundle: the folder ``output``.
+
+    Several become several programs, which requests choose by steps and budget; the first is what they get by default.
 
     Args:
         config: the options, or as keywords: see :class:`export.config.ExportConfig`.
@@ -76,13 +78,13 @@ def export(
     chosen = _options(ExportConfig, config, options)
     if chosen.weights == "copy":
         refuse_existing(Path(output), force, BUNDLE)
-    if isinstance(subnet, str | Path):
-        subnet = load_subnet(Path(subnet))
-    source = _model_of(model or subnet.model.name, subnet.sampler.pixels)
+    given = subnet if isinstance(subnet, list | tuple) else [subnet]
+    subnets = [load_subnet(Path(each)) if isinstance(each, str | Path) else each for each in given]
+    source = _model_of(model or subnets[0].model.name, subnets[0].sampler.pixels)
     with Progress(progress).spinner("export"):
         from export.compiler import compile_subnet
 
-        return compile_subnet(subnet, source, output, chosen, force)
+        return compile_subnet(subnets, source, output, chosen, force)
 
 
 def verify(
@@ -91,13 +93,17 @@ def verify(
     model: str | None = None,
     images: int = 2,
     backend: str = "onnxruntime",
+    guidance: float | None = None,
     progress: bool | None = None,
 ) -> Parity:
-    """Measure the parity of a bundle with the gated diffusers pipeline; ``passed`` of what it returns says whether."""
+    """Measure the parity of a bundle with the gated diffusers pipeline; ``passed`` of what it returns says whether.
+
+    ``guidance`` is a scale; None is each SubNet's own.
+    """
     from benchmarks.bench.parity import verify as measure
 
     with Progress(progress).phases() as report:
-        return measure(Path(bundle), model, images, progress=report, backend=backend)
+        return measure(Path(bundle), model, images, progress=report, backend=backend, guidance=guidance)
 
 
 def debug(

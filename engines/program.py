@@ -13,6 +13,7 @@ from engines.backend import Runner
 from engines.classes import class_of, class_rows
 from engines.context_pool import ContextPool
 from engines.finite import check_finite
+from engines.guidance import Guidance, chosen
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, image_shape, latent_shape_of
@@ -20,6 +21,7 @@ from engines.steps import Steps, Walk
 from export.axes import shape_at, sizes_at, values_at
 from export.bundle import Bundle, DecoderRecord
 
+NEAR = 0.03  # between the budget that is asked for and a program's
 AfterStep = Callable[[int, np.ndarray], None]
 
 
@@ -27,23 +29,54 @@ class Program:
     """A bundle ready to run; a context manager that holds its engines.
 
     Attributes:
+        bundle, record: as if it held this program alone.
         contexts: what trajectories run in, each in one of its own.
+        further: other programs of the bundle, on the same runner; see :meth:`at`.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner) -> None:
-        self.bundle, self.runner = bundle, runner
-        self.record = bundle.record
+    def __init__(self, bundle: Bundle, runner: Runner, text: TextEncoder | None = None) -> None:
+        self.bundle, *others = bundle.programs or (bundle,)
+        self.record, self.runner = self.bundle.record, runner
         encoder = self.record.conditioning.encoder
-        self._text = TextEncoder(encoder, bundle.folder, runner.run) if encoder else None
-        self.contexts = ContextPool(bundle, runner)
+        self._text = text or (TextEncoder(encoder, bundle.folder, runner.run) if encoder else None)
+        self.contexts = ContextPool(self.bundle, runner)
+        self.further = tuple(Program(other, runner, self._text) for other in others)
 
     def __enter__(self) -> Program:
         self.runner.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.contexts.clear()
+        for program in (self, *self.further):
+            program.contexts.clear()
         self.runner.__exit__()
+
+    def at(self, steps: int | None = None, budget: float | None = None) -> Program:
+        """Return the program of so many steps and of a budget, a share of the full trajectory's MACs.
+
+        None leaves it to the bundle: its first program's steps where that leaves a choice, then its order.
+
+        Raises:
+            UsageError: the bundle holds no such program; the line says which it holds.
+        """
+        fitting = [program for program in (self, *self.further) if steps in (None, program.record.sampler.steps)]
+        if budget is not None:
+            fitting = [each for each in fitting if abs(each.record.budget - budget) <= NEAR]
+            fitting.sort(key=lambda each: abs(each.record.budget - budget))
+        if not fitting:
+            asked = [f"num_inference_steps = {steps}"] if steps is not None else []
+            asked += [f"budget = {budget:g}"] if budget is not None else []
+            raise UsageError(
+                f"{' and '.join(asked)}, the bundle holds {self.choices}; ask for one of these, or export another"
+            )
+        own = self.record.sampler.steps
+        return next((program for program in fitting if program.record.sampler.steps == own), fitting[0])
+
+    @property
+    def choices(self) -> str:
+        """The programs as a line."""
+        programs = (each.record for each in (self, *self.further))
+        return ", ".join(f"{each.sampler.steps} steps at {each.budget:.1%} of the MACs" for each in programs)
 
     @property
     def batch(self) -> int:
@@ -91,6 +124,7 @@ class Program:
         negative: Text | None = None,
         size: tuple[int, int] | None = None,
         clip_skip: int = 0,
+        guidance: Guidance = Guidance(),
     ) -> dict[str, np.ndarray]:
         """Return the graph inputs for one batch of subjects: classes or prompts.
 
@@ -99,8 +133,8 @@ class Program:
         ``clip_skip`` leaves out the last layers of the encoders.
 
         Raises:
-            UsageError: classes for a model of prompts or the reverse, a class that the model lacks, a size that the
-                bundle does not take, or a negative prompt without guidance.
+            UsageError: classes for a model of prompts or the reverse, a class that the model lacks, a size or guidance
+                that the bundle does not take, or a negative prompt without guidance.
         """
         conditioning, folder = self.record.conditioning, self.bundle.folder
         self.check_negative(negative)
@@ -109,13 +143,14 @@ class Program:
         if conditioning.kind == "class":
             if not all(isinstance(label, int | np.integer) for label in subjects):
                 raise UsageError(f"{folder}: conditioned by classes, not by prompts; give --class")
-            return {conditioning.inputs[0].name: class_rows(self.record, subjects)}
+            rows = {conditioning.inputs[0].name: class_rows(self.record, subjects)}
+            return rows | self.fixed_conditions((1 + conditioning.guided) * len(subjects), guidance)
         if self._text is None:
             raise UsageError(f"{folder}: holds no text encoder; pass embeddings to denoise()")
         if not all(isinstance(prompt, str | Each) for prompt in subjects):
             raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
         rows = self._text(cast(Sequence[Text], subjects), negative, conditioning.guided, clip_skip)
-        rows |= self.fixed_conditions((1 + conditioning.guided) * len(subjects))
+        rows |= self.fixed_conditions((1 + conditioning.guided) * len(subjects), guidance)
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
@@ -127,16 +162,17 @@ class Program:
             for tensor in conditioning.inputs
         }
 
-    def fixed_conditions(self, rows: int) -> dict[str, np.ndarray]:
-        """Return the conditions that are the same for all prompts, ``rows`` of each."""
+    def fixed_conditions(self, rows: int, guidance: Guidance = Guidance()) -> dict[str, np.ndarray]:
+        """Return the conditions that are the same for all prompts, ``rows`` of each; ``guidance`` as above."""
         fixed, inputs = self.record.conditioning.fixed, self.record.conditioning.inputs
-        return {
+        conditions = {
             tensor.name: np.tile(np.array(fixed[tensor.name], np.float32), rows)
             .reshape(rows, *(int(side) for side in tensor.shape[1:]))
             .astype(Dtype(tensor.dtype).numpy)
             for tensor in inputs
             if tensor.name in fixed
         }
+        return conditions | chosen(self.record, conditions, guidance)
 
     @property
     def encoders(self) -> int:
@@ -209,6 +245,7 @@ class Program:
         progress: Callable[[Sequence[int]], Any] = iter,
         negative: str | None = None,
         size: tuple[int, int] | None = None,
+        guidance: Guidance = Guidance(),
     ) -> np.ndarray:
         """Generate one image per class or prompt: pixels ``[n, height, width, channels]`` in [0, 1], float32.
 
@@ -225,7 +262,7 @@ class Program:
         pixels, batches = [], batches_of(self.record, len(subjects))
         for number in progress(range(len(batches))):
             images = batches[number]
-            conditions = self.conditions([subjects[image] for image in images], negative, size)
+            conditions = self.conditions([subjects[image] for image in images], negative, size, guidance=guidance)
             pixels.append(self.decode(self.denoise(noise[images], conditions)))
         return np.concatenate(pixels)[: len(subjects)].transpose(0, 2, 3, 1)
 

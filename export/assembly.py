@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from dipgo.base.dtypes import Dtype
+from dipgo.base.files import sha256_of_json
 from dipgo.graph.liveness import plan
 from dipgo.graph.trace import Trace
 from dipgo.model.sampler import Sampler
 from dipgo.schedule.schedule import backup_outputs
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
-from export.bundle import GraphRecord, PartRecord, SolverRecord, StepRecord, TensorRecord
+from export.bundle import GraphRecord, PartRecord, ProgramRecord, SolverRecord, StepRecord, TensorRecord
 from export.converted import Prepared, stem_of
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph
@@ -89,6 +90,22 @@ class Assembly:
         denoiser = self.prepared.denoiser
         return parts(denoiser.model.graph, denoiser.row_count, loop, self.subnet.calls, denoiser.best)
 
+    def record(self, tables_file: str, subnet_file: str) -> ProgramRecord:
+        """Return the program as the bundle's record has it; the files are those of its tables and its SubNet."""
+        return ProgramRecord(
+            sampler=self.subnet.sampler,
+            solver=self.solver,
+            prologues=[part.record for part in self.prologues],
+            slots=self.allocation.slots,
+            steps=self.steps,
+            parts=self.parts,
+            tables_file=tables_file,
+            subnet_file=subnet_file,
+            macs=self.subnet.cost.subnet,
+            budget=self.subnet.cost.ratio,
+            naive_cache_bytes=self.naive_cache_bytes,
+        )
+
     @property
     def naive_cache_bytes(self) -> int:
         """What the cache would take if the last outputs of every site were kept."""
@@ -125,7 +142,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
     stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
     size = prepared.sizes.text
     program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
-    prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-{short}-{subnet.calls}")
+    prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-%s-{short}-{subnet.calls}")
     largest = values_at(prepared.sizes.axes, "max")
     launches, allocation = _allocate(program, launched, subnet.calls, solver is not None, largest)
     read = {row.tensor for part in program.cuts.values() for row in part.rows.values()}
@@ -166,8 +183,9 @@ def _prologues(prepared: Prepared, cuts: Iterable[Cut], calls: int, name: str) -
         names = [value for value, binding in prepared.hoisting.binding.items() if binding == kind and value in read]
         part = prepared.prologue(kind, names, calls)
         if part is not None:
-            part.model.graph.name = name % kind
-            prologues.insert(0, Prologue(part.model, part.record.model_copy(update={"file": f"{name % kind}.onnx"})))
+            own = name % (kind, sha256_of_json(names)[:8])
+            part.model.graph.name = own
+            prologues.insert(0, Prologue(part.model, part.record.model_copy(update={"file": f"{own}.onnx"})))
             read |= {tensor.name for tensor in part.record.inputs}
     return prologues
 

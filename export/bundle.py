@@ -17,6 +17,7 @@ from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, sha256_of, sha256_of_json
+from dipgo.base.guidance import RESCALE, GuidanceScale
 from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
 from dipgo.base.layout import Layout
 from dipgo.base.records import (
@@ -161,6 +162,18 @@ class TextRecord(Record):
     sized: dict[Line, list[Size]] = Field(default_factory=dict)
 
 
+class GuidanceRecord(Record):
+    """What the guidance scale of a request changes: conditions that are so many times the scale.
+
+    A scale of at most ``off`` is no guidance: then the scale is ``neutral``, at which the image is that of the
+    conditional pass.
+    """
+
+    inputs: dict[Line, FiniteFloat]
+    off: FiniteFloat | None = None
+    neutral: FiniteFloat = 1.0
+
+
 class ConditioningRecord(Record):
     """What the user conditions on, and how it becomes graph inputs; ``prompt`` without an encoder takes embeddings.
 
@@ -176,7 +189,17 @@ class ConditioningRecord(Record):
     fixed: dict[Line, list[FiniteFloat]] = Field(
         default_factory=dict, description="conditions that are the same for all prompts: one row each, flat"
     )
+    guidance: GuidanceRecord | None = Field(
+        default=None, description="how a request chooses the guidance scale; none where it is compiled in"
+    )
     encoder: TextRecord | None = None
+
+    def at(self, scale: GuidanceScale) -> ConditioningRecord:
+        """Return the record where the usual guidance is another, as far as a request may choose it."""
+        factors = self.guidance.inputs if self.guidance else {}
+        values = {name: factor * scale for name, factor in factors.items()} | {RESCALE: scale.rescale}
+        fixed = {name: [values[name]] if name in values else row for name, row in self.fixed.items()}
+        return self.model_copy(update={"fixed": fixed})
 
 
 class DecoderRecord(Record):
@@ -200,13 +223,28 @@ class PartRecord(Record):
     macs: Count
 
 
-class BundleRecord(Record):
-    """``bundle.json``."""
+class ProgramRecord(Record):
+    """What a SubNet became: which graphs run when, on what."""
+
+    sampler: SamplerIdentity
+    solver: SolverRecord
+    prologues: list[PrologueRecord] = Field(max_length=100)
+    slots: list[SlotRecord] = Field(max_length=100_000)
+    steps: list[StepRecord] = Field(min_length=1, max_length=MOST_CALLS)
+    parts: list[PartRecord] = Field(min_length=1, max_length=4)
+    tables_file: FileName = Field(description="values by step: backup weights, timestep embeddings, the solver")
+    subnet_file: FileName
+    macs: Count = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
+    budget: float = Field(ge=0, le=1.001, description="these MACs over the full trajectory's")
+    naive_cache_bytes: Count = Field(description="what the cache would take if every site's outputs were kept")
+
+
+class BundleRecord(ProgramRecord):
+    """``bundle.json``: a program, what it runs on, and further programs that share that."""
 
     schema_id: Literal["dipgo.bundle/1"] = Field(alias="schema", default="dipgo.bundle/1")
     model: ModelIdentity
     random_weights: bool = Field(description="images are meaningless: for speed and structure only")
-    sampler: SamplerIdentity
     dtype: Literal["float32", "float16", "bfloat16"]
     layout: Literal["signature", "segment", "step"]
     latent: TensorRecord
@@ -220,32 +258,40 @@ class BundleRecord(Record):
     noise: Layout | None = Field(default=None, description="how drawn noise becomes the latent; none where it is it")
     cell: int = Field(default=8, ge=1, le=1024, description="pixels a side of a cell of the latent")
     conditioning: ConditioningRecord
-    solver: SolverRecord
-    prologues: list[PrologueRecord] = Field(max_length=100)
     graphs: dict[Line, GraphRecord] = Field(min_length=1)
-    slots: list[SlotRecord] = Field(max_length=100_000)
-    steps: list[StepRecord] = Field(min_length=1, max_length=MOST_CALLS)
-    parts: list[PartRecord] = Field(min_length=1, max_length=4)
-    tables_file: FileName = Field(description="values by step: backup weights, timestep embeddings, the solver")
+    further: list[ProgramRecord] = Field(
+        default_factory=list, max_length=100, description="other programs of the model, which a request may choose"
+    )
     decoder: DecoderRecord | None
-    subnet_file: FileName
-    macs: Count = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
-    naive_cache_bytes: Count = Field(description="what the cache would take if every site's outputs were kept")
     weights: Literal["copy", "in-place"]
     files: dict[FileName, FileRecord]
     versions: dict[Line, Line]
     sha256: str = Field(default="", description="of this record as canonical JSON, with this field empty")
 
     @property
+    def programs(self) -> list[BundleRecord]:
+        """Each program as the record of a bundle that holds no other; the first is what requests get by default."""
+        return [self._alone(program) for program in (self, *self.further)] if self.further else [self]
+
+    def _alone(self, program: ProgramRecord) -> BundleRecord:
+        own = {name: getattr(program, name) for name in ProgramRecord.model_fields}
+        launched = {launch.graph for step in program.steps for launch in step.launches}
+        graphs = {name: graph for name, graph in self.graphs.items() if name in launched}
+        conditioning = self.conditioning.at(program.sampler.guidance)
+        return self.model_copy(update={**own, "graphs": graphs, "conditioning": conditioning, "further": []})
+
+    @property
     def loaded(self) -> list[str]:
-        """The graphs that every trajectory launches, of the loop and before it, by file."""
-        return [graph.file for graph in self.graphs.values()] + [graph.file for graph in self.prologues]
+        """The graphs that every trajectory of the first program launches, of the loop and before it, by file."""
+        first = self.programs[0]
+        return [graph.file for graph in first.graphs.values()] + [graph.file for graph in first.prologues]
 
     @property
     def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
         """Inputs and outputs of all graphs by file: of the loop, before it, then the text encoders and the decoder."""
         tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
-        tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in self.prologues}
+        for program in (self, *self.further):
+            tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in program.prologues}
         if text := self.conditioning.encoder:
             tensors[text.file] = (text.inputs, text.outputs)
         if self.decoder:
@@ -257,7 +303,8 @@ class BundleRecord(Record):
         """The files that this record names as parts of the program; each must be in ``files``, with its checksum."""
         text = self.conditioning.encoder
         tokenizers = [tokenizer.file for tokenizer in text.tokenizers] if text else []
-        return {*self.tensors, *tokenizers, self.tables_file, self.subnet_file}
+        own = [file for each in (self, *self.further) for file in (each.tables_file, each.subnet_file)]
+        return {*self.tensors, *tokenizers, *own}
 
     def sealed(self) -> BundleRecord:
         """Return the record with its own checksum."""
@@ -277,12 +324,14 @@ class Bundle:
     Attributes:
         folder: where it lies.
         record: the content of ``bundle.json``.
-        tables: values by step, ``[calls, …]`` each, by name.
+        tables: values by step, ``[calls, …]`` each, by name, of the first program.
+        programs: each program as a bundle that holds no other; empty in those.
     """
 
     folder: Path
     record: BundleRecord
     tables: dict[str, np.ndarray]
+    programs: tuple[Bundle, ...] = ()
 
 
 def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
@@ -311,12 +360,15 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
     for name, expected in record.files.items() if check_files else ():
         if sha256_of(folder / name) != expected.sha256:
             raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
-    tables = read_tensors(folder / record.tables_file, "table of a bundle", CURE)
     # A server may be without onnx: then its runtime alone refuses graphs that are not as the record says.
     graphs = {name: read_signature(folder / name, CURE) for name in record.tensors} if find_spec("onnx") else {}
-    if broken := problem(record, tables, graphs):
-        raise DipgoError(f"{path}: {broken}; {CURE}")
-    return Bundle(folder, record, tables)
+    programs = []
+    for own in record.programs:
+        tables = read_tensors(folder / own.tables_file, "table of a bundle", CURE)
+        if broken := problem(own, tables, {name: graphs[name] for name in own.tensors if graphs}):
+            raise DipgoError(f"{path}: {broken}; {CURE}")
+        programs.append(Bundle(folder, own, tables))
+    return Bundle(folder, record, programs[0].tables, tuple(programs))
 
 
 def _check_place(folder: Path, name: str, size: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 
 from dipgo.base.dtypes import PRECISIONS, Dtype
-from dipgo.base.errors import DipgoError, DipgoWarning
+from dipgo.base.errors import DipgoError, DipgoWarning, UsageError
 from dipgo.base.files import sha256_of
 from dipgo.graph.trace import Trace, trace
 from dipgo.model.models import Model
@@ -23,6 +25,7 @@ from export.bundle import (
     RECORD_FILE,
     BundleRecord,
     FileRecord,
+    ProgramRecord,
     TensorRecord,
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
@@ -58,6 +61,32 @@ def check_model(subnet: SubNet, model: Model) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a program is compiled from."""
+
+    prepared: Prepared
+    subnet: SubNet
+    sampler: Sampler
+
+    def checked(self) -> Source:
+        """Return the source with its SubNet in canonical form, after checking that its parts fit together.
+
+        Raises:
+            DipgoError: a mismatch of model, sampler or sites.
+        """
+        traced, subnet, sampler = self.prepared.trace, self.subnet, self.sampler
+        check_model(subnet, traced.model)
+        if [site.name for site in subnet.sites] != [site.name for site in traced.sites]:
+            raise DipgoError("the SubNet's sites are not those that were traced; search again")
+        if [float(t) for t in subnet.sampler.timesteps] != list(sampler.timesteps):
+            raise DipgoError(
+                f"the SubNet's {len(subnet.sampler.timesteps)} timesteps are not those of {sampler.steps} steps of "
+                f"{sampler.name}, which has {sampler.calls}; search again"
+            )
+        return replace(self, subnet=normalise(subnet, traced))
+
+
 def write_bundle(
     prepared: Prepared,
     subnet: SubNet,
@@ -65,45 +94,45 @@ def write_bundle(
     folder: Path,
     force: bool = False,
     config: ExportConfig = ExportConfig(),
+    further: Sequence[Source] = (),
 ) -> BundleRecord:
     """Compile ``subnet`` into ``folder``: lay out the launches, cut the graphs, allocate slots, write the program.
 
     The bundle's own SubNet is the canonical form of the given one (nothing computed for nobody), which does the same,
-    or, with ``max_graphs``, what came of merging signatures.
+    or, with ``max_graphs``, what came of merging signatures. ``further`` become programs that share weights and all
+    graphs that are equal.
 
     Raises:
         DipgoError, UsageError: a mismatch of model, sampler or sites, or an existing folder without ``force``.
     """
-    traced = prepared.trace
-    check_model(subnet, traced.model)
-    if [site.name for site in subnet.sites] != [site.name for site in traced.sites]:
-        raise DipgoError("the SubNet's sites are not those that were traced; search again")
-    if [float(t) for t in subnet.sampler.timesteps] != list(sampler.timesteps):
-        raise DipgoError(
-            f"the SubNet's {len(subnet.sampler.timesteps)} timesteps are not those of {sampler.steps} steps of "
-            f"{sampler.name}, which has {sampler.calls}; search again"
-        )
-    subnet = normalise(subnet, traced)
+    traced, conditioning = prepared.trace, prepared.conditioning
+    sources = [source.checked() for source in (Source(prepared, subnet, sampler), *further)]
     if config.max_graphs is not None:
-        subnet = merged(subnet, traced, config.max_graphs)
-    made = assemble(prepared, subnet, sampler, config.graphs)
+        sources = [
+            replace(each, subnet=merged(each.subnet, each.prepared.trace, config.max_graphs)) for each in sources
+        ]
+    made = [assemble(each.prepared, each.subnet, each.sampler, config.graphs) for each in sources]
     with deliver(folder, prepared.weights, traced.model.folder, config.weights, force) as (draft, files):
-        models = made.models | dict(prepared.extra)
+        models = {file: model for each in made for file, model in each.models.items()} | dict(prepared.extra)
         with constants.outside(models.values(), draft):
             for file, model in models.items():
                 _save(model, draft / file)
         for file, content in prepared.tokenizers.items():
             (draft / file).write_bytes(content)
-        save_subnet(subnet, draft / SUBNET_FILE)
-        save_file(made.tables, draft / TABLES_FILE)
+        programs = []
+        for number, each in enumerate(made):
+            record = each.record(_numbered(TABLES_FILE, number), _numbered(SUBNET_FILE, number))
+            save_subnet(each.subnet, draft / record.subnet_file)
+            save_file(each.tables, draft / record.tables_file)
+            programs.append(record)
         written = [path for path in sorted(draft.iterdir()) if path.is_file()]
         for path in written:
             path.chmod(0o644)  # safetensors writes for the owner alone, and a server is somebody else
             files[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
         record = BundleRecord(
+            **{name: getattr(programs[0], name) for name in ProgramRecord.model_fields},
             model=subnet.model,
             random_weights=traced.model.random_weights,
-            sampler=subnet.sampler,
             dtype=cast(Any, Dtype.of_torch(traced.dtype).value),
             layout=config.graphs,
             latent=TensorRecord(name=LATENT, dtype="float32", shape=prepared.sizes.latent),
@@ -111,24 +140,22 @@ def write_bundle(
             cell=pixels_of_cell(traced.model),
             pixels=traced.model.family.pixels,
             noise=traced.model.family.noise,
-            conditioning=prepared.conditioning,
-            solver=made.solver,
-            prologues=[part.record for part in made.prologues],
-            graphs=made.graphs,
-            slots=made.allocation.slots,
-            steps=made.steps,
-            parts=made.parts,
-            tables_file=TABLES_FILE,
+            conditioning=conditioning,
+            graphs={name: graph for each in made for name, graph in each.graphs.items()},
+            further=programs[1:],
             decoder=prepared.decoder,
-            subnet_file=SUBNET_FILE,
-            macs=subnet.cost.subnet,
-            naive_cache_bytes=made.naive_cache_bytes,
             weights=config.weights,
             files=files,
             versions={name: version(name) for name in ("dipgo", "torch", "diffusers", "onnx", "onnxscript", "onnx-ir")},
         ).sealed()
         (draft / RECORD_FILE).write_text(record.text())
     return record
+
+
+def _numbered(file: str, number: int) -> str:
+    """Return the name of a program's own file: the first program's as it is, the second's with -2."""
+    stem, suffix = file.rsplit(".", 1)
+    return f"{stem}-{number + 1}.{suffix}" if number else file
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -143,7 +170,7 @@ def _save(model: ir.Model, path: Path) -> None:
 
 
 def compile_subnet(
-    subnet: SubNet,
+    subnet: SubNet | Sequence[SubNet],
     model: Model,
     folder: str | Path,
     config: ExportConfig = ExportConfig(),
@@ -151,28 +178,65 @@ def compile_subnet(
 ) -> BundleRecord:
     """Compile a SubNet for ``model`` from nothing: trace, convert, write the bundle (see :func:`write_bundle`).
 
+    Several SubNets become several programs; requests get the first by default.
+
     Raises:
         UsageError: a size that the model does not take, an architecture without weights, a folder that cannot take the
-            bundle.
+            bundle, SubNets that no request could tell apart.
         DipgoError: see :func:`write_bundle`; what cannot be traced or converted.
     """
     model.require_weights()
+    first, *others = subnets = [subnet] if isinstance(subnet, SubNet) else list(subnet)
     dtype, whole = PRECISIONS[config.dtype].torch, config.pipeline
     check_delivery(Path(folder), model.folder, config.weights, force, (TABLES_FILE, SUBNET_FILE))
     if config.weights == "in-place":
         for name in (model.family.component, *(components_of(model) if whole else ())):
             check_weights(weights_in_place(model, name, dtype), model.folder)
-    check_model(subnet, model)
+    for each in subnets:
+        check_model(each, model)
+    check_together(subnets)
     if whole:
         for line in left_out(model):
             warnings.warn(line, DipgoWarning, stacklevel=2)
-    model = model.at(subnet.sampler.guidance, subnet.sampler.pixels)
+    model = model.at(first.sampler.guidance, first.sampler.pixels)
     sizes = sizes_for(model, config.batch, config.size)
     own = sizes.image == model.family.latent(model.config)
-    traced = retrace(model, subnet, dtype, None if own else sizes.latent_at("opt")[2:])
-    return write_bundle(
-        prepare(traced, whole=whole, sizes=sizes), subnet, sampler_of(subnet, model), Path(folder), force, config
-    )
+    prepared: dict[str, Prepared] = {}
+
+    def source(subnet: SubNet) -> Source:
+        sites = sites_of(subnet)
+        if sites not in prepared:
+            size = None if own else sizes.latent_at("opt")[2:]
+            traced = trace(model, sites, first.sampler.guidance, dtype, size, open_guidance=True)
+            prepared[sites] = prepare(traced, whole=whole and not prepared, sizes=sizes)
+        return Source(prepared[sites], subnet, sampler_of(subnet, model))
+
+    main, further = source(first), [source(each) for each in others]
+    return write_bundle(main.prepared, first, main.sampler, Path(folder), force, config, further)
+
+
+def check_together(subnets: Sequence[SubNet]) -> None:
+    """Refuse SubNets that cannot be programs of one bundle.
+
+    Raises:
+        UsageError: of other image sizes, with another number of passes of guidance, or alike in steps and budget.
+    """
+    first, seen = subnets[0], list[tuple[int, float]]()
+    for number, subnet in enumerate(subnets, 1):
+        sampler, which = subnet.sampler, f"SubNet {number} of {len(subnets)}"
+        if sampler.pixels != first.sampler.pixels:
+            raise UsageError(f"{which} is for images of another size than the first; export it on its own")
+        passes = [each.guidance_scale > 1 for each in (first.sampler, sampler)]
+        if passes[0] != passes[1] or (sampler.guidance_rescale > 0) != (first.sampler.guidance_rescale > 0):
+            raise UsageError(
+                f"{which} has other passes of guidance, or another rescale, than the first; export it on its own"
+            )
+        if any(steps == sampler.steps and abs(ratio - subnet.cost.ratio) < 0.005 for steps, ratio in seen):
+            raise UsageError(
+                f"{which} has the steps and the budget of one before it ({sampler.steps}, {subnet.cost.ratio:.1%}), "
+                "and requests could not tell them apart; leave it out"
+            )
+        seen.append((sampler.steps, subnet.cost.ratio))
 
 
 def sampler_of(subnet: SubNet, model: Model) -> Sampler:

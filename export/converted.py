@@ -17,7 +17,7 @@ from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
 from dipgo.model.models import Model
-from export.bundle import ConditioningRecord, DecoderRecord
+from export.bundle import ConditioningRecord, DecoderRecord, GuidanceRecord
 from export.component_weights import weights_of
 from export.components import VAE, components_of
 from export.decoder import decoder_to_onnx
@@ -110,11 +110,21 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         labels=model.labels(),
         prompts=_some(model.prompts()),
         fixed={name: value.flatten().tolist() for name, value in model.family.fixed.items()},
+        guidance=_guidance(model, traced),
         encoder=encoder,
     )
     names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)
     hoisting = hoist(denoiser.model.graph, names, denoiser.rows)
     return Prepared(denoiser, hoisting, conditioning, decoder, extra, tokenizers, weights)
+
+
+def _guidance(model: Model, traced: Trace) -> GuidanceRecord | None:
+    """Return what a request's guidance scale changes; None where it is compiled in."""
+    family = model.family
+    if not family.scales:
+        return None
+    one_pass = traced.rows > 1 and not model.at(1.0).family.guides(1.0)
+    return GuidanceRecord(inputs=dict(family.scales), off=1.0 if one_pass else None, neutral=family.neutral)
 
 
 def _text(model: Model, sizes: Sizes, dtype: torch.dtype, parts: Mapping[str, Weights]) -> Any:

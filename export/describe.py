@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleRecord
 
 _PARTS = {
     "table": "while compiling",
@@ -13,41 +13,55 @@ _PARTS = {
 
 
 def bundle_text(bundle: Bundle) -> str:
-    """Graphs, slots, parts and sizes of a bundle."""
-    record = bundle.record
-    launches = [launch.graph for step in record.steps for launch in step.launches]
-    silent = sum(not step.launches for step in record.steps)
-    slots = sum(slot.bytes for slot in record.slots)
+    """Programs, graphs, slots, parts and sizes of a bundle."""
+    record, programs = bundle.record, bundle.record.programs
     sizes = {name: entry.bytes for name, entry in record.files.items()}
     weights = sum(size for name, size in sizes.items() if "/" in name)
-    own = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
-    solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
-    solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
+    graphs = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
     lines = [
         "",
-        f"program    {len(record.steps)} steps, {silent} of them silent, {len(launches)} launches of "
-        f"{len(record.graphs)} graphs, one a {record.layout}; {record.dtype}, solver {solver}",
         *([f"sizes      {_axes(bundle)}; slots and sites at the largest, MACs at the best"] if record.axes else []),
-        f"slots      {len(record.slots)} slots, {_size(slots)}; "
-        f"all sites kept would take {_size(record.naive_cache_bytes)}",
-        f"files      {_size(weights)} weights ({record.weights}), {_size(own)} graphs, "
+        f"files      {_size(weights)} weights ({record.weights}), {_size(graphs)} graphs, "
         f"{_size(sum(sizes.values()))} in all"
         + (", random weights: images are meaningless" if record.random_weights else ""),
-        "",
-        f"{'computed':<40} {'parameters':>14} {'MACs':>12}",
+        *(
+            [f"programs   {len(programs)}, the first where a request names neither steps nor budget"]
+            if record.further
+            else []
+        ),
     ]
-    lines += [
-        f"{_PARTS[part.part]:<40} {part.parameters / 1e6:>12.2f} M {part.macs / 1e9:>10.3f} G" for part in record.parts
-    ]
+    for own in programs:
+        lines += ["", *_program(own)]
     lines.append("")
     for name, graph in record.graphs.items():
         computed = graph.signature.count("1")
+        times = [sum(launch.graph == name for step in own.steps for launch in step.launches) for own in programs]
         lines.append(
             f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e9:9.3f} G MACs  "
-            f"{graph.parameters / 1e6:8.2f} M parameters  {launches.count(name):>3} launched  "
+            f"{graph.parameters / 1e6:8.2f} M parameters  {' '.join(f'{count:>3}' for count in times)} launched  "
             f"{_size(sizes[graph.file])}"
         )
     return "\n".join(lines)
+
+
+def _program(record: BundleRecord) -> list[str]:
+    launches = [launch.graph for step in record.steps for launch in step.launches]
+    silent = sum(not step.launches for step in record.steps)
+    solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
+    solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
+    return [
+        f"program    {len(record.steps)} steps at {record.budget:.1%} of the MACs, {silent} of them silent, "
+        f"{len(launches)} launches of {len(record.graphs)} graphs, one per {record.layout}; {record.dtype}, "
+        f"solver {solver}",
+        f"slots      {len(record.slots)} slots, {_size(sum(slot.bytes for slot in record.slots))}; "
+        f"all sites kept would take {_size(record.naive_cache_bytes)}",
+        "",
+        f"{'computed':<40} {'parameters':>14} {'MACs':>12}",
+        *(
+            f"{_PARTS[part.part]:<40} {part.parameters / 1e6:>12.2f} M {part.macs / 1e9:>10.3f} G"
+            for part in record.parts
+        ),
+    ]
 
 
 def _axes(bundle: Bundle) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dipgo.base.errors import DipgoError
+from dipgo.base.guidance import RESCALE, SCALE
 from export.axes import shape_at
 from export.graphs import GraphRecord, PrologueRecord, Signature, Size, TensorRecord
 
@@ -42,6 +43,7 @@ def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signa
         program.prologues(),
         program.launches(),
         program.conditions(),
+        program.guidance(),
         program.prompts(),
         program.fixed(),
         program.images(),
@@ -215,10 +217,13 @@ class _Program:
             if [shape[:1] for shape in value.shapes] != [(count,) for count in rows]:
                 yield f"the condition '{name}' has no row for each image and pass of guidance"
         counts = {"nothing": (0,), "class": (1,), "prompt": range(1, 100)}
-        if len(self.inputs) != len(conditioning.inputs) or len(self.inputs) not in counts[conditioning.kind]:
+        chosen = {SCALE, RESCALE} & self.inputs.keys() if conditioning.guidance else set()
+        count = len(self.inputs) - len(chosen)
+        if len(self.inputs) != len(conditioning.inputs) or count not in counts[conditioning.kind]:
             yield f"conditioned by {conditioning.kind}, with {len(conditioning.inputs)} inputs"
         if conditioning.kind == "class":
-            if any(value.dtype != "int64" or len(value.shapes[0]) != 1 for value in self.inputs.values()):
+            classes = [value for name, value in self.inputs.items() if name not in chosen]
+            if any(value.dtype != "int64" or len(value.shapes[0]) != 1 for value in classes):
                 yield "the class is no list of whole numbers"
             if conditioning.guided and conditioning.null_class is None:
                 yield "guided, without a class that stands for none"
@@ -253,6 +258,13 @@ class _Program:
         for name, sizes in encoder.sized.items():
             if len(sizes) != len(encoder.fixed.get(name, ())):
                 yield f"'sized' has another length than 'fixed' for '{name}'"
+
+    def guidance(self) -> Problems:
+        conditioning = self.record.conditioning
+        for name in (*conditioning.guidance.inputs, *{RESCALE} & self.inputs.keys()) if conditioning.guidance else ():
+            value = self.inputs.get(name)
+            if value is None or not value.is_real or len(conditioning.fixed.get(name, ())) != 1:
+                yield f"guidance is by a condition '{name}', which is no number"
 
     def fixed(self) -> Problems:
         for name, row in self.record.conditioning.fixed.items():

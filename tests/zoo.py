@@ -91,10 +91,12 @@ def guidance_of(kind: str) -> float:
 
 
 @cache
-def _trace(kind: str, sites: str | None, guidance: float, dtype: torch.dtype, size: tuple[int, int] | None) -> Trace:
+def _trace(
+    kind: str, sites: str | None, guidance: float, dtype: torch.dtype, size: tuple[int, int] | None, is_open: bool
+) -> Trace:
     if kind == "sd-v":  # another scheduler alone
-        return replace(_trace("sd", sites, guidance, dtype, size), model=model(kind))
-    return traced_anew(model(kind), sites, guidance, dtype, size)
+        return replace(_trace("sd", sites, guidance, dtype, size, is_open), model=model(kind))
+    return traced_anew(model(kind), sites, guidance, dtype, size, is_open)
 
 
 def trace(
@@ -103,11 +105,12 @@ def trace(
     guidance: float | None = None,
     dtype: torch.dtype = torch.float32,
     size: tuple[int, int] | None = None,
+    open_guidance: bool = False,
 ) -> Trace:
     """Trace a denoiser; without ``sites`` and ``guidance`` those that are usual for the kind."""
     guidance = guidance_of(kind) if guidance is None else guidance
     sites = None if sites == model(kind).family.granularity else sites
-    return _trace(kind, sites or SITES.get(kind), guidance, dtype, size)
+    return _trace(kind, sites or SITES.get(kind), guidance, dtype, size, open_guidance)
 
 
 def task(
@@ -172,6 +175,7 @@ def bundle(
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
     digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.latent, traced.free, size, whole)).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
+    digest.update(repr(traced.model.family.scales).encode())
     for name, weights in sorted(subnet.schedule.backups.items()):
         digest.update(repr((name, weights.shape)).encode() + weights.tobytes())
     dtype = str(traced.dtype).removeprefix("torch.")

@@ -43,5 +43,6 @@ class JudgeConfig(Config):
     classes: str | None = Field(
         None, description="Classes to judge on, by name or number, joined by commas; all by default."
     )
+    guidance: float | None = Field(None, description="Guidance scale to judge at; by default the one of the search.")
     device: str = Field("cpu", description="Where to judge: cpu, or cuda where torch has it.")
     threads: Threads = None

@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
 from typing import Literal
@@ -117,6 +118,9 @@ def judge(subnets: Mapping[str, SubNet], model: Model, config: JudgeConfig, prog
             raise UsageError(
                 f"{name} is for {_sampler(subnet)}, the first for {_sampler(first)}; judge those of one sampler"
             )
+    if config.guidance is not None:
+        subnets = {name: _at_guidance(subnet, model, config.guidance) for name, subnet in subnets.items()}
+        first = next(iter(subnets.values()))
     if config.threads:
         torch.set_num_threads(config.threads)
     task = task_for(
@@ -147,6 +151,16 @@ def judge(subnets: Mapping[str, SubNet], model: Model, config: JudgeConfig, prog
         rows=[*rows, *plain],
         differences=list(differences([*rows, *plain], pairs)),
     )
+
+
+def _at_guidance(subnet: SubNet, model: Model, scale: float) -> SubNet:
+    """Return a SubNet as it serves requests of another guidance scale."""
+    own = subnet.sampler.guidance
+    if model.at(scale).family.guides(scale) != model.at(own).family.guides(own):
+        raise UsageError(
+            f"--guidance {scale:g} makes another number of passes than the search's {own:g}; give one with as many"
+        )
+    return replace(subnet, sampler=subnet.sampler.model_copy(update={"guidance_scale": scale}))
 
 
 def differences(rows: Sequence[Judged], pairs: Sequence[tuple[str, str]]) -> Iterator[Difference]:

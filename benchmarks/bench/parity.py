@@ -31,6 +31,7 @@ from benchmarks.bench.reference import (
     subnet_of,
 )
 from benchmarks.bench.subjects import Inputs, encodes, inputs_of
+from dipgo.base.guidance import GuidanceScale
 from dipgo.base.progress import Report, silent
 from dipgo.base.records import Record
 from dipgo.eager.gating import gated
@@ -38,7 +39,9 @@ from dipgo.eager.trajectory import Trajectory
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of, remember
 from dipgo.model.observed.request import Request
+from dipgo.schedule.subnet import SubNet
 from engines.finite import NotFinite
+from engines.guidance import Guidance, check_guidance
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
@@ -90,21 +93,32 @@ def verify(
     seed: int = 0,
     progress: Report = silent,
     backend: str = "onnxruntime",
+    guidance: float | None = None,
 ) -> Parity:
     """Measure the parity of a bundle with its model, which ``model`` finds if it lies elsewhere now.
 
-    ``backend`` runs the program.
+    ``backend`` runs the program. Of several programs it is the one that is furthest off. ``guidance`` is a scale; None
+    is each SubNet's own.
 
     Raises:
         DipgoError: a damaged bundle, or a model that is not the one it was compiled from.
     """
     program = load(folder, backend=backend)
-    pipe = model_of(program.bundle, model).pipeline()
+    check_guidance(program.record, Guidance(guidance))
+    pipe = model_of(program.bundle, model, guidance).pipeline()
     with program:
-        return measure(program, pipe, images, seed, progress)
+        each = [measure(own, pipe, images, seed, progress, guidance) for own in (program, *program.further)]
+    return max(each, key=lambda parity: (not parity.passed, parity.relative_error_latent))
 
 
-def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progress: Report = silent) -> Parity:
+def measure(
+    program: Program,
+    pipe: Any,
+    images: int = 2,
+    seed: int = 0,
+    progress: Report = silent,
+    guidance: float | None = None,
+) -> Parity:
     """Run a program and the float32 pipeline that it was compiled from on the same noise and classes or prompts.
 
     Classes and prompts cycle (:func:`~benchmarks.bench.subjects.inputs_for`). The pipeline runs as a copy that has the
@@ -113,18 +127,18 @@ def measure(program: Program, pipe: Any, images: int = 2, seed: int = 0, progres
     inputs, dtype = inputs_of(program, images), getattr(torch, program.record.dtype)
     begin = time.perf_counter()
     with full_float32():
-        exact = _torch(program, pipe, inputs, seed, progress)
+        exact = _torch(program, pipe, inputs, seed, guidance, progress)
     torch_seconds = (time.perf_counter() - begin) / images
     if dtype == torch.float32:
         expected, rounding = exact, (0.0, 0.0)
     else:
         pipe = cast_pipeline(pipe, dtype)
-        expected = _torch(program, pipe, inputs, seed, progress)
+        expected = _torch(program, pipe, inputs, seed, guidance, progress)
         rounding = _errors(expected, exact)
     embeddings = None if encodes(program) else pipe
     begin = time.perf_counter()
     try:
-        errors = _errors(_program(program, embeddings, inputs, seed, progress), expected)
+        errors = _errors(_program(program, embeddings, inputs, seed, guidance, progress), expected)
     except NotFinite:
         errors = math.nan, math.nan
     compiled_seconds = (time.perf_counter() - begin) / images
@@ -151,7 +165,7 @@ def _errors(actual: Outputs, expected: Outputs) -> tuple[float, float]:
     return latent, image
 
 
-def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Report) -> Outputs:
+def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance: float | None, progress: Report) -> Outputs:
     """Run the gated model in torch, in the way that the module's docstring names for this program."""
     calls = 0
 
@@ -166,12 +180,12 @@ def _torch(program: Program, pipe: Any, inputs: Inputs, seed: int, progress: Rep
     whole = record.dtype == "float32" and encodes(program) and pipelined
     hook = getattr(pipe, family_of(pipe).component).register_forward_hook(count)
     try:
-        return (_pipeline if whole else _trajectory)(program, pipe, inputs, seed)
+        return (_pipeline if whole else _trajectory)(program, pipe, inputs, seed, guidance)
     finally:
         hook.remove()
 
 
-def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
+def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance: float | None) -> Outputs:
     """Call the gated pipeline itself."""
     subnet, family, pipe = subnet_of(program.bundle), family_of(pipe), copy.copy(pipe)
     remember(pipe, family)
@@ -180,7 +194,7 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
             setattr(pipe, name, None)
     pipe.scheduler = scheduler_of(subnet)
     height, width = program.size
-    request = Request(subnet.sampler.guidance, (height, width), subnet.sampler.steps, tuple(inputs), seed)
+    request = Request(_scale(subnet, guidance), (height, width), subnet.sampler.steps, tuple(inputs), seed)
     options = request.inputs(pipe, family.component)
     options |= {"class_labels": inputs, "clean_caption": False, "use_resolution_binning": False}
     accepted = inspect.signature(pipe.__call__).parameters
@@ -190,9 +204,14 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs
     return torch.cat(latents).cpu().numpy(), images
 
 
-def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outputs:
+def _scale(subnet: SubNet, guidance: float | None) -> GuidanceScale:
+    own = subnet.sampler.guidance
+    return own if guidance is None else GuidanceScale(guidance, own.rescale)
+
+
+def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance: float | None) -> Outputs:
     """Run the gated denoiser under the sampler's table, in the pipeline's dtype, and decode with the pipeline's VAE."""
-    subnet, trajectory = subnet_of(program.bundle), trajectory_of(program, pipe)
+    subnet, trajectory = subnet_of(program.bundle), trajectory_of(program, pipe, guidance)
     noise = torch.from_numpy(program.noise(len(inputs), seed)).to(trajectory.device)
     made = conditions_in(pipe, inputs, trajectory.guided.guided)
     conditions = {name: value.to(trajectory.device) for name, value in made.items()}
@@ -203,12 +222,12 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int) -> Outpu
         return latent.cpu().numpy(), decode_latents(pipe, latent).cpu().numpy()
 
 
-def trajectory_of(program: Program, pipe: Any) -> Trajectory:
+def trajectory_of(program: Program, pipe: Any, guidance: float | None = None) -> Trajectory:
     """Return the trajectory that a program was compiled from, in the dtype of the pipeline."""
     subnet, family = subnet_of(program.bundle), family_of(pipe)
     denoiser = getattr(pipe, family.component)
     sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
-    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), subnet.sampler.guidance)
+    guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), _scale(subnet, guidance))
     return Trajectory(guided, subnet.sites, sampler)
 
 
@@ -229,15 +248,20 @@ def _decoded(pipe: Any) -> Iterator[list[torch.Tensor]]:
         del vae.decode
 
 
-def _program(program: Program, pipe: Any | None, inputs: Inputs, seed: int, progress: Report) -> Outputs:
+def _program(
+    program: Program, pipe: Any | None, inputs: Inputs, seed: int, guidance: float | None, progress: Report
+) -> Outputs:
     """Run the compiled program; ``pipe`` makes the conditions of one that takes embeddings."""
-    conditioning = program.record.conditioning
     noise, count = program.noise(len(inputs), seed), len(inputs)
     latents, images = [], []
     for rows in batches_of(program.record, count):
         progress("verify: compiled", int(rows[0]), count, "")
         batch: Any = [inputs[row] for row in rows]
-        conditions = program.conditions(batch) if pipe is None else conditions_as_arrays(pipe, batch, conditioning)
+        conditions = (
+            program.conditions(batch, guidance=Guidance(guidance))
+            if pipe is None
+            else conditions_as_arrays(pipe, batch, program, guidance)
+        )
         latents.append(program.denoise(noise[rows], conditions))
         if program.record.decoder is None:  # the latents are the images
             images.append(as_images(torch.from_numpy(latents[-1])).numpy())

@@ -19,15 +19,19 @@ from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import is_flow, make_scheduler
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
+from engines.guidance import Guidance
 from engines.pipeline.formats import draw_noise
-from export.bundle import Bundle, ConditioningRecord
+from engines.program import Program
+from export.bundle import Bundle
 from export.compiler import retrace, scheduler_of
 
 CHUNK = 16  # images of the long trajectory at a time
 
 
-def model_of(bundle: Bundle, name: str | None = None) -> Model:
+def model_of(bundle: Bundle, name: str | None = None, guidance: float | None = None) -> Model:
     """Find the model that a bundle was compiled from; ``name`` says where it lies now, if elsewhere.
+
+    It is as its pipeline uses it at a guidance scale; None is the SubNet's own.
 
     Raises:
         DipgoError: no such model, or one whose class, configuration or weights are not the bundle's.
@@ -36,7 +40,7 @@ def model_of(bundle: Bundle, name: str | None = None) -> Model:
     try:
         sampler = bundle.record.sampler
         model = find_model(name or mine.name, bundle.record.random_weights, sampler.pixels)
-        model = model.at(sampler.guidance, sampler.pixels)
+        model = model.at(sampler.guidance if guidance is None else guidance, sampler.pixels)
     except DipgoError as error:
         if name:
             raise
@@ -139,10 +143,15 @@ def conditions_in(pipe: Any, inputs: Inputs, guided: bool) -> Conditions:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in joined.items()}
 
 
-def conditions_as_arrays(pipe: Any, inputs: Inputs, conditioning: ConditioningRecord) -> dict[str, np.ndarray]:
+def conditions_as_arrays(
+    pipe: Any, inputs: Inputs, program: Program, guidance: float | None = None
+) -> dict[str, np.ndarray]:
     """Return the conditions of a program that takes embeddings, in its dtypes."""
+    conditioning = program.record.conditioning
     conditions = conditions_in(pipe, inputs, conditioning.guided)
-    return {each.name: conditions[each.name].float().cpu().numpy().astype(each.dtype) for each in conditioning.inputs}
+    dtypes = {tensor.name: tensor.dtype for tensor in conditioning.inputs}
+    arrays = {name: value.float().cpu().numpy().astype(dtypes[name]) for name, value in conditions.items()}
+    return program.fixed_conditions(len(inputs) * (1 + conditioning.guided), Guidance(guidance)) | arrays
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

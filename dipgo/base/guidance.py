@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dipgo.base.errors import UsageError
 
+SCALE = "guidance_scale"
+RESCALE = "guidance_rescale"
+"""Conditions of a denoiser whose guidance a request chooses, one row of the batch each, as a latent has axes."""
+
 
 class GuidanceScale(float):
     """A guidance scale that also says how far guided outputs are rescaled.

@@ -24,6 +24,7 @@ class VerifyConfig(Config):
     images: int = Field(
         2, ge=1, description="How many images to compare.", json_schema_extra={"flags": ["--number", "-n"]}
     )
+    guidance: float | None = Field(None, description="Guidance scale; by default the one of the search.")
     backend: Backend = "onnxruntime"
     debug: Path | None = Field(
         None, description="Write into this folder where the program diverges: launch, layer, site, and a reproducer."
@@ -37,7 +38,8 @@ class VerifyConfig(Config):
             from benchmarks.debug.debug import check_debug
 
             check_debug(self.debug, bundle)
-        parity = api.verify(bundle, model=model, images=self.images, backend=self.backend, progress=None)
+        asked = {"images": self.images, "backend": self.backend, "guidance": self.guidance}
+        parity = api.verify(bundle, model=model, **asked, progress=None)
         line, cure = f"{parity.line()}, over {parity.images} images", "export it again, or say where with --debug DIR"
         if self.debug:
             cure = api.debug(bundle, self.debug, parity, model=model, backend=self.backend, progress=None)

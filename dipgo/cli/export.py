@@ -13,29 +13,33 @@ from export.config import ExportConfig
 
 
 def export(
-    subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],
+    subnets: Annotated[
+        list[Path], typer.Argument(metavar="SUBNET...", help="JSON files of 'dipgo search', a program each.")
+    ],
     output: OutputOption,
     config: ExportConfig,
     model: SourceOption = None,
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Compile a SubNet into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the program."""
+    """Compile SubNets into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the programs."""
     from dipgo.base.files import refuse_existing
     from dipgo.schedule.subnet import load_subnet
     from export.bundle import BUNDLE
 
     if config.weights == "copy":  # before anything that takes time is imported
         refuse_existing(output, force, BUNDLE)
-    searched = load_subnet(subnet)
+    searched = [load_subnet(subnet) for subnet in subnets]
     from dipgo import api
     from dipgo.model.models import find_model
 
-    source = find_model(model or searched.model.name, random_weights, searched.sampler.pixels)
+    first = searched[0]
+    source = find_model(model or first.model.name, random_weights, first.sampler.pixels)
     record = api.export(searched, output, config, model=source, force=force, progress=None)
     if config.max_graphs is not None:
-        ratio = load_subnet(output / record.subnet_file).cost.ratio
-        typer.echo(f"graphs: {len(record.graphs)}, {ratio:.2%} of the MACs; the SubNet: {searched.cost.ratio:.2%}")
+        ratios = zip((record, *record.further), searched, strict=True)
+        shares = "; ".join(f"{own.budget:.2%} of the MACs; the SubNet: {each.cost.ratio:.2%}" for own, each in ratios)
+        typer.echo(f"graphs: {len(record.graphs)}, {shares}")
     typer.echo(f"bundle: {output}")
 
 

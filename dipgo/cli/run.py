@@ -28,6 +28,9 @@ class RunConfig(Config):
     )
     prompt: str | None = Field(None, description="What to generate, for a model of prompts.")
     negative: str | None = Field(None, description="A prompt to stay away from.")
+    steps: int | None = Field(None, description="Steps, where the bundle holds programs of several numbers of them.")
+    budget: float | None = Field(None, description="Share of the MACs, where the bundle holds several budgets.")
+    guidance: float | None = Field(None, description="Guidance scale; by default the one of the search.")
     seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
@@ -38,6 +41,7 @@ class RunConfig(Config):
     def save(self, bundle: Path, output: Path, force: bool) -> str:
         """Make the images and save them as one PNG; returns a line on it."""
         from dipgo.base.files import new_file, refuse_existing
+        from engines.guidance import Guidance
         from engines.pipeline.images import grid
         from engines.pipeline.pipeline import load
 
@@ -45,8 +49,13 @@ class RunConfig(Config):
         refuse_existing(output, force)
         size = pixels_of(self.size)
         with load(bundle, self.threads, self.backend, self.device) as program:
-            pixels = program.generate(
-                self._conditions(bundle, program), self.seed, bar("generate"), self.negative, size
+            pixels = program.at(self.steps, self.budget).generate(
+                self._conditions(bundle, program),
+                self.seed,
+                bar("generate"),
+                self.negative,
+                size,
+                Guidance(self.guidance),
             )
         with new_file(output, force) as draft:
             grid(pixels).save(draft)

@@ -23,7 +23,7 @@ from dipgo.graph.costs import Costs
 from dipgo.graph.exported import Tapped, export_tapped, free_sides, in_dtype, size_multiple
 from dipgo.graph.macs import node_macs
 from dipgo.graph.sites import Site, site_names
-from dipgo.model.families import GuidedDenoiser
+from dipgo.model.families import GuidedDenoiser, with_scale_inputs
 from dipgo.model.models import Model
 
 
@@ -141,6 +141,7 @@ def trace(
     guidance_scale: float,
     dtype: torch.dtype = torch.float32,
     size: tuple[int, ...] | None = None,
+    open_guidance: bool = False,
 ) -> Trace:
     """Trace a model's denoiser with the sites that ``sites`` chooses (see :func:`dipgo.graph.sites.site_names`).
 
@@ -148,7 +149,8 @@ def trace(
     ``pipe.to(dtype)`` would, but for guidance, which is float32 (see
     :func:`~dipgo.graph.exported.in_dtype`). With ``size``, height and width of the latent, these stay symbolic too, in
     multiples of :func:`~dipgo.graph.exported.size_multiple`; MACs are then those at ``size``. At a ``size`` of other
-    sides they are fixed.
+    sides they are fixed. With ``open_guidance`` the guidance scale is a condition
+    (:func:`~dipgo.model.families.with_scale_inputs`), where there is guidance.
 
     Raises UsageError for bad patterns, for a ``size`` where the denoiser takes its own
     alone, and for a guidance that is not finite, DipgoError where torch.export cannot trace the model.
@@ -159,6 +161,11 @@ def trace(
     denoiser = model.empty_denoiser(dtype)
     names = site_names(denoiser, model.family, sites)
     family = in_dtype(model.family, dtype)
+    if open_guidance:
+        model, family = (
+            replace(model, family=with_scale_inputs(model.family, guidance_scale)),
+            with_scale_inputs(family, guidance_scale),
+        )
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
     rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
     conditions = family.example(model.config, rows)
@@ -201,7 +208,7 @@ def trace(
             names
         ):  # such as what a last block makes of its text
             fit = ",".join(name for name in names if name not in unfit)
-            return trace(model, fit, guidance_scale, dtype, size)
+            return trace(model, fit, guidance_scale, dtype, size, open_guidance)
         name, reason = next(iter(unfit.items()))
         raise DipgoError(f"site '{name}' {reason}; leave it out")
     parameters = {name: nodes[name].meta["val"].numel() for name in program.graph_signature.inputs_to_parameters}

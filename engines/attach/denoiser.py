@@ -16,8 +16,9 @@ from dipgo.base.errors import UsageError
 from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.watch import tokens_of
 from engines.attach.reading import Call, Reader
+from engines.guidance import Guidance, is_off
 from engines.pipeline.formats import to_array
-from engines.pipeline.pipeline import Pipeline
+from engines.program import Program
 from engines.steps import Steps
 
 _READ_BY_PIPELINES = ("add_embedding", "in_channels", "out_channels")  # SDXL's checks the inner size of the first
@@ -40,13 +41,14 @@ class AttachedDenoiser(nn.Module):
         config: of the denoiser that it stands for.
     """
 
-    def __init__(self, program: Pipeline, original: Any, pipe: Any, reader: Reader) -> None:
+    def __init__(self, program: Program, original: Any, pipe: Any, reader: Reader) -> None:
         super().__init__()
         self.config = original.config
         self.program = program
         self._original = (original,)  # in a tuple it is no submodule: pipe.to() leaves it where it is
         self._pipe = weakref.ref(pipe)
         self._reader = reader
+        self._guidance = Guidance()
         self._hearing = False
         self._heard: list[Call] = []
         self._trajectory: _Trajectory | None = None
@@ -90,7 +92,7 @@ class AttachedDenoiser(nn.Module):
         finally:
             self._hearing = False
         moments = {float(moment) for heard in self._heard for moment in _moments(heard)}
-        if len(self._heard) < self._reader.calls or len(moments) > 1:
+        if len(self._heard) < self.calls or len(moments) > 1:
             scale = self.program.record.sampler.guidance_scale
             raise UsageError(
                 f"the pipeline makes one pass per step, the bundle was compiled for guidance {scale:g}, with a "
@@ -100,6 +102,16 @@ class AttachedDenoiser(nn.Module):
             yield
         finally:
             self._heard = []
+
+    def begin(self, program: Program, guidance: Guidance) -> None:
+        """Make ready for a call of the pipeline, with its program and its guidance."""
+        self.end()
+        self.program, self._guidance = program, guidance
+
+    @property
+    def calls(self) -> int:
+        """How often the pipeline calls per step."""
+        return 1 if is_off(self.program.record, self._guidance) else self._reader.calls
 
     def end(self) -> None:
         """End the trajectory that is under way, if any; the next call must have the first timestep."""
@@ -117,11 +129,11 @@ class AttachedDenoiser(nn.Module):
         form = form_of(denoiser)
         arguments = form.read(bound(denoiser, args, kwargs), tokens_of(self._pipe()))
         self._check_guidance()
-        call = self._reader.read(arguments)
+        call = self._reader.read(arguments, not is_off(self.program.record, self._guidance))
         output = torch.zeros(call.latent.shape) if self._hearing else self._epsilon(call)
         if self._hearing:
             self._heard.append(call)
-            if len(self._heard) == self._reader.calls:
+            if len(self._heard) == self.calls:
                 raise _Heard
         rows = len(call.sample)
         output = self._reader.answer(output, rows).to(call.sample.device, call.sample.dtype)
@@ -133,11 +145,11 @@ class AttachedDenoiser(nn.Module):
         if self._begins(call):
             self.end()
             calls = self._heard or [call]
-            if len(calls) < self._reader.calls:
+            if len(calls) < self.calls:
                 raise UsageError(
                     "the denoiser is called by itself; a bundle with two calls per step needs a pipeline's"
                 )
-            self._trajectory = _Trajectory(self.program, calls, self._reader.join(calls))
+            self._trajectory = _Trajectory(self.program, calls, self._conditions(calls))
         assert self._trajectory is not None
         try:
             return torch.from_numpy(self._trajectory.answer(call))
@@ -145,19 +157,26 @@ class AttachedDenoiser(nn.Module):
             self.end()
             raise
 
+    def _conditions(self, calls: Sequence[Call]) -> dict[str, np.ndarray]:
+        """Return the bundle's conditions from the calls of the first step; one pass of two is both of them."""
+        if is_off(self.program.record, self._guidance):
+            joined = {name: np.concatenate([value, value]) for name, value in calls[0].conditions.items()}
+        else:
+            joined = self._reader.join(calls)
+        rows = (1 + self.program.record.conditioning.guided) * len(calls[0].latent)
+        return self.program.fixed_conditions(rows, self._guidance) | joined
+
     def _check_guidance(self) -> None:
         """Refuse a guidance that was changed on the way."""
-        record = self.program.record
-        scale = getattr(self._pipe(), "_guidance_scale", None)
-        mine = record.sampler.guidance_scale
-        if scale is not None and abs(scale - mine) > 1e-6 and self._reader.heeds(scale):
-            raise UsageError(
-                f"guidance_scale = {scale}, the bundle was compiled for {mine}; it cannot change on the way"
-            )
-        rescale = getattr(self._pipe(), "_guidance_rescale", 0.0)
-        own = record.sampler.guidance_rescale
-        if not abs(rescale - own) <= 1e-6:
-            raise UsageError(f"guidance_rescale = {rescale}, the bundle's is {own}; it cannot change on the way")
+        sampler, asked = self.program.record.sampler, self._guidance
+        for name, mine in (
+            ("guidance_scale", asked.scale if asked.scale is not None else sampler.guidance_scale),
+            ("guidance_rescale", asked.rescale if asked.rescale is not None else sampler.guidance_rescale),
+        ):
+            now = getattr(self._pipe(), f"_{name}", None)
+            heeds = name == "guidance_rescale" or (now is not None and self._reader.heeds(now))
+            if now is not None and heeds and not abs(now - mine) <= 1e-6:
+                raise UsageError(f"{name} = {now}, the call began with {mine}; it cannot change on the way")
 
     def _begins(self, call: Call) -> bool:
         """Whether a call begins a trajectory; else it is the next of the one under way."""
@@ -195,7 +214,7 @@ class _Trajectory:
         step: the next one, or the one of whose calls some are to come.
     """
 
-    def __init__(self, program: Pipeline, calls: Sequence[Call], conditions: dict[str, np.ndarray]) -> None:
+    def __init__(self, program: Program, calls: Sequence[Call], conditions: dict[str, np.ndarray]) -> None:
         self._first, self.step = list(calls), 0
         self._number = 0  # of the next call in its step
         self._steps = Steps(program.contexts, calls[0].latent.shape, conditions)

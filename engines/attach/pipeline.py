@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo.base.errors import UsageError
 from engines.backends import DEFAULT
+from engines.guidance import Guidance
 from engines.pipeline.arguments import check_scheduler
 from engines.pipeline.pipeline import Pipeline, load
+from engines.program import Program
 
 if TYPE_CHECKING:
     from dipgo.model.observed.observation import Observation
@@ -36,6 +38,7 @@ class Attachment:
         component: attribute of the pipeline that the denoiser is.
         original: the denoiser that was there.
         seen: what the pipeline was seen to do; None of one that is known.
+        budget: of the program that calls get; None leaves it to the bundle.
     """
 
     pipe: Any
@@ -43,6 +46,7 @@ class Attachment:
     component: str
     original: Any
     seen: Observation | None
+    budget: float | None
     owns: bool
     calling: threading.Lock
 
@@ -60,12 +64,13 @@ def attach(
     backend: str = DEFAULT,
     threads: int | None = None,
     device: str | None = None,
+    budget: float | None = None,
 ) -> Attachment:
     """Put a bundle in the place of a diffusers pipeline's denoiser.
 
-    The pipeline is then called as ever: with the bundle's step count, guidance and size. Guidance is inside the
-    graphs, so the denoiser returns guided ε for the unconditional and the conditional pass, which the pipeline's
-    own guidance leaves as it is. Any number of images goes in one call, a context for every batch of the bundle. The
+    The pipeline is then called as ever: with the bundle's step count and size. Guidance is inside the graphs, so the
+    denoiser returns guided ε for the unconditional and the conditional pass, which the pipeline's own guidance leaves
+    as it is. Any number of images goes in one call, a context for every batch of the bundle. The
     denoiser that was there stays in memory for :func:`detach`.
 
     A pipeline without an entry is observed first. Where it makes both passes calls of their own, it encodes prompts
@@ -75,6 +80,7 @@ def attach(
         pipe: a diffusers pipeline, on any device; one call at a time.
         bundle: folder of the bundle, or a loaded one, which may serve several pipelines at once.
         backend, threads, device: as in :func:`engines.pipeline.pipeline.load`, for a folder.
+        budget: of the program that calls get, where the bundle holds several; steps are as each call says.
 
     Raises:
         UsageError: another pipeline class, denoiser, configuration, weights or scheduler than the bundle's, naming
@@ -100,7 +106,8 @@ def attach(
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
     seen = family_of(pipe).at(record.sampler.guidance, record.sampler.pixels).seen
-    attachment = Attachment(pipe, program, component, original, seen, program is not bundle, threading.Lock())
+    owns = program is not bundle
+    attachment = Attachment(pipe, program, component, original, seen, budget, owns, threading.Lock())
     program.__enter__()
     setattr(pipe, component, AttachedDenoiser(program, original, pipe, reader_for(program, original, seen)))
     kind: Any = type(pipe)
@@ -140,9 +147,10 @@ def _checking_class(kind: Any) -> Any:
         bound.apply_defaults()
         attachment = self.__dict__[_ATTACHMENT]
         with _one_call(attachment):
-            _check_call(attachment, bound)
+            program = attachment.program.at(bound.arguments.get("num_inference_steps"), attachment.budget)
+            guidance = _check_call(attachment, program, bound)
             denoiser = getattr(self, attachment.component)
-            denoiser.end()
+            denoiser.begin(program, guidance)
             try:
                 with _heard(attachment, call, bound):
                     return call(self, *args, **kwargs)
@@ -189,25 +197,27 @@ def _one_call(attachment: Attachment) -> Iterator[None]:
         attachment.calling.release()
 
 
-def _check_call(attachment: Attachment, bound: inspect.BoundArguments) -> None:
+def _check_call(attachment: Attachment, program: Program, bound: inspect.BoundArguments) -> Guidance:
+    """Check a call before it starts; returns its guidance."""
     from dipgo.model.observed.request import guidance_argument
-    from engines.attach.request import check_known, check_observed
+    from engines.attach.request import check_known, check_observed, guidance_of
 
-    check_scheduler(attachment.program.record, attachment.pipe.scheduler)
+    check_scheduler(program.record, attachment.pipe.scheduler)
     if attachment.seen is None:
-        check_known(attachment.program, bound.arguments)
-    else:
-        guidance = guidance_argument(attachment.pipe, attachment.component)
-        check_observed(attachment.program, attachment.seen, guidance, bound)
+        check_known(program, bound.arguments)
+        return guidance_of(bound.arguments)
+    guidance = guidance_argument(attachment.pipe, attachment.component)
+    check_observed(program, attachment.seen, guidance, bound)
+    return guidance_of(bound.arguments, guidance)
 
 
 def _heard(
     attachment: Attachment, call: Callable[..., Any], bound: inspect.BoundArguments
 ) -> AbstractContextManager[None]:
     """Return a context in which the denoiser knows the conditions of both passes, where these are two calls."""
-    if attachment.seen is None or attachment.seen.guide.record.calls == 1:
-        return nullcontext()
     pipe = attachment.pipe
+    if getattr(pipe, attachment.component).calls == 1:
+        return nullcontext()
     quiet = inspect.BoundArguments(bound.signature, {**bound.arguments, "callback_on_step_end": None})
 
     def first_step() -> None:

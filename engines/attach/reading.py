@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError
+from dipgo.base.guidance import RESCALE, SCALE
 from dipgo.model.observed.observation import Observation, joined_conditions
 from engines.pipeline.formats import to_array
-from engines.pipeline.pipeline import Pipeline
+from engines.program import Program
+from export.bundle import TensorRecord
 
 _PASSED_BESIDES = ("return_dict", "timestep")
 
@@ -44,8 +46,8 @@ class Reader(Protocol):
 
     calls: int
 
-    def read(self, arguments: Mapping[str, Any]) -> Call:
-        """Read a call's arguments, by name.
+    def read(self, arguments: Mapping[str, Any], doubled: bool = True) -> Call:
+        """Read a call's arguments, by name; ``doubled`` says whether the pipeline makes both passes of guidance.
 
         Raises:
             UsageError: what the bundle does not know.
@@ -61,7 +63,7 @@ class Reader(Protocol):
         """Whether a guidance scale of the pipeline's makes a difference."""
 
 
-def reader_for(program: Pipeline, denoiser: Any, seen: Observation | None) -> Reader:
+def reader_for(program: Program, denoiser: Any, seen: Observation | None) -> Reader:
     """Return the reader of a pipeline's calls, from what it was seen to do, if it is none that is known."""
     return ObservedReader(program, seen) if seen else KnownReader(program, denoiser)
 
@@ -71,23 +73,23 @@ class KnownReader:
 
     calls = 1
 
-    def __init__(self, program: Pipeline, denoiser: Any) -> None:
+    def __init__(self, program: Program, denoiser: Any) -> None:
         self.program = program
         self._latent_name = list(signature(type(getattr(denoiser, "_orig_mod", denoiser)).forward).parameters)[1]
         self._width = getattr(denoiser.config, "out_channels", None) or 0
 
-    def read(self, arguments: Mapping[str, Any]) -> Call:
+    def read(self, arguments: Mapping[str, Any], doubled: bool = True) -> Call:
         sample = arguments[self._latent_name]
         values = to_array(sample)
         record = self.program.record
         _check_latent(self.program, values.shape[1:])
         others = {name: value for name, value in arguments.items() if name != self._latent_name}
-        latent = _one_pass(self.program, values, record.conditioning.guided)
+        latent = _one_pass(self.program, values, record.conditioning.guided and doubled)
         return Call(sample, latent, arguments["timestep"], self._conditions(others, len(values)))
 
     def _conditions(self, arguments: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:
         """Return the bundle's conditions from a call's arguments, and refuse whatever it does not know."""
-        names = {tensor.name for tensor in self.program.record.conditioning.inputs}
+        names = {tensor.name for tensor in _passed(self.program)}
         flat: dict[str, Any] = {}
         for name, value in arguments.items():
             flat |= value if isinstance(value, Mapping) else {name: value}
@@ -123,16 +125,16 @@ class KnownReader:
 class ObservedReader:
     """For pipelines that were observed: the template of their calls says what each argument is."""
 
-    def __init__(self, program: Pipeline, seen: Observation) -> None:
+    def __init__(self, program: Program, seen: Observation) -> None:
         self.program, self.seen = program, seen
         self.calls = seen.guide.record.calls
 
-    def read(self, arguments: Mapping[str, Any]) -> Call:
-        template, batched = self.seen.template, self.seen.guide.batched
+    def read(self, arguments: Mapping[str, Any], doubled: bool = True) -> Call:
+        template, batched = self.seen.template, self.seen.guide.batched and doubled
         sample = template.latent(arguments)
         _check_latent(self.program, sample.shape[1:])
         conditions = {name: to_array(value) for name, value in template.conditions(arguments).items()}
-        for tensor in self.program.record.conditioning.inputs:
+        for tensor in _passed(self.program):
             value = conditions[tensor.name]
             if list(value.shape) != [len(sample), *tensor.shape[1:]]:
                 raise UsageError(
@@ -152,7 +154,12 @@ class ObservedReader:
         return self.seen.embeds or self.seen.guide.passes > 1
 
 
-def _check_latent(program: Pipeline, image: Sequence[int]) -> None:
+def _passed(program: Program) -> list[TensorRecord]:
+    """Return the conditions that pipelines pass to their denoiser: guidance they keep to themselves."""
+    return [tensor for tensor in program.record.conditioning.inputs if tensor.name not in (SCALE, RESCALE)]
+
+
+def _check_latent(program: Program, image: Sequence[int]) -> None:
     """Refuse a latent of one image of another shape than the bundle's, or outside of its ranges."""
     record = program.record
     mine = record.latent.shape[1:]
@@ -169,7 +176,7 @@ def _check_latent(program: Pipeline, image: Sequence[int]) -> None:
     program.latent_shape(1, (image[-2] * record.cell, image[-1] * record.cell))
 
 
-def _one_pass(program: Pipeline, sample: np.ndarray, guided: bool) -> np.ndarray:
+def _one_pass(program: Program, sample: np.ndarray, guided: bool) -> np.ndarray:
     """Return x of every image; with both passes of guidance in one call, which get the same, that of the first."""
     if not guided:
         return sample

@@ -9,8 +9,9 @@ from typing import Any
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.observation import Observation
 from dipgo.model.observed.template import same
+from engines.guidance import Guidance, check_guidance
 from engines.pipeline.arguments import CHECKS, check_arguments
-from engines.pipeline.pipeline import Pipeline
+from engines.program import Program
 
 # What reaches the denoiser as conditions, which it takes as they come, or not at all.
 _THE_PIPELINES_OWN = (
@@ -33,7 +34,12 @@ _SCALES = ("guidance_scale", "true_cfg_scale")
 _WORDS_OF_FREE = ("prompt", "callback", "num_images", "num_videos")
 
 
-def check_known(program: Pipeline, arguments: Mapping[str, Any]) -> None:
+def guidance_of(arguments: Mapping[str, Any], scale: str = "guidance_scale") -> Guidance:
+    """Return what a call's arguments say of guidance, whose scale is by the argument ``scale``."""
+    return Guidance(arguments.get(scale), arguments.get("guidance_rescale"))
+
+
+def check_known(program: Program, arguments: Mapping[str, Any]) -> None:
     """Refuse a call of a pipeline that is known that asks for another image than the bundle's.
 
     Raises:
@@ -44,7 +50,7 @@ def check_known(program: Pipeline, arguments: Mapping[str, Any]) -> None:
     )
 
 
-def check_observed(program: Pipeline, seen: Observation, guidance: str, call: BoundArguments) -> None:
+def check_observed(program: Program, seen: Observation, guidance: str, call: BoundArguments) -> None:
     """Refuse a call of a pipeline that was observed that asks for what it was not observed at.
 
     Prompts, noise and outputs are free; what nobody knows must be as it is by default.
@@ -59,8 +65,8 @@ def check_observed(program: Pipeline, seen: Observation, guidance: str, call: Bo
     arguments, (height, width) = call.arguments, program.size
     program.latent_shape(1, (arguments.get("height") or height, arguments.get("width") or width))
     scale = arguments.get(guidance)
-    if scale is not None and _heeds(seen, scale) and abs(scale - seen.guidance) > 1e-6:
-        raise _refusal(guidance, scale, seen.guidance)
+    if scale is not None and _heeds(seen, scale):
+        check_guidance(program.record, Guidance(scale))
     if _is_guided_besides(seen, guidance, arguments):
         raise _refusal("true_cfg_scale", arguments["true_cfg_scale"], 1.0)
     check_known(program, {name: value for name, value in arguments.items() if name not in _SCALES})

@@ -1,6 +1,7 @@
 """What a call of a diffusers pipeline may ask of a bundle, and one line that names both values where it cannot have it.
 
-A bundle is compiled for one sampler, step count, guidance and size. Another choice is refused, never approximated.
+A bundle is compiled for one sampler and step count, for sizes and guidance of a range. Another choice is refused, never
+approximated.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dipgo.base.errors import UsageError
+from engines.guidance import Guidance, check_guidance
 from export.bundle import BundleRecord
 
 MICRO_CONDITIONS = "time_ids"
@@ -70,18 +72,6 @@ def _steps(record: BundleRecord, name: str, value: Any) -> None:
         raise _refusal(name, value, record.sampler.steps)
 
 
-def _guidance(record: BundleRecord, name: str, value: Any) -> None:
-    mine = record.sampler.guidance_scale
-    if not abs(value - mine) <= 1e-6 and not (value <= 1 and mine <= 1):  # NaN is near to nothing
-        raise _refusal(name, value, mine)
-
-
-def _rescale(record: BundleRecord, name: str, value: Any) -> None:
-    mine = record.sampler.guidance_rescale
-    if not abs(value - mine) <= 1e-6:
-        raise _refusal(name, value, mine)
-
-
 def _negative(record: BundleRecord, name: str, value: Any) -> None:
     if value and not record.conditioning.guided:
         scale = record.sampler.guidance_scale
@@ -140,13 +130,13 @@ def _few(value: Any) -> str:
 
 CHECKS: dict[str, Check] = {
     "num_inference_steps": _steps,
-    "guidance_scale": _guidance,
+    "guidance_scale": lambda record, name, value: check_guidance(record, Guidance(scale=value)),
     "negative_prompt": _negative,
     "negative_prompt_embeds": lambda record, name, value: _negative(record, name, True),
     "timesteps": _timesteps,
     "sigmas": _only(),
     "eta": _only(0.0),
-    "guidance_rescale": _rescale,
+    "guidance_rescale": lambda record, name, value: check_guidance(record, Guidance(rescale=value)),
     "denoising_end": _only(),
     "clip_skip": _clip_skip,
     "cross_attention_kwargs": _only({}),

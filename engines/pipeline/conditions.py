@@ -10,6 +10,7 @@ import numpy as np
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from engines.finite import check_input
+from engines.guidance import Guidance
 from engines.pipeline.arguments import MICRO_CONDITIONS
 from engines.pipeline.formats import is_torch, to_array
 from engines.pipeline.text import Each
@@ -40,7 +41,7 @@ def conditions_of(
         repeats: images of each.
         batch_size: how many, where nothing conditions.
         size: height and width of the images in pixels.
-        arguments: ``negative_prompt`` and embeddings, by the names that diffusers gives them.
+        arguments: ``negative_prompt``, embeddings and guidance, by the names that diffusers gives them.
 
     Raises:
         UsageError: something else than what conditions the bundle.
@@ -124,6 +125,11 @@ def _set_micro_conditions(
         rows[:] = np.resize(_micro_conditions(size, arguments)[1 - guided :], rows.shape)
 
 
+def guidance_of(arguments: Mapping[str, Any]) -> Guidance:
+    """Return what a call's arguments say of guidance."""
+    return Guidance(arguments.get("guidance_scale"), arguments.get("guidance_rescale"))
+
+
 def _refuse_unread(program: Program, arguments: Mapping[str, Any]) -> None:
     """Refuse embeddings and negative prompts that would make no difference."""
     kind, folder = program.record.conditioning.kind, program.bundle.folder
@@ -147,12 +153,13 @@ def _from_subjects(
 ) -> dict[str, np.ndarray]:
     """Return the conditions of prompts or classes; a negative prompt is one for all or a list, one each."""
     negative, clip_skip = arguments.get("negative_prompt"), arguments.get("clip_skip") or 0
+    guidance = guidance_of(arguments)
     if negative is None or isinstance(negative, str | Each):
-        return program.conditions(values, negative, size, clip_skip)
+        return program.conditions(values, negative, size, clip_skip, guidance)
     if len(negative) != len(values):
         raise UsageError(f"{len(negative)} negative prompts for {len(values)} prompts; give as many, or one")
     pairs = zip(values, negative, strict=True)
-    single = [program.conditions([value], other, size, clip_skip) for value, other in pairs]
+    single = [program.conditions([value], other, size, clip_skip, guidance) for value, other in pairs]
     stacks = {name: np.stack([one[name] for one in single], axis=1) for name in single[0]}
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in stacks.items()}
 
@@ -196,5 +203,5 @@ def _from_embeddings(
     counts = sorted({len(value) for value in conditions.values()})
     if len(counts) > 1:
         raise UsageError(f"embeddings are of {' and '.join(map(str, counts))} rows")
-    conditions |= program.fixed_conditions(counts[0])
+    conditions |= program.fixed_conditions(counts[0], guidance_of(arguments))
     return conditions | {name: np.tile(np.asarray(row, np.float32), (counts[0], 1)) for name, row in constants.items()}

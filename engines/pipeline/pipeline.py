@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from dipgo.base.errors import UsageError
 from dipgo.base.records import SamplerIdentity
 from engines.backends import DEFAULT, runner_for
 from engines.finite import check_input
+from engines.guidance import Guidance
 from engines.pipeline.arguments import CHECKS, check_arguments, check_scheduler
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
-from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each
+from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.program import Program
 from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
-from export.bundle import open_bundle
+from export.bundle import BundleRecord, open_bundle
 
 _PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
 _COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -42,6 +44,7 @@ class Pipeline(Program):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._bar: dict[str, Any] = {}
+        self._call = threading.local()  # the guidance of the call under way in this thread
         self._calls = Calls()
         self._lock = threading.Lock()
         self._is_open = False
@@ -54,7 +57,9 @@ class Pipeline(Program):
         """
         if name in _COMPONENTS:
             raise UsageError(f"{name} is compiled into the bundle and cannot be set; export a bundle of the new one")
-        if name.startswith("_"):
+        if name in ("_guidance_scale", "_guidance_rescale"):
+            self._check_unchanged(name[1:], value)
+        elif name.startswith("_"):
             check_arguments(self.record, {name[1:]: value})
         super().__setattr__(name, value)
 
@@ -83,6 +88,8 @@ class Pipeline(Program):
         width: int | None = None,
         batch_size: int = 1,
         num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        budget: float | None = None,
         generator: Any = None,
         latents: Any = None,
         output_type: str = "pil",
@@ -103,6 +110,7 @@ class Pipeline(Program):
             height, width: of the images in pixels; None is :attr:`size`.
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
+            num_inference_steps, budget: which of the bundle's programs, see :meth:`~engines.program.Program.at`.
             generator: a seed, a ``torch.Generator``, or a list of either, one an image; None for a random seed.
             latents: initial noise ``[n, C, H, W]`` in the generator's place.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
@@ -110,14 +118,15 @@ class Pipeline(Program):
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
                 step. It may stop the call, but not change it: a program's solver is compiled too.
             callback_on_step_end_tensor_inputs: ``latents`` or nothing.
-            **arguments: of other diffusers pipelines. Embeddings, ``clip_skip`` and SDXL's sizes and crops count; all
-                others must be the bundle's own.
+            **arguments: of other diffusers pipelines. Guidance, embeddings, ``clip_skip`` and SDXL's sizes and crops
+                count; all others must be the bundle's own.
 
         Raises:
-            UsageError: another step count, size, guidance, … than the bundle's, naming both; or bad input.
+            UsageError: another step count, budget, size, … than the bundle's, naming both; or bad input.
             TypeError: an argument that no diffusers pipeline of this kind takes.
         """
-        self._check(arguments, output_type)
+        program = self.at(num_inference_steps, budget)
+        self._check(program.record, arguments, output_type)
         if prompt is not None and class_labels is not None:
             raise UsageError("both prompt and class_labels are given; give one of them")
         convert = to_tensor if is_torch(generator) or is_torch(latents) else np.asarray
@@ -130,19 +139,19 @@ class Pipeline(Program):
         arguments["negative_prompt"] = for_each(
             self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
         )
-        with self._calls.one() as call:
+        with self._calls.one() as call, self._asked(guidance_of(arguments)):
             self.__enter__()
             size = (height or self.size[0], width or self.size[1])
             self.latent_shape(1, size)  # refuses others
-            count, conditions = conditions_of(self, subjects, num_images_per_prompt, batch_size, size, arguments)
-            noise = self._noise(self.latent_shape(count, size), generator, latents)
+            count, conditions = conditions_of(program, subjects, num_images_per_prompt, batch_size, size, arguments)
+            noise = _noise(program, self.latent_shape(count, size), generator, latents)
 
             def observe(walk: Walk) -> bool:
                 if callback:
                     callback(walk)
                 return not call.interrupted
 
-            final = self._integrate(noise, conditions, observe, together=callback is not None)
+            final = self._integrate(program, noise, conditions, observe, together=callback is not None)
             images = convert(final) if output_type == "latent" else as_format(self._pixels(final), output_type)
         return Output(images) if return_dict else (images,)
 
@@ -184,7 +193,27 @@ class Pipeline(Program):
 
     @property
     def guidance_scale(self) -> float:
-        return self.record.sampler.guidance_scale
+        """Of the call under way, else what calls get by default."""
+        return self._guidance("guidance_scale")
+
+    @contextmanager
+    def _asked(self, guidance: Guidance) -> Iterator[None]:
+        self._call.guidance = guidance
+        try:
+            yield
+        finally:
+            self._call.guidance = Guidance()
+
+    def _guidance(self, name: str) -> float:
+        asked = getattr(getattr(self._call, "guidance", Guidance()), name.removeprefix("guidance_"))
+        own: float = getattr(self.record.sampler, name)
+        return own if asked is None else asked
+
+    def _check_unchanged(self, name: str, value: float) -> None:
+        """Refuse what diffusers' own callbacks do: to change guidance while a call is under way."""
+        mine = self._guidance(name)
+        if not abs(value - mine) <= 1e-6:
+            raise UsageError(f"{name} = {value}, the call began with {mine}; it cannot change on the way")
 
     @property
     def _interrupt(self) -> bool:
@@ -198,25 +227,19 @@ class Pipeline(Program):
         """Return the classes that labels name, as ``DiTPipeline`` does."""
         return [self.class_of(each) for each in ([label] if isinstance(label, str) else label)]
 
-    def _check(self, arguments: Mapping[str, Any], output_type: str) -> None:
+    def _check(self, record: BundleRecord, arguments: Mapping[str, Any], output_type: str) -> None:
         unknown = next((name for name in arguments if name not in _ARGUMENTS), None)
         if unknown:
             raise TypeError(f"Pipeline.__call__() got an unexpected keyword argument '{unknown}'")
-        check_arguments(self.record, arguments)
+        check_arguments(record, arguments)
         if output_type not in FORMATS:
             raise UsageError(f"unknown output_type '{output_type}'; use {', '.join(FORMATS)}")
         if output_type != "latent" and self.record.decoder is None and not self.makes_pixels:
             raise UsageError(f"{self.bundle.folder}: holds no VAE decoder; ask for output_type='latent'")
 
-    def _noise(self, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
-        if latents is not None:
-            latents = check_input(to_array(latents), "latents").astype(np.float32, copy=False)
-            if latents.shape != shape:
-                raise UsageError(f"latents are {list(latents.shape)}, this call is for {list(shape)}")
-        return draw_noise(shape, generator, self.record.noise, self.record.solver.draws, latents)
-
     def _integrate(
         self,
+        program: Program,
         noise: np.ndarray,
         conditions: Mapping[str, np.ndarray],
         observe: Callable[[Walk], bool],
@@ -224,13 +247,13 @@ class Pipeline(Program):
     ) -> np.ndarray:
         """Run the trajectory of all images, batch by batch or ``together``, until ``observe`` says to stop."""
         size = len(noise) if together else self.batch
-        calls, parts, going = len(self.record.steps), [], True
+        calls, parts, going = len(program.record.steps), [], True
         with tqdm(total=calls * -(-len(noise) // size), **self._bar) as bar:
             for start in range(0, len(noise), size):
                 images = np.arange(start, min(start + size, len(noise)))
                 rows = rows_of(conditions, images, len(noise))
                 own = noise[images]
-                with Steps(self.contexts, latent_shape_of(self.record, own.shape), rows) as steps:
+                with Steps(program.contexts, latent_shape_of(program.record, own.shape), rows) as steps:
                     walk = Walk(steps, own)
                     if steps.can_replay and not together and going:
                         walk.finish()
@@ -247,6 +270,14 @@ class Pipeline(Program):
         """Return pixels ``[n, channels, height, width]`` in [0, 1] of latents."""
         batches = batches_of(self.record, len(latent))
         return np.concatenate([self.decode(latent[rows]) for rows in batches])[: len(latent)]
+
+
+def _noise(program: Program, shape: tuple[int, ...], generator: Any, latents: Any) -> np.ndarray:
+    if latents is not None:
+        latents = check_input(to_array(latents), "latents").astype(np.float32, copy=False)
+        if latents.shape != shape:
+            raise UsageError(f"latents are {list(latents.shape)}, this call is for {list(shape)}")
+    return draw_noise(shape, generator, program.record.noise, program.record.solver.draws, latents)
 
 
 def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT, device: str | None = None) -> Pipeline:

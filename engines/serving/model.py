@@ -78,7 +78,7 @@ class TritonPythonModel:
         owners = [index for index, rows in valid.items() for _ in rows]
         try:
             rows = [row for rows in valid.values() for row in rows]
-            images = iter(render(self.program, rows, lambda row: left[owners[row]]()))
+            images = iter(render(rows, lambda row: left[owners[row]]()))
             return {index: [next(images) for _ in rows] for index, rows in valid.items()}
         except Exception as error:  # whatever it is: every request is answered, and the next batch has its chance
             if len(valid) == 1:

@@ -21,7 +21,8 @@ PICTURES = ("png",)  # outputs that JSON cannot hold
 
 Size = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=64)]
-RANGES = {"INT32": 2**31, "INT64": 2**63}
+RANGES: dict[str, float] = {"BYTES": 0, "INT32": 2**31, "INT64": 2**63, "FP32": 3e38}
+KINDS = {"BYTES": (str,), "INT32": (int,), "INT64": (int,), "FP32": (int, float)}
 
 
 class InputParameters(Record):
@@ -32,7 +33,7 @@ class Input(Record):
     """A tensor, in ``data`` or behind the JSON; shared memory is not offered."""
 
     name: Name
-    datatype: Literal["BYTES", "INT32", "INT64"]
+    datatype: Literal["BYTES", "INT32", "INT64", "FP32"]
     shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
     parameters: InputParameters = InputParameters()
     data: Annotated[list[Any], Field(max_length=4096)] | None = None
@@ -44,9 +45,9 @@ class Input(Record):
         if self.data is not None:
             if len(self.data) != prod(self.shape):
                 raise ValueError(f"data has {len(self.data)} elements, shape {self.shape} has {prod(self.shape)}")
-            kind, limit = (str, 0) if self.datatype == "BYTES" else (int, RANGES[self.datatype])
+            kinds, limit = KINDS[self.datatype], RANGES[self.datatype]
             for value in self.data:
-                if type(value) is not kind or (isinstance(value, int) and not -limit <= value < limit):
+                if type(value) not in kinds or (not isinstance(value, str) and not -limit <= value < limit):
                     raise ValueError(f"data holds {json.dumps(value)[:40]}, which is no {self.datatype}")
         return self
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import Kind, files_below, new_folder
+from dipgo.base.guidance import SCALE
 from engines.backends import BACKENDS, DEFAULT
 from engines.serving.limits import Limits
 from engines.sizes import batch_of
@@ -135,7 +136,10 @@ def _inputs(record: BundleRecord) -> list[_Input]:
         "nothing": [],
     }
     seed = _Input("seed", "TYPE_INT64", record.conditioning.kind != "nothing")  # Triton wants one that is not optional
-    return [*kinds[record.conditioning.kind], seed, _Input("number", "TYPE_INT32", True)]
+    chosen = [_Input(SCALE, "TYPE_FP32", True)] if record.conditioning.guidance else []
+    if record.further:
+        chosen += [_Input("steps", "TYPE_INT32", True), _Input("budget", "TYPE_FP32", True)]
+    return [*kinds[record.conditioning.kind], seed, _Input("number", "TYPE_INT32", True), *chosen]
 
 
 def _check_servable(record: BundleRecord, bundle: Path) -> None:

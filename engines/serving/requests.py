@@ -10,11 +10,14 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dipgo.base.errors import UsageError
+from dipgo.base.guidance import SCALE
+from engines.guidance import Guidance, check_guidance
 from engines.pipeline.images import to_image
 from engines.program import Program
 from engines.serving.limits import Limits
@@ -23,11 +26,16 @@ from engines.sizes import batches_of
 
 @dataclass(frozen=True)
 class Row:
-    """One class or prompt, and how many images of it: those of ``Program.generate([subject] * number, seed)``."""
+    """One class or prompt, and how many images of it: those of ``Program.generate([subject] * number, seed)``.
 
+    ``guidance`` is its scale, ``program`` what makes it.
+    """
+
+    program: Program
     subject: int | str
     negative: str | None
     seed: int
+    guidance: float
     number: int
 
 
@@ -37,7 +45,8 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
     Args:
         program: what it is for.
         tensors: ``class`` or ``prompt`` and ``negative_prompt`` (bytes), ``seed`` (int64), ``number`` (int32), each
-            ``[R, 1]``; None where the request lacks one. Without a seed one is drawn.
+            ``[R, 1]``, and where the bundle lets them be chosen ``guidance_scale``, ``budget`` (float32) and ``steps``
+            (int32); None where the request lacks one. Without a seed one is drawn.
         limits: what it may ask for.
 
     Raises:
@@ -63,21 +72,26 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
         negatives = _texts("negative_prompt", tensors, rows, limits) or negatives
         for negative in negatives:
             program.check_negative(negative)
-    return [Row(*row, numbers[0]) for row in zip(subjects, negatives, seeds, strict=True)]
+    steps, budgets, scales = (_choices(tensors.get(name), rows) for name in ("steps", "budget", SCALE))
+    programs = [program.at(*choice) for choice in zip(steps, budgets, strict=True)]
+    own = [each.record.sampler.guidance_scale for each in programs]
+    guidance = [usual if scale is None else scale for usual, scale in zip(own, scales, strict=True)]
+    check_guidance(program.record, Guidance(guidance))
+    return [Row(*row, numbers[0]) for row in zip(programs, subjects, negatives, seeds, guidance, strict=True)]
 
 
-def render(
-    program: Program, rows: Sequence[Row], left: Callable[[int], bool] = lambda row: False
-) -> list[np.ndarray | None]:
+def render(rows: Sequence[Row], left: Callable[[int], bool] = lambda row: False) -> list[np.ndarray | None]:
     """Return the images of each row, ``[number, height, width, channels]`` uint8, in as few batches as there can be.
 
-    Only rows with the same negative prompt share a batch. A batch that is not full is filled up and cut. ``left`` says,
-    before every step, whether nobody waits for a row any more: a batch of such rows ends there, and they are None.
+    Only rows of one program with the same negative prompt share a batch. A batch that is not full is filled up and cut.
+    ``left`` says, before every step, whether nobody waits for a row any more: a batch of such rows ends there, and they
+    are None.
     """
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
-    noise = cache(lambda index: program.noise(rows[index].number, rows[index].seed))
-    for negative in dict.fromkeys(row.negative for row in rows):
-        images = [(index, k) for index, row in enumerate(rows) if row.negative == negative for k in range(row.number)]
+    noise = cache(lambda index: rows[index].program.noise(rows[index].number, rows[index].seed))
+    for program, negative in dict.fromkeys((row.program, row.negative) for row in rows):
+        alike = [index for index, row in enumerate(rows) if (row.program, row.negative) == (program, negative)]
+        images = [(index, k) for index in alike for k in range(rows[index].number)]
         for numbers in batches_of(program.record, len(images)):  # what fills the last batch up repeats its last image
             batch = [images[number] for number in numbers]
 
@@ -87,7 +101,9 @@ def render(
 
             try:
                 check()
-                conditions = program.conditions([rows[index].subject for index, _ in batch], negative)
+                subjects = [rows[index].subject for index, _ in batch]
+                guidance = Guidance([rows[index].guidance for index, _ in batch])
+                conditions = program.conditions(subjects, negative, guidance=guidance)
                 latent = program.denoise(np.stack([noise(index)[k] for index, k in batch]), conditions, None, check)
             except _Left:
                 continue
@@ -115,6 +131,11 @@ def png(image: np.ndarray) -> bytes:
 def _column(values: np.ndarray | None, rows: int) -> list[int]:
     """Return a tensor ``[rows, 1]`` of integers as a list; empty if there is none."""
     return [] if values is None else [int(value) for value in values.reshape(rows)]
+
+
+def _choices(values: np.ndarray | None, rows: int) -> list[Any]:
+    """Return a tensor ``[rows, 1]`` of numbers as a list; None for each row if there is none."""
+    return [None] * rows if values is None else values.reshape(rows).tolist()
 
 
 def _texts(name: str, tensors: Mapping[str, np.ndarray | None], rows: int, limits: Limits) -> list[str]:

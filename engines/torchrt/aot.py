@@ -147,7 +147,8 @@ def _compile(path: Path, graph: TorchGraph, target: Path) -> None:
 
 def inputs_by_file(record: BundleRecord, beside: bool = True) -> dict[str, list[TensorRecord]]:
     """Return the inputs of the loop's graphs and prologues; with ``beside`` of the text graph and the decoder too."""
-    return {file: inputs for file, (inputs, _) in record.tensors.items() if beside or file in record.loaded}
+    loaded = set(record.loaded)
+    return {file: inputs for file, (inputs, _) in record.tensors.items() if beside or file in loaded}
 
 
 def _machine(device: torch.device) -> str:

@@ -86,7 +86,7 @@ def build(
             missing = [task for task in tasks if task.graph.file not in records]
             # The largest first, as far as MACs are known: those of the text encoder and the decoder are not.
             macs = {part.file: part.macs for part in bundle.record.graphs.values()}
-            macs |= {part.file: part.macs for part in bundle.record.prologues}
+            macs |= {part.file: part.macs for each in bundle.record.programs for part in each.prologues}
             missing.sort(key=lambda task: -macs.get(task.graph.file, 0))
             report("build", len(records), len(tasks), "")
             for record in build_all(missing, workers):

@@ -41,7 +41,7 @@ class Work:
         """Return a graph's name: unique and stable, with a digest of everything that its content follows from."""
         loop = self.loop
         widths = {key: list(array.shape[1:]) for key, array in loop.backups.items()}
-        key = sha256_of_json([*facts, widths, loop.history, loop.scaled])[:8]
+        key = sha256_of_json([*facts, loop.denoiser.features, widths, loop.history, loop.scaled])[:8]
         return f"{self.stem}-{key}-{self.ending}"
 
     def cut(self, name: str, computed: Iterable[int], outputs: Sequence[str]) -> Cut:

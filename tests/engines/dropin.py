@@ -56,7 +56,8 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
         subnet.gates[2] = False
-    folder = zoo.bundle(task.trace, task.sampler, subnet, whole=whole)
+    traced = zoo.trace(kind, "branch" if kind == "sdxl" else None, open_guidance=True)
+    folder = zoo.bundle(traced, task.sampler, subnet, whole=whole)
     subjects = {"dit": {"class_labels": [0, 1, 2]}, "unconditional": {"batch_size": 3}}
     arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": STEPS}
     arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from dipgo.base.errors import UsageError
 from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
-from dipgo.model.families.guided import GuidedDenoiser, join
+from dipgo.model.families.guided import GuidedDenoiser, join, with_scale_inputs
 from dipgo.model.families.observed import family_of_observed, observed_family
 from dipgo.model.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from dipgo.model.families.unet import UNET
@@ -38,6 +38,7 @@ __all__ = [
     "observed_family",
     "registered_family",
     "remember",
+    "with_scale_inputs",
 ]
 
 

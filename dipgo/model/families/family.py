@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dipgo.base.errors import UsageError
-from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
+from dipgo.model.guidance import Number, guided
 from dipgo.model.sampler import Sampler, tabulate
 from dipgo.model.vae import from_vae, to_vae
 
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from dipgo.model.observed.observation import Observation
 
 Conditions = dict[str, torch.Tensor]
-
-
-def guided(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the guided output of both passes.
-
-    ε_u + s (ε_c - ε_u) (Ho & Salimans 2022, eq. 6 in diffusers' form), then rescaled where the scale says so
-    (:class:`dipgo.base.guidance.GuidanceScale`).
-    """
-    output = unconditional + float(scale) * (conditional - unconditional)
-    rescale = rescale_of(scale)
-    if not rescale:
-        return output
-    axes = list(range(1, output.ndim))
-    deviations = conditional.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True)
-    return output * (rescale * deviations + (1 - rescale))
 
 
 @dataclass(frozen=True)
@@ -102,7 +87,9 @@ class Family:
             unconditional one always is.
         table: ``(scheduler, steps) -> its table``, as the pipeline uses it.
         guides: ``guidance scale -> whether there are two passes``.
-        guide: ``(unconditional output, conditional output, guidance scale) -> guided output``.
+        guide: ``(unconditional output, conditional output, guidance scale, rescale) -> guided output``.
+        neutral: the guidance scale at which the guided output is the conditional one.
+        scales: conditions that are so many times the guidance scale.
         latent: ``denoiser config -> shape of a latent``, without the batch.
         noise: how drawn noise becomes the latent; None as it is.
         to_vae: ``(latents, VAE's config) -> what the VAE decodes``; None where nothing is decoded.
@@ -133,7 +120,9 @@ class Family:
     conditional_first: bool = False
     table: Callable[[Any, int], Sampler] = field(default=tabulate)
     guides: Callable[[float], bool] = field(default=lambda scale: scale > 1)
-    guide: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = field(default=guided)
+    guide: Callable[[torch.Tensor, torch.Tensor, Number, Number], torch.Tensor] = field(default=guided)
+    neutral: float = 1.0
+    scales: Mapping[str, float] = field(default_factory=dict)
     latent: Callable[[Mapping[str, Any]], tuple[int, ...]] = field(
         default=lambda config: (config["in_channels"], *latent_size(config))
     )

@@ -96,6 +96,8 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         prompting=lambda config: _prompting(pipe, seen),
         guides=lambda scale: seen.guide.passes > 1,
         guide=seen.guide.combine,
+        neutral=seen.guide.neutral,
+        scales=seen.scales,
         latent=lambda config: seen.latent,
         noise=None if seen.noise.idle else seen.noise,
         to_vae=decode if seen.decoding else None,

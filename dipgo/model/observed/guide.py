@@ -11,6 +11,7 @@ import torch
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.records import Passes
+from dipgo.model.guidance import Number, rescaled
 
 _RESIDUAL = 1e-4  # relative, of an output in float32
 
@@ -43,17 +44,20 @@ class Guide:
     def passes(self) -> int:
         return 1 if self.kind == "none" else 2
 
-    def combine(self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+    @property
+    def neutral(self) -> float:
+        """The guidance scale at which the guided output is the conditional one."""
+        return 1.0 - self.offset
+
+    def combine(
+        self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: Number, rescale: Number = 0.0
+    ) -> torch.Tensor:
         """Return the guided output of both passes, turned around already."""
-        guided = unconditional + (float(scale) + self.offset) * (conditional - unconditional)
+        guided = unconditional + (scale + self.offset) * (conditional - unconditional)
         if self.kind == "norm":
             lengths = [torch.norm(each, dim=-1, keepdim=True) for each in (conditional, guided)]
             return guided * (lengths[0] / lengths[1])
-        if rescale := rescale_of(scale):
-            axes = list(range(1, guided.ndim))
-            deviations = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
-            return guided * (rescale * deviations + (1 - rescale))
-        return guided
+        return rescaled(guided, conditional, rescale)
 
 
 def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float) -> Guide:
@@ -85,7 +89,7 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
             ):  # the slope of rescaled passes is another
                 for kind in ("linear", "norm"):
                     guide = Guide(kind, sign, offset, batched, conditional)
-                    if slope > 0 and _near(guide.combine(u, c, scale), given):
+                    if slope > 0 and _near(guide.combine(u, c, float(scale), rescale_of(scale)), given):
                         return guide
     raise UsageError("it combines its passes of guidance in a way of its own")
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError
+from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
 from dipgo.model.observed.guide import Guide
 from dipgo.model.observed.latents import Decoding, near
@@ -30,6 +31,7 @@ class Observation:
         asked: the size that it is asked for, so that it makes images of :attr:`size`; None is its own.
         conditions: an example of each condition, one row.
         fixed: those that do not depend on the prompt, one row.
+        scales: those of them that are so many times the guidance scale.
         latent: its shape, without the batch.
         noise: how what is drawn becomes the latent.
         scales_noise: whether what is drawn is multiplied by the scheduler's ``init_noise_sigma``.
@@ -47,6 +49,7 @@ class Observation:
     guide: Guide
     conditions: Mapping[str, torch.Tensor]
     fixed: Mapping[str, torch.Tensor]
+    scales: Mapping[str, float]
     latent: tuple[int, ...]
     noise: Layout
     scales_noise: bool
@@ -123,7 +126,7 @@ class Observation:
         if self.guide.passes == 1:
             return output
         unconditional, conditional = output.chunk(2)
-        return self.guide.combine(unconditional, conditional, scale)
+        return self.guide.combine(unconditional, conditional, float(scale), rescale_of(scale))
 
 
 def conditions_of(

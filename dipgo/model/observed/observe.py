@@ -12,6 +12,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
@@ -112,6 +113,7 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         guide=guide,
         conditions={},
         fixed={},
+        scales={},
         latent=tuple(latent.shape[1:]),
         noise=noise,
         scales_noise=scales,
@@ -129,7 +131,20 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     fixed = {
         name: value[-1:] for name, value in rows.items() if same(value, other[name]) and same(value[:1], value[-1:])
     }
-    return replace(bare, conditions={name: value[-1:] for name, value in rows.items()}, fixed=fixed)
+    elsewhere = joined_conditions(bare, [template.conditions(call.arguments) for call in scale.calls_of(0)])
+    factors = {name: _factor(value, elsewhere[name][-1:], request.guidance) for name, value in fixed.items()}
+    return replace(
+        bare,
+        conditions={name: value[-1:] for name, value in rows.items()},
+        fixed=fixed,
+        scales={name: factor for name, factor in factors.items() if factor},
+    )
+
+
+def _factor(value: torch.Tensor, other: torch.Tensor, guidance: float) -> float | None:
+    """Return how many times the guidance scale a condition is, whose value at another scale is ``other``."""
+    factor = float(value.flatten()[0]) / guidance if guidance and value.numel() == 1 else 0.0
+    return factor if factor and not same(value, other) and same(value / guidance, other / _another(guidance)) else None
 
 
 def _leaves(call: Any, like: Any) -> list[Any]:
