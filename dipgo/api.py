@@ -78,7 +78,7 @@ def export(
     chosen = _options(ExportConfig, config, options)
     if chosen.weights == "copy":
         refuse_existing(Path(output), force, BUNDLE)
-    given = subnet if isinstance(subnet, list | tuple) else [subnet]
+    given = [subnet] if isinstance(subnet, str | Path) or not isinstance(subnet, Sequence) else subnet
     subnets = [load_subnet(Path(each)) if isinstance(each, str | Path) else each for each in given]
     source = _model_of(model or subnets[0].model.name, subnets[0].sampler.pixels)
     with Progress(progress).spinner("export"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import RESCALE
 from export.bundle import BundleRecord
@@ -59,12 +60,25 @@ def check_guidance(record: BundleRecord, guidance: Guidance) -> None:
         )
 
 
-def chosen(record: BundleRecord, conditions: Mapping[str, np.ndarray], guidance: Guidance) -> dict[str, np.ndarray]:
-    """Return the conditions that follow a request's guidance, of the shapes and dtypes of the bundle's own.
+def fixed_conditions(record: BundleRecord, rows: int, guidance: Guidance = Guidance()) -> dict[str, np.ndarray]:
+    """Return the conditions that no prompt changes, ``rows`` of each: those that guidance is by among them.
 
     Raises:
         UsageError: see :func:`check_guidance`.
     """
+    fixed = record.conditioning.fixed
+    conditions = {
+        tensor.name: np.tile(np.array(fixed[tensor.name], np.float32), rows)
+        .reshape(rows, *(int(side) for side in tensor.shape[1:]))
+        .astype(Dtype(tensor.dtype).numpy)
+        for tensor in record.conditioning.inputs
+        if tensor.name in fixed
+    }
+    return conditions | _chosen(record, conditions, guidance)
+
+
+def _chosen(record: BundleRecord, conditions: Mapping[str, np.ndarray], guidance: Guidance) -> dict[str, np.ndarray]:
+    """Return the conditions that follow a request's guidance, of the shapes and dtypes of the bundle's own."""
     check_guidance(record, guidance)
     how, made = record.conditioning.guidance, dict[str, np.ndarray]()
     if how is None:

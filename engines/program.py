@@ -13,7 +13,7 @@ from engines.backend import Runner
 from engines.classes import class_of, class_rows
 from engines.context_pool import ContextPool
 from engines.finite import check_finite
-from engines.guidance import Guidance, chosen
+from engines.guidance import Guidance, fixed_conditions
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, image_shape, latent_shape_of
@@ -59,24 +59,27 @@ class Program:
         Raises:
             UsageError: the bundle holds no such program; the line says which it holds.
         """
-        fitting = [program for program in (self, *self.further) if steps in (None, program.record.sampler.steps)]
+        fitting = [program for program in (self, *self.further) if steps in (None, program.steps)]
         if budget is not None:
             fitting = [each for each in fitting if abs(each.record.budget - budget) <= NEAR]
             fitting.sort(key=lambda each: abs(each.record.budget - budget))
         if not fitting:
             asked = [f"num_inference_steps = {steps}"] if steps is not None else []
             asked += [f"budget = {budget:g}"] if budget is not None else []
-            raise UsageError(
-                f"{' and '.join(asked)}, the bundle holds {self.choices}; ask for one of these, or export another"
-            )
-        own = self.record.sampler.steps
-        return next((program for program in fitting if program.record.sampler.steps == own), fitting[0])
+            own = f"holds {self.choices}" if self.further or budget is not None else f"was compiled for {self.steps}"
+            raise UsageError(f"{' and '.join(asked)}, the bundle {own}; ask for that, or export another bundle")
+        return next((program for program in fitting if program.steps == self.steps), fitting[0])
+
+    @property
+    def steps(self) -> int:
+        """What a diffusers pipeline is asked for: not its calls of the denoiser, of which some solvers make more."""
+        return self.record.sampler.steps
 
     @property
     def choices(self) -> str:
         """The programs as a line."""
-        programs = (each.record for each in (self, *self.further))
-        return ", ".join(f"{each.sampler.steps} steps at {each.budget:.1%} of the MACs" for each in programs)
+        programs = (self, *self.further)
+        return ", ".join(f"{each.steps} steps at {each.record.budget:.1%} of the MACs" for each in programs)
 
     @property
     def batch(self) -> int:
@@ -144,13 +147,13 @@ class Program:
             if not all(isinstance(label, int | np.integer) for label in subjects):
                 raise UsageError(f"{folder}: conditioned by classes, not by prompts; give --class")
             rows = {conditioning.inputs[0].name: class_rows(self.record, subjects)}
-            return rows | self.fixed_conditions((1 + conditioning.guided) * len(subjects), guidance)
+            return rows | fixed_conditions(self.record, (1 + conditioning.guided) * len(subjects), guidance)
         if self._text is None:
             raise UsageError(f"{folder}: holds no text encoder; pass embeddings to denoise()")
         if not all(isinstance(prompt, str | Each) for prompt in subjects):
             raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
         rows = self._text(cast(Sequence[Text], subjects), negative, conditioning.guided, clip_skip)
-        rows |= self.fixed_conditions((1 + conditioning.guided) * len(subjects), guidance)
+        rows |= fixed_conditions(self.record, (1 + conditioning.guided) * len(subjects), guidance)
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
@@ -161,18 +164,6 @@ class Program:
             )
             for tensor in conditioning.inputs
         }
-
-    def fixed_conditions(self, rows: int, guidance: Guidance = Guidance()) -> dict[str, np.ndarray]:
-        """Return the conditions that are the same for all prompts, ``rows`` of each; ``guidance`` as above."""
-        fixed, inputs = self.record.conditioning.fixed, self.record.conditioning.inputs
-        conditions = {
-            tensor.name: np.tile(np.array(fixed[tensor.name], np.float32), rows)
-            .reshape(rows, *(int(side) for side in tensor.shape[1:]))
-            .astype(Dtype(tensor.dtype).numpy)
-            for tensor in inputs
-            if tensor.name in fixed
-        }
-        return conditions | chosen(self.record, conditions, guidance)
 
     @property
     def encoders(self) -> int:

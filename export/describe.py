@@ -50,9 +50,9 @@ def _program(record: BundleRecord) -> list[str]:
     solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
     solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
     return [
-        f"program    {len(record.steps)} steps at {record.budget:.1%} of the MACs, {silent} of them silent, "
-        f"{len(launches)} launches of {len(record.graphs)} graphs, one per {record.layout}; {record.dtype}, "
-        f"solver {solver}",
+        f"program    {record.sampler.steps} steps at {record.budget:.1%} of the MACs: {len(record.steps)} calls, "
+        f"{silent} of them silent, {len(launches)} launches of {len(record.graphs)} graphs, one per {record.layout}; "
+        f"{record.dtype}, solver {solver}",
         f"slots      {len(record.slots)} slots, {_size(sum(slot.bytes for slot in record.slots))}; "
         f"all sites kept would take {_size(record.naive_cache_bytes)}",
         "",

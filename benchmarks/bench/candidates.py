@@ -192,14 +192,14 @@ def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> 
     """Write the conditions of batches for a program that cannot make its own; returns no file where it can."""
     if encodes(program):
         return []
-    conditioning, files = program.record.conditioning, []
+    files: list[str] = []
     batch = latent_shape(program.record)[0]
     batches = max(1, -(-count // batch))
     inputs = inputs_of(program, batches * batch)
     for number in range(min(batches, len(inputs))):
         chosen = inputs[number * batch : (number + 1) * batch]
         path = scratch / f"conditions-{number}.npz"
-        save(path, conditions_as_arrays(pipe, chosen, conditioning))
+        save(path, conditions_as_arrays(pipe, chosen, program.record))
         files.append(str(path))
     return files
 

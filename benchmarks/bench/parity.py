@@ -260,7 +260,7 @@ def _program(
         conditions = (
             program.conditions(batch, guidance=Guidance(guidance))
             if pipe is None
-            else conditions_as_arrays(pipe, batch, program, guidance)
+            else conditions_as_arrays(pipe, batch, program.record, guidance)
         )
         latents.append(program.denoise(noise[rows], conditions))
         if program.record.decoder is None:  # the latents are the images

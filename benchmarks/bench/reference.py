@@ -19,10 +19,9 @@ from dipgo.model.models import Model, find_model
 from dipgo.model.sampler import is_flow, make_scheduler
 from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
-from engines.guidance import Guidance
+from engines.guidance import Guidance, fixed_conditions
 from engines.pipeline.formats import draw_noise
-from engines.program import Program
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleRecord
 from export.compiler import retrace, scheduler_of
 
 CHUNK = 16  # images of the long trajectory at a time
@@ -144,14 +143,14 @@ def conditions_in(pipe: Any, inputs: Inputs, guided: bool) -> Conditions:
 
 
 def conditions_as_arrays(
-    pipe: Any, inputs: Inputs, program: Program, guidance: float | None = None
+    pipe: Any, inputs: Inputs, record: BundleRecord, guidance: float | None = None
 ) -> dict[str, np.ndarray]:
     """Return the conditions of a program that takes embeddings, in its dtypes."""
-    conditioning = program.record.conditioning
+    conditioning = record.conditioning
     conditions = conditions_in(pipe, inputs, conditioning.guided)
     dtypes = {tensor.name: tensor.dtype for tensor in conditioning.inputs}
     arrays = {name: value.float().cpu().numpy().astype(dtypes[name]) for name, value in conditions.items()}
-    return program.fixed_conditions(len(inputs) * (1 + conditioning.guided), Guidance(guidance)) | arrays
+    return fixed_conditions(record, len(inputs) * (1 + conditioning.guided), Guidance(guidance)) | arrays
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,7 @@ def _conditions(bundle: Bundle, pipe: Any, batch: int, path: Path) -> list[str]:
     conditioning = bundle.record.conditioning
     if conditioning.kind != "prompt":
         return []
-    save(path, conditions_as_arrays(pipe, inputs_for(conditioning, batch), conditioning))
+    save(path, conditions_as_arrays(pipe, inputs_for(conditioning, batch), bundle.record))
     return [str(path)]
 
 

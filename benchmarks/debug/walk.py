@@ -118,7 +118,7 @@ def _run(program: Program, pipe: Any, observer: _Observer, progress: Report) -> 
     rows = batches_of(record, 1)[0]
     inputs = [inputs_of(program, 1)[row] for row in rows]
     noise = program.noise(1, PARITY_SEED)[rows]
-    own = program.conditions(inputs) if encodes(program) else conditions_as_arrays(pipe, inputs, program)
+    own = program.conditions(inputs) if encodes(program) else conditions_as_arrays(pipe, inputs, record)
     with Steps(program.contexts, noise.shape, own) as steps:
         walk = Walk(steps, noise)
 

@@ -38,8 +38,9 @@ class VerifyConfig(Config):
             from benchmarks.debug.debug import check_debug
 
             check_debug(self.debug, bundle)
-        asked = {"images": self.images, "backend": self.backend, "guidance": self.guidance}
-        parity = api.verify(bundle, model=model, **asked, progress=None)
+        parity = api.verify(
+            bundle, model=model, images=self.images, backend=self.backend, guidance=self.guidance, progress=None
+        )
         line, cure = f"{parity.line()}, over {parity.images} images", "export it again, or say where with --debug DIR"
         if self.debug:
             cure = api.debug(bundle, self.debug, parity, model=model, backend=self.backend, progress=None)

@@ -16,7 +16,7 @@ from dipgo.base.errors import UsageError
 from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.watch import tokens_of
 from engines.attach.reading import Call, Reader
-from engines.guidance import Guidance, is_off
+from engines.guidance import Guidance, fixed_conditions, is_off
 from engines.pipeline.formats import to_array
 from engines.program import Program
 from engines.steps import Steps
@@ -164,7 +164,7 @@ class AttachedDenoiser(nn.Module):
         else:
             joined = self._reader.join(calls)
         rows = (1 + self.program.record.conditioning.guided) * len(calls[0].latent)
-        return self.program.fixed_conditions(rows, self._guidance) | joined
+        return fixed_conditions(self.program.record, rows, self._guidance) | joined
 
     def _check_guidance(self) -> None:
         """Refuse a guidance that was changed on the way."""

@@ -10,7 +10,7 @@ import numpy as np
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from engines.finite import check_input
-from engines.guidance import Guidance
+from engines.guidance import Guidance, fixed_conditions
 from engines.pipeline.arguments import MICRO_CONDITIONS
 from engines.pipeline.formats import is_torch, to_array
 from engines.pipeline.text import Each
@@ -203,5 +203,5 @@ def _from_embeddings(
     counts = sorted({len(value) for value in conditions.values()})
     if len(counts) > 1:
         raise UsageError(f"embeddings are of {' and '.join(map(str, counts))} rows")
-    conditions |= program.fixed_conditions(counts[0], guidance_of(arguments))
+    conditions |= fixed_conditions(program.record, counts[0], guidance_of(arguments))
     return conditions | {name: np.tile(np.asarray(row, np.float32), (counts[0], 1)) for name, row in constants.items()}

@@ -28,15 +28,15 @@ from engines.sizes import batches_of
 class Row:
     """One class or prompt, and how many images of it: those of ``Program.generate([subject] * number, seed)``.
 
-    ``guidance`` is its scale, ``program`` what makes it.
+    ``guidance`` is its scale; None is the program's own.
     """
 
     program: Program
     subject: int | str
     negative: str | None
     seed: int
-    guidance: float
     number: int
+    guidance: float | None = None
 
 
 def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits: Limits) -> list[Row]:
@@ -74,10 +74,9 @@ def read_rows(program: Program, tensors: Mapping[str, np.ndarray | None], limits
             program.check_negative(negative)
     steps, budgets, scales = (_choices(tensors.get(name), rows) for name in ("steps", "budget", SCALE))
     programs = [program.at(*choice) for choice in zip(steps, budgets, strict=True)]
-    own = [each.record.sampler.guidance_scale for each in programs]
-    guidance = [usual if scale is None else scale for usual, scale in zip(own, scales, strict=True)]
-    check_guidance(program.record, Guidance(guidance))
-    return [Row(*row, numbers[0]) for row in zip(programs, subjects, negatives, seeds, guidance, strict=True)]
+    check_guidance(program.record, Guidance([scale for scale in scales if scale is not None]))
+    columns = zip(programs, subjects, negatives, seeds, numbers, scales, strict=True)
+    return [Row(*row) for row in columns]
 
 
 def render(rows: Sequence[Row], left: Callable[[int], bool] = lambda row: False) -> list[np.ndarray | None]:
@@ -102,7 +101,9 @@ def render(rows: Sequence[Row], left: Callable[[int], bool] = lambda row: False)
             try:
                 check()
                 subjects = [rows[index].subject for index, _ in batch]
-                guidance = Guidance([rows[index].guidance for index, _ in batch])
+                usual = program.record.sampler.guidance_scale
+                scales = [rows[index].guidance for index, _ in batch]
+                guidance = Guidance([usual if scale is None else scale for scale in scales])
                 conditions = program.conditions(subjects, negative, guidance=guidance)
                 latent = program.denoise(np.stack([noise(index)[k] for index, k in batch]), conditions, None, check)
             except _Left:

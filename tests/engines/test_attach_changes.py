@@ -134,6 +134,6 @@ def test_a_callback_changes_no_guidance(sd):
         pipe._guidance_rescale = 0.7
         return tensors
 
-    pipe, line = pipeline_of(sd), r"guidance_rescale = 0.7, the bundle's is 0.0; it cannot change"
+    pipe, line = pipeline_of(sd), r"guidance_rescale = 0.7, the call began with 0.0; it cannot change"
     with dipgo.attach(pipe, sd.folder), misused(line):
         sd.call(pipe, callback_on_step_end=rescale)

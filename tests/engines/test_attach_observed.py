@@ -39,7 +39,7 @@ def test_a_pipeline_that_users_loaded_is_observed_as_it_is(flux):
             {"num_inference_steps": STEPS + 1},
             f"num_inference_steps = {STEPS + 1}, the bundle was compiled for {STEPS};",
         ),
-        ({"guidance_scale": 3.0}, "guidance_scale = 3.0, the bundle was compiled for 4.0;"),
+        ({"guidance_scale": float("inf")}, "guidance_scale = inf; give a finite number"),
         ({"height": 48}, "height 48, it takes 32 alone"),
         ({"height": None, "width": None}, r"image is \[\d+, 16\], the bundle's \[64, 16\]; give height = 32 and"),
         ({"true_cfg_scale": 2.0, "negative_prompt": "fog"}, "true_cfg_scale = 2.0, the bundle was compiled for 1.0;"),
@@ -95,9 +95,7 @@ def test_two_calls_per_step_are_told_from_one(cogview4):
         return given
 
     with dipgo.attach(cogview4.pipe, cogview4.folder) as pipe:
-        with misused("guidance_scale = 1.0, the bundle was compiled for 4.0;"):
-            cogview4.call(pipe, guidance_scale=1.0)
-        with misused("guidance_scale = 1.0, the bundle was compiled for 4.0; it cannot change on the way"):
+        with misused("guidance_scale = 1.0, the call began with 4.0; it cannot change on the way"):
             cogview4.call(pipe, callback_on_step_end=weaker)
         pipe._guidance_scale = 4.0
         latent, words = torch.zeros(1, 4, 16, 16), torch.zeros(1, 16, 12)

@@ -69,7 +69,7 @@ def test_images_of_several_scales_share_a_batch():
         rows = read_rows(program, given | {"guidance_scale": np.array([[1.0], [4.0], [9.0]], np.float32)}, Limits())
         images = render(rows)
         alone = [
-            render([Row(program, "a red fox", None, seed, scale, 1)])[0] for seed, scale in ((1, 1), (1, 4), (2, 9))
+            render([Row(program, "a red fox", None, seed, 1, scale)])[0] for seed, scale in ((1, 1), (1, 4), (2, 9))
         ]
         assert all(np.array_equal(one, other) for one, other in zip(images, alone, strict=True))
         assert not np.array_equal(images[0], images[1])

@@ -11,7 +11,7 @@ from engines.serving.limits import Limits
 from engines.serving.requests import read_rows
 from tests import command, models, zoo
 from tests.checks import error, misused
-from tests.engines.dropin import GUIDANCE, STEPS, compiled
+from tests.engines.dropin import STEPS, compiled
 
 EMBEDDED = np.zeros((3, 77, 24), np.float32)
 EMBEDDINGS = {"prompt": None, "prompt_embeds": EMBEDDED, "negative_prompt_embeds": EMBEDDED}
@@ -157,19 +157,18 @@ def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
     ("changes", "message"),
     [
         ({"num_inference_steps": 50}, f"num_inference_steps = 50, the bundle was compiled for {STEPS};"),
-        ({"guidance_scale": 7.5}, f"guidance_scale = 7.5, the bundle was compiled for {GUIDANCE};"),
         ({"height": 512}, "height 512, it takes 16"),
         ({"width": 24}, "width 24, it takes 16"),
         ({"eta": 1.0}, "eta = 1.0, the bundle was compiled for 0.0"),
         ({"timesteps": [3, 2, 1]}, r"timesteps = \[3.0, 2.0, 1.0\], the bundle was compiled for \["),
         ({"sigmas": [1.0, 0.5]}, r"sigmas = \[1.0, 0.5\]"),
-        ({"guidance_scale": float("nan")}, "guidance_scale = nan, the bundle was compiled for"),
+        ({"guidance_scale": float("nan")}, "guidance_scale = nan; give a finite number"),
         (
             {"latents": np.full((3, 4, 8, 8), np.nan)},
             r"latents is not finite \(768 of 768 values are infinite or NaN\)",
         ),
         ({"clip_skip": 3}, "clip_skip = 3, the bundle was compiled for 0 to 2"),
-        ({"guidance_rescale": 0.5}, "guidance_rescale = 0.5, the bundle was compiled for 0.0"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale = 0.5, the bundle was compiled for 0; ask"),
         ({"cross_attention_kwargs": {"scale": 1}}, "cross_attention_kwargs = .*scale"),
         ({"ip_adapter_image": "x.png"}, "ip_adapter_image = x.png"),
         ({"original_size": (8, 8)}, "original_size is given, the model takes none; leave it out"),

@@ -184,7 +184,7 @@ import engines.serving.__main__, engines.serving.model
 from engines.serving.requests import Row, render
 import dipgo
 with dipgo.load({str(bundle)!r}) as program:
-    print(*render(program, [Row(1, None, 5, 1)])[0].ravel())
+    print(*render([Row(program, 1, None, 5, 1)])[0].ravel())
 own = [module for name, module in sys.modules.items() if name.split(".")[0] in ("dipgo", "engines", "export")]
 bodies = [node for module in own for node in ast.parse(open(module.__file__).read()).body]
 froms = {{node.module for node in bodies if isinstance(node, ast.ImportFrom)}}

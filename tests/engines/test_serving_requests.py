@@ -22,8 +22,8 @@ def program(tmp_path_factory):
 
 
 def test_a_batch_that_nobody_waits_for_ends_before_the_next_step(program, monkeypatch):
-    rows, questions, starts = [Row(1, None, 5, 3), Row(2, None, 6, 1)], [], []
-    whole = render(program, rows)
+    rows, questions, starts = [Row(program, 1, None, 5, 3), Row(program, 2, None, 6, 1)], [], []
+    whole = render(rows)
     denoise = program.denoise
     monkeypatch.setattr(program, "denoise", lambda *arguments: starts.append(len(questions)) or denoise(*arguments))
 
@@ -31,7 +31,7 @@ def test_a_batch_that_nobody_waits_for_ends_before_the_next_step(program, monkey
         questions.append(row)
         return row == 0 and len(questions) > 3
 
-    images = render(program, rows, left)
+    images = render(rows, left)
     assert images[0] is None
     assert np.array_equal(images[1], whole[1])
     assert starts == [1, 6]  # a batch of row 0 alone, which ends after two steps, and one for which row 1 waits
@@ -40,4 +40,4 @@ def test_a_batch_that_nobody_waits_for_ends_before_the_next_step(program, monkey
 
 def test_who_left_before_costs_nothing(program, monkeypatch):
     monkeypatch.setattr(program, "noise", None)
-    assert render(program, [Row(1, None, 5, 16)], lambda row: True) == [None]
+    assert render([Row(program, 1, None, 5, 16)], lambda row: True) == [None]

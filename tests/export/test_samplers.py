@@ -156,7 +156,7 @@ def test_drawn_noise_needs_no_torch(pipe, ancestral, tmp_path):
 
 def test_requests_share_batches_each_with_its_own_draws(ancestral):
     with dipgo.load(ancestral[1]) as program:
-        answers = render(program, [Row(PROMPTS[0], None, seed, 3) for seed in (1, 2)])
+        answers = render([Row(program, PROMPTS[0], None, seed, 3) for seed in (1, 2)])
         for seed, answer in zip((1, 2), answers, strict=True):
             assert np.abs(answer / 255 - program.generate([PROMPTS[0]] * 3, seed)).max() <= 1e-2
         with misused(r"this sampler draws it 6 times on its way, and each image takes 7 of it: \[n, 7"):
