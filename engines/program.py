@@ -47,7 +47,7 @@ class Program:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for program in (self, *self.further):
+        for program in self.programs:
             program.contexts.clear()
         self.runner.__exit__()
 
@@ -59,7 +59,7 @@ class Program:
         Raises:
             UsageError: the bundle holds no such program; the line says which it holds.
         """
-        fitting = [program for program in (self, *self.further) if steps in (None, program.steps)]
+        fitting = [program for program in self.programs if steps in (None, program.steps)]
         if budget is not None:
             fitting = [each for each in fitting if abs(each.record.budget - budget) <= NEAR]
             fitting.sort(key=lambda each: abs(each.record.budget - budget))
@@ -71,6 +71,11 @@ class Program:
         return next((program for program in fitting if program.steps == self.steps), fitting[0])
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs of the bundle, this one first."""
+        return (self, *self.further)
+
+    @property
     def steps(self) -> int:
         """What a diffusers pipeline is asked for: not its calls of the denoiser, of which some solvers make more."""
         return self.record.sampler.steps
@@ -78,8 +83,7 @@ class Program:
     @property
     def choices(self) -> str:
         """The programs as a line."""
-        programs = (self, *self.further)
-        return ", ".join(f"{each.steps} steps at {each.record.budget:.1%} of the MACs" for each in programs)
+        return ", ".join(f"{each.steps} steps at {each.record.budget:.1%} of the MACs" for each in self.programs)
 
     @property
     def batch(self) -> int:

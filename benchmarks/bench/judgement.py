@@ -160,7 +160,7 @@ def _at_guidance(subnet: SubNet, model: Model, scale: float) -> SubNet:
         raise UsageError(
             f"--guidance {scale:g} makes another number of passes than the search's {own:g}; give one with as many"
         )
-    return replace(subnet, sampler=subnet.sampler.model_copy(update={"guidance_scale": scale}))
+    return replace(subnet, sampler=subnet.sampler.model_copy(update={"guidance_scale": scale, "guidance_spread": 0.0}))
 
 
 def differences(rows: Sequence[Judged], pairs: Sequence[tuple[str, str]]) -> Iterator[Difference]:

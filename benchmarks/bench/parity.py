@@ -107,7 +107,7 @@ def verify(
     check_guidance(program.record, Guidance(guidance))
     pipe = model_of(program.bundle, model, guidance).pipeline()
     with program:
-        each = [measure(own, pipe, images, seed, progress, guidance) for own in (program, *program.further)]
+        each = [measure(own, pipe, images, seed, progress, guidance) for own in program.programs]
     return max(each, key=lambda parity: (not parity.passed, parity.relative_error_latent))
 
 

@@ -124,5 +124,7 @@ Device = Annotated[
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
 """Numbers, or one string of them joined by commas."""
 
+Text = Annotated[str, BeforeValidator(str)]
+"""A text that YAML may take for a number."""
 Names = Annotated[str, BeforeValidator(_join)]
 """Names joined by commas, or a list of them."""

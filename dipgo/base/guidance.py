@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dipgo.base.errors import UsageError
 
 SCALE = "guidance_scale"
@@ -10,32 +12,47 @@ RESCALE = "guidance_rescale"
 
 
 class GuidanceScale(float):
-    """A guidance scale that also says how far guided outputs are rescaled.
+    """A guidance scale that also says how far guided outputs are rescaled, and for which scales around it one learns.
 
     Attributes:
         rescale: from 0, not at all, to 1: how far a guided output has the standard deviation of the conditional one
             (Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4).
+        spread: how far scales may be from it that a search is for.
     """
 
     rescale: float
+    spread: float
 
-    def __new__(cls, scale: float, rescale: float = 0.0) -> GuidanceScale:
+    def __new__(cls, scale: float, rescale: float = 0.0, spread: float = 0.0) -> GuidanceScale:
         value = super().__new__(cls, scale)
-        value.rescale = rescale
+        value.rescale, value.spread = rescale, spread
         return value
 
 
-def guidance_of(scale: float | None, rescale: float) -> float | None:
-    """Return a scale with its rescale; None, the pipeline's own, where neither is given.
+def guidance_of(text: str | None, rescale: float) -> GuidanceScale | None:
+    """Read a scale, or a range of scales ``LOW:HIGH``; None, the pipeline's own, where nothing is given.
 
     Raises:
-        UsageError: a rescale without a scale.
+        UsageError: no number or range, or a rescale without a scale.
     """
-    if scale is None and rescale:
-        raise UsageError(f"--guidance-rescale {rescale:g} is given without --guidance; give both")
-    return None if scale is None else GuidanceScale(scale, rescale)
+    if text is None:
+        if rescale:
+            raise UsageError(f"--guidance-rescale {rescale:g} is given without --guidance; give both")
+        return None
+    try:
+        low, high = (float(text.split(":")[end]) for end in (0, -1))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if text.count(":") > 1 or not low <= high or not math.isfinite(high - low):
+        raise UsageError(f"--guidance {text}: give a finite number, or a range of them such as 5:9")
+    return GuidanceScale((low + high) / 2, rescale, (high - low) / 2)
 
 
 def rescale_of(scale: float) -> float:
     """Return how far a guidance scale rescales; a plain number does not."""
     return getattr(scale, "rescale", 0.0)
+
+
+def spread_of(scale: float) -> float:
+    """Return how far scales may be from a guidance scale that a search is for."""
+    return getattr(scale, "spread", 0.0)

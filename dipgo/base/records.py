@@ -59,6 +59,9 @@ class SamplerIdentity(Record):
     timesteps: list[Timestep] = Field(min_length=1, max_length=MOST_CALLS)
     guidance_scale: FiniteFloat
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    guidance_spread: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="how far from the scale the search's own went"
+    )
     passes: Passes = Passes()
     pixels: tuple[int, int] | None = Field(
         default=None, description="height and width of images, where the sampler's table is for one size alone"
@@ -66,8 +69,8 @@ class SamplerIdentity(Record):
 
     @property
     def guidance(self) -> GuidanceScale:
-        """The guidance scale with its rescale, as models are traced with it."""
-        return GuidanceScale(self.guidance_scale, self.guidance_rescale)
+        """The guidance scale with its rescale and spread, as models are traced with it."""
+        return GuidanceScale(self.guidance_scale, self.guidance_rescale, self.guidance_spread)
 
     @field_validator("config")
     @classmethod

@@ -33,7 +33,9 @@ def application() -> typer.Typer:
     from dipgo.cli.export import export, inspect
     from dipgo.cli.judge import judge
     from dipgo.cli.options import settings_text, with_options
+    from dipgo.cli.push import push
     from dipgo.cli.recipe import app as recipe
+    from dipgo.cli.reweight import reweight
     from dipgo.cli.run import run
     from dipgo.cli.search import import_, models, search
     from dipgo.cli.serve import deploy, serve
@@ -48,7 +50,7 @@ def application() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     to_subnet = (models, search, import_, import_checkpoint, judge)
-    to_images = (export, build, verify, run, bench, inspect, compile_, deploy, serve, doctor)
+    to_images = (export, reweight, build, verify, run, bench, inspect, compile_, deploy, serve, push, doctor)
     for command in (*to_subnet, *to_images):
         epilog = settings_text(SearchConfig) if command is search else None
         app.command(name=command.__name__.rstrip("_").replace("_", "-"), epilog=epilog)(with_options(command))

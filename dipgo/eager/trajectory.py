@@ -23,6 +23,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dipgo.base.errors import DipgoError
+from dipgo.base.guidance import SCALE, spread_of
 from dipgo.eager.gating import combine, intercepting
 from dipgo.graph.liveness import LiveSites, plan
 from dipgo.graph.outputs import Rebuild, take_apart
@@ -249,7 +250,7 @@ class Sampling:
     """Draws noise and conditions; each seed gives one batch, always the same.
 
     Noise is drawn on the CPU, so that a seed means the same on every device. Each choice is encoded once, when first
-    drawn, and kept on the CPU.
+    drawn, and kept on the CPU. Where the guidance scale has a spread, each image has a scale of its own within it.
     """
 
     def __init__(
@@ -278,7 +279,18 @@ class Sampling:
         }
         device = next(self.guided.denoiser.parameters()).device
         joined = join(unconditional, conditional, self.guided.guided)
+        joined |= self._scales(joined, count, generator)
         return Batch(noise.to(device), {name: value.to(device) for name, value in joined.items()})
+
+    def _scales(self, joined: Conditions, count: int, generator: torch.Generator) -> Conditions:
+        """Return the conditions that guidance is by, of scales that are drawn for each of ``count`` images."""
+        usual = self.guided.guidance_scale
+        if not spread_of(usual):
+            return {}
+        scales = usual + spread_of(usual) * (2 * torch.rand(count, generator=generator) - 1)
+        if self.guided.guided:
+            return {SCALE: scales.repeat(2).reshape(-1, *[1] * (len(self.shape) - 1))}
+        return {name: (factor * scales).reshape_as(joined[name]) for name, factor in self.family.scales.items()}
 
     def _encode(self, pick: int) -> Conditions:
         if pick not in self._encoded:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError, one_line
-from dipgo.base.guidance import rescale_of
+from dipgo.base.guidance import rescale_of, spread_of
 from dipgo.base.records import Passes, SamplerIdentity
 from dipgo.model.scheduler_run import Run, combined, trajectory
 
@@ -89,6 +89,7 @@ class Sampler:
             timesteps=list(self.timesteps),
             guidance_scale=guidance_scale,
             guidance_rescale=rescale_of(guidance_scale),
+            guidance_spread=spread_of(guidance_scale),
             pixels=self.pixels,
             passes=self.passes,
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dipgo.base.config import Config, Names, Numbers, Seed, Threads
+from dipgo.base.config import Config, Names, Numbers, Seed, Text, Threads
 
 LOSS_TERMS = ("latent", "psnr", "ssim", "l1", "l2")
 
@@ -78,7 +78,10 @@ class TaskConfig(Config):
         None,
         description="block, branch or layer, or module patterns joined by commas; the family's own by default.",
     )
-    guidance: float | None = Field(None, description="Guidance scale; the pipeline's default by default.")
+    guidance: Text | None = Field(
+        None,
+        description="Guidance scale, or a range such as 5:9 for which backups are learned; the pipeline's by default.",
+    )
     size: str | None = Field(
         None,
         description="Of images in pixels, SIZE or HEIGHTxWIDTH, where the pipeline's timesteps depend on it (FLUX and "

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dipgo.base.errors import UsageError
+from dipgo.base.guidance import spread_of
 from dipgo.base.records import SamplerIdentity
 from dipgo.eager.trajectory import Batch, Sampling, Trajectory, select
 from dipgo.graph.trace import Trace, trace
@@ -131,6 +132,7 @@ def make_task(
     if guidance_scale is None:
         guidance_scale = model.default_guidance
     model = model.at(guidance_scale)
+    _check_spread(model, guidance_scale)
     pipe = model.pipeline()
     drawn_from = choices_of(model.family, model.labels(), choices.prompts, choices.classes, model.prompts())
     if place.type != "cpu":
@@ -265,3 +267,14 @@ def _join(batches: list[Batch]) -> Batch:
         for name in batches[0].conditions
     }
     return Batch(torch.cat([batch.noise for batch in batches]), conditions)
+
+
+def _check_spread(model: Model, scale: float) -> None:
+    """Refuse a range of guidance scales at some of which there is none, or that nothing can be changed by."""
+    low, high = scale - spread_of(scale), scale + spread_of(scale)
+    family, at_low = model.family, model.at(low).family if low < scale else model.family
+    if low < scale and not (at_low.guides(low) if family.guides(scale) else family.scales):
+        raise UsageError(
+            f"--guidance {low:g}:{high:g}: the pipeline makes no guidance at {low:g}; give a range above it, or one "
+            "number"
+        )

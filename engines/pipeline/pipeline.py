@@ -11,28 +11,26 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import UsageError
-from dipgo.base.records import SamplerIdentity
 from engines.backends import DEFAULT, runner_for
 from engines.finite import check_input
 from engines.guidance import Guidance
-from engines.pipeline.arguments import CHECKS, check_arguments, check_scheduler
+from engines.hub import found
+from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
+from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness
 from engines.program import Program
 from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import BundleRecord, open_bundle
 
-_PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
-_COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _ARGUMENTS = {*CHECKS, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
-class Pipeline(Program):
+class Pipeline(DiffusersLikeness):
     """A program that is called like a diffusers pipeline.
 
     The engines are opened by the first call, or on entering the pipeline as a context. Several threads may call one
@@ -55,7 +53,7 @@ class Pipeline(Program):
         Raises:
             UsageError: a bundle's cannot change.
         """
-        if name in _COMPONENTS:
+        if name in COMPONENTS:
             raise UsageError(f"{name} is compiled into the bundle and cannot be set; export a bundle of the new one")
         if name in ("_guidance_scale", "_guidance_rescale"):
             self._check_unchanged(name[1:], value)
@@ -163,34 +161,6 @@ class Pipeline(Program):
         """Drop the engines; the next call opens them again."""
         self.__exit__()
 
-    def to(self, *where: Any, **more: Any) -> Pipeline:
-        """Accept the device and dtype that the program has already.
-
-        Raises:
-            UsageError: others.
-        """
-        device = "cpu" if "cpu" in self.runner.label.lower() else "cuda"
-        for place in (*where, *more.values()):
-            name = str(place).removeprefix("torch.")
-            if name in _PRECISIONS and name != self.record.dtype:
-                raise UsageError(f"dtype {name}, the bundle is {self.record.dtype}; export one with --dtype")
-            if name.split(":")[0] in ("cpu", "cuda", "mps", "xpu") and name.split(":")[0] != device:
-                raise UsageError(f"device {name}, the bundle runs on {self.runner.label}; load it with another backend")
-        return self
-
-    @property
-    def scheduler(self) -> SamplerIdentity:
-        """The bundle's sampler, with the ``config`` of its diffusers scheduler; only the same may be set."""
-        return self.record.sampler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        check_scheduler(self.record, scheduler)
-
-    @property
-    def num_timesteps(self) -> int:
-        return len(self.record.steps)
-
     @property
     def guidance_scale(self) -> float:
         """Of the call under way, else what calls get by default."""
@@ -222,10 +192,6 @@ class Pipeline(Program):
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         self._calls.interrupt(value)
-
-    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Return the classes that labels name, as ``DiTPipeline`` does."""
-        return [self.class_of(each) for each in ([label] if isinstance(label, str) else label)]
 
     def _check(self, record: BundleRecord, arguments: Mapping[str, Any], output_type: str) -> None:
         unknown = next((name for name in arguments if name not in _ARGUMENTS), None)
@@ -284,7 +250,7 @@ def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT,
     """Open a bundle, check its files, and return its pipeline; the engines are loaded on entering or calling it.
 
     Args:
-        folder: the bundle.
+        folder: the bundle, or the hub id of one, which is downloaded.
         threads: for backends on the CPU; None leaves the choice to them.
         backend: see :data:`engines.backends.BACKENDS`, or ``cuda`` for the best on a GPU.
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is the backend's own choice.
@@ -293,5 +259,5 @@ def load(folder: str | Path, threads: int | None = None, backend: str = DEFAULT,
         UsageError: an unknown backend or device, or a device that the backend does not run on.
         DipgoError: a damaged bundle, or a backend that cannot run here.
     """
-    bundle = open_bundle(Path(folder))
+    bundle = open_bundle(found(folder))
     return Pipeline(bundle, runner_for(bundle, backend, threads, device))

@@ -64,7 +64,7 @@ def test_binary_data_follows_the_new_header():
         (request(tensor(datatype="INT64", data=[1.5])), None, "data holds 1.5, which is no INT64"),
         (request(tensor(datatype="INT32", data=[2**31])), None, "data holds 2147483648, which is no INT32"),
         (b'{"inputs": [' + b"9" * 5000 + b"]}", None, "not valid JSON"),
-        (request(tensor(datatype="FP32", data=[1.5])), None, "inputs.0.datatype: Input should be 'BYTES'"),
+        (request(tensor(datatype="FP64", data=[1.5])), None, "inputs.0.datatype: Input should be 'BYTES'"),
         (request(tensor(shape=[1, -1])), None, "inputs.0.shape.1: Input should be greater than or equal to 0"),
         (request(tensor(shape=[2**31 - 1] * 4)), None, "data has 1 elements"),
         (request(tensor(shape=[1, 2**70])), None, "inputs.0.shape.1"),
