@@ -35,7 +35,7 @@ class Program:
     """
 
     def __init__(self, bundle: Bundle, runner: Runner, text: TextEncoder | None = None) -> None:
-        self.bundle, *others = bundle.programs or (bundle,)
+        self.bundle, *others = bundle.programs
         self.record, self.runner = self.bundle.record, runner
         encoder = self.record.conditioning.encoder
         self._text = text or (TextEncoder(encoder, bundle.folder, runner.run) if encoder else None)

@@ -7,7 +7,7 @@ in the folder and point into the weights files, which lie as in the pipeline's o
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,13 +325,19 @@ class Bundle:
         folder: where it lies.
         record: the content of ``bundle.json``.
         tables: values by step, ``[calls, …]`` each, by name, of the first program.
-        programs: each program as a bundle that holds no other; empty in those.
+        further: the other programs, each as a bundle that holds no other.
     """
 
     folder: Path
     record: BundleRecord
     tables: dict[str, np.ndarray]
-    programs: tuple[Bundle, ...] = ()
+    further: tuple[Bundle, ...] = ()
+
+    @property
+    def programs(self) -> tuple[Bundle, ...]:
+        """Each program as a bundle that holds no other, the first first."""
+        first = replace(self, record=self.record.programs[0], further=()) if self.further else self
+        return first, *self.further
 
 
 def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
@@ -368,7 +374,7 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
         if broken := problem(own, tables, {name: graphs[name] for name in own.tensors if graphs}):
             raise DipgoError(f"{path}: {broken}; {CURE}")
         programs.append(Bundle(folder, own, tables))
-    return Bundle(folder, record, programs[0].tables, tuple(programs))
+    return Bundle(folder, record, programs[0].tables, tuple(programs[1:]))
 
 
 def _check_place(folder: Path, name: str, size: int) -> None:

@@ -126,7 +126,8 @@ def _only(bundle: Bundle, path: Path) -> Bundle:
         file=FILE, signature="", macs=0, parameters=0, inputs=signature.inputs, outputs=signature.outputs, rows={}
     )
     files = {FILE: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))}
-    changes: dict[str, Any] = {"graphs": {FILE: graph}, "prologues": [], "decoder": None, "axes": {}, "files": files}
+    changes: dict[str, Any] = {"graphs": {FILE: graph}, "prologues": [], "further": [], "decoder": None}
+    changes |= {"axes": {}, "files": files}
     changes["conditioning"] = bundle.record.conditioning.model_copy(update={"encoder": None})
     return Bundle(path.parent, bundle.record.model_copy(update=changes), bundle.tables)
 

@@ -20,7 +20,7 @@ def test_images_are_drawn_at_scales_of_their_own():
         alone = make_task(zoo.model("dit"), 4, "ddim", task.trace, float(scales[image]))
         own = {name: value[[image, 16 + image]] for name, value in batch.conditions.items() if name != SCALE}
         made = alone.trajectory.full(batch.noise[[image]], own)[-1]
-        assert torch.allclose(made, final[[image]], atol=1e-5)
+        assert torch.allclose(made, final[[image]], rtol=1e-4, atol=1e-4)
     identity = task.identity
     assert (identity.guidance_scale, identity.guidance_spread) == (5.0, 2.0)
     assert identity.guidance.spread == 2.0

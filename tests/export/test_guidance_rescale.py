@@ -60,6 +60,6 @@ def test_it_is_verified_with_it(made):
 
 def test_a_rescale_is_given_with_a_scale():
     assert guidance_of(None, 0.0) is None
-    assert guidance_of(7.5, 0.5) == 7.5
+    assert guidance_of("7.5", 0.5) == 7.5
     with pytest.raises(UsageError, match=r"--guidance-rescale 0.5 is given without --guidance; give both"):
         guidance_of(None, 0.5)
