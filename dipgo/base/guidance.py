@@ -40,12 +40,26 @@ def guidance_of(text: str | None, rescale: float) -> GuidanceScale | None:
             raise UsageError(f"--guidance-rescale {rescale:g} is given without --guidance; give both")
         return None
     try:
-        low, high = (float(text.split(":")[end]) for end in (0, -1))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if text.count(":") > 1 or not low <= high or not math.isfinite(high - low):
-        raise UsageError(f"--guidance {text}: give a finite number, or a range of them such as 5:9")
+        low, high = scales_of(text)
+    except ValueError as error:
+        raise UsageError(f"--guidance {text}: {error}") from error
     return GuidanceScale((low + high) / 2, rescale, (high - low) / 2)
+
+
+def scales_of(text: str) -> tuple[float, float]:
+    """Read the least and the largest guidance scale of ``LOW:HIGH``, or of a number.
+
+    Raises:
+        ValueError: with what to give.
+    """
+    low, colon, high = text.partition(":")
+    try:
+        ends = float(low), float(high if colon else low)
+    except ValueError:
+        ends = 1.0, 0.0
+    if not ends[0] <= ends[1] or not math.isfinite(ends[1] - ends[0]):
+        raise ValueError("give a finite number, or a range of them such as 5:9")
+    return ends
 
 
 def rescale_of(scale: float) -> float:

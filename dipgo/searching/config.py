@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from dipgo.base.config import Config, Names, Numbers, Seed, Text, Threads
+from dipgo.base.guidance import scales_of
 
 LOSS_TERMS = ("latent", "psnr", "ssim", "l1", "l2")
 
@@ -47,6 +48,11 @@ def _is_loss(spec: str) -> str:
     return spec
 
 
+def _is_guidance(text: str) -> str:
+    scales_of(text)
+    return text
+
+
 def _are_step_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
     if weights and (min(weights) < 0 or sum(weights) <= 0):
         raise ValueError("give one number >= 0 a call, not all of them 0")
@@ -78,7 +84,7 @@ class TaskConfig(Config):
         None,
         description="block, branch or layer, or module patterns joined by commas; the family's own by default.",
     )
-    guidance: Text | None = Field(
+    guidance: Annotated[Text, AfterValidator(_is_guidance)] | None = Field(
         None,
         description="Guidance scale, or a range such as 5:9 for which backups are learned; the pipeline's by default.",
     )

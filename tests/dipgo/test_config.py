@@ -58,7 +58,7 @@ def test_circumstances_decide_nothing():
         ({"optimiser": "lion"}, "optimiser = 'lion': should be 'adam' or 'sgd'"),
         ({"method": "q"}, "method = 'q': should be 'dipgo' or 'paper'"),
         ({"steps": 1}, "steps = 1: should be greater than or equal to 2"),
-        ({"guidance": "nan"}, "guidance = 'nan': should be a finite number"),
+        ({"guidance": "nan"}, "guidance = 'nan': give a finite number, or a range"),
         ({"resume": True}, "--resume and --tensorboard need --run-folder"),
         ({"budget": 1.5}, "budget 1.5 is outside (0, 1]"),
         ({"budget": "0.5;0.3"}, "should be a valid number"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dipgo.base.errors import UsageError
-from dipgo.base.guidance import GuidanceScale
+from dipgo.base.guidance import GuidanceScale, rescale_of
 from dipgo.base.layout import find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.template import Condition, Constant, Latent, Moment, Views, roles_of
@@ -65,7 +65,7 @@ def test_a_guide_is_fitted(kind, sign, offset, batched, conditional, scale):
         if kind == "none":
             return calls, sign * calls[0]
         unconditional, conditional_ = sign * calls[1 - conditional], sign * calls[conditional]
-        made = guide.combine(unconditional, conditional_, scale)
+        made = guide.combine(unconditional, conditional_, scale, rescale_of(scale))
         return [torch.cat(calls)] if batched else calls, made
 
     fitted = fit_guide(*outputs(0), scale)
@@ -76,9 +76,8 @@ def test_a_guide_is_fitted(kind, sign, offset, batched, conditional, scale):
     passes = calls[0].chunk(2) if fitted.batched else calls
     assert fitted.batched == batched
     signed = [fitted.sign * each for each in passes]
-    torch.testing.assert_close(
-        fitted.combine(signed[1 - fitted.conditional], signed[fitted.conditional], scale), made, rtol=1e-4, atol=1e-5
-    )
+    combined = fitted.combine(signed[1 - fitted.conditional], signed[fitted.conditional], scale, rescale_of(scale))
+    torch.testing.assert_close(combined, made, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_of_other_kinds_is_refused():

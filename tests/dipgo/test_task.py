@@ -81,7 +81,7 @@ def test_each_prompt_is_encoded_once(task):
         seen.extend(prompts)
         return {"e": torch.zeros(1, 2)}, {"e": torch.full((1, 2), float(len(prompts[0])))}
 
-    guided = SimpleNamespace(denoiser=task.pipe.transformer, guided=True)
+    guided = SimpleNamespace(denoiser=task.pipe.transformer, guided=True, guidance_scale=4.0)
     sampling = Sampling(None, guided, SimpleNamespace(conditions=conditions), (1, 4, 8, 8), ["a", "bb", "ccc"])
     for seed in range(5):
         batch = sampling.draw(6, seed)
