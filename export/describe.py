@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dipgo.base.units import size
 from export.bundle import Bundle
 
 _PARTS = {
@@ -18,9 +19,9 @@ def bundle_text(bundle: Bundle) -> str:
     launches = [launch.graph for step in record.steps for launch in step.launches]
     silent = sum(not step.launches for step in record.steps)
     slots = sum(slot.bytes for slot in record.slots)
-    sizes = {name: entry.bytes for name, entry in record.files.items()}
-    weights = sum(size for name, size in sizes.items() if "/" in name)
-    own = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
+    files = {name: entry.bytes for name, entry in record.files.items()}
+    weights = sum(count for name, count in files.items() if "/" in name)
+    own = sum(count for name, count in files.items() if name.endswith(".onnx"))
     solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
     solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
     lines = [
@@ -28,10 +29,10 @@ def bundle_text(bundle: Bundle) -> str:
         f"program    {len(record.steps)} steps, {silent} of them silent, {len(launches)} launches of "
         f"{len(record.graphs)} graphs, one a {record.layout}; {record.dtype}, solver {solver}",
         *([f"sizes      {_axes(bundle)}; slots and sites at the largest, MACs at the best"] if record.axes else []),
-        f"slots      {len(record.slots)} slots, {_size(slots)}; "
-        f"all sites kept would take {_size(record.naive_cache_bytes)}",
-        f"files      {_size(weights)} weights ({record.weights}), {_size(own)} graphs, "
-        f"{_size(sum(sizes.values()))} in all"
+        f"slots      {len(record.slots)} slots, {size(slots)}; "
+        f"all sites kept would take {size(record.naive_cache_bytes)}",
+        f"files      {size(weights)} weights ({record.weights}), {size(own)} graphs, "
+        f"{size(sum(files.values()))} in all"
         + (", random weights: images are meaningless" if record.random_weights else ""),
         "",
         f"{'computed':<40} {'parameters':>14} {'MACs':>12}",
@@ -45,7 +46,7 @@ def bundle_text(bundle: Bundle) -> str:
         lines.append(
             f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e9:9.3f} G MACs  "
             f"{graph.parameters / 1e6:8.2f} M parameters  {launches.count(name):>3} launched  "
-            f"{_size(sizes[graph.file])}"
+            f"{size(files[graph.file])}"
         )
     return "\n".join(lines)
 
@@ -59,7 +60,3 @@ def _axes(bundle: Bundle) -> str:
         step = f" by {axis.multiple * unit}" if axis.multiple * unit > 1 else ""
         parts.append(f"{name} {axis.min * unit} to {axis.max * unit}{step}, best {axis.opt * unit}")
     return "; ".join(parts)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"

@@ -9,18 +9,24 @@ import typer
 
 from dipgo.base.errors import UsageError
 from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption
+from dipgo.cli.places import either_at, subnet_at
 from export.config import ExportConfig
 
 
 def export(
-    subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.")],
+    subnet: Annotated[
+        Path, typer.Argument(metavar="SUBNET", help="JSON file written by 'dipgo search'.", callback=subnet_at)
+    ],
     output: OutputOption,
     config: ExportConfig,
     model: SourceOption = None,
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Compile a SubNet into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the program."""
+    """Compile a SubNet into a bundle that runs without torch.
+
+    A bundle holds ONNX graphs, static unless sizes are ranges, the weights once, and the program.
+    """
     from dipgo.base.files import refuse_existing
     from dipgo.schedule.subnet import load_subnet
     from export.bundle import BUNDLE
@@ -40,7 +46,9 @@ def export(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.", callback=either_at)
+    ],
     visual: Annotated[
         Path | None, typer.Option(metavar="PAGE", help="Also draw a graph of the bundle as a page, by Polygraphy.")
     ] = None,
@@ -48,7 +56,7 @@ def inspect(
         str | None, typer.Option(metavar="FILE", help="The graph to draw; by default that of the most MACs.")
     ] = None,
 ) -> None:
-    """Show gate map, signatures, slots and sizes as text."""
+    """Show a SubNet's gate map, or a bundle's graphs and sizes."""
     from dipgo.schedule.describe import subnet_text
     from dipgo.schedule.subnet import load_subnet
 
