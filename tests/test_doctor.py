@@ -51,7 +51,7 @@ def test_clashing_names_and_missing_packages_are_told(tmp_path):
     )
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('onnxruntime')")
-    text = run(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    text = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", PYTHONSAFEPATH="1")
     assert f"engines: {tmp_path / 'engines' / '__init__.py'} is imported, not dipgo's" in text
     assert "give dipgo an environment of its own" in text
     assert "onnxruntime  run: pip install 'dipgo[cpu]'" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.bench.demo import Demonstration
 
 SUBNET = ROOT / "benchmarks" / "subnets" / "emoji-sd" / "ddim-50" / "layer.json"
+PICTURE = "picture.png"
 
 
 def demo(
@@ -30,7 +32,7 @@ def demo(
     from dipgo.base.progress import Progress
     from export.bundle import BUNDLE
 
-    bundle, picture = output / "bundle", output / "picture.png"
+    bundle, picture = output / "bundle", output / PICTURE
     refuse_existing(bundle, force, BUNDLE)
     refuse_existing(picture, force)
     with Progress().phases() as report:
@@ -40,7 +42,6 @@ def demo(
         shown = demonstrate(SUBNET, bundle, picture, force, report=report)
     for line in lines_of(shown, output):
         typer.echo(line)
-    typer.echo(f"picture: {picture}")
 
 
 def lines_of(shown: Demonstration, output: Path) -> Iterator[str]:
@@ -63,8 +64,14 @@ def lines_of(shown: Demonstration, output: Path) -> Iterator[str]:
     ]
     yield from aligned([head, *cells])
     yield f"the program does what torch does under the same schedule: {shown.parity.line()}"
+    yield f"picture: {output / PICTURE}"
     yield "next:"
-    yield f'  dipgo run {output} --prompt "black cat" -n 4       images of your own, without torch'
-    yield f"  dipgo bench {output} -o {output}/report            a report, in three minutes"
-    yield "  dipgo search digits-dit --steps 20 --budget 0.35 --preset quick -o digits.json"
-    yield "  dipgo doctor                                       what this machine can run"
+    place = shlex.quote(str(output))
+    commands = {
+        f'dipgo run {place} --prompt "black cat" -n 4': "other images, without torch",
+        f"dipgo bench {place} -o {place}/report": "a report, in minutes",
+        "dipgo search digits-dit --steps 20 --budget 0.35 --preset quick -o digits.json": "a search",
+        "dipgo doctor": "what this machine can run",
+    }
+    width = max(map(len, commands))
+    yield from (f"  {command:{width}}  # {why}" for command, why in commands.items())

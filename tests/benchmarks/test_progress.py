@@ -1,3 +1,4 @@
+import re
 import sys
 
 from dipgo.base.progress import LINES, Progress
@@ -13,7 +14,8 @@ def test_bars_show_each_phase_to_its_end_in_a_terminal(capsys, monkeypatch):
             report(phase, done, 3, "figure")
         report("all of it", 0, 0, "takes a minute")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition("  ")[2].strip() for line in lines] == ["first", "second", "all of it: takes a minute"]
+    told = [re.fullmatch(r" *\d+:\d\d  (.*)", line)[1] for line in lines]
+    assert told == ["first", "second", "all of it: takes a minute"]
     with Progress(False).phases() as report:
         report("first", 1, 3, "")
     assert capsys.readouterr().err == ""
