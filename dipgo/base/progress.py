@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int, str], None]
 """Called with the phase, the iteration, how many there are, and a short figure; of none, the figure is a remark."""
 
-
 LINES = "DIPGO_PROGRESS"
 """With ``lines`` in it, phases are told by lines where there is no terminal; the command line sets it."""
 _BEGIN = time.monotonic()
@@ -68,7 +67,7 @@ class Progress:
     def phases(self) -> Iterator[Report]:
         """Yield a report function that shows one progress bar per phase, which ends where another one begins."""
         if not (self.visible and is_main()):
-            yield silent if self.shown is not None else _lines()
+            yield _lines() if self.shown is None and _lines_wanted() else silent
             return
         from tqdm import tqdm
 
@@ -112,10 +111,14 @@ def _lines() -> Report:
 
 
 def _line(text: str) -> None:
-    """Print a line that begins with the minutes and seconds since the start, where lines were asked for."""
-    if os.environ.get(LINES) == "lines" and is_main():
+    """Print a line that begins with the minutes and seconds since the start, where lines are wanted."""
+    if _lines_wanted():
         minutes, seconds = divmod(int(time.monotonic() - _BEGIN), 60)
         print(f"{minutes:3}:{seconds:02}  {text}", file=sys.stderr, flush=True)
+
+
+def _lines_wanted() -> bool:
+    return os.environ.get(LINES) == "lines" and is_main()
 
 
 def close_bars() -> None:
