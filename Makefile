@@ -30,7 +30,7 @@ ASK := $(if $(filter digits-dit,$(MODEL)),--class 3,--prompt "a red fox")
 demo: install
 	$(BIN)/dipgo compile $(MODEL) --steps 20 --budget 0.35 --preset quick --no-bench --force -o build/demo
 	$(BIN)/dipgo bench build/demo/bundle --force -o build/demo/report
-	@echo "next: $(BIN)/dipgo run build/demo/bundle $(ASK) -n 8 -o build/demo/images.png"
+	@echo "next: $(BIN)/dipgo run build/demo $(ASK) -n 8 -o build/demo/images.png"
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(TESTS)

@@ -6,7 +6,7 @@ Options are those of the command line, as keywords (``steps=20``) or as a config
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from dipgo.base.errors import UsageError
 from dipgo.base.files import refuse_existing, refuse_to_fill
 from dipgo.base.guidance import guidance_of
 from dipgo.base.pixels import pixels_of
-from dipgo.base.progress import Progress, is_main
+from dipgo.base.progress import Progress, is_main, silent
 from dipgo.searching.config import SearchConfig
 from export.config import ExportConfig
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from export.bundle import BundleRecord
 
 C = TypeVar("C", bound=Config)
+Rest = Callable[[float], float]
+
+
+def nothing_more(image: float) -> float:
+    """Return the seconds of what comes after a search where nothing does."""
+    return 0.0
 
 
 def search(
@@ -228,9 +234,12 @@ def compile(
 
 
 def search_into(
-    path: Path, model: str | Model, config: SearchConfig, force: bool, show: Progress
+    path: Path, model: str | Model, config: SearchConfig, force: bool, show: Progress, rest: Rest = nothing_more
 ) -> list[tuple[Path, SubNet]]:
     """Search and write each SubNet as it is found; see :mod:`dipgo.searching.outputs`.
+
+    ``rest`` tells the seconds of what comes after the search, from those of an image of the full model, for the total
+    that is shown.
 
     Returns:
         The SubNets and their files, one a budget; nothing in other processes than the main one.
@@ -240,13 +249,13 @@ def search_into(
 
     outputs = Outputs(path, config, force)
     outputs.check()
-    written = [(outputs.save(subnet), subnet) for subnet in subnets(model, config, show) if is_main()]
+    written = [(outputs.save(subnet), subnet) for subnet in subnets(model, config, show, rest) if is_main()]
     if written and config.several:
         write_pareto([subnet for _, subnet in written], path)
     return written
 
 
-def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterator[SubNet]:
+def subnets(model: str | Model, config: SearchConfig, show: Progress, rest: Rest = nothing_more) -> Iterator[SubNet]:
     """Yield the SubNet of each budget, the largest first, as they are found."""
     import torch
 
@@ -254,6 +263,7 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
     from dipgo.graph.latency import check_profile, read_profile
     from dipgo.schedule.subnet import load_subnet
     from dipgo.searching.distributed import processes
+    from dipgo.searching.forecast import forecast
     from dipgo.searching.run_folder import begun_with
     from dipgo.searching.search import sweep
     from dipgo.searching.task import Choices, make_task
@@ -285,7 +295,11 @@ def subnets(model: str | Model, config: SearchConfig, show: Progress) -> Iterato
         with show.spinner("measure latency"):
             profile = processes(task.trajectory.device).from_main(measured)
     with show.phases() as report:
-        yield from sweep(task, config, report, profile, starts)
+        found = sweep(task, config, report, profile, starts)
+        if report is not silent and not config.resume:
+            expected = forecast(task, config)
+            report("the search", 0, 0, expected.line(rest(expected.image)))
+        yield from found
 
 
 def _options(kind: type[C], config: C | None, options: dict[str, Any]) -> C:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from dipgo.base import install
 from dipgo.base.errors import DipgoError, UsageError, not_imported
 from engines.cuda.runtime import open_device
 from engines.devices import Place, check_index
@@ -43,7 +44,7 @@ def _torch(bundle: Bundle, index: int | None) -> None:
     try:
         import torch
     except ImportError as error:
-        raise not_imported("torch", error, "run: pip install torch") from error
+        raise not_imported("torch", error, install.TORCH) from error
     if not torch.cuda.is_available():
         raise DipgoError("torch sees no GPU")
     check_index(index, torch.cuda.device_count())

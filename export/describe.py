@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dipgo.base.units import size
 from export.bundle import Bundle, BundleRecord
 
 _PARTS = {
@@ -15,14 +16,14 @@ _PARTS = {
 def bundle_text(bundle: Bundle) -> str:
     """Programs, graphs, slots, parts and sizes of a bundle."""
     record, programs = bundle.record, bundle.record.programs
-    sizes = {name: entry.bytes for name, entry in record.files.items()}
-    weights = sum(size for name, size in sizes.items() if "/" in name)
-    graphs = sum(size for name, size in sizes.items() if name.endswith(".onnx"))
+    files = {name: entry.bytes for name, entry in record.files.items()}
+    weights = sum(count for name, count in files.items() if "/" in name)
+    graphs = sum(count for name, count in files.items() if name.endswith(".onnx"))
     lines = [
         "",
         *([f"sizes      {_axes(bundle)}; slots and sites at the largest, MACs at the best"] if record.axes else []),
-        f"files      {_size(weights)} weights ({record.weights}), {_size(graphs)} graphs, "
-        f"{_size(sum(sizes.values()))} in all"
+        f"files      {size(weights)} weights ({record.weights}), {size(graphs)} graphs, "
+        f"{size(sum(files.values()))} in all"
         + (", random weights: images are meaningless" if record.random_weights else ""),
         *(
             [f"programs   {len(programs)}, the first where a request names neither steps nor budget"]
@@ -39,7 +40,7 @@ def bundle_text(bundle: Bundle) -> str:
         lines.append(
             f"{name}  {computed:>3}/{len(graph.signature)} sites  {graph.macs / 1e9:9.3f} G MACs  "
             f"{graph.parameters / 1e6:8.2f} M parameters  {' '.join(f'{count:>3}' for count in times)} launched  "
-            f"{_size(sizes[graph.file])}"
+            f"{size(files[graph.file])}"
         )
     return "\n".join(lines)
 
@@ -53,8 +54,8 @@ def _program(record: BundleRecord) -> list[str]:
         f"program    {record.sampler.steps} steps at {record.budget:.1%} of the MACs: {len(record.steps)} calls, "
         f"{silent} of them silent, {len(launches)} launches of {len(record.graphs)} graphs, one per {record.layout}; "
         f"{record.dtype}, solver {solver}",
-        f"slots      {len(record.slots)} slots, {_size(sum(slot.bytes for slot in record.slots))}; "
-        f"all sites kept would take {_size(record.naive_cache_bytes)}",
+        f"slots      {len(record.slots)} slots, {size(sum(slot.bytes for slot in record.slots))}; "
+        f"all sites kept would take {size(record.naive_cache_bytes)}",
         "",
         f"{'computed':<40} {'parameters':>14} {'MACs':>12}",
         *(
@@ -73,7 +74,3 @@ def _axes(bundle: Bundle) -> str:
         step = f" by {axis.multiple * unit}" if axis.multiple * unit > 1 else ""
         parts.append(f"{name} {axis.min * unit} to {axis.max * unit}{step}, best {axis.opt * unit}")
     return "; ".join(parts)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import tomllib
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import typer
 from PIL import Image
 from pydantic import Field
 
+from dipgo import __version__ as version
+from dipgo.base.install import missing
 from dipgo.cli import main as cli
 from dipgo.cli.options import with_options
 from dipgo.cli.recipe_file import Recipe, read_recipe
@@ -23,6 +26,7 @@ from dipgo.schedule.subnet import load_subnet, save_subnet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.search import search
 from tests import zoo
+from tests.checks import ROOT
 from tests.command import dipgo, sets
 from tests.models import random_subnet
 
@@ -71,12 +75,137 @@ def test_export_verify_run_inspect(bundle, tmp_path):
     assert "slots" in out
 
 
-@pytest.mark.parametrize(("given", "written"), [("a_0.5", "a_0.5.png"), ("b.PNG", "b.PNG"), ("c.jpg", "c.jpg.png")])
-def test_pictures_keep_the_name_that_they_are_given(bundle, tmp_path, given, written):
+@pytest.mark.parametrize(
+    ("given", "written", "kind"),
+    [
+        ("a_0.5", "a_0.5.png", "PNG"),
+        ("b.PNG", "b.PNG", "PNG"),
+        ("c.jpg", "c.jpg", "JPEG"),
+        ("d.webp", "d.webp", "WEBP"),
+        ("e.txt", "e.txt.png", "PNG"),
+    ],
+)
+def test_pictures_keep_the_name_that_they_are_given_and_are_what_it_says(bundle, tmp_path, given, written, kind):
     code, out, err = dipgo("run", bundle, "--class", "dog", "-o", tmp_path / given)
     assert code == 0, err
     assert [path.name for path in tmp_path.iterdir()] == [written]
     assert written in out
+    with Image.open(tmp_path / written) as picture:
+        assert picture.format == kind
+
+
+def test_pictures_without_a_name_are_numbered_and_replace_nothing(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for written in ("images.png", "images-2.png", "images-3.png"):
+        assert dipgo("run", bundle, "--class", "dog")[:2] == (0, f"1 image: {written}\n")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_bundle_is_found_in_the_folder_that_compile_made(bundle, subnet_file, tmp_path):
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "bundle").symlink_to(bundle)
+    code, out, err = dipgo("run", tmp_path / "build", "--class", "dog", "-o", tmp_path / "x.png")
+    assert (code, out) == (0, f"1 image: {tmp_path / 'x.png'}\n"), err
+    assert dipgo("inspect", tmp_path / "build").out == dipgo("inspect", bundle).out
+    (tmp_path / "build" / "again").symlink_to(bundle)
+    code, _, err = dipgo("verify", tmp_path / "build")
+    assert (code, err) == (2, f"dipgo: {tmp_path / 'build'}: holds several bundles (again, bundle); give one of them\n")
+
+
+WRONG_KINDS = [
+    (["run", "SUBNET", "--class", 1], "a SubNet, not a bundle; make a bundle of it: dipgo export"),
+    (["verify", "PIPELINE"], "a diffusers pipeline, not a bundle; make a bundle of it: dipgo compile"),
+    (["bench", "REPORT", "-o", "OUT"], "a report, not a bundle; give a bundle"),
+    (["serve", "RECORD"], "a bundle's record, not a bundle; give the folder that it lies in"),
+    (["export", "BUNDLE", "-o", "OUT"], "a bundle, not a SubNet; its SubNet is BUNDLE/subnet.json"),
+    (["judge", "PIPELINE"], "a diffusers pipeline, not a SubNet; search one: dipgo search"),
+    (
+        ["search", "BUNDLE", "--steps", 4, "--budget", 0.5, "-o", "OUT"],
+        "a bundle, not a diffusers pipeline; its images",
+    ),
+    (["compile", "SUBNET", "--steps", 4, "--budget", 0.5, "-o", "OUT"], "a SubNet, not a diffusers pipeline; compile"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_KINDS)
+def test_what_is_given_in_the_place_of_something_else_is_named(
+    arguments, message, tiny_dit, subnet_file, bundle, tmp_path
+):
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    places = {"PIPELINE": tiny_dit, "SUBNET": subnet_file, "BUNDLE": bundle, "REPORT": report}
+    places |= {"RECORD": bundle / "bundle.json", "OUT": tmp_path / "out"}
+    code, _, err = dipgo(*(places.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert message.replace("BUNDLE", str(bundle)) in err
+
+
+def test_dipgo_alone_shows_its_commands_in_groups():
+    code, out, err = dipgo()
+    assert (code, err) == (0, "")
+    assert out == dipgo("--help").out == dipgo("-h").out
+    for title in ("First steps:", "Find a schedule:", "Compile and run:", "Prove:", "Serve:", "All at once:"):
+        assert f"\n{title}\n" in out
+    assert "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert len(re.findall(r"^  \S+ {2,}\S", out[out.index("First steps") :], re.MULTILINE)) == 17
+    code, out, _ = dipgo("recipe")
+    assert code == 0
+    assert "validate" in out
+    assert dipgo("--version").out == f"dipgo {version}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serch"], "No such command 'serch'. Did you mean 'search', 'serve', 'bench'? See 'dipgo --help'"),
+        (["run"], "Missing argument 'BUNDLE'; see 'dipgo run --help'"),
+        (["recipe", "run"], "Missing argument 'FILE'; see 'dipgo recipe run --help'"),
+        (
+            ["search", "digits-dit", "--steps", 1, "--budget", 0.5, "-o", "x"],
+            "or equal to 2; see 'dipgo search --help'",
+        ),
+        (["bench"], "give a BUNDLE and -o REPORT, or --compare A B; see"),
+    ],
+)
+def test_errors_point_to_the_help_of_their_command(arguments, message):
+    code, _, err = dipgo(*arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_settings_are_shown_with_their_meaning():
+    for command in ("search", "compile"):
+        code, out, _ = dipgo(command, "--show-settings")
+        assert code == 0
+        for name in SearchConfig.SETTINGS:
+            assert re.search(rf"^  {name} = .+\n      \w", out, re.MULTILINE), name
+
+
+def test_verify_ends_in_a_verdict(bundle, monkeypatch):
+    code, out, _ = dipgo("verify", bundle)
+    assert code == 0
+    assert re.fullmatch(rf"PASSED in \d+ s: dipgo verify {bundle}", out.splitlines()[-1])
+    monkeypatch.setattr("benchmarks.bench.parity.TOLERANCE", 1e-12)
+    code, out, err = dipgo("verify", bundle)
+    assert code == 1
+    assert re.fullmatch(rf"FAILED in \d+ s: dipgo verify {bundle}", out.splitlines()[-1])
+    assert "parity does not hold" in err
+
+
+def test_phases_are_lines_where_there_is_no_terminal(bundle):
+    lines = dipgo("verify", bundle).err.splitlines()
+    assert [re.fullmatch(r" *\d+:\d\d  (.*)", line)[1] for line in lines] == ["verify: torch", "verify: compiled"]
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    requires = [f"{line}; extra == '{extra}'" for extra, lines in extras.items() for line in lines]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: requires)
+    error = ModuleNotFoundError("No module named 'diffusers.x'", name="diffusers.x")
+    assert missing(error) == "diffusers is not installed; run: pip install 'dipgo[search]'"
+    assert missing(ModuleNotFoundError("No module named 'nothing'", name="nothing")) is None
 
 
 @pytest.mark.slow
@@ -147,7 +276,7 @@ def test_an_option_that_is_added_to_a_config_is_everywhere(task, tmp_path, monke
     options = ("--steps", 4, "--budget", 0.5, "--sharpness")
     assert dipgo(*options, 2)[:2] == (0, "2.0\n")
     code, _, err = dipgo(*options, -1)
-    assert (code, err) == (2, "dipgo: --sharpness -1: should be greater than or equal to 0\n")
+    assert (code, err) == (2, "dipgo: --sharpness -1: should be greater than or equal to 0; see 'dipgo --help'\n")
 
     file = tmp_path / "mine.yaml"
     file.write_text("schema: dipgo.recipe/1\nabout: mine\nmodel: m\noutput: o\nsearch: {steps: 4, budget: 0.5}\n")
@@ -265,7 +394,7 @@ def test_interrupt_leaves_nothing(tiny_dit, tmp_path, number):
         time.sleep(0.1)
     os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 1
+    assert process.exitcode == 128 + number
     assert "dipgo: interrupted" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert list(output.parent.iterdir()) == []

@@ -29,7 +29,16 @@ def test_findings_are_those_of_this_machine(tmp_path):
     assert list(found["backends"]) == list(BACKENDS)
     assert found["backends"]["onnxruntime"] == "usable"
     assert found["import_clashes"] == {}
+    assert found["verdict"][0].startswith("bundles run on the CPU by onnxruntime")
+    assert found["verdict"][-1] == "models can be searched and exported"
     assert found["cache"] == {"folder": str(tmp_path / "dipgo"), "bytes": 12345}
+
+
+def test_without_torch_bundles_run_and_one_line_says_what_else_to_install():
+    done = python(SCRIPT, without="torch", env=os.environ, cwd=ROOT)
+    verdict = done.stdout.partition("verdict:\n")[2].splitlines()
+    assert verdict[0] == "  bundles run on the CPU by onnxruntime"
+    assert verdict[-1] == "  to search and export, run: pip install 'dipgo[search]'"
 
 
 def test_clashing_names_and_missing_packages_are_told(tmp_path):
@@ -42,8 +51,9 @@ def test_clashing_names_and_missing_packages_are_told(tmp_path):
     )
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('onnxruntime')")
-    text = run(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    text = run(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", PYTHONSAFEPATH="1")
     assert f"engines: {tmp_path / 'engines' / '__init__.py'} is imported, not dipgo's" in text
     assert "give dipgo an environment of its own" in text
-    assert "onnxruntime  run: pip install onnxruntime" in text
+    assert "onnxruntime  run: pip install 'dipgo[cpu]'" in text
+    assert text.splitlines()[-1] == "  nothing can be relied on: give dipgo an environment of its own"
     assert "torch        No module named 'no_such_module'" in text

@@ -68,6 +68,20 @@ def test_options_in_the_text_are_those_of_their_command(document):
         assert set(re.findall(r"(?<!\S)(--[\w-]+)", rest)) <= options_of(known[name]), f"dipgo {name}{rest}"
 
 
+def test_every_command_has_an_example_that_parses():
+    for line in examples(get_command(application())):
+        parse(line)
+
+
+def examples(command):
+    """Yield the example in the help of each command of a group, and of the groups in it."""
+    for one in command.commands.values():
+        if isinstance(one, TyperGroup):
+            yield from examples(one)
+        else:
+            yield one.epilog.partition("Example:\n")[2].strip()
+
+
 def shortened(text):
     """Return a block whose searches take seconds."""
     text = re.sub(r"^dipgo (search|compile)\b", rf"dipgo \1 {' '.join(sets(LEAST))}", text, flags=re.MULTILINE)

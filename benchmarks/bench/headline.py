@@ -12,11 +12,11 @@ import numpy as np
 
 from benchmarks.bench.baselines import EQUAL_TIME
 from benchmarks.bench.chance import mean_interval, median_interval
-from benchmarks.bench.plan import duration
 from benchmarks.bench.report import Headline, Row, Tone, decibels, milliseconds
 from benchmarks.bench.timing import Timing
 from benchmarks.environment import Environment
 from dipgo.base.records import ModelIdentity, SamplerIdentity
+from dipgo.base.units import duration
 
 EQUAL = 1.1  # a baseline whose MACs differ from the bundle's by up to this factor is one at equal compute
 POOR = 0.5  # an efficiency below this says that the program, not its schedule, is slow

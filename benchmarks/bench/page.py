@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from benchmarks.bench.report import (
     milliseconds,
 )
 from benchmarks.bench.strips import GAIN, LARGE, SMALL, Strip, picture, save, shown, strips_of
+from dipgo.base import units
 from dipgo.base.files import new_folder
 
 
@@ -94,18 +94,16 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"ms": milliseconds, "db": decibels}
-    environment.filters |= {"size": partial(scaled, units=_BYTES), "macs": partial(scaled, units=_MACS)}
+    environment.filters |= {"size": units.size, "macs": multiply_accumulates}
     return environment.get_template(name)
 
 
-_BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 0}
-_MACS = {"T": 1e12, "G": 1e9, "M": 1e6, "": 0}
-
-
-def scaled(count: int, units: Mapping[str, float]) -> str:
-    """Return a number as text, in the first unit that it reaches; in the last, of 0, as it is."""
-    unit, least = next((unit, least) for unit, least in units.items() if count >= least)
-    return f"{count / least:.2f} {unit}" if least else f"{count} {unit}".rstrip()
+def multiply_accumulates(count: int) -> str:
+    """Return MACs as text."""
+    unit, least = next(
+        (unit, least) for unit, least in {"T": 1e12, "G": 1e9, "M": 1e6, "": 0}.items() if count >= least
+    )
+    return f"{count / least:.2f} {unit}" if least else f"{count}"
 
 
 _COLUMNS = ("program", "wall time", "speedup", "PSNR to full", "worst image", "MACs", "efficiency", "class accuracy")

@@ -12,11 +12,14 @@ import numpy as np
 
 from benchmarks.bench.subjects import ProgramSpec, ProgramSubject
 from benchmarks.bench.suite import Suite
+from benchmarks.bench.techniques import TECHNIQUES
 from dipgo.base.progress import Report
+from dipgo.base.units import duration
 
 LOOPS = 5
 SLOW = 5.0  # seconds of a loop that is not run again to see how long it takes
 START, TORCH_START = 2.0, 8.0  # seconds until a process has loaded a small program, and a small pipeline in torch
+EXPORT, COMPILE = 20.0, 3.0  # seconds to convert a small model, and to compile one more program of it
 STEP_RUNS = 5  # of each process at the most, in which steps are timed
 
 
@@ -72,6 +75,21 @@ class Plan:
         return f"takes about {duration(total)}: {', '.join(pieces)}"
 
 
+def foreseen(suite: Suite, image: float, share: float) -> float:
+    """Return about how many seconds a benchmark takes, before there is a program.
+
+    Args:
+        image: seconds of one image of the full model in torch, which its program resembles.
+        share: of the full program's MACs that the bundle keeps.
+    """
+    in_torch = sum(name in TECHNIQUES for name in suite.baselines)
+    others = len(suite.baselines) - in_torch + len(suite.steps) + len(suite.subnets)
+    compiling = others * (COMPILE + 2 * share * image)  # in torch and compiled, for parity
+    compiled = 2 * len(suite.backends) + others
+    plan = Plan.of(suite, 1, [image, share * image], image, compiled, in_torch, EXPORT + compiling)
+    return plan.compiling + sum(plan.parts.values())
+
+
 class Parts:
     """One bar for all parts of a plan, as long as each was foreseen to take; it counts up once."""
 
@@ -85,11 +103,6 @@ class Parts:
         whole = max(1, round(sum(self._parts.values())))
         done = before + self._parts[part] * iteration / max(1, total)
         self._progress(self._phase, min(whole, round(done)), whole, figure)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as text, in minutes from two on."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def loop_seconds(specs: Sequence[ProgramSpec], known: Sequence[float | None]) -> list[float]:

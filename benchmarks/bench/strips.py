@@ -66,13 +66,18 @@ def picture(rows: Sequence[Row], pictures: Mapping[str, np.ndarray], chosen: Seq
 def label(row: Row) -> str:
     """Return a program's name, time, speedup and PSNR on lines of their own."""
     assert row.timing
-    name = f"{row.steps} plain steps" if row.name.startswith("fewer steps") else row.name
-    lines = [f"{name}, {milliseconds(row.timing.wall.median)}", f"{row.timing.speedup.median:.1f} times as fast"]
+    lines = [f"{program_of(row)}, {milliseconds(row.timing.wall.median)}"]
+    lines.append(f"{row.timing.speedup.median:.1f} times as fast")
     if row.name == FULL:
         lines[1] = f"{row.steps} steps"
     elif row.quality:
         lines.append(f"{decibels(row.quality.psnr_db)} from full")
     return "\n".join(lines)
+
+
+def program_of(row: Row) -> str:
+    """Return what a row is called where it stands beside the full program and the bundle alone."""
+    return f"{row.steps} plain steps" if row.name.startswith("fewer steps") else row.name
 
 
 def labelled(rows: Mapping[str, np.ndarray]) -> Image.Image | None:

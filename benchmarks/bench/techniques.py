@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks.bench.reference import cast_pipeline, conditions_in, decode_latents, model_of, subnet_of
 from benchmarks.bench.subjects import TIMING_SEED, Subject, TorchSpec, inputs_for, latent_shape
 from benchmarks.failures import NotMeasuredError
+from dipgo.base import install
 from dipgo.base.errors import DipgoError
 from dipgo.graph.exported import in_dtype
 from dipgo.model.families import GuidedDenoiser, family_of, remember
@@ -84,7 +85,7 @@ def deep_cache(pipe: Any, position: Position, interval: int) -> Reset:
     try:
         from DeepCache import DeepCacheSDHelper  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
-        raise DipgoError("DeepCache is not installed; run: pip install DeepCache") from error
+        raise DipgoError(f"DeepCache is not installed; {install.BASELINES}") from error
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=0)
     helper.enable()
@@ -139,7 +140,7 @@ def cache_dit(pipe: Any, position: Position, threshold: float = 0.08) -> Reset:
     try:
         import cache_dit as package  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
-        raise DipgoError("cache-dit is not installed; run: pip install cache-dit") from error
+        raise DipgoError(f"cache-dit is not installed; {install.BASELINES}") from error
     denoiser = _denoiser(pipe)
     config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=threshold)
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dipgo.base import install
 from dipgo.base.errors import not_imported
 
 Values = Mapping[str, np.ndarray]
@@ -39,7 +40,7 @@ def require_polygraphy() -> None:
     try:
         import polygraphy  # noqa: F401
     except ImportError as error:
-        raise not_imported("polygraphy", error, "run: pip install 'dipgo[debug]'") from error
+        raise not_imported("polygraphy", error, install.DEBUG) from error
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dipgo.base import install
 from dipgo.base.errors import DipgoError
 
-_CURE = "run: pip install torchmetrics torch-fidelity"
+_CURE = install.EVALUATE
 _PICTURES = (".png", ".jpg", ".jpeg")
 
 

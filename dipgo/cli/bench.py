@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +16,9 @@ from pydantic import Field
 from benchmarks.bench.config import BenchConfig
 from dipgo.base.config import Backend, Config
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.units import duration
 from dipgo.cli.options import BundleArgument, ForceOption, SourceOption
+from dipgo.cli.places import bundle_at
 
 if TYPE_CHECKING:
     from benchmarks.bench.report import ReportRecord
@@ -50,9 +56,31 @@ class VerifyConfig(Config):
         return f"parity holds: {line}"
 
 
+@contextmanager
+def verdict() -> Iterator[None]:
+    """End what a command prints in PASSED or FAILED, the time, and the command; wrong usage has no verdict."""
+    begin = time.perf_counter()
+
+    def end(word: str) -> None:
+        typer.echo(f"{word} in {duration(time.perf_counter() - begin)}: {shlex.join(['dipgo', *sys.argv[1:]])}")
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except DipgoError:
+        end("FAILED")
+        raise
+    end("PASSED")
+
+
 def verify(bundle: BundleArgument, config: VerifyConfig, model: SourceOption = None) -> None:
-    """Measure the parity of a bundle with the gated diffusers pipeline; fail if it does not hold."""
-    typer.echo(config.line(bundle, model))
+    """Measure a bundle's parity with diffusers.
+
+    Its images are held against those of the pipeline under the same schedule; the command fails where they differ.
+    """
+    with verdict():
+        typer.echo(config.line(bundle, model))
 
 
 def bench(
@@ -62,6 +90,7 @@ def bench(
         typer.Argument(
             metavar="BUNDLE...",
             help="Folder written by 'dipgo export'; further ones of the same model and sampler are set beside it.",
+            callback=lambda bundles: [bundle_at(bundle) for bundle in bundles or ()],
             show_default=False,
         ),
     ] = None,
@@ -72,19 +101,23 @@ def bench(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Verify bundles, measure them against baselines, and write a report; or compare two reports."""
+    """Measure speed and quality against baselines, as a report.
+
+    Bundles are verified first; of one that is not right no speed is told. Or two reports are compared.
+    """
     if compare is not None:
         if bundles or config.model_fields_set:
             raise UsageError("--compare takes two reports and measures nothing; leave BUNDLE and --suite out")
         compare_with(*compare, output, force)
         return
     if not bundles or output is None:
-        raise UsageError("give a BUNDLE and -o REPORT, or --compare A B; see 'dipgo bench --help'")
+        raise UsageError("give a BUNDLE and -o REPORT, or --compare A B")
     from dipgo import api
 
-    report = api.bench(bundles, output, config, model=model, force=force, progress=None)
-    for line in report_lines(report, output):
-        typer.echo(line)
+    with verdict():
+        report = api.bench(bundles, output, config, model=model, force=force, progress=None)
+        for line in report_lines(report, output):
+            typer.echo(line)
 
 
 def report_lines(report: ReportRecord, output: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ import typer
 
 from dipgo.base.errors import UsageError
 from dipgo.base.progress import Progress, bar
+from dipgo.base.units import size
 from dipgo.cli.options import BundleArgument
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def build(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build all engines again.")] = False,
 ) -> None:
-    """Build the engines of a bundle that are not there yet; a build that was stopped goes on where it was."""
+    """Build a bundle's engines for TensorRT or torch-aot.
+
+    Those that are there already stay; a build that was stopped goes on where it was.
+    """
     from export.bundle import open_bundle
 
     if backend not in BUILT:
@@ -37,7 +41,7 @@ def build(
 
         device = default_device()
         for path in compile_packages(open_bundle(bundle), device, force=force, progress=bar("build")):
-            typer.echo(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, for {device}")
+            typer.echo(f"{path.name}: {size(path.stat().st_size)}, for {device}")
         return
     from engines.trt.build import build as build_engines
     from engines.trt.loader import BuildOptions
@@ -50,15 +54,15 @@ def build(
 
 
 def lines_of(built: Build) -> list[str]:
-    """Return what a build came to: a line an engine, a sum, and whether this machine can run them."""
+    """Return what a build came to: a line per engine, a sum, and whether this machine can run them."""
     lines = [
-        f"{engine.path.name}: {engine.record.bytes / 1e6:.1f} MB, "
+        f"{engine.path.name}: {size(engine.record.bytes)}, "
         + (f"built in {engine.record.seconds:.1f} s" if engine.is_new else "there already")
         for engine in built.engines
     ]
     new = sum(engine.is_new for engine in built.engines)
-    size = sum(engine.record.bytes for engine in built.engines) / 1e6
-    lines.append(f"{len(built.engines)} engines, {new} of them new, {size:.1f} MB: {built.library} for {built.target}")
+    total = size(sum(engine.record.bytes for engine in built.engines))
+    lines.append(f"{len(built.engines)} engines, {new} of them new, {total}: {built.library} for {built.target}")
     if built.device is None:
         lines.append("built, not run: no GPU can be used here")
     return lines

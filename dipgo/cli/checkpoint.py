@@ -21,7 +21,10 @@ def import_checkpoint(
         str | None, typer.Option(metavar="FOLDER", help="CLIP's tokenizer: a folder or hub id; fetched if not given.")
     ] = None,
 ) -> None:
-    """Make a pipeline's folder of a checkpoint in one file, which every other command takes as MODEL."""
+    """Make a pipeline's folder of a checkpoint in one file.
+
+    Every other command takes the folder as MODEL.
+    """
     from dipgo.base.progress import spinner
     from dipgo.model.single_file import import_checkpoint as import_file
 

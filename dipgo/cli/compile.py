@@ -20,7 +20,10 @@ def compile_(
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """All of it: OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/."""
+    """Search, export and measure: all of it in one command.
+
+    Writes OUTPUT/subnet.json, OUTPUT/bundle/ and OUTPUT/report/.
+    """
     from benchmarks.bench.config import BenchConfig
     from dipgo.base.config import checked
     from dipgo.base.files import refuse_to_fill

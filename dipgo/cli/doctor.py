@@ -13,22 +13,25 @@ from typing import Annotated, Any
 
 import typer
 
+from dipgo.base import install
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import cache_root
 from dipgo.base.own_packages import PACKAGES, strangers
+from dipgo.base.units import size
 
 DISTRIBUTIONS = (
     *("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
     *("polygraphy", "cuda-bindings", "tritonclient"),
 )
-CURE = "give dipgo an environment of its own"
 OK = "usable"
+SEARCHING = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 NO_DEVICE = "needs a CUDA device, there is none"
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Show versions, devices, which backends can run here and what to install for the others."""
+    """Say what can run here, and what to install for the rest."""
     findings = examine()
+    findings["verdict"] = verdict(findings)
     typer.echo(json.dumps(findings, indent=2) if as_json else text_of(findings))
 
 
@@ -45,7 +48,8 @@ def examine() -> dict[str, Any]:
         "triton": server,
         "triton_missing": without,
         "backends": _backends(providers, devices),
-        "debug": OK if util.find_spec("polygraphy") else "run: pip install 'dipgo[debug]'",
+        "search": OK if all(map(util.find_spec, SEARCHING)) else install.SEARCH,
+        "debug": OK if util.find_spec("polygraphy") else install.DEBUG,
         "import_clashes": clashes(),
         "cache": _cache(),
     }
@@ -62,11 +66,30 @@ def text_of(findings: dict[str, Any]) -> str:
         "CUDA devices": findings["cuda_devices"] or ["none"],
         "Triton server": [findings["triton"] or findings["triton_missing"]],
         "backends": _aligned(findings["backends"]),
+        "search, export, bench": [findings["search"]],
         "verify --debug": [findings["debug"]],
         "import names": clashing or [f"{', '.join(PACKAGES)}: dipgo's own"],
-        "cache": [f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"],
+        "cache": [f"{cache['folder']}, {size(cache['bytes'])}"],
+        "verdict": findings["verdict"],
     }
     return "\n".join(f"{title}:\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def verdict(findings: dict[str, Any]) -> list[str]:
+    """Return what it all comes to: whether bundles run, on a GPU too, and whether there can be new ones."""
+    if findings["import_clashes"]:
+        return [f"nothing can be relied on: {install.ENVIRONMENT}"]
+    from engines.backends import BACKENDS
+
+    usable = [name for name, state in findings["backends"].items() if state == OK]
+    on = {kind: ", ".join(name for name in usable if kind in BACKENDS[name].kinds) for kind in ("cpu", "cuda")}
+    lines = [f"bundles run on the CPU by {on['cpu']}" if on["cpu"] else f"no bundle can run on the CPU; {install.CPU}"]
+    lines.append(f"on the GPU by {on['cuda']}" if findings["cuda_devices"] and on["cuda"] else "no GPU can be used")
+    if findings["packages"]["onnxruntime"] and findings["packages"]["onnxruntime-gpu"]:
+        lines.append(f"onnxruntime and onnxruntime-gpu hide each other; {install.CUDA}")
+    searching = findings["search"]
+    lines.append("models can be searched and exported" if searching == OK else f"to search and export, {searching}")
+    return lines
 
 
 def clashes() -> dict[str, str]:
@@ -76,8 +99,10 @@ def clashes() -> dict[str, str]:
     for name in PACKAGES:
         others = sorted({owner for owner in owners.get(name, ()) if owner != "dipgo"})
         if others:
-            shared[name] = f"{', '.join(others)} installs it too; {CURE}"
-    return shared | {name: f"{place} is imported, not dipgo's; {CURE}" for name, place in strangers().items()}
+            shared[name] = f"{', '.join(others)} installs it too; {install.ENVIRONMENT}"
+    return shared | {
+        name: f"{place} is imported, not dipgo's; {install.ENVIRONMENT}" for name, place in strangers().items()
+    }
 
 
 def _aligned(pairs: dict[str, str]) -> list[str]:
@@ -128,29 +153,29 @@ def _backends(providers: list[str], devices: list[str]) -> dict[str, str]:
     def provider(name: str) -> Callable[[], str]:
         def check() -> str:
             if f"{name}ExecutionProvider" not in providers:
-                return "run: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+                return install.CUDA
             return _card(devices)
 
         return check
 
     def plugin() -> str:
         missing = not util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
-        return "run: pip install onnxruntime-ep-nv-tensorrt-rtx" if missing else _card(devices)
+        return install.PLUGIN if missing else _card(devices)
 
     def tensorrt() -> str:
         if not any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
-            return "run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116"
+            return install.TENSORRT
         card = _card(devices)
         portable = card == NO_DEVICE and util.find_spec("tensorrt_rtx")  # the only one that builds without a device
         return f"engines can be built; running them {NO_DEVICE}" if portable else card
 
     def compiler() -> str:
         if not util.find_spec("torch"):
-            return "run: pip install torch"
+            return install.TORCH
         return OK if devices or shutil.which("g++") or shutil.which("clang++") else "needs a C++ compiler; install g++"
 
     checks: dict[str, Callable[[], str]] = {
-        "onnxruntime": lambda: OK if providers else "run: pip install onnxruntime",
+        "onnxruntime": lambda: OK if providers else install.CPU,
         "onnxruntime-cuda": provider("CUDA"),
         "onnxruntime-tensorrt": provider("Tensorrt"),
         "onnxruntime-tensorrt-rtx": plugin,

@@ -9,12 +9,18 @@ import typer
 
 from dipgo.base.errors import UsageError
 from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption
+from dipgo.cli.places import either_at, subnet_at
 from export.config import ExportConfig
 
 
 def export(
     subnets: Annotated[
-        list[Path], typer.Argument(metavar="SUBNET...", help="JSON files of 'dipgo search', a program each.")
+        list[Path],
+        typer.Argument(
+            metavar="SUBNET...",
+            help="JSON files written by 'dipgo search', a program each.",
+            callback=lambda files: [subnet_at(file) for file in files],
+        ),
     ],
     output: OutputOption,
     config: ExportConfig,
@@ -22,7 +28,10 @@ def export(
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Compile SubNets into a bundle: ONNX graphs, static unless sizes are ranges, the weights files, the programs."""
+    """Compile SubNets into a bundle that runs without torch.
+
+    A bundle holds ONNX graphs, static unless sizes are ranges, the weights once, and a program for each SubNet.
+    """
     from dipgo.base.files import refuse_existing
     from dipgo.schedule.subnet import load_subnet
     from export.bundle import BUNDLE
@@ -44,7 +53,9 @@ def export(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="SUBNET|BUNDLE", help="A SubNet's JSON or a bundle.", callback=either_at)
+    ],
     visual: Annotated[
         Path | None, typer.Option(metavar="PAGE", help="Also draw a graph of the bundle as a page, by Polygraphy.")
     ] = None,
@@ -52,7 +63,7 @@ def inspect(
         str | None, typer.Option(metavar="FILE", help="The graph to draw; by default that of the most MACs.")
     ] = None,
 ) -> None:
-    """Show gate map, signatures, slots and sizes as text."""
+    """Show a SubNet's gate map, or a bundle's graphs and sizes."""
     from dipgo.schedule.describe import subnet_text
     from dipgo.schedule.subnet import load_subnet
 

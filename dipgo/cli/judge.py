@@ -9,16 +9,27 @@ import typer
 
 from benchmarks.bench.config import JudgeConfig
 from dipgo.cli.options import ForceOption, SourceOption
+from dipgo.cli.places import subnet_at
 
 
 def judge(
-    files: Annotated[list[Path], typer.Argument(metavar="SUBNET...", help="SubNets of one model and sampler.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUBNET...",
+            help="SubNets of one model and sampler.",
+            callback=lambda files: [subnet_at(file) for file in files],
+        ),
+    ],
     config: JudgeConfig,
     model: SourceOption = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures too.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Compare schedules in torch: how close each comes to the full trajectory, and which differ beyond chance."""
+    """Compare schedules in torch, without an export.
+
+    How close each comes to the full trajectory, and which differ beyond chance.
+    """
     from dipgo.base.files import new_file, refuse_existing
 
     if json is not None:

@@ -14,9 +14,26 @@ from pydantic.fields import FieldInfo
 
 from dipgo.base.config import Config, checked, is_model, plain_types, unknown
 from dipgo.base.errors import UsageError
+from dipgo.base.own_packages import ROOT
+from dipgo.cli.places import bundle_at, model_at
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, diffusers folder, or hub id.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by 'dipgo export'.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Built-in name, diffusers folder, or hub id.",
+        callback=model_at,
+        autocompletion=lambda: sorted(index.parent.name for index in ZOO.glob("*/model_index.json")),
+    ),
+]
+BundleArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Folder written by 'dipgo export', or the one above it by 'dipgo compile' or 'dipgo demo'.",
+        callback=bundle_at,
+    ),
+]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 RandomWeightsOption = Annotated[
@@ -26,7 +43,8 @@ SourceOption = Annotated[
     str | None, typer.Option("--model", help="Where the model lies now, if not where it was searched.")
 ]
 
-SET = "settings"
+ZOO = ROOT / "dipgo" / "zoo"
+SET, SHOW = "settings", "show_settings"
 METAVARS = {int: "INTEGER", float: "FLOAT", Path: "PATH"}
 
 
@@ -57,13 +75,13 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def settings_text(kind: type[Config]) -> str:
-    """Return a text on the fields that ``--set`` changes, for the end of a command's help."""
-    lines = ["Settings, for --set NAME=VALUE:"]
+    """Return a text on the fields that ``--set`` changes: default, bounds, meaning."""
+    lines = ["Settings, for --set NAME=VALUE; a preset and the paper's method change some defaults."]
     for name in _through_set(kind):
         field = kind.model_fields[name]
         lines.append(f"  {name} = {_default(field) or 'none'}{_bounds(field)}")
-        lines += wrap(field.description or "", 76, initial_indent="      ", subsequent_indent="      ")
-    return "\b\n" + "\n".join(lines)
+        lines += wrap(field.description or "", 78, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
 
 
 def _config(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -98,9 +116,19 @@ def _options(kind: type[Config]) -> Iterator[inspect.Parameter]:
     fields = sorted(kind.model_fields.items(), key=lambda named: not named[1].is_required())
     yield from (_option(name, field) for name, field in fields if name not in names)
     if names:
-        help_text = "Change a setting of the search; may be given again. 'dipgo search --help' lists them at its end."
+        help_text = "Change a setting of the search, see --show-settings; may be given again."
         info = typer.Option("--set", metavar="NAME=VALUE", help=help_text)
         yield _parameter(SET, Annotated[list[str] | None, info], None)
+
+        def show(asked: bool) -> None:
+            if asked:
+                typer.echo(settings_text(kind))
+                raise typer.Exit
+
+        info = typer.Option(
+            "--show-settings", help="Show the settings with their meaning.", is_eager=True, callback=show
+        )
+        yield _parameter(SHOW, Annotated[bool, info], False)
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

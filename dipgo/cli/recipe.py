@@ -12,16 +12,14 @@ import typer
 from dipgo.base.config import unknown
 from dipgo.base.errors import UsageError
 from dipgo.cli.bench import report_lines
+from dipgo.cli.groups import Commands, add, group, show_help
 from dipgo.cli.options import ForceOption
 from dipgo.cli.recipe_file import FOLDER, Recipe, read_recipe, shipped
 from dipgo.cli.search import subnet_line
 
-app = typer.Typer(help="What to do with a model, in one YAML file.", no_args_is_help=True, rich_markup_mode=None)
-
 RecipeArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A recipe's YAML file, or one that ships.")]
 
 
-@app.command()
 def ls() -> None:
     """List the recipes that ship."""
     width = max(map(len, shipped()))
@@ -29,7 +27,6 @@ def ls() -> None:
         typer.echo(f"{name:{width}}  {read_recipe(Path(name)).about}")
 
 
-@app.command()
 def cp(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of 'dipgo recipe ls'.")],
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="NAME.yaml by default.")] = None,
@@ -46,14 +43,12 @@ def cp(
     typer.echo(f"recipe: {target}")
 
 
-@app.command()
 def validate(file: RecipeArgument) -> None:
-    """Say whether a recipe makes sense, without doing anything."""
+    """Say whether a recipe makes sense; nothing is done."""
     recipe = read_recipe(file)
     typer.echo(f"{file}: {', '.join(recipe.sections())} of {recipe.model} into {recipe.output}")
 
 
-@app.command()
 def run(
     file: RecipeArgument,
     overrides: Annotated[
@@ -65,6 +60,20 @@ def run(
     recipe = read_recipe(file, overrides or ())
     for line in carry_out(recipe, force):
         typer.echo(line)
+
+
+def recipes() -> typer.Typer:
+    """Return the group of these commands."""
+    app = group("Search, compile, prove and run as one YAML file says.")
+    app.callback()(show_help)
+    examples: Commands = {
+        ls: "dipgo recipe ls",
+        cp: "dipgo recipe cp digits-dit mine.yaml",
+        validate: "dipgo recipe validate mine.yaml",
+        run: "dipgo recipe run digits-dit search.budget=0.3",
+    }
+    add(app, examples)
+    return app
 
 
 def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
@@ -82,9 +91,17 @@ def carry_out(recipe: Recipe, force: bool = False) -> Iterator[str]:
     _check_outputs(recipe, force)
     model = find_model(recipe.model, recipe.random_weights, pixels_of(recipe.search.size) if recipe.search else None)
     subnet: Any = recipe.subnet
+
+    def rest(image: float) -> float:
+        from benchmarks.bench.plan import EXPORT, foreseen
+
+        assert recipe.search
+        measured = foreseen(recipe.bench.settings(), image, recipe.search.budget[-1]) if recipe.bench else 0.0
+        return measured + (EXPORT if recipe.export else 0.0)
+
     if recipe.search:
         path = output / ("subnets" if recipe.search.several else "subnet.json")
-        for file, subnet in api.search_into(path, model, recipe.search, force, Progress()):
+        for file, subnet in api.search_into(path, model, recipe.search, force, Progress(), rest):
             yield subnet_line(file, subnet)
         if not is_main():  # of several processes one writes
             return

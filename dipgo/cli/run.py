@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
@@ -12,10 +13,18 @@ from dipgo.base.config import Backend, Config, Device, Seed, Threads
 from dipgo.base.errors import UsageError
 from dipgo.base.pixels import pixels_of
 from dipgo.base.progress import bar
-from dipgo.cli.options import BundleArgument, ForceOption, OutputOption
+from dipgo.cli.options import BundleArgument, ForceOption
 
 if TYPE_CHECKING:
     from engines.program import Program
+
+FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".jpeg": {"format": "JPEG", "quality": 95},
+    ".webp": {"format": "WEBP", "lossless": True},
+}
+"""By the endings of files; others get .png added."""
 
 
 class RunConfig(Config):
@@ -39,7 +48,7 @@ class RunConfig(Config):
     threads: Threads = None
 
     def save(self, bundle: Path, output: Path, force: bool) -> str:
-        """Make the images and save them as one PNG; returns a line on it."""
+        """Make the images and save them as one picture, in the format of the file's ending; returns a line on it."""
         from dipgo.base.files import new_file, refuse_existing
         from engines.guidance import Guidance
         from engines.pipeline.images import grid
@@ -58,7 +67,7 @@ class RunConfig(Config):
                 Guidance(self.guidance),
             )
         with new_file(output, force) as draft:
-            grid(pixels).save(draft)
+            grid(pixels).save(draft, **FORMATS[output.suffix.lower()])
         return f"{self.number} image{'s' * (self.number > 1)}: {output}"
 
     def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
@@ -74,12 +83,29 @@ class RunConfig(Config):
         return [self.prompt or ""] * self.number
 
 
-def run(bundle: BundleArgument, output: OutputOption, config: RunConfig, force: ForceOption = False) -> None:
-    """Generate images and save them as one PNG; several are set side by side."""
-    typer.echo(config.save(bundle, output, force))
+def run(
+    bundle: BundleArgument,
+    config: RunConfig,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write: .png, .jpg or .webp; images.png by default, or numbered."),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Make images with a bundle, without torch.
+
+    Several are set side by side in one picture.
+    """
+    typer.echo(config.save(bundle, output or _unused("images"), force))
 
 
 def _picture(path: Path) -> Path:
     if path.name in ("", ".."):
         raise UsageError(f"-o {path}: names no file; give one, such as out.png")
-    return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
+    return path if path.suffix.lower() in FORMATS else path.with_name(f"{path.name}.png")
+
+
+def _unused(name: str) -> Path:
+    """Return ``NAME.png``, or the first of ``NAME-2.png``, … that is not there yet."""
+    numbered = (Path(f"{name}-{number}.png") for number in count(2))
+    return next(path for path in chain([Path(f"{name}.png")], numbered) if not path.exists())

@@ -26,7 +26,7 @@ class ImportConfig(TaskConfig):
 
 
 def models() -> None:
-    """List what is built in and supported, with sites and MACs."""
+    """List the models that are built in or supported."""
     from dipgo.graph.facts import read_facts
 
     typer.echo("\n".join(read_facts().lines()))
@@ -39,7 +39,10 @@ def search(
     random_weights: RandomWeightsOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Search a SubNet and write it to a JSON file; with several budgets one each, into a folder with a Pareto plot."""
+    """Search a SubNet of a model for a budget.
+
+    It is written to a JSON file. Several budgets give a SubNet each, in a folder with a Pareto plot.
+    """
     with spinner("load"):
         from dipgo.api import search_into
         from dipgo.model.models import find_model
@@ -59,7 +62,10 @@ def import_(
     output: OutputOption,
     force: ForceOption = False,
 ) -> None:
-    """Read DiP-GO gates, DeepCache settings, a step mask or a SmoothCache schedule into a SubNet."""
+    """Read a schedule that others publish into a SubNet.
+
+    DiP-GO's gates, DeepCache's settings, a step mask or a SmoothCache schedule; docs/formats.md describes them.
+    """
     from dipgo.base.files import refuse_existing
     from dipgo.importers.importer import import_subnet, summary
     from dipgo.schedule.subnet import save_subnet

@@ -55,14 +55,20 @@ def deploy(
     link: Annotated[bool, typer.Option("--link", help="Link the bundle instead of copying it.")] = False,
     force: ForceOption = False,
 ) -> None:
-    """Write a model repository for the Triton Inference Server; docs/serving.md says how to go on."""
+    """Write a Triton model repository, for a server elsewhere.
+
+    docs/serving.md says how to go on.
+    """
     from engines.serving.repository import write_repository
 
     typer.echo(f"model: {write_repository(bundle, triton, config.deployment(link), force)}")
 
 
 def serve(bundle: BundleArgument, addresses: AddressConfig, config: ServeConfig) -> None:
-    """Serve a bundle on this machine with the Triton Inference Server, until Ctrl-C or SIGTERM."""
+    """Serve a bundle on this machine with Triton.
+
+    The Triton Inference Server runs until Ctrl-C or SIGTERM.
+    """
     import tempfile
 
     from dipgo.base.progress import spinner

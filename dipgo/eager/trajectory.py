@@ -76,7 +76,7 @@ class Trajectory:
     def full(self, noise: torch.Tensor, conditions: Conditions) -> list[torch.Tensor]:
         """Run with every gate 1, without gradient; returns the latents after 0, 1, … calls, each ``[B, C, H, W]``."""
         with torch.no_grad():
-            return self.integrate(noise, lambda step, latent, timestep: self._call(latent, timestep, conditions))
+            return self.integrate(noise, lambda step, latent, timestep: self.call(latent, timestep, conditions))
 
     def observed(
         self, noise: torch.Tensor, conditions: Conditions, observe: Callable[[int, int, list[torch.Tensor]], None]
@@ -180,7 +180,7 @@ class Trajectory:
                     return rebuilds[site](tensors)
 
                 with intercepting(self.guided.denoiser, self.names, intercept):
-                    return self._call(latent, timestep, conditions), fresh
+                    return self.call(latent, timestep, conditions), fresh
 
             if self.recompute and torch.is_grad_enabled():
                 epsilon, fresh = checkpoint(call, latent, use_reentrant=False, preserve_rng_state=False)
@@ -193,7 +193,7 @@ class Trajectory:
 
         return self.integrate(noise, denoise)
 
-    def _call(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    def call(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Call the denoiser in ``precision``; returns ε in float32."""
         if self.precision is None:
             return self.guided(latent, timestep, conditions)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dipgo.base import install
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import full_disk, new_file
 from dipgo.base.process_memory import resident_peak
@@ -101,7 +102,7 @@ def event_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise DipgoError(
-            "TensorBoard logs need the package 'tensorboard', which is not installed; run: pip install 'dipgo[logs]'"
+            f"TensorBoard logs need the package 'tensorboard', which is not installed; {install.LOGS}"
         ) from error
     return SummaryWriter
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dipgo.base.errors import DipgoError, not_imported
+from dipgo.base.install import BINDINGS
 from engines.devices import check_index
-
-INSTALL = "run: pip install 'cuda-bindings>=13,<14' (or <13 for a driver of CUDA 12)"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def bindings() -> Any:
     try:
         from cuda.bindings import runtime  # type: ignore[import-untyped]
     except ImportError as error:
-        raise not_imported("cuda-bindings", error, INSTALL) from error
+        raise not_imported("cuda-bindings", error, BINDINGS) from error
     return runtime
 
 

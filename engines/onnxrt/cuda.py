@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.base import install
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from engines.backend import Launch
@@ -19,7 +20,7 @@ from engines.cuda.buffers import StreamRunner, warn_of_no_graph
 from engines.cuda.runtime import open_device
 from engines.cuda.stream import DeviceArray, Stream
 from engines.devices import place_of
-from engines.onnxrt.providers import CUDA, INSTALL, NAMES, add_provider, require
+from engines.onnxrt.providers import CUDA, NAMES, add_provider, require
 from export.bundle import Bundle
 
 
@@ -118,7 +119,7 @@ class CudaRunner(StreamRunner):
                 failure = " ".join(str(error).split())[:300]
                 continue
             if session.get_providers()[0] != self.provider:
-                raise DipgoError(f"{self.provider} could not be loaded: its libraries are missing; {INSTALL}")
+                raise DipgoError(f"{self.provider} could not be loaded: its libraries are missing; {install.CUDA}")
             if not strict:
                 self._on_host.add(file)
             return session

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dipgo.base import install
 from dipgo.base.errors import OUT_OF_MEMORY, DipgoError, is_out_of_memory, not_imported
 
 
@@ -24,7 +25,7 @@ def session_from_graph(path: Path, threads: int | None = None, share_weights: bo
     try:
         import onnxruntime
     except ImportError as error:
-        raise not_imported("onnxruntime", error, "run: pip install onnxruntime") from error
+        raise not_imported("onnxruntime", error, install.CPU) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -10,14 +10,13 @@ import threading
 from importlib import import_module
 from typing import Any
 
+from dipgo.base import install
 from dipgo.base.errors import DipgoError, not_imported
 from dipgo.base.files import cache_root
 from export.bundle import BundleRecord
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 NAMES = {CUDA: "CUDA", TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}
-INSTALL = "run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-INSTALL_PLUGIN = "run: pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx (-cu12 for a driver of CUDA 12)"
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _REGISTERING = threading.Lock()
 
@@ -28,7 +27,7 @@ def require(provider: str, device: int = 0) -> None:
     Raises:
         DipgoError: it is not in the installed onnxruntime, its plugin is not installed, or it takes no such GPU.
     """
-    cure = INSTALL_PLUGIN if provider == TENSORRT_RTX else INSTALL
+    cure = install.PLUGIN if provider == TENSORRT_RTX else install.CUDA
     try:
         import onnxruntime
     except ImportError as error:
@@ -36,7 +35,7 @@ def require(provider: str, device: int = 0) -> None:
     if provider == TENSORRT_RTX:
         plugin_device(device)
     elif provider not in onnxruntime.get_available_providers():
-        raise DipgoError(f"this onnxruntime has no {provider}; {INSTALL}")
+        raise DipgoError(f"this onnxruntime has no {provider}; {install.CUDA}")
     else:
         onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed as packages
 
@@ -65,7 +64,7 @@ def plugin_device(device: int) -> Any:
     try:
         plugin = import_module(_PLUGIN)
     except ImportError as error:
-        raise not_imported(_PLUGIN, error, INSTALL_PLUGIN) from error
+        raise not_imported(_PLUGIN, error, install.PLUGIN) from error
     name = plugin.get_ep_name()
     with _REGISTERING:
         try:
@@ -73,7 +72,7 @@ def plugin_device(device: int) -> Any:
                 onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
         except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
             raise DipgoError(
-                f"{name} cannot be loaded ({' '.join(str(error).split())[:200]}); {INSTALL_PLUGIN}"
+                f"{name} cannot be loaded ({' '.join(str(error).split())[:200]}); {install.PLUGIN}"
             ) from error
     devices = [entry for entry in onnxruntime.get_ep_devices() if entry.ep_name == name]
     if device >= len(devices):

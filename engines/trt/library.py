@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dipgo.base import install
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from engines.cuda.runtime import Device
@@ -55,7 +56,7 @@ class Library:
         if device is None:
             raise DipgoError(
                 "TensorRT builds engines on the GPU that they are for, and none can be used here ('dipgo doctor' says "
-                "why); build there, or run: pip install tensorrt-rtx==1.7.1.116"
+                f"why); build there, or {install.extra('tensorrt-rtx')}"
             )
         return f"sm{device.capability}"
 
@@ -72,7 +73,7 @@ def find_library(device: Device | None) -> Library:
             return library_named(name)
         except ImportError:
             continue
-    raise DipgoError("TensorRT is not installed; run: pip install tensorrt, or pip install tensorrt-rtx==1.7.1.116")
+    raise DipgoError(f"TensorRT is not installed; {install.TENSORRT}")
 
 
 def library_named(name: str) -> Library:

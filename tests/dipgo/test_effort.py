@@ -1,5 +1,7 @@
 """How much a search computes, held against what a search does compute."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from dipgo.eager.trajectory import Trajectory
 from dipgo.schedule.fixed_schedules import fixed_schedules
 from dipgo.searching.config import PRESETS
 from dipgo.searching.effort import Effort, effort_of
+from dipgo.searching.forecast import Forecast, forecast
 from dipgo.searching.search import search
 from dipgo.searching.task import make_task
 from tests import zoo
@@ -38,6 +41,21 @@ def test_it_is_what_a_search_computes(monkeypatch, contenders, drops):
     effort = effort_of(config, 0.5, len(fixed) + 2)
     assert sum(learned.values()) == effort.iterations
     assert sum(gated) == pytest.approx(effort.gated, rel=1 / 3)
+
+
+def test_a_forecast_counts_what_a_search_computes(monkeypatch):
+    """With a clock that ticks once a look, the timed call takes one second for the batch."""
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    task, config = zoo.task("dit", 6), search_config(6, 0.5, backup_iterations=9)
+    seen = forecast(task, config)
+    assert seen.image == 6 / config.batch
+    fixed = len(fixed_schedules(task.trace.macs, 6, 0.5)) + 2
+    learning = config.batch * seen.image * 0.5 * 3
+    assert seen.search == pytest.approx(effort_of(config, 0.5, fixed).seconds(learning, seen.image, seen.image / 2))
+    assert Forecast(1, 60).line() == "takes about 60 s"
+    assert Forecast(1, 60).line(120) == "takes about 3 min: 60 s to search, 2 min to export and measure"
+    paper = forecast(task, config.changed(method="paper", gate_iterations=7))
+    assert paper.search == 7 * 1 * 3 * 6
 
 
 def test_seconds_are_put_together():

@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_in_one_line(bundle, ort, monkeypatch):
     with refused(r"TensorRT-RTX's provider takes none of the GPUs here, not cuda:0; use --backend onnxruntime-cuda"):
         dipgo.load(bundle, backend="onnxruntime-tensorrt-rtx")
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
-    with refused(r"onnxruntime_ep_nv_tensorrt_rtx .*; run: pip install .* onnxruntime-ep-nv-tensorrt-rtx"):
+    with refused(r"onnxruntime_ep_nv_tensorrt_rtx .*; run: pip install 'dipgo\[cpu,onnxruntime-tensorrt-rtx\]'"):
         dipgo.load(bundle, backend="onnxruntime-tensorrt-rtx")
 
 

@@ -108,6 +108,6 @@ def test_without_a_cuda_provider_one_line_says_so(dit, backend):
     provider = {"onnxruntime-cuda": "CUDAExecutionProvider"}.get(backend, "TensorrtExecutionProvider")
     if provider in onnxruntime.get_available_providers():
         pytest.skip("it is here")
-    cure = rf"this onnxruntime has no {provider}; run: pip uninstall onnxruntime && pip install 'onnxruntime-gpu.*"
+    cure = rf"this onnxruntime has no {provider}; run: pip uninstall onnxruntime; pip install 'dipgo\[cuda\]'"
     with pytest.raises(DipgoError, match=cure):
         dipgo.load(dit["signature"], backend=backend)
