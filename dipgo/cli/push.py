@@ -15,7 +15,10 @@ def push(
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
 ) -> None:
-    """Upload a bundle with a model card; dipgo.load("USER/NAME") opens it anywhere."""
+    """Upload a bundle to the hub, with a model card.
+
+    dipgo.load("USER/NAME") opens it anywhere.
+    """
     if name.count("/") != 1 or not all(name.split("/")):
         raise UsageError(f"'{name}' is no id of a repository; give USER/NAME")
     from engines.hub import push as upload

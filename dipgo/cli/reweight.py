@@ -17,7 +17,10 @@ def reweight(
     ],
     force: ForceOption = False,
 ) -> None:
-    """Make a bundle of a fine-tune or a fused LoRA: the same programs on other weights, without a search."""
+    """Make the same bundle for a fine-tune or a fused LoRA.
+
+    Nothing is searched: the programs stay, and what follows from the weights is made again.
+    """
     from dipgo.base.files import refuse_existing
     from dipgo.model.models import find_model
     from export.bundle import BUNDLE, open_bundle
