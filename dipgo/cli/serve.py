@@ -55,7 +55,7 @@ def deploy(
     link: Annotated[bool, typer.Option("--link", help="Link the bundle instead of copying it.")] = False,
     force: ForceOption = False,
 ) -> None:
-    """Write a model repository for the Triton Inference Server; docs/serving.md says how to go on."""
+    """Write a model repository for the Triton Inference Server; docs/guides/serving.md says how to go on."""
     from engines.serving.repository import write_repository
 
     typer.echo(f"model: {write_repository(bundle, triton, config.deployment(link), force)}")
