@@ -1,7 +1,7 @@
 """What mkdocs does beside rendering docs/: pages that lie elsewhere, links that lead out, references from the code.
 
-README and its like stay where a checkout has them; the site shows them as pages. Any other file of the repository that a
-page links to is copied into the site, so that no link needs a host.
+README and its like stay where a checkout has them; the site shows them as pages. Any other file of the repository that
+a page links to is copied into the site, so that no link needs a host.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ELSEWHERE = {  # pages of the site that are no files of docs/
 COPIES = "files"  # the site's folder for other files of the repository
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|attr|mod|data):<code>~?([^<]*)</code>")
+UNIT = re.compile(r"(?<=<td>)([\d.,]+) (\w{1,7}|%)(?=</td>)")
 GENERATED = re.compile(r"^<!-- made from the code: (\w+) -->$", re.MULTILINE)
 
 
@@ -47,6 +48,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill what is made from the code, and turn links of the checkout into links of the site."""
     place = page.file.src_uri
     source = ROOT / ELSEWHERE[place] if place in ELSEWHERE else DOCS / place
+    if place == "index.md":
+        page.meta["hide"] = ["navigation"]  # of one entry
     markdown = GENERATED.sub(lambda found: MADE[found[1]](), markdown)
 
     def link(found: re.Match[str]) -> str:
@@ -63,8 +66,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show the roles of docstrings as code, without their names."""
-    return ROLE.sub(r"<code>\1</code>", html)
+    """Show the roles of docstrings as code, without their names, and keep figures of tables with their units."""
+    return UNIT.sub(r"\1&nbsp;\2", ROLE.sub(r"<code>\1</code>", html))
 
 
 def _uri(target: Path, files: Files, config: MkDocsConfig) -> str:
@@ -96,10 +99,24 @@ def commands() -> str:
     group = get_command(application())
     assert isinstance(group, TyperGroup)
     context = group.make_context("dipgo", ["models"], resilient_parsing=True)
-    text = get_docs_for_click(obj=group, ctx=context, name="dipgo", title="dipgo")
-    text = re.sub(r"^\x08\n((?:.+\n)+)", r"```text\n\1```\n", text, flags=re.MULTILINE)  # where lines are not to wrap
-    text = re.sub(r"\[(default: [^\]]*|required)\]", r"(\1)", text)  # else a reference
-    return text.replace("**Usage**:\n\n", "").replace("```console\n$ ", "```sh\n")
+    listed, sections = [], []
+    for name, command in group.commands.items():
+        first = (command.help or "").partition("\n\n")[0].replace("\n", " ")
+        listed.append(f"- [`dipgo {name}`](#dipgo-{name}): {first}")
+        sections.append(get_docs_for_click(obj=command, ctx=context, indent=1, call_prefix="dipgo"))
+    text = "\n".join([*listed, "", *sections])
+    for pattern, plain in _TYPER:
+        text = re.sub(pattern, plain, text, flags=re.MULTILINE)
+    return text
+
+
+_TYPER = (  # of what typer writes to what is shown
+    (r"^\x08\n((?:.+\n)+)", r"```text\n\1```\n"),  # lines that are not to wrap
+    (r"\[(default: [^\]]*|required)\]", r"(\1)"),  # no reference
+    (r"^\* `--help`: .*\n", ""),
+    (r"^\*\*Options\*\*:\n\n\n", ""),
+    (r"^\*\*Usage\*\*:\n\n```console\n\$ ", "```sh\n"),
+)
 
 
 def settings() -> str:

@@ -1,8 +1,8 @@
 """README and docs: every command that they give parses, and runs as it stands but where the page says why not.
 
-Blocks fenced as ``sh`` and ``python`` are run, those of one page in order and in one folder with a small model, its SubNet
-and its bundle at hand; not those below a line ``<!-- not run: why -->``. So are the commands that README lists. Searches
-and measurements are shortened.
+Blocks fenced as ``sh`` and ``python`` are run, those of one page in order and in one folder with a small model, its
+SubNet and its bundle at hand; not those below a line ``<!-- not run: why -->``. So are the commands that README lists.
+Searches and measurements are shortened.
 """
 
 import contextlib
@@ -115,14 +115,16 @@ def stage(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", filter(run_by_tests, DOCUMENTS), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", list(filter(run_by_tests, DOCUMENTS)), ids=lambda path: path.name)
 def test_blocks_run_as_they_stand(document, tmp_path, monkeypatch):
     folder, page = tmp_path / "stage", document.read_text()
     if document == README:  # which needs nothing
         folder.mkdir()
     else:
         made = [name for name in ("s.json", "bundle") if re.search(rf"-o {re.escape(name)}(?![\w-])", page)]
-        shutil.copytree(zoo.once("stage", stage), folder, ignore=lambda place, _: made if place.endswith("stage") else [])
+        shutil.copytree(
+            zoo.once("stage", stage), folder, ignore=lambda place, _: made if place.endswith("stage") else []
+        )
     monkeypatch.chdir(folder)
     names = {}
     for language, text in run_by_tests(document):

@@ -54,7 +54,7 @@ def subnet_line(file: Path, subnet: SubNet) -> str:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/reference/import-formats.md.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/reference/formats.md.")],
     config: ImportConfig,
     output: OutputOption,
     force: ForceOption = False,
