@@ -25,7 +25,7 @@ from tests.zoo import LEAST
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^(<!-- not run: .+ -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(dipgo|python3?|pip|make|torchrun|curl|apt-get|\S+/bin/\S+|[A-Z_]+=\S+) ", re.MULTILINE)
 SHORT = LEAST | {"drops": 0, "contenders": 1, "trial_iterations": 0}
 QUICK = ", ".join(f"{name}={value}" for name, value in SHORT.items())
