@@ -1,7 +1,8 @@
 # make demo      the main job on the built-in model, from nothing
 # make test      the tests of every commit, in ten minutes on two cores; TESTS="tests/export -x" for some of them
 # make test-all  all tests: compilers, TensorRT's engines, launchers, training, hundreds of random SubNets
-# make check     ruff, mypy and the rule of imports
+# make check     ruff, mypy, the rule of imports, and the site
+# make docs      the site, into build/site; broken links and missing references fail
 # make fuzz      thousands of hostile files for MINUTES (20), and of random SubNets: programs against gated torch
 # make gpu       all that is to be known of a GPU, in 8 minutes; REHEARSE=1 goes through it on the CPU, with small models
 # make faults    small faults in a copy of the code, one at a time: does make test see each?
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= digits-dit
 
-.PHONY: install demo test test-all check fuzz faults gpu gpu-packages clean
+.PHONY: install demo test test-all check docs fuzz faults gpu gpu-packages clean
 
 install: $(VENV)/installed
 
@@ -38,11 +39,14 @@ test: install
 test-all: install
 	DIPGO_FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 MINUTES ?= 20
 

@@ -45,11 +45,28 @@ def test_modules_exist(page: Path):
         assert find_spec(module), module
 
 
+def test_pages_that_the_code_names_exist():
+    for folder in FOLDERS.split("|")[:5]:
+        for file in (ROOT / folder).rglob("*.py"):
+            for path in re.findall(r"\bdocs/[\w./-]+\.md\b", file.read_text()):
+                assert (ROOT / path).is_file(), f"{file}: {path}"
+
+
 def test_readme_is_short_and_so_is_the_map():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
     assert len(readme.encode()) <= 10_000
     assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) <= 60
+
+
+def test_the_errors_that_troubleshooting_quotes_are_those_of_the_code():
+    page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
+    code = " ".join(path.read_text() for folder in FOLDERS.split("|")[:4] for path in (ROOT / folder).rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings over several lines
+    quoted = [text for entry in re.findall(r"^- (`.*?`):", page, re.MULTILINE) for text in re.findall("`(.*?)`", entry)]
+    assert len(quoted) > 40
+    for part in (part.strip(" '") for text in quoted for part in text.split("…")):
+        assert part in code, part
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

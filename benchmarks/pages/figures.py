@@ -1,4 +1,7 @@
-"""Any JSON result as markdown tables: its single figures in one, each collection of like records in one of its own."""
+"""Any JSON result as markdown tables: its single figures in one, each collection of like records in one of its own.
+
+Parts that have figures in common stand side by side. Large counts, bytes among them, are rounded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.bench.page import scaled
+
 LONGEST = 12  # a list with more entries is given by its length
+LARGE = {"T": 1e12, "G": 1e9, "M": 1e6}
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -14,12 +20,36 @@ Records = Mapping[str, Mapping[str, Any]]
 def tables(values: Mapping[str, Any]) -> list[str]:
     """Return the lines of the tables."""
     parts = list(_walk(values))
-    single = [(name, value) for name, value in parts if isinstance(value, str)]
-    lines = _table(["figure", "value"], single) if single else []
+    single = {name: value for name, value in parts if isinstance(value, str)}
+    beside = _beside(single)
+    alone = [(_words(name), value) for name, value in single.items() if name.partition(".")[0] not in beside]
+    lines = _table(["figure", "value"], alone) if alone else []
+    if beside:
+        figures = dict.fromkeys(figure for part in beside.values() for figure in part)
+        rows = [[_words(figure), *(part.get(figure, "") for part in beside.values())] for figure in figures]
+        lines += [*[""] * bool(lines), *_table(["figure", *map(_words, beside)], rows)]
     for name, records in parts:
         if not isinstance(records, str):
-            lines += [*[""] * bool(lines), f"{name}:", "", *_of_records(records)]
+            lines += [*[""] * bool(lines), f"{_words(name)}:", "", *_of_records(records)]
     return lines
+
+
+def _beside(single: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the parts, of figures by dotted name, that have a figure in common with another."""
+    found: dict[str, dict[str, str]] = {}
+    for name, value in single.items():
+        part, dot, figure = name.partition(".")
+        if dot:
+            found.setdefault(part, {})[figure] = value
+    return {
+        part: own
+        for part, own in found.items()
+        if any(own.keys() & others.keys() for other, others in found.items() if other != part)
+    }
+
+
+def _words(name: str) -> str:
+    return name.replace(".", ", ").replace("_", " ")
 
 
 def _of_records(records: Records) -> list[str]:
@@ -28,7 +58,7 @@ def _of_records(records: Records) -> list[str]:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     corner = [] if all(key.isdigit() for key in records) else [""]
     cells = [[*[key for _ in corner], *(row.get(column, "") for column in columns)] for key, row in rows.items()]
-    return _table([*corner, *columns], cells)
+    return _table([*corner, *map(_words, columns)], cells)
 
 
 def _walk(value: Any, name: str = "") -> Iterator[tuple[str, str | Records]]:
@@ -76,5 +106,5 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value)
+        return scaled(value, LARGE) if value >= LARGE["M"] else f"{value:,}"
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -55,18 +55,23 @@ def _table(name: str, page: Path, results: dict[str, Path]) -> str:
 
 
 def _index(index: Path, results: dict[str, Path], homes: dict[str, Path]) -> str:
-    """Return RESULTS.md: where each result is shown, what has not been measured, and results that no page shows."""
+    """Return RESULTS.md: each page's question, with its records; what is not measured; results that no page shows."""
+    origins = {name: origin(read_json(path, "result")) for name, path in results.items()}
     lines = ["# Results", "", "Written by `python -m benchmarks.results` from the files in `results/`.", ""]
-    lines += ["| result | shown in | measured at |", "|---|---|---|"]
-    for name, path in results.items():
-        page = homes.get(name)
-        title = page.read_text().partition("\n")[0].removeprefix("# ") if page else ""
-        shown = f"[{title}]({_link(page, index)})" if page else f"[below](#{name})"
-        lines.append(f"| [{name}]({_link(path, index)}) | {shown} | {origin(read_json(path, 'result'))} |")
+    lines += ["| question | records | measured at |", "|---|---|---|"]
+    shown = {name: page for name, page in homes.items() if name in results}
+    for page in sorted(set(shown.values())):
+        title = page.read_text().partition("\n")[0].removeprefix("# ")
+        own = [name for name, home in shown.items() if home == page]
+        records = ", ".join(f"[{name}]({_link(results[name], index)})" for name in own)
+        measured = "<br>".join(dict.fromkeys(origins[name] for name in own))
+        lines.append(f"| [{title}]({_link(page, index)}) | {records} | {measured} |")
+    lost = sorted(results.keys() - homes.keys())
+    lines += [f"| [{name}](#{name}) | [{name}]({_link(results[name], index)}) | {origins[name]} |" for name in lost]
     missing = _not_measured(results)
     if missing:
         lines += ["", "## Not measured yet", "", "| suite | command |", "|---|---|", *missing]
-    for name in sorted(results.keys() - homes.keys()):
+    for name in lost:
         lines += ["", f"## {name}", "", markdown(results[name], _link(results[name], index))]
     return "\n".join(lines) + "\n"
 

@@ -57,14 +57,14 @@ def subnet_line(file: Path, subnet: SubNet) -> str:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/formats.md.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What others publish; see docs/reference/formats.md.")],
     config: ImportConfig,
     output: OutputOption,
     force: ForceOption = False,
 ) -> None:
     """Read a schedule that others publish into a SubNet.
 
-    DiP-GO's gates, DeepCache's settings, a step mask or a SmoothCache schedule; docs/formats.md describes them.
+    DiP-GO's gates, DeepCache's settings, a step mask or a SmoothCache schedule; docs/reference/formats.md describes them.
     """
     from dipgo.base.files import refuse_existing
     from dipgo.importers.importer import import_subnet, summary

@@ -57,7 +57,7 @@ def deploy(
 ) -> None:
     """Write a Triton model repository, for a server elsewhere.
 
-    docs/serving.md says how to go on.
+    docs/guides/serving.md says how to go on.
     """
     from engines.serving.repository import write_repository
 

@@ -22,17 +22,17 @@ def test_single_figures_and_collections():
         "| --- | --- |",
         "| model | tiny |",
         "| served | 12,345 |",
-        "| latency.p50 | 15,191 |",
-        "| latency.p95 | 0.001235 |",
+        "| latency, p50 | 15,191 |",
+        "| latency, p95 | 0.001235 |",
         "| samples | 1.5, 2.5 |",
         "| long | 40 entries |",
         "",
         "runs:",
         "",
-        "| what | parts.loop | error |",
+        "| what | parts, loop | error |",
         "| --- | --- | --- |",
         "| a | 7 |  |",
-        "| b | 9 | null |",
+        "| b | 9 | – |",
         "",
         "memory:",
         "",
@@ -40,6 +40,22 @@ def test_single_figures_and_collections():
         "| --- | --- |",
         "| before | 1 |",
         "| after | 2 |",
+    ]
+
+
+def test_parts_with_figures_in_common_stand_side_by_side_and_large_counts_are_rounded():
+    calm, full = {"clients": 4, "peak_bytes": 50_995_200}, {"clients": 192, "refused": {"503": 315}}
+    assert tables({"batch": 1, "calm": calm, "full": full, "other": {"left": 2}}) == [
+        "| figure | value |",
+        "| --- | --- |",
+        "| batch | 1 |",
+        "| other, left | 2 |",
+        "",
+        "| figure | calm | full |",
+        "| --- | --- | --- |",
+        "| clients | 4 | 192 |",
+        "| peak bytes | 51.00 M |  |",
+        "| refused, 503 |  | 315 |",
     ]
 
 

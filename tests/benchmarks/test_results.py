@@ -65,8 +65,8 @@ def test_what_is_missing_is_said(repository):
     new = repository / "benchmarks" / "results" / "new.json"
     new.write_text('{"command": "measure it", "images_per_s": 5.5, "runs": [1, 2]}')
     text = results.written(repository)[index]
-    assert "| [new](results/new.json) | [below](#new) | commit not recorded |" in text
-    assert "| images_per_s | 5.5 |\n| runs | 1, 2 |" in text
+    assert "| [new](#new) | [new](results/new.json) | commit not recorded |" in text
+    assert "| images per s | 5.5 |\n| runs | 1, 2 |" in text
     new.write_text('{"schema": "dipgo.report/1"}')
     with refused(r"new\.json: not a result that can be shown"):
         results.written(repository)
@@ -80,7 +80,9 @@ def test_a_result_goes_where_a_page_has_its_place(repository):
     text = page.read_text()
     assert text.startswith("# How fast\n\n<!-- new:begin -->\n| figure | value |")
     assert text.endswith("commit not recorded.\n<!-- new:end -->\n\nbelow\n")
-    assert "| [new](results/new.json) | [How fast](../docs/results/page.md) |" in index.read_text()
+    assert (
+        "| [How fast](../docs/results/page.md) | [new](results/new.json) | commit not recorded |" in index.read_text()
+    )
     assert "5.5" not in index.read_text()
     page.write_text("<!-- missing:begin -->\n<!-- missing:end -->\n")
     with refused("no result is called 'missing'"):

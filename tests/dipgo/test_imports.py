@@ -342,7 +342,7 @@ def test_smoothcache_by_layer_type_and_by_block(layers, tiny_dit, tmp_path):
 
 
 def test_the_examples_of_the_documentation_are_read(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "formats.md").read_text()
     examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
     formats = [read_schedule(write(tmp_path / "x.json", example.encode())).format for example in examples]
     assert formats == ["DiP-GO gates", "DeepCache", "DeepCache", "a step mask", "SmoothCache"]

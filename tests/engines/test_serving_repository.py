@@ -203,7 +203,7 @@ print(*{{name.split(".")[0] for name in froms | plain}})
 
 def test_the_command_line_needs_the_one_line_more_that_the_docs_give(bundle, tmp_path):
     """Running and deploying in real processes that can import no more; building without torch is one line."""
-    docs = (Path(__file__).parents[2] / "docs" / "deploying.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "guides" / "backends.md").read_text()
     more = re.search(r"^pip install -r \S*requirements\.txt && .*\npip install (.*)$", docs, re.MULTILINE)
     blocked = blocked_but(closure(*listed(), *shlex.split(more.group(1))))
     assert {"torch", "diffusers", "transformers"} <= set(blocked)

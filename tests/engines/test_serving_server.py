@@ -1,6 +1,6 @@
 """The real Triton, started as a user starts it: its images, its refusals, its end.
 
-``TRITON_SERVER``, PATH or ``build/serving`` (see docs/serving.md) must hold a server; without one these tests skip.
+``TRITON_SERVER``, PATH or ``build/serving`` (docs/guides/serving.md) must hold a server; without one these tests skip.
 """
 
 import contextlib
