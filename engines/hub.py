@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dipgo.base.errors import DipgoError, one_line
+from dipgo.base.errors import DipgoError, not_imported, one_line
 from dipgo.base.files import new_folder
 from export.bundle import BUNDLE, RECORD_FILE, Bundle
 
@@ -66,5 +66,5 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise DipgoError("huggingface_hub is missing; run: pip install huggingface_hub") from error
+        raise not_imported("huggingface_hub", error, "run: pip install huggingface_hub") from error
     return huggingface_hub
