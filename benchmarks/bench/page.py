@@ -93,17 +93,8 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": milliseconds, "db": decibels}
-    environment.filters |= {"size": units.size, "macs": multiply_accumulates}
+    environment.filters |= {"ms": milliseconds, "db": decibels, "size": units.size, "macs": units.large}
     return environment.get_template(name)
-
-
-def multiply_accumulates(count: int) -> str:
-    """Return MACs as text."""
-    unit, least = next(
-        (unit, least) for unit, least in {"T": 1e12, "G": 1e9, "M": 1e6, "": 0}.items() if count >= least
-    )
-    return f"{count / least:.2f} {unit}" if least else f"{count}"
 
 
 _COLUMNS = ("program", "wall time", "speedup", "PSNR to full", "worst image", "MACs", "efficiency", "class accuracy")

@@ -9,10 +9,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.bench.page import scaled
+from dipgo.base import units
 
 LONGEST = 12  # a list with more entries is given by its length
-LARGE = {"T": 1e12, "G": 1e9, "M": 1e6}
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -106,5 +105,5 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return scaled(value, LARGE) if value >= LARGE["M"] else f"{value:,}"
+        return units.large(value)
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
