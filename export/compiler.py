@@ -273,8 +273,6 @@ def sites_of(subnet: SubNet) -> str:
     return ",".join(site.name for site in subnet.sites)
 
 
-def retrace(
-    model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, size: tuple[int, ...] | None = None
-) -> Trace:
-    """Trace ``model`` with the SubNet's sites and guidance; ``size`` as :func:`dipgo.graph.trace.trace` has it."""
-    return trace(model, sites_of(subnet), subnet.sampler.guidance, dtype, size)
+def retrace(model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, open_guidance: bool = False) -> Trace:
+    """Trace ``model`` with the SubNet's sites and guidance; all else as :func:`dipgo.graph.trace.trace` has it."""
+    return trace(model, sites_of(subnet), subnet.sampler.guidance, dtype, open_guidance=open_guidance)

@@ -31,7 +31,7 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
-from export.compiler import write_bundle
+from export.compiler import retrace, write_bundle
 from export.converted import prepare
 
 PROMPTS = ("red apple", "owl", "rocket", "birthday cake")  # of names that no search has seen
@@ -64,7 +64,7 @@ def demonstrate(
     subnet = load_subnet(file)
     task = task_for(subnet, find_model(subnet.model.name), progress=report)
     report("compile", 0, 3, "convert")
-    prepared = prepare(task.trace)
+    prepared = prepare(retrace(task.model, subnet, open_guidance=True))
     with TemporaryDirectory(prefix="dipgo-demo-") as scratch, ExitStack() as stack:
 
         def compiled(own: Task, schedule: SubNet, folder: Path) -> Program:
