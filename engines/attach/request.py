@@ -8,6 +8,7 @@ from typing import Any
 
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.observation import Observation
+from dipgo.model.observed.request import tokens_of
 from dipgo.model.observed.template import same
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.pipeline import Pipeline
@@ -66,6 +67,8 @@ def check_observed(program: Pipeline, seen: Observation, guidance: str, call: Bo
     check_known(program, {name: value for name, value in arguments.items() if name not in _SCALES})
     for name, value in arguments.items():
         usual = call.signature.parameters[name].default
+        if name == "max_sequence_length":
+            usual = tokens_of(arguments["self"])
         if not _is_free(name) and value is not None and not same(value, {}) and not same(value, usual):
             raise _refusal(name, value, usual)
 
