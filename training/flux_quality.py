@@ -90,6 +90,7 @@ def card(pipe: Any, training: dict[str, Any], quality: dict[str, Any]) -> str:
         t5_words=len(pipe.tokenizer_2),
         vae=millions(pipe.vae),
         psnr=stages["vae"]["held_out_psnr_db"],
+        note=f" {training['note']}" if "note" in training else "",
         seed=training["seed"],
         device=training["device"],
         low=low,

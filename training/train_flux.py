@@ -119,7 +119,8 @@ def train_vae(shop: Workshop) -> AutoencoderKL:
             picture = pictures[batch_of(len(pictures), course.batch, iteration, shop.seed)].to(shop.device)
             quarter = shop.pictures.side // 4
             noise = draw.noise(len(picture), CHANNELS, quarter, quarter)
-            return reconstruction_loss(picture, *reconstruct(picture, noise), divergence=5e-4)
+            decoded, mean, log = reconstruct(picture, noise)
+            return reconstruction_loss(picture, decoded, mean, log, divergence=5e-4)
 
         def watch(updates: int, average: AutoencoderKL) -> None:
             rows = [unseen[:10], decode(average, encode(average, unseen[:10]))]
@@ -270,18 +271,24 @@ def write_model(shop: Workshop, model: Flow, vae: AutoencoderKL, texts: Texts) -
         for part in (vae, model.clip, model.t5, model.transformer):
             part.half()
         pipe.save_pretrained(draft)
+        # Before transformers 5 the class without "Fast" reads files that only sentencepiece writes.
+        _change(draft / "model_index.json", {"tokenizer_2": ["transformers", "T5TokenizerFast"]})
+        _change(draft / "tokenizer_2" / "tokenizer_config.json", {"tokenizer_class": "T5TokenizerFast"})
         for part, changes in (
             ("text_encoder", {"dtype": "float32"}),  # of all parts, transformers alone would load these in half
             ("text_encoder_2", {"dtype": "float32"}),
             ("vae", {"_name_or_path": ""}),  # where it was trained
         ):
-            config = draft / part / "config.json"
-            config.write_text(json.dumps(json.loads(config.read_text()) | changes, indent=2) + "\n")
+            _change(draft / part / "config.json", changes)
         save_tokenizer(texts.clip, draft / "tokenizer")
         (draft / "prompts.txt").write_text("\n".join(shop.pictures.prompts) + "\n")
         (draft / "training.json").write_text((shop.work / "training.json").read_text())
         save_grid(images, draft / "samples.png", columns=10)
     return folder
+
+
+def _change(file: Path, changes: dict[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def tokens_of(pipe: Any) -> int:
     count: that of CLIP beside T5 has a length of its own, and those of language models say what these can read.
     """
     parts = getattr(pipe, "components", {}).values()
-    limits = [part.model_max_length for part in parts if type(part).__name__.startswith("T5Tokenizer")]
+    limits = [part.model_max_length for part in parts if part.__class__.__name__.startswith("T5Tokenizer")]
     return min([own_tokens_of(pipe), *limits])
 
 
