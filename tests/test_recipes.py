@@ -43,7 +43,7 @@ def test_those_that_ship_make_sense_and_begin_with_their_command(name, tmp_path,
 
 def test_all_that_were_promised_ship():
     big = {"sd-1.5", "sd-2.1", "sdxl", "dit-xl-2", "pixart-alpha"}
-    assert set(shipped()) == {"digits-dit", "emoji-sd", *big, *(f"sd-1.5-{job}" for job in JOBS)}
+    assert set(shipped()) == {"digits-dit", "digits-flux", "emoji-sd", *big, *(f"sd-1.5-{job}" for job in JOBS)}
     assert read_recipe(Path("sd-1.5-paper-train")).search.method == "paper"
 
 
@@ -69,7 +69,7 @@ def test_emoji_sd_has_the_settings_of_the_published_subnet():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits-dit", "emoji-sd"])
+@pytest.mark.parametrize("name", ["digits-dit", "digits-flux", "emoji-sd"])
 def test_those_of_the_built_in_models_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so prompts are found where dipgo is installed
     small = [f"search.{name}={value}" for name, value in LEAST.items()]

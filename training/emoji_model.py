@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.emoji_tokenizer import LENGTH
+from training.sampling import draw
 
 NOISE = {  # of Stable Diffusion 1.5
     "beta_start": 0.00085,
@@ -132,6 +134,14 @@ class Denoising(nn.Module):
         return predicted.float()
 
 
+def reconstruction_loss(
+    picture: torch.Tensor, decoded: torch.Tensor, mean: torch.Tensor, log: torch.Tensor, divergence: float = 1e-4
+) -> torch.Tensor:
+    """Return the loss of what :class:`Reconstruction` returns, with so much of the latents' divergence from noise."""
+    apart = 0.5 * (mean.square() + log.exp() - 1 - log).mean()
+    return F.mse_loss(decoded, picture) + 0.1 * F.l1_loss(decoded, picture) + divergence * apart
+
+
 def _autocast(like: torch.Tensor, enabled: bool) -> torch.autocast:
     # Without the cache of cast weights, which must not outlive a CUDA graph.
     return torch.autocast(like.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
@@ -174,18 +184,8 @@ def assemble(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -
 def sample(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float, seed: int = 0, batch: int = 50
 ) -> torch.Tensor:
-    """Return one image a prompt, float32 ``[n, 3, 64, 64]`` in [-1, 1], by DDIM.
-
-    Image k depends on its prompt and on ``seed + k`` alone, not on the batch.
-    """
+    """Return one image a prompt, float32 ``[n, 3, 64, 64]`` in [-1, 1], by DDIM; see :func:`~.sampling.draw`."""
     scheduler, pipe.scheduler = pipe.scheduler, DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, len(prompts), batch):
-        texts = list(prompts[start : start + batch])
-        noise = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
-        images.append(
-            pipe(texts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt").images
-        )
+    images = draw(pipe, prompts, seed, batch, num_inference_steps=steps, guidance_scale=guidance)
     pipe.scheduler = scheduler
-    return torch.cat(images).float().cpu() * 2 - 1
+    return images

@@ -47,6 +47,7 @@ from training.emoji_model import (
     new_text_encoder,
     new_unet,
     new_vae,
+    reconstruction_loss,
     sample,
     token_ids,
 )
@@ -109,8 +110,7 @@ def train_vae(shop: Workshop) -> AutoencoderKL:
             mirror = torch.from_numpy(draw.numpy.random(len(picture)) < 0.5).to(shop.device)
             picture = torch.where(mirror[:, None, None, None], picture.flip(3), picture)
             decoded, mean, log = reconstruct(picture, draw.noise(len(picture), 4, 16, 16))
-            divergence = 0.5 * (mean.square() + log.exp() - 1 - log).mean()
-            return F.mse_loss(decoded, picture) + 0.1 * F.l1_loss(decoded, picture) + 1e-4 * divergence
+            return reconstruction_loss(picture, decoded, mean, log)
 
         def watch(updates: int, average: AutoencoderKL) -> None:
             rows = [unseen[:10], decode(average, encode(average, unseen[:10]))]

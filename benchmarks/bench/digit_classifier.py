@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 HELD_OUT = 500
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSIFIER_WEIGHTS = Path(__file__).parents[2] / "dipgo" / "zoo" / "digits-classifier.safetensors"
 
 
@@ -26,6 +28,15 @@ def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = held_out if split == "held-out" else np.setdiff1d(order, held_out)
     images = torch.from_numpy(pixels[chosen].reshape(-1, 1, 28, 28)).float() / 127.5 - 1
     return nn.functional.pad(images, (2, 2, 2, 2), value=-1.0), torch.from_numpy(labels[chosen]).long()
+
+
+def digit_of(prompt: str) -> int | None:
+    """Return the digit that a prompt asks for, in words or as a number; None where it is not one digit."""
+    digits = {*WORDS, *map(str, range(10))} & {*re.findall(r"\w+", prompt.lower())}
+    if len(digits) != 1:
+        return None
+    (digit,) = digits
+    return WORDS.index(digit) if digit in WORDS else int(digit)
 
 
 class DigitClassifier(nn.Module):

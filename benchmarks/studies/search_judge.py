@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.bench import judge
-from benchmarks.bench.quality import classified, image_psnr, is_digits, psnr
+from benchmarks.bench.quality import SSIM_WINDOW, classified, image_psnr, image_ssim, is_digits, psnr
 from benchmarks.bench.reference import converged as converged_task
 from benchmarks.bench.subjects import IMAGE_SEED
 from benchmarks.studies.search_record import CONVERGED_STEPS, Cell
@@ -52,10 +52,16 @@ class Judge(judge.Judge):
             psnr_db=psnr(images, self.reference),
             image_psnr_db=float(each.mean()),
             each_psnr_db=each.round(3).tolist(),
+            ssim=self.ssim(images),
             converged_db=close,
             class_accuracy=self.accuracy(images),
             **more,
         )
+
+    def ssim(self, images: np.ndarray) -> float | None:
+        """Return the mean structural similarity of the images; None of images that are too small for it."""
+        large = min(images.shape[1:3]) >= SSIM_WINDOW
+        return round(float(image_ssim(images, self.reference).mean()), 5) if large else None
 
     def accuracy(self, images: np.ndarray) -> float | None:
         return float(classified(images, self.labels).mean()) if is_digits(self.task.model.name, images) else None

@@ -17,9 +17,9 @@ class Cell(Record):
     """One row at one budget.
 
     ``psnr_db``: over all pixels together, to the full trajectory. ``image_psnr_db``: mean of the images' own, which are
-    ``each_psnr_db``. ``converged_db``: as ``psnr_db``, to 500 steps of DDIM, on the first images. ``what``: the
-    schedule, where the row has several: the one of the highest ``psnr_db``, while the other figures are the highest of
-    any.
+    ``each_psnr_db``, and ``ssim`` that of their structural similarity. ``converged_db``: as ``psnr_db``, to 500 steps
+    of DDIM, or of a flow's own solver, on the first images. ``what``: the schedule, where the row has several: the one
+    of the highest ``psnr_db``, while the other figures are the highest of any.
     """
 
     row: str
@@ -27,6 +27,7 @@ class Cell(Record):
     macs_ratio: float
     psnr_db: float
     image_psnr_db: float
+    ssim: float | None = None
     converged_db: float | None
     class_accuracy: float | None
     each_psnr_db: list[float] = Field(default_factory=list)
@@ -56,13 +57,15 @@ def markdown(record: TableRecord, source: str) -> str:
     budgets = sorted({cell.budget for cell in record.cells}, reverse=True)
     rows = list(dict.fromkeys(cell.row for cell in record.cells))
     by_place = {(cell.row, cell.budget): cell for cell in record.cells}
+    solver = "the same" if record.sampler.class_name.startswith("FlowMatch") else "DDIM"
     lines = [
         f"PSNR in dB to the full {record.sampler.steps}-step {record.sampler.class_name.removesuffix('Scheduler')} "
-        f"trajectory, guidance {record.sampler.guidance_scale:g}, over all pixels / in the mean of the images' own, of "
-        f"{record.images} held-out pairs of noise and "
+        f"trajectory, guidance {record.sampler.guidance_scale:g}, over all pixels / in the mean of the images' own"
+        + (", and their SSIM" if any(cell.ssim is not None for cell in record.cells) else "")
+        + f", of {record.images} held-out pairs of noise and "
         + (f"prompt, of {record.prompts} prompts" if record.prompts else "class")
         + (
-            f"; in brackets over all pixels to {CONVERGED_STEPS} steps of DDIM, of {record.converged_images}"
+            f"; in brackets over all pixels to {CONVERGED_STEPS} steps of {solver}, of {record.converged_images}"
             if record.converged_images
             else ""
         )
@@ -115,4 +118,5 @@ def _text(cell: Cell | None) -> str:
         return ""
     close = f" ({cell.converged_db:.1f})" if cell.converged_db is not None else ""
     accuracy = f" \\| {cell.class_accuracy:.1%}" if cell.class_accuracy is not None else ""
-    return f"{cell.psnr_db:.1f} / {cell.image_psnr_db:.1f}{close}{accuracy}"
+    similar = f", {cell.ssim:.3f}" if cell.ssim is not None else ""
+    return f"{cell.psnr_db:.1f} / {cell.image_psnr_db:.1f}{similar}{close}{accuracy}"

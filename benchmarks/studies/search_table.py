@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from benchmarks.bench.quality import psnr
+from benchmarks.studies.rivals import rivals
 from benchmarks.studies.search_judge import Judge
 from benchmarks.studies.search_record import BEST, DIPGO, PAPER, Cell, TableRecord, markdown
 from benchmarks.studies.study import Study, Words, run
@@ -26,7 +27,7 @@ from dipgo.base.config import problem
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 from dipgo.model.models import Model, find_model
-from dipgo.model.sampler import make_scheduler
+from dipgo.model.sampler import is_flow, make_scheduler
 from dipgo.schedule.fixed_schedules import fixed_schedules
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import SubNet, load_subnet
@@ -57,13 +58,15 @@ def cells(
         ratio = steps / task.sampler.calls
         same = task.with_sampler(make_scheduler(task.sampler.name, task.pipe.scheduler), steps)
         yield judge.cell("fewer steps, same solver", budget, ratio, judge.images_in(same))
-        if task.sampler.name != "DPMSolverMultistepScheduler":
+        if task.sampler.name != "DPMSolverMultistepScheduler" and not is_flow(task.pipe.scheduler):
             dpm = task.with_sampler(make_scheduler("dpm++2m", task.pipe.scheduler), steps)
             yield judge.cell("fewer steps, DPM-Solver++ 2M", budget, ratio, judge.images_in(dpm))
         if earlier:
             yield from earlier_cells(judge, task, subnet, budget, earlier)
         else:
             yield from fixed_cells(judge, task, subnet, budget)
+        if is_flow(task.pipe.scheduler):
+            yield from rival_cells(judge, task, budget)
         for one in paper:
             if one.search.budget == budget:
                 yield judge.cell(PAPER, budget, one.cost.ratio, judge.images_of(one), what=one.search.chosen)
@@ -98,6 +101,12 @@ def fixed_cells(judge: Judge, task: Task, searched: SubNet, budget: float) -> It
     if deep:
         yield _best(deep, DEEP_ROW)
     yield _best(list(by_name.values()), BEST)
+
+
+def rival_cells(judge: Judge, task: Task, budget: float) -> Iterator[Cell]:
+    """Yield the rows in the manner of published caches, each the best of its schedules; see :mod:`~.rivals`."""
+    for row, schedules in rivals(task, budget).items():
+        yield _best([_judged(judge, task, {row: each}, row, budget) for each in schedules], row)
 
 
 def earlier_cells(judge: Judge, task: Task, searched: SubNet, budget: float, earlier: TableRecord) -> list[Cell]:
@@ -154,6 +163,7 @@ def _best(judged: Sequence[Cell], row: str) -> Cell:
     figures = {
         "image_psnr_db": mean.image_psnr_db,
         "each_psnr_db": mean.each_psnr_db,
+        "ssim": max((cell.ssim for cell in judged if cell.ssim is not None), default=None),
         "converged_db": max(close) if close else None,
     }
     return best.model_copy(update={"row": row, **figures})
@@ -214,7 +224,8 @@ def main(words: Words | None = None) -> None:
     earlier = options.policies_of and read_table(options.policies_of)
     searched = load_folder(options.searched)
     paper = load_folder(options.paper) if options.paper else []
-    first, model = searched[0], find_model(searched[0].model.name)
+    first = searched[0]
+    model = find_model(first.model.name, pixels=first.sampler.pixels)
     check_same([*searched, *paper], model)
     sampler, sites = first.sampler, ",".join(site.name for site in first.sites)
     choices = Choices(options.prompts)

@@ -38,7 +38,8 @@ def find_model(name: str, random_weights: bool = False, pixels: tuple[int, int] 
 
     Of a hub id the configurations are downloaded and judged before the weights, and of these one variant. An
     architecture is found too: all works on it that needs no weights; with ``random_weights`` the rest as well.
-    ``pixels`` is the height and width of images where a pipeline is observed: its tables may be for one size alone.
+    ``pixels`` is the height and width of images where a pipeline is observed: its tables may be for one size alone. A
+    built-in model has the size of its VAE's pictures by default, which its pipeline may not know.
     A checkpoint may lie in shards; of variants beside each other (``.fp16.``) the one without a suffix is taken (see
     :attr:`Model.weights_files`).
 
@@ -48,6 +49,8 @@ def find_model(name: str, random_weights: bool = False, pixels: tuple[int, int] 
             add-on (ControlNet, IP-Adapter, LoRA that is not fused).
     """
     folder = _locate(name)
+    if pixels is None and folder.parent == BUILT_IN:
+        pixels = _made_for(folder)
     model = _read(name, folder, random_weights, pixels)
     if random_weights or folder.parent == ARCHITECTURES:
         return model
@@ -104,6 +107,12 @@ def _locate(name: str) -> Path:
     if not hub.is_hub_id(name):
         raise DipgoError(f"no model '{name}': neither built in ({_shipped()}) nor a folder")
     return hub.fetch_configurations(name)
+
+
+def _made_for(folder: Path) -> tuple[int, int]:
+    """Return the size of the pictures that the VAE in a folder learned from."""
+    side = int(read_object(folder / "vae" / "config.json", "VAE configuration")["sample_size"])
+    return side, side
 
 
 def _shipped() -> str:

@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> tuple[CheckpointRecord, dict[str, torch.Tenso
 
 def pack(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return everything that the next iteration depends on, as tensors on the CPU."""
-    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    tensors = {f"module.{name}": value for name, value in _state(module).items()}
     for index, entries in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in entries.items() if value is not None}
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -87,12 +87,12 @@ def unpack(tensors: dict[str, torch.Tensor], module: nn.Module, optimiser: torch
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
-    expected = {name: list(value.shape) for name, value in module.state_dict().items()}
+    expected = {name: list(value.shape) for name, value in _state(module).items()}
     shapes = {name: list(value.shape) for name, value in parts["module"].items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise ValueError(f"its tensor '{name}' is {shapes.get(name)}, this search needs {expected.get(name)}")
-    module.load_state_dict(parts["module"])
+    module.load_state_dict(parts["module"], strict=False)
     state: dict[int, dict[str, Any]] = {}
     for name, value in parts["optimiser"].items():
         index, _, entry = name.partition(".")
@@ -101,3 +101,10 @@ def unpack(tensors: dict[str, torch.Tensor], module: nn.Module, optimiser: torch
     torch.set_rng_state(parts["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in parts["rng"]:
         torch.cuda.set_rng_state(parts["rng"]["cuda"])
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a module, what it holds under several names once (T5's embedding)."""
+    names: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if names.setdefault(id(value), name) == name}

@@ -14,7 +14,7 @@ from torch import nn
 
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.forms import bound, form_of
-from dipgo.model.observed.watch import tokens_of
+from dipgo.model.observed.request import tokens_of
 from engines.attach.reading import Call, Reader
 from engines.guidance import Guidance, fixed_conditions, is_off
 from engines.pipeline.formats import to_array

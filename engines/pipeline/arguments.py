@@ -86,8 +86,8 @@ def _timesteps(record: BundleRecord, name: str, value: Any) -> None:
 
 def _tokens(record: BundleRecord, name: str, value: Any) -> None:
     encoder = record.conditioning.encoder
-    if encoder and value != encoder.tokenizers[0].length:
-        raise _refusal(name, value, encoder.tokenizers[0].length)
+    if encoder and value != encoder.tokenizers[-1].length:  # beside CLIP that of T5 is the last
+        raise _refusal(name, value, encoder.tokenizers[-1].length)
 
 
 def _only(*neutral: Any) -> Check:

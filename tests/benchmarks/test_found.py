@@ -18,8 +18,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 IMAGES, SEED = 16, 987_654  # no search and no table draws from this seed
 GIVEN = {
     "digits-dit": [number % 10 for number in range(IMAGES)],
+    "digits-flux": (BENCHMARKS / "names" / "digits-flux-judge.txt").read_text().splitlines()[: 5 * IMAGES : 5],
     "emoji-sd": (BENCHMARKS / "names" / "emoji-sd-judge.txt").read_text().splitlines()[: 50 * IMAGES : 50],
 }
+OWN = {"digits-flux": {"height": 32, "width": 32, "max_sequence_length": 16}}
 
 
 @cache
@@ -33,6 +35,7 @@ def generate(model, sampler):
     pipe = pipe_of(model)
     pipe.scheduler = getattr(diffusers, sampler.class_name).from_config(sampler.config)
     options = {"guidance_scale": sampler.guidance_scale, "num_inference_steps": sampler.steps, "output_type": "np"}
+    options |= OWN.get(model, {})
     return pipe(GIVEN[model], generator=torch.Generator().manual_seed(SEED), **options).images
 
 
@@ -83,8 +86,11 @@ def serve(gates, weights, axis):
     return hook
 
 
-SEARCHES = [(model, folder) for model in GIVEN for folder in ("ddim", "ddim-paper", "dpm", "dpm-paper")]
-TOLERANCE = {"digits-dit": 2.5, "emoji-sd": 4}  # dB, of 16 images
+DIFFUSION = [
+    (model, folder) for model in ("digits-dit", "emoji-sd") for folder in ("ddim", "ddim-paper", "dpm", "dpm-paper")
+]
+SEARCHES = [*DIFFUSION, ("digits-flux", "flow")]
+TOLERANCE = {"digits-dit": 2.5, "digits-flux": 2.5, "emoji-sd": 4}  # dB, of 16 images
 
 
 @pytest.mark.parametrize(("model", "folder"), zoo.some(SEARCHES, SEARCHES[:1]))

@@ -13,7 +13,18 @@ ABOUT = "about: mine\n"
 
 def test_all_that_ship_are_read_and_say_how_to_run_them():
     on_gpu = ["gpu-dit-xl", "gpu-pixart", "gpu-sd15", "gpu-sdxl"]
-    assert suites() == ["dit-xl", "emoji-sd", *on_gpu, "pixart", "quality", "quick", "sd15", "sd15-cpu", "sdxl"]
+    assert suites() == [
+        "digits-flux",
+        "dit-xl",
+        "emoji-sd",
+        *on_gpu,
+        "pixart",
+        "quality",
+        "quick",
+        "sd15",
+        "sd15-cpu",
+        "sdxl",
+    ]
     for name in suites():
         suite = load_suite(name)
         assert suite.about
@@ -60,5 +71,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, why):
 
 def test_one_that_is_not_there():
     for name in ("quicker", "no/such.yaml", "quick.json"):
-        with misused(f"no suite '{name}'; use dit-xl, emoji-sd, gpu-dit-xl, gpu-pixart, .*, quality, quick"):
+        with misused(
+            f"no suite '{name}'; use digits-flux, dit-xl, emoji-sd, gpu-dit-xl, gpu-pixart, .*, quality, quick"
+        ):
             load_suite(name)

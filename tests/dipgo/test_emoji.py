@@ -172,6 +172,25 @@ def test_a_training_goes_on_to_the_same_result(tmp_path):
     assert torch.equal(finished.weight, whole.weight)
 
 
+def test_a_training_whose_module_has_two_names_for_one_tensor_goes_on(tmp_path):
+    """T5 has them for its embedding."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+        model.second.weight = model.first.weight
+        run = open_run(tmp_path / "run", {}, resume=True, cadence=Cadence(1))
+        return train(
+            model, lambda k: model.second(model.first(torch.ones(2))).square().sum(), Course("x", 4, 1, 0.1), run
+        )
+
+    average, _ = made()
+    again, _ = made()
+    assert again["first"].weight is again["second"].weight
+    assert torch.equal(again["second"].weight, average["first"].weight)
+    assert not torch.equal(again["second"].bias, again["first"].bias)
+
+
 def test_what_ends_a_training(tmp_path):
     fit(tmp_path)
     with refused(r"was begun with rate = 0\.05, now it is 0\.01"):

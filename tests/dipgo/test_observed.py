@@ -1,5 +1,7 @@
 """What is observed of a pipeline equals what is known of it, and what cannot be made again is refused."""
 
+from copy import copy
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,17 @@ def test_flux_is_packed_shifted_by_its_size_and_guided_by_a_condition():
     assert not small.guides(4.0)
     assert small.fixed["guidance"].tolist() == [4.0]
     assert zoo.model("flux").at(2.5).family.fixed["guidance"].tolist() == [2.5]
+
+
+def test_texts_are_no_longer_than_t5_says():
+    """CLIP's tokenizer, which has a length of its own, does not count; nor does a T5 that takes more than the call."""
+    pipe = zoo.model("flux").pipeline()
+    for limit, length in ((24, 24), (1000, 512)):
+        pipe.tokenizer_2.model_max_length = limit
+        family = family_of_observed(copy(pipe), "transformer", Request(size=(32, 32)))
+        conditions = family.example(pipe.transformer.config, 1)
+        assert conditions["encoder_hidden_states"].shape == (1, length, 12)
+        assert family.prompting(pipe.transformer.config).lengths == (77, length)
 
 
 def test_without_guidance_there_is_one_pass():

@@ -14,10 +14,10 @@ from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
 from dipgo.model.observed.guide import Guide
 from dipgo.model.observed.latents import Decoding, near
-from dipgo.model.observed.request import Request
+from dipgo.model.observed.request import Request, tokens_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 from dipgo.model.observed.template import Constant, Template
-from dipgo.model.observed.watch import Log, Watch, first_of, tokens_of, watch
+from dipgo.model.observed.watch import Log, Watch, first_of, watch
 from dipgo.model.sampler import Sampler, tabulate
 
 

@@ -50,7 +50,7 @@ Answer = Callable[[str, Any, Mapping[str, Any]], Any]
 
 
 class _Tokenizer:
-    """A tokenizer whose calls are answered by somebody else; all else is its own."""
+    """A tokenizer whose calls are answered by somebody else; all else is its own, its class too."""
 
     def __init__(self, name: str, original: Any, answer: Answer) -> None:
         self._name, self._original, self._answer = name, original, answer
@@ -61,6 +61,10 @@ class _Tokenizer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._original)
 
 
 @contextmanager

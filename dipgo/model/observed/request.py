@@ -37,6 +37,8 @@ class Request:
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
         }
+        if tokens_of(pipe) < own_tokens_of(pipe):
+            given["max_sequence_length"] = tokens_of(pipe)
         if self.size:
             given |= {"height": self.size[0], "width": self.size[1]}
         if self.guidance is not None:
@@ -57,3 +59,20 @@ def guidance_argument(pipe: Any, component: str) -> str:
         if true is not None and true.default and true.default > 1 and not embedded
         else "guidance_scale"
     )
+
+
+def tokens_of(pipe: Any) -> int:
+    """Return how many tokens a pipeline's texts have at most: as many as by default, or T5's own limit.
+
+    A folder whose T5 takes shorter texts says so in its tokenizer's ``model_max_length``. Other tokenizers do not
+    count: that of CLIP beside T5 has a length of its own, and those of language models say what these can read.
+    """
+    parts = getattr(pipe, "components", {}).values()
+    limits = [part.model_max_length for part in parts if part.__class__.__name__.startswith("T5Tokenizer")]
+    return min([own_tokens_of(pipe), *limits])
+
+
+def own_tokens_of(pipe: Any) -> int:
+    """Return how many tokens a pipeline's texts have where its call does not say another number."""
+    option = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    return option.default if option and isinstance(option.default, int) else 512

@@ -18,6 +18,7 @@ from dipgo.base.errors import UsageError, one_line
 from dipgo.model.checks import SUPPORTED, pictures_of
 from dipgo.model.noise_source import drawing
 from dipgo.model.observed.forms import bound, form_of
+from dipgo.model.observed.request import tokens_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
@@ -124,12 +125,6 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
             pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
             raise UsageError(f"{name} cannot be run here ({reason}){pictures}") from error
     return log
-
-
-def tokens_of(pipe: Any) -> int:
-    """Return how many tokens a pipeline's texts have at most, where its call does not say another number."""
-    option = signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    return option.default if option and isinstance(option.default, int) else 512
 
 
 def plain(value: Any) -> Any:
