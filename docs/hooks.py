@@ -29,6 +29,7 @@ ELSEWHERE = {  # pages of the site that are no files of docs/
     "changelog.md": "CHANGELOG.md",
     "results/index.md": "benchmarks/RESULTS.md",
     "models/digits-dit.md": "dipgo/zoo/digits-dit/README.md",
+    "models/digits-flux.md": "dipgo/zoo/digits-flux/README.md",
     "models/emoji-sd.md": "dipgo/zoo/emoji-sd/README.md",
 }
 COPIES = "files"  # the site's folder for other files of the repository
