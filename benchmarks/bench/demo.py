@@ -6,13 +6,14 @@ A benchmark in little: one process, one thing after another, a round a prompt.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 from benchmarks.bench.baselines import EQUAL_TIME, FULL, Share, full, plain_steps, steps_at
 from benchmarks.bench.candidates import parity_failure
@@ -77,7 +78,8 @@ def demonstrate(
         report("compile", 2, 3, FULL)
         programs[FULL] = compiled(*full(task, share), Path(scratch, "full"))
         report("compile", 3, 3, "")
-        parity = measure(programs[SUBJECT], task.pipe, images=1, progress=report)
+        with _one_thread():
+            parity = measure(programs[SUBJECT], task.pipe, images=1, progress=report)
         if not parity.passed:
             raise DipgoError(f"{bundle}: {parity_failure(parity)}")
         for program in programs.values():  # the first run is slower
@@ -92,6 +94,17 @@ def demonstrate(
         if labelled := picture(rows, images, range(len(prompts))):
             save(labelled, draft)
     return Demonstration(rows, parity)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute on one thread: threads that wait for each other take minutes where others take the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compared(
