@@ -49,11 +49,11 @@ def check_guidance(record: BundleRecord, guidance: Guidance) -> None:
                 "ask for that, or search and export at this one"
             )
     rescale = guidance.rescale
-    if rescale is None or abs(rescale - own.guidance_rescale) <= 1e-6:
+    if rescale is None:
         return
-    if not 0 <= rescale <= 1:
+    if not isinstance(rescale, float | int) or not 0 <= rescale <= 1:
         raise UsageError(f"guidance_rescale = {rescale}; give a number from 0 to 1")
-    if how is None or RESCALE not in record.conditioning.fixed:
+    if abs(rescale - own.guidance_rescale) > 1e-6 and (how is None or RESCALE not in record.conditioning.fixed):
         raise UsageError(
             f"guidance_rescale = {rescale:g}, the bundle was compiled for {own.guidance_rescale:g}; ask for that, or "
             "search with --guidance-rescale"
@@ -64,7 +64,7 @@ def fixed_conditions(record: BundleRecord, rows: int, guidance: Guidance = Guida
     """Return the conditions that no prompt changes, ``rows`` of each: those that guidance is by among them.
 
     Raises:
-        UsageError: see :func:`check_guidance`.
+        UsageError: see :func:`check_guidance`; or another number of scales than of images.
     """
     fixed = record.conditioning.fixed
     conditions = {
@@ -74,10 +74,12 @@ def fixed_conditions(record: BundleRecord, rows: int, guidance: Guidance = Guida
         for tensor in record.conditioning.inputs
         if tensor.name in fixed
     }
-    return conditions | _chosen(record, conditions, guidance)
+    return conditions | _chosen(record, conditions, guidance, rows // (1 + record.conditioning.guided))
 
 
-def _chosen(record: BundleRecord, conditions: Mapping[str, np.ndarray], guidance: Guidance) -> dict[str, np.ndarray]:
+def _chosen(
+    record: BundleRecord, conditions: Mapping[str, np.ndarray], guidance: Guidance, images: int
+) -> dict[str, np.ndarray]:
     """Return the conditions that follow a request's guidance, of the shapes and dtypes of the bundle's own."""
     check_guidance(record, guidance)
     how, made = record.conditioning.guidance, dict[str, np.ndarray]()
@@ -85,6 +87,8 @@ def _chosen(record: BundleRecord, conditions: Mapping[str, np.ndarray], guidance
         return made
     if guidance.scale is not None:
         scales = np.atleast_1d(np.asarray(guidance.scale, np.float64))
+        if len(scales) not in (1, images):
+            raise UsageError(f"{len(scales)} guidance scales for {images} images; give one, or one for each")
         if how.off is not None:
             scales = np.where(scales <= how.off, how.neutral, scales)
         made = {name: _rows(factor * scales, conditions[name]) for name, factor in how.inputs.items()}

@@ -76,15 +76,15 @@ def new_unet(size: Size) -> UNet2DConditionModel:
     )
 
 
-def new_text_encoder(size: Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def new_text_encoder(width: int, layers: int, tokenizer: CLIPTokenizer, length: int = LENGTH) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=4 * size.text_width,
-        projection_dim=size.text_width,
-        num_hidden_layers=size.text_layers,
-        num_attention_heads=max(1, size.text_width // 32),
-        max_position_embeddings=LENGTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=length,
         hidden_act="quick_gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from training.sampling import draw
 
@@ -66,23 +66,6 @@ def new_vae(size: Size, side: int) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def new_clip(size: Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=4 * size.text_width,
-        projection_dim=size.text_width,
-        num_hidden_layers=size.text_layers,
-        num_attention_heads=max(1, size.text_width // 32),
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
 
 
 def new_t5(size: Size, tokenizer: T5Tokenizer) -> T5EncoderModel:

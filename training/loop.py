@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dipgo.base.files import new_file
 from dipgo.searching.run_folder import Run
 from dipgo.searching.training_loop import Descent, optimise
 
@@ -141,3 +143,13 @@ def train(
         "final_loss": float(np.mean(losses[-max(1, count // 10) :])),
         "losses": [round(float(part.mean()), 5) for part in np.array_split(losses, 20) if len(part)],
     }
+
+
+def record_stage(path: Path, begun: dict[str, Any], device: str, stage: str, figures: dict[str, Any]) -> None:
+    """Add a finished stage to a training's record, whose file begins with ``begun``; ``losses`` are not printed."""
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else begun | {"stages": {}}
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    record |= {"device": machine, "stages": record["stages"] | {stage: figures}}
+    with new_file(path) as draft:
+        draft.write_text(json.dumps(record, indent=2) + "\n")
+    print(stage, {name: value for name, value in figures.items() if name != "losses"}, flush=True)

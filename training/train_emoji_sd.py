@@ -53,7 +53,7 @@ from training.emoji_model import (
 )
 from training.emoji_tokenizer import learn_tokenizer, save_tokenizer
 from training.grids import save_grid
-from training.loop import Course, Draw, batch_of, on_graph, train
+from training.loop import Course, Draw, batch_of, on_graph, record_stage, train
 
 DROPPED = 0.1  # captions left out, for guidance
 SNR_CAP = 5.0  # Hang et al. 2023: no timestep weighs more than its signal allows
@@ -81,15 +81,8 @@ class Workshop:
         return np.setdiff1d(np.arange(len(self.emoji)), self.held_out)
 
     def finished(self, stage: str, figures: dict[str, Any]) -> None:
-        path = self.work / "training.json"
-        record: dict[str, Any] = {"seed": self.seed, "size": asdict(self.size), "stages": {}}
-        if path.exists():
-            record = json.loads(path.read_text())
-        machine = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        record |= {"device": machine, "stages": record["stages"] | {stage: figures}}
-        with new_file(path) as draft:
-            draft.write_text(json.dumps(record, indent=2) + "\n")
-        print(stage, {name: value for name, value in figures.items() if name != "losses"}, flush=True)
+        begun = {"seed": self.seed, "size": asdict(self.size)}
+        record_stage(self.work / "training.json", begun, self.device, stage, figures)
 
 
 def train_vae(shop: Workshop) -> AutoencoderKL:
@@ -150,7 +143,8 @@ def make_latents(shop: Workshop, vae: AutoencoderKL) -> torch.Tensor:
 def train_unet(shop: Workshop, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
     """Train text encoder and UNet together; return their moving averages."""
     torch.manual_seed(shop.seed)
-    model = TextToImage(new_text_encoder(shop.size, tokenizer), new_unet(shop.size)).to(shop.device)
+    text = new_text_encoder(shop.size.text_width, shop.size.text_layers, tokenizer)
+    model = TextToImage(text, new_unet(shop.size)).to(shop.device)
     course = Course("unet", *shop.size.unet_course)
     latents, known = make_latents(shop, vae), [shop.emoji[index] for index in shop.trained]
     mirrors = np.array([one.mirrors for one in known])

@@ -35,7 +35,7 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, files_below, new_file, new_folder
 from dipgo.base.progress import Progress
 from dipgo.searching.run_folder import Run, open_run
-from training.emoji_model import Reconstruction, decode, encode, reconstruction_loss
+from training.emoji_model import Reconstruction, decode, encode, new_text_encoder, reconstruction_loss
 from training.emoji_tokenizer import LENGTH as CLIP_LENGTH
 from training.emoji_tokenizer import learn_tokenizer, save_tokenizer
 from training.flux_model import (
@@ -49,7 +49,6 @@ from training.flux_model import (
     Size,
     assemble,
     draw_sigmas,
-    new_clip,
     new_t5,
     new_transformer,
     new_vae,
@@ -58,7 +57,7 @@ from training.flux_model import (
     token_ids,
 )
 from training.grids import save_grid
-from training.loop import Course, Draw, batch_of, train
+from training.loop import Course, Draw, batch_of, record_stage, train
 from training.pictures import Pictures, digits, emojis
 from training.t5_tokenizer import learn_t5_tokenizer
 
@@ -83,15 +82,8 @@ class Workshop:
         return self.output / "work"
 
     def finished(self, stage: str, figures: dict[str, Any]) -> None:
-        path = self.work / "training.json"
-        record: dict[str, Any] = {"seed": self.seed, "size": asdict(self.size), "stages": {}}
-        if path.exists():
-            record = json.loads(path.read_text())
-        machine = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        record |= {"device": machine, "stages": record["stages"] | {stage: figures}}
-        with new_file(path) as draft:
-            draft.write_text(json.dumps(record, indent=2) + "\n")
-        print(stage, {name: value for name, value in figures.items() if name != "losses"}, flush=True)
+        begun = {"seed": self.seed, "size": asdict(self.size)}
+        record_stage(self.work / "training.json", begun, self.device, stage, figures)
 
 
 @dataclass(frozen=True)
@@ -202,7 +194,9 @@ def examples_of(
 def train_flow(shop: Workshop, vae: AutoencoderKL, latents: torch.Tensor, texts: Texts) -> Flow:
     """Train text encoders and transformer together, without guidance; return their moving averages."""
     torch.manual_seed(shop.seed)
-    encoders = new_clip(shop.size, texts.clip), new_t5(shop.size, texts.t5)
+    width, layers = shop.size.text_width, shop.size.text_layers
+    clip = new_text_encoder(width, layers, texts.clip, texts.clip.model_max_length)
+    encoders = clip, new_t5(shop.size, texts.t5)
     model = Flow(*encoders, new_transformer(shop.size)).to(shop.device)
     # What the guidance is embedded by is left to the second phase: here it is 1 throughout.
     course = Course("flow", *shop.size.flow_course)

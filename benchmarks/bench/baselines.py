@@ -26,7 +26,8 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.context import drift_of
 from dipgo.searching.task import Task
 from export.bundle import open_bundle
-from export.compiler import check_model, prepare, sites_of, write_bundle
+from export.compiler import prepare, write_bundle
+from export.sources import check_model, sites_of
 
 FULL = "full"
 PUBLISHED = Path(__file__).parents[2] / "dipgo" / "published" / "sd15-published-0.8.json"

@@ -32,8 +32,9 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
-from export.compiler import retrace, write_bundle
+from export.compiler import write_bundle
 from export.converted import prepare
+from export.sources import retrace
 
 PROMPTS = ("red apple", "owl", "rocket", "birthday cake")  # of names that no search has seen
 

@@ -40,7 +40,7 @@ from dipgo.eager.trajectory import Batch, select
 from dipgo.model.models import Model
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.task import Choices, Task
-from export.compiler import check_model
+from export.sources import check_model
 
 SCHEMA: Literal["dipgo.judgement/1"] = "dipgo.judgement/1"
 AT_ONCE = 16  # images, of small models

@@ -46,7 +46,7 @@ from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
 from engines.torchrt.precision import full_float32
-from export.compiler import scheduler_of
+from export.sources import scheduler_of
 
 TOLERANCE = 1e-4  # float32
 _POSTPROCESSORS = ("safety_checker", "watermark")  # what a pipeline does to finished images; programs do not

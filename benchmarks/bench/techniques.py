@@ -29,7 +29,7 @@ from dipgo.model.noise_source import drawing
 from engines.pipeline.formats import draw_noise
 from engines.torchrt.runner import default_device
 from export.bundle import open_bundle
-from export.compiler import scheduler_of
+from export.sources import scheduler_of
 
 Reset = Callable[[], None]
 

@@ -105,9 +105,10 @@ def export_one(folder: Path, subnet: Path, dtype: str, weights: str, output: Pat
     import onnx_ir as ir
 
     from export.assembly import assemble
-    from export.compiler import normalise, retrace, sampler_of, write_bundle
+    from export.compiler import write_bundle
     from export.config import ExportConfig
     from export.converted import prepare
+    from export.sources import normalise, retrace, sampler_of
 
     started = time.perf_counter()
     model, loaded = find_model(str(folder)), load_subnet(subnet)

@@ -35,7 +35,7 @@ from dipgo.searching import judge as noise
 from dipgo.searching.context import drift_of
 from dipgo.searching.run_folder import Run
 from dipgo.searching.task import Choices, Task, make_task
-from export.compiler import check_model
+from export.sources import check_model
 
 PLAIN_ROWS = {f"{name}, inside": name for name in ("uniform reuse", "uniform extrapolation")}
 DEEP, DEEP_ROW = "DeepCache", "DeepCache-like, the best"

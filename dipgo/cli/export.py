@@ -8,20 +8,13 @@ from typing import Annotated
 import typer
 
 from dipgo.base.errors import UsageError
-from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption
-from dipgo.cli.places import either_at, subnet_at
+from dipgo.cli.options import ForceOption, OutputOption, RandomWeightsOption, SourceOption, SubNetsArgument
+from dipgo.cli.places import either_at
 from export.config import ExportConfig
 
 
 def export(
-    subnets: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="SUBNET...",
-            help="JSON files written by 'dipgo search', a program each.",
-            callback=lambda files: [subnet_at(file) for file in files],
-        ),
-    ],
+    subnets: SubNetsArgument,
     output: OutputOption,
     config: ExportConfig,
     model: SourceOption = None,

@@ -8,19 +8,11 @@ from typing import Annotated
 import typer
 
 from benchmarks.bench.config import JudgeConfig
-from dipgo.cli.options import ForceOption, SourceOption
-from dipgo.cli.places import subnet_at
+from dipgo.cli.options import ForceOption, SourceOption, SubNetsArgument
 
 
 def judge(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="SUBNET...",
-            help="SubNets of one model and sampler.",
-            callback=lambda files: [subnet_at(file) for file in files],
-        ),
-    ],
+    files: SubNetsArgument,
     config: JudgeConfig,
     model: SourceOption = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures too.")] = None,

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from dipgo.base.config import Config, checked, is_model, plain_types, unknown
 from dipgo.base.errors import UsageError
 from dipgo.base.own_packages import ROOT
-from dipgo.cli.places import bundle_at, model_at
+from dipgo.cli.places import bundle_at, model_at, subnet_at
 
 ModelArgument = Annotated[
     str,
@@ -32,6 +32,14 @@ BundleArgument = Annotated[
         metavar="BUNDLE",
         help="Folder written by 'dipgo export', or the one above it by 'dipgo compile' or 'dipgo demo'.",
         callback=bundle_at,
+    ),
+]
+SubNetsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SUBNET...",
+        help="JSON files written by 'dipgo search', of one model.",
+        callback=lambda files: [subnet_at(file) for file in files],
     ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]

@@ -279,7 +279,9 @@ def test_quality_writes_the_card(trained, package, monkeypatch):
 def test_sizes_fit_the_repository():
     """All weights in half precision, with a vocabulary of 2,048 words, are below 39 MB."""
     for size in (train_emoji_sd.FULL, train_emoji_sd.SMALL):
-        encoder = train_emoji_sd.new_text_encoder(size, learn_tokenizer(["a"], TRIAL.words))
+        encoder = train_emoji_sd.new_text_encoder(
+            size.text_width, size.text_layers, learn_tokenizer(["a"], TRIAL.words)
+        )
         encoder.resize_token_embeddings(size.words)
         parts = [train_emoji_sd.new_vae(size), train_emoji_sd.new_unet(size), encoder]
         assert 2 * sum(value.numel() for part in parts for value in part.parameters()) < 39e6

@@ -82,6 +82,10 @@ def test_what_is_compiled_in_is_said():
     folder = zoo.bundle(zoo.trace("sd", guidance=1.0), zoo.sampler("sd", 4), plain)
     with misused("guidance_scale = 5, the bundle was compiled for 1 alone, with one pass per step; ask for that"):
         dipgo.load(folder)("a red fox", guidance_scale=5.0)
+    with misused("2 guidance scales for 1 images; give one, or one for each"):
+        dipgo.load(compiled("sd").folder)("a red fox", guidance_scale=[3.0, 7.0])
+    with misused("guidance_rescale = much; give a number from 0 to 1"):
+        dipgo.load(compiled("sd").folder)("a red fox", guidance_rescale="much")
     with misused("guidance_scale = inf; give a finite number"):
         dipgo.load(compiled("sd").folder)("a red fox", guidance_scale=float("inf"))
 

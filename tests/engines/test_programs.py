@@ -13,7 +13,8 @@ from engines.serving.limits import Limits
 from engines.serving.repository import _inputs
 from engines.serving.requests import read_rows, render
 from export.bundle import open_bundle
-from export.compiler import compile_subnet, normalise
+from export.compiler import compile_subnet
+from export.sources import normalise
 from tests import command, models, zoo
 from tests.checks import error, misused
 from tests.engines.dropin import compiled

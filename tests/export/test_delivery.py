@@ -62,10 +62,10 @@ def subnet():
 def refused(model, subnet, monkeypatch):
     """Compile as the command line does, and return the line of the refusal, which comes before the model is traced."""
 
-    def traced(*_):
+    def traced(*_, **__):
         raise AssertionError("traced already")
 
-    monkeypatch.setattr("export.compiler.retrace", traced)
+    monkeypatch.setattr("export.compiler.trace", traced)
 
     def refused(folder, kind=UsageError, force=True, dtype="fp32", weights="copy"):
         before = contents(model.folder.parent)

@@ -31,8 +31,9 @@ from dipgo.schedule.subnet import load_subnet, save_subnet
 from engines.pipeline.pipeline import load
 from export.axes import shape_at, values_at
 from export.bundle import open_bundle
-from export.compiler import check_model, sampler_of, write_bundle
+from export.compiler import write_bundle
 from export.describe import bundle_text
+from export.sources import check_model, sampler_of
 from tests import zoo
 from tests.fuzz import mutations
 from tests.models import random_subnet
