@@ -66,8 +66,10 @@ class Program:
         if not fitting:
             asked = [f"num_inference_steps = {steps}"] if steps is not None else []
             asked += [f"budget = {budget:g}"] if budget is not None else []
-            own = f"holds {self.choices}" if self.further or budget is not None else f"was compiled for {self.steps}"
-            raise UsageError(f"{' and '.join(asked)}, the bundle {own}; ask for that, or export another bundle")
+            own = f"was compiled for {self.steps}; ask for that"
+            if self.further or budget is not None:
+                own = f"holds {self.choices}; ask for one of these"
+            raise UsageError(f"{' and '.join(asked)}, the bundle {own}, or export another bundle")
         return next((program for program in fitting if program.steps == self.steps), fitting[0])
 
     @property

@@ -150,7 +150,7 @@ def test_only_live_outputs_outlive_their_step(ground, monkeypatch):
     for step, entry in enumerate(plans):
         last |= {(source, site): step for site, past in entry.served.items() for source in past}
     made, counts = {}, []
-    original = Trajectory._call
+    original = Trajectory.call
 
     def call(self, latent, timestep, conditions):
         step = len(counts)
@@ -172,7 +172,7 @@ def test_only_live_outputs_outlive_their_step(ground, monkeypatch):
             for handle in handles:
                 handle.remove()
 
-    monkeypatch.setattr(Trajectory, "_call", call)
+    monkeypatch.setattr(Trajectory, "call", call)
     with torch.no_grad():
         trajectory.gated(noise, conditions, gates, weights)
     assert [found for found in counts if found]
