@@ -85,7 +85,9 @@ def demonstrate(
             raise DipgoError(f"{bundle}: {parity_failure(parity)}")
         for program in programs.values():  # the first run is slower
             _made(program, prompts[0])
-        ratio = _made(programs[SUBJECT], prompts[0])[0] / _made(programs[FULL], prompts[0])[0]
+        # The least of some runs: what else the machine does only adds to them.
+        least = {name: min(_made(each, prompts[0])[0] for _ in range(3)) for name, each in programs.items()}
+        ratio = least[SUBJECT] / least[FULL]
         plain = plain_steps(task, share, steps_at(task, ratio))
         programs[EQUAL_TIME] = compiled(*plain, Path(scratch, "plain"))
         _made(programs[EQUAL_TIME], prompts[0])
