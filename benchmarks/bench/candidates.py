@@ -76,7 +76,8 @@ def candidates_of(
     """Return what is to be measured, compiled and verified.
 
     The model in torch is let go of when this returns: it takes no part in the timing. ``progress`` is told how
-    long all will take, as soon as that is known. ``further`` bundles are of the same model and sampler.
+    long all will take, as soon as that is known. ``further`` bundles are of the same model and sampler;
+    other programs of ``bundle`` itself are measured beside it.
 
     Raises:
         DipgoError: the bundle or the full program does not run, or the bundle's parity does not hold.
@@ -114,12 +115,13 @@ def candidates_of(
     else:
         chosen = baselines_for(suite, searched, task, share)
     techniques = [] if baselines else [name for name in suite.baselines if name in TECHNIQUES]
+    beside = _beside(bundle, further, spec)
     plan = Plan.of(
         suite,
         batch,
         seconds,
         (parity.torch_seconds or 0) * batch / ratio,
-        compiled=2 * len(suite.backends) + len(chosen) + len(further),
+        compiled=2 * len(suite.backends) + len(chosen) + len(beside),
         in_torch=len(techniques),
         compiling=len(chosen) * compile_seconds,
     )
@@ -131,7 +133,7 @@ def candidates_of(
         tell(f"compile {name}")
         others.append(_compiled(compiler, name, build, share, spec, partial(tell, f"verify {name}")))
     progress("compile and verify", len(chosen), len(chosen), "")
-    beside = [_beside(each, spec, task) for each in further]
+    beside = [_check(each, task) for each in beside]
     elsewhere = other_backends([full, own], suite, task, progress)
     torch = partial(TorchSpec, bundle=str(bundle.folder), model=model, threads=threads)
     in_torch = [Candidate(name, torch(technique=name)) for name in techniques]
@@ -149,7 +151,7 @@ def _compiled(
         return Candidate(name, error=compiled.error)
     before_check()
     spec = own.model_copy(update={"folder": str(compiled.folder)})
-    candidate = _check(Candidate(name, spec, build_seconds=compiled.seconds), spec, compiler.task)
+    candidate = _check(Candidate(name, spec, build_seconds=compiled.seconds), compiler.task)
     if candidate.record is None:
         return candidate
     subnet = subnet_of(open_bundle(compiled.folder, check_files=False))
@@ -165,11 +167,20 @@ def _compiled(
     )
 
 
-def _beside(bundle: Bundle, own: ProgramSpec, task: Task) -> Candidate:
-    """Verify a further bundle, which runs as the first does."""
-    spec = own.model_copy(update={"folder": str(bundle.folder)})
-    candidate = Candidate(f"{SUBJECT}, {bundle.folder}", spec, curve=SUBJECT)
-    return _check(candidate, spec, task)
+def _beside(bundle: Bundle, further: Sequence[Bundle], own: ProgramSpec) -> list[Candidate]:
+    """Return the bundle's other programs and those of further bundles, which run as ``own``, the first, does."""
+    candidates = []
+    for each in (bundle, *further):
+        for number, program in enumerate(each.programs):
+            spec = own.model_copy(update={"folder": str(each.folder), "program": number})
+            if spec == own:
+                continue
+            record, parts = program.record, [SUBJECT]
+            parts += [str(each.folder)] if each is not bundle else []
+            parts += [f"{record.sampler.steps} steps at {record.budget:.0%}"] if len(each.programs) > 1 else []
+            same_steps = record.sampler.steps == bundle.record.sampler.steps
+            candidates.append(Candidate(", ".join(parts), spec, curve=SUBJECT if same_steps else None))
+    return candidates
 
 
 def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progress: Report) -> list[Candidate]:
@@ -183,8 +194,7 @@ def other_backends(candidates: list[Candidate], suite: Suite, task: Task, progre
                 elsewhere.append(Candidate(name, error=candidate.error))
                 continue
             spec = candidate.spec.model_copy(update={"backend": backend})
-            assert isinstance(spec, ProgramSpec)
-            elsewhere.append(_check(replace(candidate, name=name, spec=spec, curve=None), spec, task))
+            elsewhere.append(_check(replace(candidate, name=name, spec=spec, curve=None), task))
     return elsewhere
 
 
@@ -204,10 +214,13 @@ def write_conditions(program: Program, pipe: Any, count: int, scratch: Path) -> 
     return files
 
 
-def _check(candidate: Candidate, spec: ProgramSpec, task: Task) -> Candidate:
-    """Measure a candidate's parity; one that fails it, or anything else, keeps only its error."""
+def _check(candidate: Candidate, task: Task) -> Candidate:
+    """Measure the parity of a candidate's program; one that fails it, or anything else, keeps only its error."""
+    spec = candidate.spec
+    assert isinstance(spec, ProgramSpec)
     try:
-        with load(Path(spec.folder), spec.threads, spec.backend) as program:
+        with load(Path(spec.folder), spec.threads, spec.backend) as opened:
+            program = opened.programs[spec.program]
             parity = measure(program, task.pipe, images=1, seed=PARITY_SEED)
             record = program.record
     except Exception as error:  # a baseline may fail in any way; the others go on

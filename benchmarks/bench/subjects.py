@@ -72,11 +72,14 @@ def encodes(program: Program) -> bool:
 
 
 class ProgramSpec(Record):
-    """A bundle in a backend. ``conditions`` are files with the conditions of one batch each, in turn, for a program
-    that cannot make its own."""
+    """A program of a bundle in a backend.
+
+    ``conditions`` are files with the conditions of one batch each, in turn, for a program that cannot make its own.
+    """
 
     kind: Literal["program"] = "program"
     folder: str
+    program: int = Field(default=0, ge=0, description="which program of the bundle")
     backend: str
     threads: int | None = None
     conditions: list[str] = Field(default_factory=list)
@@ -181,8 +184,9 @@ class ProgramSubject(Subject):
         bundle = open_bundle(Path(spec.folder))
         runner = runner_for(bundle, spec.backend, spec.threads)
         self._stopwatch = Stopwatch(runner) if isinstance(runner, OnnxRuntimeRunner) else None
-        self.program = Program(bundle, self._stopwatch or runner)
-        self.program.__enter__()
+        self._bundle = Program(bundle, self._stopwatch or runner)
+        self._bundle.__enter__()
+        self.program = self._bundle.programs[spec.program]
         self.label, self.batch = self.program.runner.label, latent_shape(self.program.record)[0]
         self._noise = self.program.noise(self.batch, TIMING_SEED)
         self._conditions = self._conditions_of(0, self.batch)
@@ -213,7 +217,7 @@ class ProgramSubject(Subject):
         return latents[:size], self.program.decode(latents)[:size].transpose(0, 2, 3, 1)
 
     def close(self) -> None:
-        self.program.__exit__(None, None, None)
+        self._bundle.__exit__(None, None, None)
 
     def _conditions_of(self, start: int, count: int) -> dict[str, np.ndarray]:
         if files := self.spec.conditions:

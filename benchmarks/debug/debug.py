@@ -63,7 +63,7 @@ def check_debug(output: Path, bundle: Path) -> None:
 def debug(
     folder: Path, output: Path, tolerance: float, model: str | None, backend: str, progress: Report = silent
 ) -> str:
-    """Write into ``output`` where a bundle's program diverges; returns one line on it.
+    """Write into ``output`` where a bundle's programs diverge, the first that does; returns one line on it.
 
     Args:
         tolerance: relative error of a tensor; that of the parity of the whole.
@@ -72,16 +72,23 @@ def debug(
         UsageError, DipgoError: see :func:`check_debug`.
     """
     check_debug(output, folder)
-    bundle = open_bundle(folder)
-    walked = walk(bundle, model_of(bundle, model).pipeline(), backend, tolerance, progress)
+    programs, count = open_bundle(folder).programs, 0
+    for bundle in programs:
+        walked = walk(bundle, model_of(bundle, model).pipeline(), backend, tolerance, progress)
+        count += len(walked.launches)
+        if walked.diverges:
+            break
     with new_folder(output) as draft:
         _write_table(draft / LAUNCHES, _launch_rows(walked.launches))
         if not walked.diverges:
-            return f"none of {len(walked.launches)} launches diverges by more than {tolerance:.1e}"
+            return f"none of {count} launches diverges by more than {tolerance:.1e}"
         progress("debug: layer by layer", 0, 1, "")
         launch = walked.launches[-1]
         locate = _locate_layer if launch.against == "backend" else _locate_site
-        return locate(bundle, walked, draft, backend, tolerance)
+        finding = locate(bundle, walked, draft, backend, tolerance)
+    record = bundle.record
+    which = f"{record.sampler.steps} steps at {record.budget:.0%}: " if len(programs) > 1 else ""
+    return which + finding
 
 
 def _locate_layer(bundle: Bundle, walked: Walked, folder: Path, backend: str, tolerance: float) -> str:

@@ -32,6 +32,7 @@ def application() -> typer.Typer:
     from dipgo.cli.build import build
     from dipgo.cli.checkpoint import import_checkpoint
     from dipgo.cli.compile import compile_
+    from dipgo.cli.convert import convert
     from dipgo.cli.demo import demo
     from dipgo.cli.doctor import doctor
     from dipgo.cli.export import export, inspect
@@ -54,6 +55,7 @@ def application() -> typer.Typer:
             search: "dipgo search digits-dit --steps 20 --budget 0.35 --preset quick -o subnet.json",
             import_: "dipgo import gates.json --model sd-1.5 --steps 50 -o subnet.json",
             import_checkpoint: "dipgo import-checkpoint model.safetensors -o model",
+            convert: "dipgo convert subnet.json --to cache-dit -o mask.json",
             judge: "dipgo judge mine.json theirs.json",
         },
         "Compile and run": {

@@ -64,8 +64,8 @@ def import_(
 ) -> None:
     """Read a schedule that others publish into a SubNet.
 
-    DiP-GO's gates, DeepCache's settings, a step mask or a SmoothCache schedule; docs/reference/formats.md says how
-    each is written.
+    DiP-GO's gates, DeepCache's settings, a step mask, MeanCache's or BudCache's list of steps, a SmoothCache schedule
+    or InvarDiff's cache book; docs/reference/formats.md says how each is written.
     """
     from dipgo.base.files import refuse_existing
     from dipgo.importers.importer import import_subnet, summary

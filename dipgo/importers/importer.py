@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from dipgo.base.inputs import parse_json, read_input
 from dipgo.base.records import MOST_CALLS
 from dipgo.importers.deepcache import read_deepcache
 from dipgo.importers.dipgo_gates import read_fact_sheet, read_gates_pickle
+from dipgo.importers.invardiff import read_invardiff
 from dipgo.importers.masks import read_step_mask
 from dipgo.importers.published import Published
 from dipgo.importers.smoothcache import read_smoothcache
+from dipgo.importers.step_lists import read_budcache, read_step_list
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.search_record import SearchRecord
 from dipgo.schedule.subnet import SubNet, make_subnet
@@ -31,11 +33,13 @@ FORMATS: tuple[Callable[[Any], Published | None], ...] = (
     read_fact_sheet,
     read_deepcache,
     read_step_mask,
+    read_step_list,
+    read_invardiff,
     read_smoothcache,
 )
 KNOWN = (
-    "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask (list of 0 and 1), "
-    "SmoothCache's schedule"
+    "known formats: DiP-GO gates (pickle or JSON), DeepCache's settings, a step mask (list of 0 and 1), a list of "
+    "steps (MeanCache's, BudCache's), SmoothCache's schedule, InvarDiff's cache book"
 )
 _LARGEST = 4 * 2**20  # bytes; the published gates are 0.2 MB
 
@@ -48,12 +52,18 @@ def read_schedule(path: Path) -> Published:
     """
     data = read_input(path, "schedule file", _LARGEST)
     try:
-        published = read_gates_pickle(data) if data[:1] == b"\x80" else _read_text(data)
+        published = _read(data)
         if (published.steps or 0) > MOST_CALLS:
             raise ValueError(f"it has {published.steps} steps, more than {MOST_CALLS}")
         return published
     except ValueError as error:
         raise DipgoError(f"{path}: {error}; {KNOWN}") from error
+
+
+def _read(data: bytes) -> Published:
+    if data[:1] == b"\x80":
+        return read_gates_pickle(data)
+    return read_budcache(data) if data[:4] == b"PK\x03\x04" else _read_text(data)
 
 
 def _read_text(data: bytes) -> Published:
@@ -133,20 +143,25 @@ def apply(
         ValueError: the schedule does not fit, or skips something at step 0.
         UsageError: it speaks of modules that are no sites.
     """
+    schedule = schedule_of(published, traced, sampler.timesteps, denoiser or traced.model.empty_denoiser())
+    said = published.record(traced, schedule.gates)
+    search = SearchRecord(method=f"import of {published.format}", **said, **record)
+    return make_subnet(traced, sampler.identity(traced.guidance_scale), schedule, search)
+
+
+def schedule_of(published: Published, traced: Trace, timesteps: Sequence[float], denoiser: nn.Module) -> Schedule:
+    """Return the schedule that :func:`apply` makes a SubNet of."""
     names = [site.name for site in traced.sites]
-    columns = published.columns(names, denoiser or traced.model.empty_denoiser(), sampler.timesteps)
+    columns = published.columns(names, denoiser, timesteps)
     strange = [name for name in columns if name not in names]
     if strange:
         raise UsageError(f"{published.format} gates '{strange[0]}', which is no site; leave --sites out, or add it")
-    gates = np.ones((sampler.calls, len(names)), bool)
+    gates = np.ones((len(timesteps), len(names)), bool)
     for name, column in columns.items():
         gates[:, names.index(name)] = column
     if not gates[0].all():
         raise ValueError("step 0 is not computed in full, but nothing is cached yet")
-    schedule = Schedule(gates).canonical(traced)
-    said = published.record(traced, schedule.gates)
-    search = SearchRecord(method=f"import of {published.format}", **said, **record)
-    return make_subnet(traced, sampler.identity(traced.guidance_scale), schedule, search)
+    return Schedule(gates).canonical(traced)
 
 
 def summary(subnet: SubNet) -> str:

@@ -345,7 +345,8 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "reference" / "formats.md").read_text()
     examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
     formats = [read_schedule(write(tmp_path / "x.json", example.encode())).format for example in examples]
-    assert formats == ["DiP-GO gates", "DeepCache", "DeepCache", "a step mask", "SmoothCache"]
+    lists = ["a step mask", "a list of steps", "a list of steps"]
+    assert formats == ["DiP-GO gates", "DeepCache", "DeepCache", *lists, "SmoothCache", "InvarDiff"]
 
 
 def test_the_command_writes_a_subnet_that_loads(tiny_dit, tmp_path):
