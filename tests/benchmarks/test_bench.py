@@ -13,6 +13,8 @@ from benchmarks.bench.plots import curves_of, points_of
 from benchmarks.bench.subjects import PROMPTS
 from benchmarks.bench.suite import Suite
 from dipgo.base.progress import silent
+from dipgo.schedule.subnet import load_subnet
+from export.compiler import compile_subnet
 from tests import zoo
 from tests.benchmarks.test_parity import perturb_the_weights
 from tests.checks import misused, refused
@@ -91,20 +93,25 @@ def test_what_makes_no_report_is_refused_and_leaves_nothing(bundle, tmp_path):
 
 
 def test_bundles_are_measured_beside_each_other(bundle, task, tmp_path):
-    """Further ones against the first one's full program, on one curve with it; none of another sampler."""
+    """Further ones, and other programs of the first, against its full program; no bundle of another sampler."""
+    sampler = zoo.sampler("dit", 4, None)
+    subnets = [load_subnet(bundle / "subnet.json"), random_subnet(task.trace, sampler, seed=2)]
+    compile_subnet(subnets, task.trace.model, several := tmp_path / "several")
     less = zoo.bundle(task.trace, task.sampler, random_subnet(task.trace, task.sampler, seed=3, keep=0.3))
     suite = Suite(about="small", baselines=["eager torch", "fewer steps"], images=8, repeats=3, seconds=0, threads=1)
-    report = dipgo.bench([bundle, less], tmp_path / "report", suite=suite.changed(scopes=["loop"]), progress=False)
-    assert [row.name for row in report.rows] == ["full", "dipgo", f"dipgo, {less}", "fewer steps", "eager torch"]
-    own, other, fewer, eager = report.rows[1:]
+    report = dipgo.bench([several, less], tmp_path / "report", suite=suite.changed(scopes=["loop"]), progress=False)
+    shorter = f"dipgo, 4 steps at {subnets[1].cost.ratio:.0%}"
+    names = ["full", "dipgo", shorter, f"dipgo, {less}", "fewer steps", "eager torch"]
+    assert [row.name for row in report.rows] == names
+    own, short, other, fewer, eager = report.rows[1:]
+    assert (short.steps, short.parity.passed) == (4, True)
     assert own.macs > other.macs
     assert other.parity.passed
     assert curves_of(points_of(report.rows)).keys() == {"dipgo", "steps of DDIMScheduler"}
     assert fewer.about == f"{fewer.steps} steps of DDIMScheduler"
     assert eager.over_eager.median == 1
     assert own.over_eager is None
-    sampler = zoo.sampler("dit", 4, None)
-    fewer_steps = zoo.bundle(task.trace, sampler, random_subnet(task.trace, sampler, seed=2))
+    fewer_steps = zoo.bundle(task.trace, sampler, subnets[1])
     with misused(f"{fewer_steps}: of another sampler than {bundle}; measure it by itself"):
         dipgo.bench([bundle, fewer_steps], tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()

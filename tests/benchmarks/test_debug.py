@@ -23,9 +23,10 @@ from dipgo.base.errors import UsageError
 from dipgo.graph.trace import trace
 from dipgo.model.models import find_model
 from dipgo.model.sampler import make_scheduler, tabulate
+from dipgo.schedule.subnet import load_subnet
 from engines.onnxrt import runner
 from export.bundle import open_bundle
-from export.compiler import prepare, write_bundle
+from export.compiler import compile_subnet, prepare, write_bundle
 from tests import zoo
 from tests.benchmarks.test_parity import reseal
 from tests.checks import refused
@@ -136,6 +137,24 @@ def test_a_node_that_a_backend_gets_wrong(bundle, tmp_path, monkeypatch, operato
     rows = table(tmp_path / "d" / "layers.csv")
     assert next(row["node"] for row in rows if row["holds"] == "False") == name
     assert tool(tmp_path / "d", "run") == 1
+
+
+def test_the_program_that_diverges_is_named(bundle, tmp_path):
+    """The second of two, of which one graph is wrong that only it runs."""
+    subnet = load_subnet(bundle / "subnet.json")
+    model = find_model(subnet.model.name)
+    less = random_subnet(zoo.trace("dit", "layer", subnet.sampler.guidance_scale), zoo.sampler("dit", 3, None), 4)
+    compile_subnet([subnet, less], model, both := tmp_path / "both")
+    first, second = open_bundle(both).programs
+    shared = {graph.file for graph in first.record.graphs.values()}
+    graphs = [second.record.graphs[launch.graph].file for step in second.record.steps for launch in step.launches]
+    file = next(each for each in graphs if each not in shared)
+    nodes = onnx.load(both / file, load_external_data=False).graph.node
+    name = next(node.name for node in reversed(nodes) if node.op_type == "LayerNormalization")
+    export_wrongly(both, file, name, wrong_constant)
+    finding = debug(both, tmp_path / "d", TOLERANCE, None, "onnxruntime")
+    assert finding.startswith(f"3 steps at {second.record.budget:.0%}: ")
+    assert file in finding
 
 
 def test_a_node_that_is_wrong_only_where_it_is_fused(bundle, tmp_path, monkeypatch):
