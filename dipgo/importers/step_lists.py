@@ -58,7 +58,7 @@ def read_step_list(document: Any) -> StepList | None:
     """
     if isinstance(document, dict) and "cache_step" in document:
         listed, computed = document["cache_step"], False
-    elif isinstance(document, list) and len(document) > 1 and document[:1] == [0] and document[-1:] > [1]:
+    elif isinstance(document, list) and document[:1] == [0] and type(document[-1]) is int and document[-1] > 1:
         listed, computed = document, True
     else:
         return None

@@ -165,8 +165,12 @@ class Model:
             return make_scheduler("ddim", self.scheduler)
 
     def _drawn_components(self) -> dict[str, nn.Module | None]:
-        """Return the denoiser and the VAE with random weights, and None for each component that is not there."""
+        """Return the networks that the folder has no weights of with random ones, and None for what is not there.
+
+        Text encoders draw their own, and are small: those of an architecture have its widths alone.
+        """
         import diffusers
+        import transformers
         from accelerate import init_empty_weights
 
         index = read_json(self.folder / "model_index.json", "model_index.json")
@@ -174,9 +178,13 @@ class Model:
         components: dict[str, nn.Module | None] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for buffers that a constructor draws
-            for name, (_, class_name) in sorted(entries.items()):
+            for name, (library, class_name) in sorted(entries.items()):
                 part = self.folder / name
-                if name == self.family.component or (name == "vae" and not list(part.glob("*.safetensors"))):
+                encodes = library == "transformers" and (part / "config.json").is_file()
+                if encodes and not list(part.glob("*.safetensors")):
+                    kind = getattr(transformers, class_name)
+                    components[name] = kind(kind.config_class.from_pretrained(part, local_files_only=True))
+                elif name == self.family.component or (name == "vae" and not list(part.glob("*.safetensors"))):
                     config = self.config if name == self.family.component else read_json(part / "config.json", name)
                     with init_empty_weights(include_buffers=False):
                         component = getattr(diffusers, class_name).from_config(config)

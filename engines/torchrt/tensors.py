@@ -19,6 +19,12 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
+def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
+    if reduction != "none":
+        raise Unsupported(f"with reduction {reduction}")
+    return x.index_put(tuple(indices.unbind(-1)), updates)
+
+
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     if batch_dims:
         raise Unsupported("with batch_dims")
@@ -83,6 +89,10 @@ def squeeze(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
 
 def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.expand(torch.broadcast_shapes(x.shape, tuple(shape)))
+
+
+def tile(x: Tensor, repeats: Sequence[int]) -> Tensor:
+    return x.repeat(*repeats)
 
 
 def range_(start: Sequence[int], limit: Sequence[int], step: Sequence[int]) -> Tensor:

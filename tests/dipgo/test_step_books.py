@@ -143,6 +143,8 @@ def test_lists_of_steps(tiny_dit, tmp_path):
     ("document", "message"),
     [
         ([0, 3, 2], "each larger than the last"),
+        ([0, None, 2], "each larger than the last"),
+        ([0, None], "a format that is not known"),
         ([0, 1, 9], "names step 9 of 8 steps; give the --steps it is for"),
         ({"cache_step": [0, 2]}, "step 0 is not computed in full"),
         ({"cache_step": []}, "whole numbers"),

@@ -7,6 +7,7 @@ import torch
 
 import dipgo
 from benchmarks.bench.parity import verify
+from benchmarks.bench.subjects import encodes
 from dipgo.base.errors import DipgoError
 from dipgo.base.progress import silent
 from engines.torchrt.loader import module_from_graph
@@ -18,11 +19,14 @@ from tests.checks import error, in_threads
 from tests.models import random_subnet
 
 STEPS = 4
+FLOWS = ("flux-schnell", "sd3", "sana", "cogview4")
+REGISTERED = ("dit", "sd", "sdxl", "pixart")  # the others are flows, with a sampler of their own
 
 
 def bundle(kind, layout, dtype=torch.float32):
     """Compile a random SubNet with learned backups."""
-    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, STEPS)
+    own = "ddim" if kind in REGISTERED else None
+    traced, sampler = zoo.trace(kind, dtype=dtype), zoo.sampler(kind, STEPS, own)
     return zoo.bundle(traced, sampler, random_subnet(traced, sampler, 2, 0.5, 2, 2), layout)
 
 
@@ -32,8 +36,13 @@ def given(record):
 
 def latent_and_pixels(folder, backend):
     with dipgo.load(folder, backend=backend) as program:
-        latent = program.denoise(program.noise(1, 0), program.conditions(given(program.record)))
-        return latent, program.generate(given(program.record), 0)
+        if encodes(program):
+            latent = program.denoise(program.noise(1, 0), program.conditions(given(program.record)))
+            return latent, program.generate(given(program.record), 0)
+        rng, shapes = np.random.default_rng(0), program.record.conditioning.inputs
+        embeddings = {each.name: rng.standard_normal(each.shape).astype(each.dtype) for each in shapes}
+        latent = program.denoise(program.noise(1, 0), embeddings)
+        return latent, program.decode(latent)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +63,8 @@ def test_every_layout_agrees(dit, layout):
         ("sd", torch.float32, "segment", 1e-4),
         pytest.param("sdxl", torch.float32, "signature", 1e-4, marks=pytest.mark.slow),
         ("pixart", torch.float16, "step", 2e-2),
+        ("flux", torch.float32, "signature", 1e-4),
+        *(pytest.param(kind, torch.float32, "signature", 1e-4, marks=pytest.mark.slow) for kind in FLOWS),
     ],
 )
 def test_every_family_agrees(kind, dtype, layout, tolerance):

@@ -65,12 +65,12 @@ class Bundles:
             names = ["bundle.json"] * 8 + ["tables.safetensors"] * 3 + sorted(path.name for path in bundle.iterdir())
             path = bundle / rng.choice(names)
             if rng.random() < 0.05:
-                graphs = [path for path in sorted(bundle.glob("*.onnx")) if path.is_file() and not path.is_symlink()]
+                graphs = [path for path in sorted(bundle.glob("*.onnx")) if _is_small(path)]
                 first, second = rng.choice(graphs).read_bytes(), rng.choice(graphs)
                 path = rng.choice(graphs)
                 path.write_bytes(second.read_bytes())
                 second.write_bytes(first)
-            elif path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28:
+            elif _is_small(path):
                 mutations.change_file(rng, path)
         if rng.random() < 0.75:
             mutations.reseal(bundle)
@@ -93,6 +93,11 @@ class Bundles:
             latent = program.denoise(noise, conditions)
             if record.decoder or program.makes_pixels:
                 program.decode(latent)
+
+
+def _is_small(path: Path) -> bool:
+    """Whether a file is one, and no mutation before has made it larger than can be read."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28
 
 
 @dataclass(frozen=True)
