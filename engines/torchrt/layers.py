@@ -88,7 +88,9 @@ def layer_normalization(
     return F.layer_norm(x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), epsilon)
 
 
-def rms_normalization(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Tensor:
+def rms_normalization(
+    x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Tensor:
     _in_float32(stash_type)
     shape = list(x.shape[axis:])
     return F.rms_norm(x, shape, scale.to(x.dtype).expand(shape), epsilon)
