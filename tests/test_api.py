@@ -85,6 +85,7 @@ def test_the_command_line_imports_nothing_from_the_working_directory(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_stored_counts_are_those_of_the_models():
     facts = read_facts()
     assert list(facts.models) == [*built_in(), *architectures()]

@@ -132,7 +132,8 @@ def test_prompts_are_benched_in_half_precision(tmp_path):
     assert all(prompt in page for prompt in PROMPTS)
 
 
-@pytest.mark.parametrize("kind", ["dit", pytest.param("sd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dit", "sd"])
 def test_a_denoiser_alone_is_benched_on_its_latents(kind, tmp_path):
     """Without a decoder in the bundle, the pipeline in torch leaves its own out too."""
     traced, sampler = zoo.trace(kind), zoo.sampler(kind, 4, None)

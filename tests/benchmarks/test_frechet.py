@@ -37,6 +37,7 @@ def test_intervals_are_as_wide_as_distances_scatter():
     assert np.mean(within) == pytest.approx(0.83, abs=0.08)
 
 
+@pytest.mark.slow
 def test_real_digits_are_nearer_to_real_digits_than_noise_is():
     digits, _ = load_digits("train")
     images = (digits[:200].permute(0, 2, 3, 1).numpy() + 1) / 2

@@ -136,7 +136,7 @@ def test_a_pipeline_in_half_precision_is_a_copy():
     assert cast_pipeline(sdxl, torch.float16).vae is sdxl.vae  # its pipeline decodes in float32
 
 
-@pytest.mark.parametrize("short", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("short", zoo.some([("fp32",), ("fp16",)], {}))
 def test_random_weights_are_verified_by_embeddings(short, tmp_path):
     """An architecture: no weights, no text encoder, in the pipeline's folder."""
     folder = tmp_path / "model"

@@ -46,6 +46,7 @@ def test_a_path_goes_where_the_velocity_bends():
     assert best_path(latents, levels, 4) == min(paths, key=error)
 
 
+@pytest.mark.slow
 def test_rows_fit_the_budget_and_are_there_for_flows_alone():
     task = zoo.task("flux", STEPS, sites="layer")
     levels = noise_levels(task)

@@ -64,6 +64,7 @@ def test_every_row_is_there_at_the_budget(judge):
     assert all(cell.macs_ratio <= BUDGET + 0.1 for cell in found.values())
 
 
+@pytest.mark.slow
 def test_policies_of_an_earlier_table_are_not_judged_again(judge):
     ours = searched("layer")
     record = read_table(next(Path("benchmarks/results").glob("search-digits*.json")))

@@ -63,6 +63,7 @@ def test_seconds_are_put_together():
     assert effort_of(search_config(6, 0.5, backup_iterations=0), 0.5, 3).iterations == 0
 
 
+@pytest.mark.slow
 def test_the_pace_of_a_search_is_measured_setting_by_setting(tmp_path, capsys):
     words = [zoo.pipeline("sd"), "--steps", "4", "--budget", "0.6", "--precision", "fp32,bf16", "--batch", "1"]
     search_pace([*words, "-o", str(tmp_path / "pace.json")])

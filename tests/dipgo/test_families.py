@@ -24,7 +24,7 @@ PROMPTS = ["a cat", "two dogs in the rain"]
 KINDS = [
     "sd",
     "sd-v",
-    "lcm",
+    pytest.param("lcm", marks=pytest.mark.slow),
     "sdxl",
     "pixart",
     "pixart-1024",

@@ -263,7 +263,7 @@ def test_full_steps_are_deepcache_s():
         assert full_steps(*settings) == expected
 
 
-@pytest.mark.parametrize("branch", [0, 1, 3])
+@pytest.mark.parametrize("branch", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_deepcache_computes_what_deepcache_computes(branch, unet, branches):
     """Against the package in the diffusers pipeline itself."""
     helpers = pytest.importorskip("DeepCache")

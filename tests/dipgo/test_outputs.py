@@ -98,6 +98,7 @@ def test_outputs_are_refused_before_the_search(tiny_dit, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_resumed_search_is_of_this_version_and_replaces_weights_that_a_kill_left(tiny_dit, tmp_path):
     """What another version judged and counted may be numbered otherwise here."""
     folder, output = tmp_path / "run", tmp_path / "s.json"
@@ -127,6 +128,7 @@ def test_a_damaged_profile_of_a_run_is_one_line(tiny_dit, tmp_path):
         ask(tiny_dit, tmp_path / "s.json", cost="latency", run_folder=folder, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_search_by_latency_keeps_its_profile(tiny_dit, tmp_path, monkeypatch):
     """Measured again the times would be others, and the run another."""
     measured = []

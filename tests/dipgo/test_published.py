@@ -61,7 +61,7 @@ def test_the_facts_of_the_published_subnet(published):
     assert "20.00% of 338.83 G a call as published" in summary(published)
 
 
-@pytest.mark.parametrize("form", ["pickle", "fact sheet"])
+@pytest.mark.parametrize("form", ["pickle", pytest.param("fact sheet", marks=pytest.mark.slow)])
 def test_importing_what_was_published_gives_the_shipped_subnet(form, published, sd15, tmp_path):
     """The pickle is built with torch, as the public code builds it."""
     keep = np.array([[step in COMPUTED for _ in PAPER] for step in range(50)])
@@ -170,6 +170,7 @@ def test_but_for_one_block_it_is_ddim_in_ten_steps(small, start, published):
     assert relative(own, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_search_on_it_fits_40_gb(sd15):
     """Block sites, 50 steps, 512x512, one image with guidance, a loss on the decoded image."""
     pruner = 37_852_676  # parameters of the public code's pruner for these 450 gates

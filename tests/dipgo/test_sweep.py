@@ -52,6 +52,7 @@ def test_sweep_answers_from_the_largest_budget_on_and_meets_every_one(swept):
     assert "backups learned" in names
 
 
+@pytest.mark.slow
 def test_the_better_half_of_the_contenders_learns_on(task):
     config = TINY.changed(contenders=6, trial_iterations=2, backup_iterations=9)
     scores = next(sweep(task, config)).search.held_out_psnr_db

@@ -8,15 +8,15 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import dipgo
+from tests import zoo
 from tests.checks import error, misused
 from tests.engines.dropin import STEPS, compiled
 
 KINDS = ["sd", "dit", "sdxl", "pixart", "unconditional"]  # the first gives way where only a height is given
-OBSERVED = ["flux", "sd3", "cogview4"]
 WHOLE = ("sd", "unconditional", "flux", "sd3")
 
 
-@pytest.fixture(params=KINDS + OBSERVED)
+@pytest.fixture(params=[*KINDS, "flux", "cogview4", pytest.param("sd3", marks=pytest.mark.slow)])
 def made(request):
     return compiled(request.param, request.param in WHOLE)
 
@@ -50,7 +50,7 @@ def test_images_are_those_of_the_gated_pipeline(made):
     assert np.array_equal(made.call(made.pipe), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", zoo.some([(kind,) for kind in KINDS[1:]], {("dit",), ("unconditional",)}))
 def test_other_requests_are_refused_before_they_run(kind):
     made = compiled(kind, kind in WHOLE)
     changes = {

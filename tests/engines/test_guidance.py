@@ -47,6 +47,7 @@ def test_no_guidance_is_the_conditional_pass(scale):
         assert error(made.call(pipe, guidance_scale=scale), expected) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_rescale_is_chosen_where_the_search_had_one(tmp_path):
     task = zoo.task("sd", 4, guidance=GuidanceScale(5.5, 0.5))
     subnet = models.random_subnet(task.trace, task.sampler, seed=1, terms=2, channels=1)

@@ -8,7 +8,7 @@ from tests.checks import error, misused
 from tests.engines.dropin import compiled
 
 
-@pytest.fixture(scope="module", params=["flux", "flux-schnell", "sd3"])
+@pytest.fixture(scope="module", params=["flux", pytest.param("flux-schnell", marks=pytest.mark.slow), "sd3"])
 def made(request):
     return compiled(request.param)
 
