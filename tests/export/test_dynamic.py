@@ -52,9 +52,7 @@ class Case:
             return self.pipe(given, generator=torch.Generator().manual_seed(seed), **options).images
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name == "sdxl" else name for name in CASES]
-)
+@pytest.fixture(scope="module", params=zoo.some([(name,) for name in CASES], {("dit",)}))
 def case(request):
     *arguments, requests = CASES[request.param]
     return Case(request.param, *arguments), requests
