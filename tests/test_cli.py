@@ -181,6 +181,7 @@ def test_settings_are_shown_with_their_meaning():
         assert code == 0
         for name in SearchConfig.SETTINGS:
             assert re.search(rf"^  {name} = .+\n      \w", out, re.MULTILINE), name
+        assert re.search(r"^  batch = 8 .*; 4 with --preset gpu; 1 with --method paper$", out, re.MULTILINE)
 
 
 def test_verify_ends_in_a_verdict(bundle, monkeypatch):

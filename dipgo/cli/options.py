@@ -83,11 +83,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def settings_text(kind: type[Config]) -> str:
-    """Return a text on the fields that ``--set`` changes: default, bounds, meaning."""
-    lines = ["Settings, for --set NAME=VALUE; a preset and the paper's method change some defaults."]
+    """Return a text on the fields that ``--set`` changes: default, bounds, other defaults, meaning."""
+    lines, others = ["Settings, for --set NAME=VALUE."], getattr(kind, "OTHER_DEFAULTS", {})
     for name in _through_set(kind):
         field = kind.model_fields[name]
-        lines.append(f"  {name} = {_default(field) or 'none'}{_bounds(field)}")
+        changed = [f"{values[name]} with {flag}" for flag, values in others.items() if name in values]
+        lines.append("; ".join([f"  {name} = {_default(field) or 'none'}{_bounds(field)}", *changed]))
         lines += wrap(field.description or "", 78, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 

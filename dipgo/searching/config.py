@@ -212,6 +212,11 @@ class SearchConfig(TaskConfig, Settings):
 
     SETTINGS: ClassVar[frozenset[str]] = frozenset(Settings.model_fields)
     """On the command line these go through ``--set``."""
+    OTHER_DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
+        **{f"--preset {name}": values for name, values in PRESETS.items()},
+        **{f"--method {name}": values for name, values in METHODS.items()},
+    }
+    """Of settings, by the option that changes them."""
     RECORDED_AS_FOUND: ClassVar[frozenset[str]] = frozenset(
         {*TaskConfig.model_fields, "steps", "budget", "cost", "method", "seed", "prompts", "classes", "start"}
     )
