@@ -19,17 +19,12 @@ _DPCACHE = "sglang-dpcache-schedule-v2"
 
 
 def whole_steps(subnet: SubNet, tool: str) -> np.ndarray:
-    """Return which steps are computed, bool ``[steps]``, of a schedule that skips whole steps.
+    """Return which calls of the denoiser are computed, bool ``[calls]``, of a schedule that skips whole steps.
 
     Raises:
-        DipgoError: a step that computes some of the sites, or a solver that calls the denoiser twice at a step.
+        DipgoError: a step that computes some of the sites.
     """
     gates = subnet.gates
-    if subnet.calls != subnet.sampler.steps:
-        raise DipgoError(
-            f"{subnet.sampler.class_name} makes {subnet.calls} calls in {subnet.sampler.steps} steps, and {tool} has "
-            "one entry per step; search with a sampler that makes one call per step"
-        )
     partial = np.flatnonzero(gates.any(axis=1) & ~gates.all(axis=1))
     if len(partial):
         step = int(partial[0])
@@ -40,7 +35,7 @@ def whole_steps(subnet: SubNet, tool: str) -> np.ndarray:
 
 
 def cache_dit(subnet: SubNet) -> dict[str, Any]:
-    """Return the arguments of cache-dit's ``DBCacheConfig`` that a schedule of whole steps is.
+    """Return the arguments of cache-dit's ``DBCacheConfig`` that a schedule of whole steps is; it counts calls.
 
     Raises:
         DipgoError: a schedule that skips less than steps.
@@ -66,6 +61,11 @@ def sglang_dpcache(subnet: SubNet, like: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: ``like`` is no such schedule.
     """
     mask = whole_steps(subnet, "DPCache")
+    if len(mask) != subnet.sampler.steps:
+        raise DipgoError(
+            f"{subnet.sampler.class_name} makes {len(mask)} calls in {subnet.sampler.steps} steps, and DPCache has one "
+            "entry per step; search with a sampler that makes one call per step"
+        )
     request = like["request"] if isinstance(like.get("request"), dict) else {}
     if like.get("schema") != _DPCACHE or not isinstance(request.get("timesteps"), list):
         raise UsageError(f"--like is to be a schedule that SGLang planned, of schema {_DPCACHE}")

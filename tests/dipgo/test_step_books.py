@@ -10,7 +10,7 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.eager.gating import gated
 from dipgo.importers.importer import apply, import_subnet, read_schedule
 from dipgo.importers.invardiff import read_invardiff
-from dipgo.importers.writers import cache_dit, deepcache, sglang_dpcache, whole_steps
+from dipgo.importers.writers import cache_dit, deepcache, sglang_dpcache
 from dipgo.schedule.subnet import save_subnet
 from tests import zoo
 from tests.checks import error, refused
@@ -221,8 +221,10 @@ def test_what_cannot_be_said_so_is_refused(tiny_dit, tmp_path):
         cache_dit(partial)
     with refused("is none"):
         deepcache(partial)
+    twice = subnet_of([1, 1, 0, 1, 0, 1], tiny_dit, tmp_path, steps=6, sampler="pndm")
+    assert cache_dit(twice)["steps_computation_mask"] == [1, 1, 1, 0, 1, 0, 1]
     with refused("makes 7 calls in 6 steps"):
-        whole_steps(subnet_of([1, 1, 0, 1, 0, 1], tiny_dit, tmp_path, steps=6, sampler="pndm"), "x")
+        sglang_dpcache(twice, like(twice))
     short = subnet_of([1, 0, 1, 1, 0, 1], tiny_dit, tmp_path)
     for given, kind, message in (
         (like(short), DipgoError, "computes the first two"),
