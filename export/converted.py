@@ -99,8 +99,8 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
             extra[decoder.file] = graph
         text = _text(model, sizes, dtype, parts)
         if text is not None:
-            graph, encoder, tokenizers = text
-            extra[encoder.file] = graph
+            graphs, encoder, tokenizers = text
+            extra |= graphs
     inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.condition_names]
     conditioning = ConditioningRecord(
         kind=model.family.conditioned_by,

@@ -21,7 +21,7 @@ from export.axes import shape_at
 from export.graphs import GraphRecord, PrologueRecord, Signature, Size, TensorRecord
 
 if TYPE_CHECKING:
-    from export.bundle import BundleRecord, SlotRecord
+    from export.bundle import BundleRecord, SlotRecord, TextRecord
 
 Problems = Iterator[str]
 Tables = Mapping[str, np.ndarray]
@@ -230,8 +230,10 @@ class _Program:
 
     def prompts(self) -> Problems:
         encoder = self.record.conditioning.encoder
-        if encoder is None:
-            return
+        for way in encoder.ways if encoder else ():
+            yield from self._prompts(way)
+
+    def _prompts(self, encoder: TextRecord) -> Problems:
         inputs = {tensor.name: self.value(tensor) for tensor in encoder.inputs}
         lengths: dict[str, int] = {}
         for tokenizer in encoder.tokenizers:
@@ -303,7 +305,9 @@ class _Program:
 
 def _files(record: BundleRecord, signatures: Mapping[str, Signature]) -> Problems:
     graphs = len(record.graphs) + len(record.prologues)
-    graphs += (record.conditioning.encoder is not None) + (record.decoder is not None)
+    graphs += (len(record.conditioning.encoder.ways) if record.conditioning.encoder else 0) + (
+        record.decoder is not None
+    )
     if len(record.tensors) != graphs:
         yield "two graphs have one file"
     for file, signature in signatures.items():

@@ -41,7 +41,8 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     for part, value in index.items():
         if part in accepted:
             library, kind = component_class(index, part)
-            parts[part] = _component(folder, part, library, kind) if isinstance(value, list) else value
+            is_part = bool(kind) or value == [None, None]  # else an option, such as a list of layers
+            parts[part] = _component(folder, part, library, kind) if is_part else value
     if "scheduler" in accepted:
         parts["scheduler"] = _scheduler(folder, component_class(index, "scheduler")[1])
     missing = [each for each, option in accepted.items() if each not in parts and option.default is option.empty]
@@ -77,13 +78,13 @@ def _like(name: str, part: Any) -> Any:
     if type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
         return None
     config: Any = part.config
-    return _empty(name, type(part), config.to_dict() if hasattr(config, "to_dict") else config)
+    return _empty(type(part), config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _empty(name: str, kind: Any, config: Mapping[str, Any]) -> nn.Module:
-    """Return a network without weights; of a text encoder a stand-in."""
+def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a network without weights; of one that reads tokens a stand-in."""
     module: nn.Module = empty_module(kind, config)
-    if name.startswith("text_encoder") and kind.__module__.startswith("transformers."):
+    if kind.__module__.startswith("transformers.") and "input_ids" in signature(kind.forward).parameters:
         text_stand_in(module)
     return module
 
@@ -107,7 +108,7 @@ def _component(folder: Path, part: str, library: str, class_name: str) -> Any:
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
-        return _empty(part, kind, read_object(place / "config.json", f"configuration of the {part}"))
+        return _empty(kind, read_object(place / "config.json", f"configuration of the {part}"))
     except ImportError as error:
         raise UsageError(f"{place}: {one_line(error)}") from error
     except DipgoError:

@@ -44,6 +44,8 @@ class Prompting:
         fixed: ``(denoiser config, pixels a side of the latent's cell) -> conditions, one row``, which do not depend on
             the prompt.
         prefixes: what stands before parameters' names in checkpoints of an older transformers.
+        side: on which prompts are padded; None leaves it to the tokenizer.
+        negative: how negative prompts are read, and the empty one in their place; None is as prompts are.
     """
 
     encoders: tuple[str, ...]
@@ -64,6 +66,8 @@ class Prompting:
     zeros: str | None = None
     fixed: Callable[[Mapping[str, Any], int], Conditions] = field(default=lambda config, vae_scale: {})
     prefixes: tuple[str, ...] = ()
+    side: Literal["right", "left"] | None = None
+    negative: Prompting | None = None
 
 
 @dataclass(frozen=True)

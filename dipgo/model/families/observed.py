@@ -79,8 +79,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         return seen.decoding(latents)
 
     def under(scale: float, pixels: tuple[int, int] | None) -> Family:
-        asked = seen.asked if pixels in (None, seen.size) else pixels
-        return family_of_observed(pipe, component, Request(scale, asked))
+        return family_of_observed(pipe, component, Request(scale, pixels or seen.size))
 
     return Family(
         denoiser_class=denoiser_class,

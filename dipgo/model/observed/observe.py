@@ -49,10 +49,9 @@ def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> 
     assert request.size is not None
     assert seen.size is not None
     scaled = [side * side / made for side, made in zip(request.size, seen.size, strict=True)]
-    if "use_resolution_binning" not in signature(type(pipe).__call__).parameters:
-        other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
-        if other.size == request.size:
-            return other
+    other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
+    if other.size == request.size:
+        return other
     made, asked = ("x".join(map(str, size)) for size in (seen.size, request.size))
     raise UsageError(f"{type(pipe).__name__} makes images of {made} where {asked} are asked for; give --size {made}")
 

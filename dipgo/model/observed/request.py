@@ -36,11 +36,12 @@ class Request:
             "num_inference_steps": self.steps,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
+            "use_resolution_binning": False,  # images are of the size that is asked for
         }
         if tokens_of(pipe) < own_tokens_of(pipe):
             given["max_sequence_length"] = tokens_of(pipe)
         if self.size:
-            given |= {"height": self.size[0], "width": self.size[1]}
+            given |= {"height": self.size[0], "width": self.size[1], "max_area": self.size[0] * self.size[1]}
         if self.guidance is not None:
             given[scale] = float(self.guidance)
             given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)
@@ -62,14 +63,16 @@ def guidance_argument(pipe: Any, component: str) -> str:
 
 
 def tokens_of(pipe: Any) -> int:
-    """Return how many tokens a pipeline's texts have at most: as many as by default, or T5's own limit.
+    """Return how many tokens a pipeline's texts have at most: as many as by default, or a limit of T5's or CogVideoX's.
 
     A folder whose T5 takes shorter texts says so in its tokenizer's ``model_max_length``. Other tokenizers do not
-    count: that of CLIP beside T5 has a length of its own, and those of language models say what these can read.
+    count: that of CLIP beside T5 has a length of its own, and those of language models say what these can read. A
+    denoiser whose table of positions is for fewer texts says so in its configuration.
     """
     parts = getattr(pipe, "components", {}).values()
     limits = [part.model_max_length for part in parts if part.__class__.__name__.startswith("T5Tokenizer")]
-    return min([own_tokens_of(pipe), *limits])
+    tables = (getattr(getattr(part, "config", None), "max_text_seq_length", None) for part in parts)
+    return min([own_tokens_of(pipe), *limits, *(length for length in tables if length)])
 
 
 def own_tokens_of(pipe: Any) -> int:
