@@ -31,8 +31,9 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
         index: content of ``model_index.json``.
         config: the denoiser's configuration.
     """
+    own = {"motion_adapter"} if component_class(index, "unet")[1] == "UNetMotionModel" else set()  # in the UNet already
     for entry, what in _ADD_ONS.items():
-        if component_class(index, entry)[0]:
+        if entry not in own and component_class(index, entry)[0]:
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")

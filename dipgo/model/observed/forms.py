@@ -8,8 +8,9 @@ of one length; its ``forward`` computes on them what the class does on its own. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 from unittest import mock
@@ -158,6 +159,48 @@ def _ids(starts: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.stack([grid, down.expand_as(grid), along.expand_as(grid)], dim=-1).flatten(1, 3)
 
 
+_LATTE_TOKENS = 120  # of every prompt, before its pipeline cuts it
+
+
+def _read_latte(arguments: Arguments, tokens: int) -> Arguments:
+    text, mask = padded(arguments["encoder_hidden_states"], arguments.get("text_mask"), _LATTE_TOKENS)
+    return arguments | {"encoder_hidden_states": text, "text_mask": mask}
+
+
+def _latte(denoiser: Any, text_mask: torch.Tensor, **arguments: Any) -> Any:
+    """Latte, whose blocks take a mask of the text that its pipeline cuts; a row for each frame."""
+    frames = arguments["hidden_states"].shape[2]
+    bias = (1 - text_mask.to(arguments["encoder_hidden_states"].dtype))[:, None] * -10_000.0
+    bias = bias[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
+    return _own_forward(denoiser, **arguments | {"encoder_attention_mask": bias})
+
+
+def _read_hidream(arguments: Arguments, tokens: int) -> Arguments:
+    layers = arguments.get("encoder_hidden_states_llama3")
+    if layers is None:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "encoder_hidden_states_llama3"}
+    return others | {"llama3_layers": layers.transpose(0, 1)}
+
+
+def _hidream(denoiser: Any, llama3_layers: torch.Tensor, **arguments: Any) -> Any:
+    """HiDream, which takes the layers of its text before the rows, and sorts tokens by the experts that they go to."""
+    with ExitStack() as stack:
+        for module in denoiser.modules():
+            if hasattr(module, "moe_infer"):
+                stack.enter_context(mock.patch.object(module, "moe_infer", partial(_by_all_experts, module)))
+        return _own_forward(denoiser, encoder_hidden_states_llama3=llama3_layers.transpose(0, 1), **arguments)
+
+
+def _by_all_experts(module: Any, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return what the experts of each token make of it; all see all tokens ``[n, width]``."""
+    chosen = module.num_activated_experts
+    shares = torch.zeros(x.shape[0], len(module.experts), dtype=weights.dtype, device=x.device)
+    shares = shares.scatter(1, experts.view(-1, chosen), weights.view(-1, chosen))
+    parts = [expert(x) * shares[:, k : k + 1].to(x.dtype) for k, expert in enumerate(module.experts)]
+    return torch.stack(parts).sum(0)
+
+
 _LANE = 32  # tokens, of which Z-Image's sequences are made up
 
 
@@ -219,6 +262,8 @@ _OWN = Form()
 FORMS: Mapping[str, Form] = {
     "BriaFiboTransformer2DModel": Form(read=_read_fibo),
     "ChromaTransformer2DModel": Form(forward=_chroma),
+    "HiDreamImageTransformer2DModel": Form(_read_hidream, _hidream),
+    "LatteTransformer3DModel": Form(_read_latte, _latte),
     "Lumina2Transformer2DModel": Form(forward=_lumina),
     "QwenImageTransformer2DModel": Form(read=_read_qwen),
     "ZImageTransformer2DModel": Form(_read_z_image, _z_image, listed=True),

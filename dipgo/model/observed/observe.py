@@ -8,6 +8,7 @@ together again and compared with the latents that the pipeline itself had: what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -21,7 +22,7 @@ from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
 from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
-from dipgo.model.observed.watch import Log, Watch, watch
+from dipgo.model.observed.watch import Call, Log, Watch, watch
 
 
 def observe(pipe: Any, component: str, request: Request) -> Observation:
@@ -70,13 +71,18 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     first = seen(10**6)
     if not first.steps or not first.calls or not first.drawn:
         raise UsageError(f"{name} draws no noise, or calls neither denoiser nor scheduler as others do; not supported")
-    prompt, seed, scale, both = (
+    prompt, seed, scale = (
         seen(1, prompts=PROMPTS[1:]),
         seen(1, seed=1),
         seen(1, guidance=_another(request.guidance)),
-        seen(1, prompts=PROMPTS),
     )
     calls = first.calls_of(0)
+    if _rows(scale.calls_of(0)) != _rows(calls):  # guidance from just there on
+        scale = first
+    try:
+        both = seen(1, prompts=PROMPTS)
+    except UsageError:  # it takes one at a time
+        both = None
     latent = first.steps[0].latent
     try:
         if any(len(first.calls_of(step)) != len(calls) for step in range(len(first.steps))):
@@ -95,7 +101,7 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
             prompt=_leaves(prompt.calls[0], calls[0]),
             seed=_leaves(seed.calls[0], calls[0]),
             scale=_leaves(scale.calls[0], calls[0]),
-            both=_leaves(both.calls[0], None),
+            both=_leaves(both.calls[0], None) if both else None,
             latents=[step.latent for step in first.steps],
         )
         template = Template(pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, 2 if guide.batched else 1))
@@ -151,6 +157,10 @@ def _leaves(call: Any, like: Any) -> list[Any]:
     if like is not None and tree != pytree.tree_flatten(like.arguments)[1]:
         raise UsageError("the arguments of its denoiser change their structure")
     return leaves
+
+
+def _rows(calls: Sequence[Call]) -> list[int]:
+    return [len(call.output) for call in calls]
 
 
 def _another(scale: float) -> float:

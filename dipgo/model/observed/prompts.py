@@ -96,15 +96,15 @@ class _Texts:
 def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Probed) -> Prompting:
     """Return how prompts, or negative ones, are read, after reading some that way."""
     name = type(pipe).__name__
-    call = probed.short.call_on(PROBE)
-    if call is None:
+    calls = probed.short.calls_on(PROBE)
+    if not calls:
         raise UsageError(f"{name} gives encode_prompt no prompt")
-    own = [each for each in probed.short.readings[call] if each.has_probe]
-    long = probed.long.readings[call]
+    own = [each for call in calls for each in probed.short.readings[call] if each.has_probe]
+    long = [each for call in calls for each in probed.long.readings[call]]
     fixed = [each for each in own if any((each.tokenizer, each.ids.shape) == (b.tokenizer, b.ids.shape) for b in long)]
     ways = [lambda: (*_gathered(pipe, seen, wanted, own, probed), "right")]
     if fixed and {each.tokenizer for each in own} == {each.tokenizer for each in fixed}:
-        ways.insert(0, lambda: (*_traced(pipe, _Texts.of(fixed), wanted, probed.short, call), None))
+        ways.insert(0, lambda: (*_traced(pipe, _Texts.of(fixed), wanted, probed.short, calls), None))
     for last in (False, True)[-len(ways) :]:
         try:
             texts, encode, side = ways.pop(0)()
@@ -169,9 +169,10 @@ def _tokens(
     return [each.input_ids for each in made], [each.attention_mask for each in made]
 
 
-def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, call: int) -> tuple[_Texts, Encode]:
+def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, calls: Sequence[int]
+) -> tuple[_Texts, Encode]:
     """Return the pipeline's ``encode_prompt`` around token ids."""
-    leaves = pytree.tree_leaves(reads.results[call])
+    leaves = pytree.tree_leaves([reads.results[call] for call in calls])
     places = []
     for each in wanted:
         found = (_Place.of(k, leaf, reads.conditions[each]) for k, leaf in enumerate(leaves))
@@ -179,7 +180,7 @@ def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, call:
         if place is None:
             raise UsageError(f"{type(pipe).__name__} makes '{each}' of more than the prompt's encoding")
         places.append(place)
-    arguments, encoders = reads.arguments[call], _encoders(type(pipe).__name__, pipe, texts)
+    arguments, encoders = [reads.arguments[call] for call in calls], _encoders(type(pipe).__name__, pipe, texts)
 
     def encode(
         modules: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
@@ -202,7 +203,9 @@ def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, call:
             stack.enter_context(answered(pipe, answer))
             for attribute, module in zip(encoders, modules, strict=True):
                 stack.enter_context(mock.patch.object(pipe, attribute, module))
-            made = pytree.tree_leaves(pipe.encode_prompt(**{key: one_each(each) for key, each in arguments.items()}))
+            made = pytree.tree_leaves(
+                [pipe.encode_prompt(**{key: one_each(each) for key, each in given.items()}) for given in arguments]
+            )
         return tuple(place.take(made) for place in places)
 
     return texts, encode
@@ -251,28 +254,36 @@ def _options(reads: Reads, encoder: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a condition comes from: a result of ``encode_prompt``, then so many entries of one value along axis 1."""
+    """Where a condition comes from: a result of ``encode_prompt``, then so many entries of one value along axis 1.
+
+    Attributes:
+        shape: of a row of the condition.
+    """
 
     number: int
+    shape: tuple[int, ...]
     more: int = 0
     value: float = 0.0
 
     @staticmethod
     def of(number: int, leaf: Any, own: torch.Tensor) -> _Place | None:
         """Return the place of a condition ``[1, …]`` where this result makes it up."""
-        if _is(leaf, own):
-            return _Place(number)
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim != own.ndim or leaf.ndim < 2:
+        shape = tuple(own.shape[1:])
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        if leaf.numel() == own.numel() and len(leaf) == 1 and torch.equal(leaf.to(own.dtype).flatten(), own.flatten()):
+            return _Place(number, shape)
+        if leaf.ndim != own.ndim or leaf.ndim < 2:
             return None
         head, tail = own[:, : leaf.shape[1]], own[:, leaf.shape[1] :]
         if not tail.numel() or not _is(leaf, head) or not bool((tail == tail.flatten()[0]).all()):
             return None
-        return _Place(number, tail.shape[1], float(tail.flatten()[0]))
+        return _Place(number, shape, tail.shape[1], float(tail.flatten()[0]))
 
     def take(self, results: Sequence[Any]) -> torch.Tensor:
         result: torch.Tensor = results[self.number]
         if not self.more:
-            return result
+            return result.reshape(-1, *self.shape)
         shape = (result.shape[0], self.more, *result.shape[2:])
         return torch.cat([result, torch.full(shape, self.value, dtype=result.dtype)], dim=1)
 

@@ -59,10 +59,10 @@ class Reads:
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
     other: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def call_on(self, prompt: str) -> int | None:
-        """Return which call of ``encode_prompt`` was given a prompt."""
+    def calls_on(self, prompt: str) -> list[int]:
+        """Return which calls of ``encode_prompt`` were given a prompt: some pipelines make one for each encoder."""
         words = [[str(value) for value in given.values()] for given in self.arguments]
-        return next((k for k, given in enumerate(words) if any(prompt in word for word in given)), None)
+        return [k for k, given in enumerate(words) if any(prompt in word for word in given)]
 
 
 Answer = Callable[[str, Any, Mapping[str, Any]], Any]

@@ -113,7 +113,7 @@ class Views:
         steps: of every step of one run.
         passes: of every call in its first step.
         prompt: of another prompt; ``seed``: of another seed; ``scale``: of another guidance scale.
-        both: of two images at once.
+        both: of two images at once; None where the pipeline makes one alone.
         latents: of every step, as the scheduler has them.
     """
 
@@ -123,7 +123,7 @@ class Views:
     prompt: Sequence[Any]
     seed: Sequence[Any]
     scale: Sequence[Any]
-    both: Sequence[Any]
+    both: Sequence[Any] | None
     latents: Sequence[torch.Tensor]
 
 
@@ -149,7 +149,8 @@ def _role(views: Views, place: int, rows: int) -> Role:
             raise UsageError(f"it passes '{name}', which changes from step to step")
         if not same(first, views.seed[place]):
             raise UsageError(f"it passes '{name}', which is drawn")
-        by_row = first.ndim > 0 and len(first) == rows and len(views.both[place]) == 2 * rows
+        by_row = first.ndim > 0 and len(first) == rows
+        by_row = by_row and (views.both is None or len(views.both[place]) == 2 * rows)
         halves = by_row and rows == 2 and not same(first[0], first[1])
         if halves or any(not same(first, other) for other in others):
             if not by_row:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 from unittest import mock
@@ -121,10 +122,18 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         except UsageError as error:
             raise UsageError(f"{type(pipe).__name__} is not supported: {error}") from error
         except Exception as error:  # whatever a pipeline may raise
-            name, reason = type(pipe).__name__, one_line(error)
+            name, reason = type(pipe).__name__, _reason(error)
             pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
             raise UsageError(f"{name} cannot be run here ({reason}){pictures}") from error
     return log
+
+
+def _reason(error: Exception) -> str:
+    """Return what a pipeline says of itself; where it imported a package only if that is there, which."""
+    package = error.name if isinstance(error, NameError) else None
+    if package and package.islower() and not find_spec(package):
+        return f"it needs the package {package}: pip install {package}"
+    return one_line(error)
 
 
 def plain(value: Any) -> Any:
