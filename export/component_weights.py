@@ -18,6 +18,7 @@ from export.components import LIBRARIES, VAE, class_of, component_dtype, empty_c
 from export.onnx.weights import Weights, bind, cast
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of the weights files, by library
+_ROOTS = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # of language models
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE's attention
 
 
@@ -88,7 +89,8 @@ def checkpoint_names(model: Model, module: Any, tensors: Mapping[str, Stored]) -
     """Map a component's parameters to tensors of its checkpoint, which an older library may have named.
 
     Tried in order: the name itself, that of a parameter tied to it, either with or without a prefix, and a VAE's
-    attention as it used to be called. A parameter that is nowhere is mapped to its own name.
+    attention as it used to be called, or a language model's layers below another root. A parameter that is nowhere is
+    mapped to its own name.
     """
     prompting = model.family.prompting(model.config)
     prefixes = [*(prompting.prefixes if prompting else ()), f"{getattr(module, 'base_model_prefix', '')}."]
@@ -102,6 +104,8 @@ def checkpoint_names(model: Model, module: Any, tensors: Mapping[str, Stored]) -
         for new, old in _OLD_NAMES.items():
             if part.endswith(f".{new}"):
                 forms.append(f"{part.removesuffix(new)}{old}.{leaf}")
+        rest = name.removeprefix(next(root for root in _ROOTS if name.startswith(root)))
+        forms += [f"{root}{rest}" for root in _ROOTS if rest != name]
         names[name] = next((form for form in forms if form in tensors), name)
     return names
 

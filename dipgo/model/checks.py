@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,18 @@ def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
     if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
         return entry[0], entry[1]
     return "", ""
+
+
+def class_named(library: str, class_name: str, pipeline: str) -> Any:
+    """Return a class of diffusers or transformers; None where there is none.
+
+    Some pipelines bring one that their library does not show: it stands in their module.
+    """
+    import diffusers
+
+    kind = getattr(importlib.import_module(library), class_name, None)
+    own = sys.modules.get(getattr(getattr(diffusers, pipeline, None), "__module__", ""))
+    return kind or getattr(own, class_name, None)
 
 
 def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:

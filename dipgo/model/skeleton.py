@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
-from dipgo.model.checks import component_class
+from dipgo.model.checks import class_named, component_class
 from dipgo.model.empty import empty_module
 from dipgo.model.observed.stand_ins import text_stand_in
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
@@ -42,7 +41,7 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
         if part in accepted:
             library, kind = component_class(index, part)
             is_part = bool(kind) or value == [None, None]  # else an option, such as a list of layers
-            parts[part] = _component(folder, part, library, kind) if is_part else value
+            parts[part] = _component(folder, part, library, kind, name) if is_part else value
     if "scheduler" in accepted:
         parts["scheduler"] = _scheduler(folder, component_class(index, "scheduler")[1])
     missing = [each for each, option in accepted.items() if each not in parts and option.default is option.empty]
@@ -83,8 +82,10 @@ def _like(name: str, part: Any) -> Any:
 
 def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     """Return a network without weights; of one that reads tokens a stand-in."""
+    from transformers import PreTrainedModel
+
     module: nn.Module = empty_module(kind, config)
-    if kind.__module__.startswith("transformers.") and "input_ids" in signature(kind.forward).parameters:
+    if issubclass(kind, PreTrainedModel) and "input_ids" in signature(kind.forward).parameters:
         text_stand_in(module)
     return module
 
@@ -98,11 +99,11 @@ def _scheduler(folder: Path, class_name: str) -> Any:
         return make_scheduler("ddim", own)
 
 
-def _component(folder: Path, part: str, library: str, class_name: str) -> Any:
+def _component(folder: Path, part: str, library: str, class_name: str, pipeline: str) -> Any:
     place = folder / part
     if library not in ("diffusers", "transformers") or not place.is_dir() or part == "scheduler":
         return None
-    kind = getattr(importlib.import_module(library), class_name, None)
+    kind = class_named(library, class_name, pipeline)
     if kind is None:
         raise UsageError(f"{place}: a {class_name}, which the installed {library} does not have; install a newer one")
     try:

@@ -21,6 +21,7 @@ from torch import nn
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.observation import Observation
 from dipgo.model.observed.reading import Reads, encoders_of, read
+from dipgo.model.observed.stand_ins import text_output
 
 _MOST_BLOCKS = 256
 _QUESTIONS = ("encoder", "layer", "token", "column")
@@ -174,8 +175,6 @@ def _answering(encoder: nn.Module, number: int, question: str) -> Iterator[None]
     width, layers = size_of(encoder)
 
     def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         shape = (*input_ids.shape, width)
 
         def states(layer: int) -> torch.Tensor:
@@ -188,9 +187,7 @@ def _answering(encoder: nn.Module, number: int, question: str) -> Iterator[None]
             return answers[question]()
 
         every = tuple(states(layer) for layer in range(layers + 1))
-        return BaseModelOutputWithPooling(
-            last_hidden_state=states(-1), pooler_output=torch.zeros(len(input_ids), width), hidden_states=every
-        )
+        return text_output(encoder, states(-1), every, lambda shape: torch.zeros(shape))
 
     with mock.patch.object(encoder, "forward", forward):
         yield

@@ -21,6 +21,7 @@ from dipgo.model.observed.guide import fit_guide
 from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
+from dipgo.model.observed.stand_ins import other_texts
 from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
 from dipgo.model.observed.watch import Call, Log, Watch, watch
 
@@ -71,11 +72,9 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     first = seen(10**6)
     if not first.steps or not first.calls or not first.drawn:
         raise UsageError(f"{name} draws no noise, or calls neither denoiser nor scheduler as others do; not supported")
-    prompt, seed, scale = (
-        seen(1, prompts=PROMPTS[1:]),
-        seen(1, seed=1),
-        seen(1, guidance=_another(request.guidance)),
-    )
+    with other_texts():  # of a prompt too long for its tokens nothing may be left
+        prompt = seen(1, prompts=PROMPTS[1:])
+    seed, scale = seen(1, seed=1), seen(1, guidance=_another(request.guidance))
     calls = first.calls_of(0)
     if _rows(scale.calls_of(0)) != _rows(calls):  # guidance from just there on
         scale = first

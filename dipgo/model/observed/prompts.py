@@ -21,7 +21,7 @@ from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Prompting
 from dipgo.model.observed.gather import Hidden, find_sources, states_of
 from dipgo.model.observed.observation import Observation
-from dipgo.model.observed.reading import LONG, PROBE, Reading, Reads, answered, read, reads_probe
+from dipgo.model.observed.reading import LONG, PROBE, Reading, Reads, answered, read, reads_probe, texts_of
 
 Encode = Callable[
     [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
@@ -188,12 +188,22 @@ def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, calls
         given = dict(zip(texts.tokenizers, zip(ids, masks, strict=True), strict=True))
 
         def answer(name: str, result: Any, asked: Mapping[str, Any]) -> Any:
-            if not reads_probe(asked.get("text")):
+            probes = [reads_probe(text) for text in texts_of(asked)]
+            if not any(probes):
                 return result
             tokens, mask = given[name]
             if result.input_ids.shape[1:] != tokens.shape[1:]:  # another look at the prompt, to say what was cut
                 return type(result)({key: value[:, :1] for key, value in result.items()})
-            return type(result)({"input_ids": tokens, "attention_mask": mask})
+            both = {"input_ids": tokens, "attention_mask": mask}
+            if all(probes):
+                return type(result)(both)
+            rows = {key: iter(value) for key, value in both.items()}  # beside others in one call
+            return type(result)(
+                {
+                    key: torch.stack([next(rows[key]) if own else result[key][k] for k, own in enumerate(probes)])
+                    for key in both
+                }
+            )
 
         def one_each(value: Any) -> Any:
             single = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
@@ -258,10 +268,12 @@ class _Place:
 
     Attributes:
         shape: of a row of the condition.
+        axis: of the result, along which prompts lie.
     """
 
     number: int
     shape: tuple[int, ...]
+    axis: int = 0
     more: int = 0
     value: float = 0.0
 
@@ -271,19 +283,20 @@ class _Place:
         shape = tuple(own.shape[1:])
         if not isinstance(leaf, torch.Tensor):
             return None
-        if leaf.numel() == own.numel() and len(leaf) == 1 and torch.equal(leaf.to(own.dtype).flatten(), own.flatten()):
-            return _Place(number, shape)
+        if leaf.numel() == own.numel() and torch.equal(leaf.to(own.dtype).flatten(), own.flatten()):
+            axis = next((axis for axis in (0, 1) if leaf.shape[axis : axis + 1] == (1,)), None)
+            return None if axis is None else _Place(number, shape, axis)
         if leaf.ndim != own.ndim or leaf.ndim < 2:
             return None
         head, tail = own[:, : leaf.shape[1]], own[:, leaf.shape[1] :]
         if not tail.numel() or not _is(leaf, head) or not bool((tail == tail.flatten()[0]).all()):
             return None
-        return _Place(number, shape, tail.shape[1], float(tail.flatten()[0]))
+        return _Place(number, shape, 0, tail.shape[1], float(tail.flatten()[0]))
 
     def take(self, results: Sequence[Any]) -> torch.Tensor:
         result: torch.Tensor = results[self.number]
         if not self.more:
-            return result.reshape(-1, *self.shape)
+            return result.movedim(self.axis, 0).reshape(-1, *self.shape)
         shape = (result.shape[0], self.more, *result.shape[2:])
         return torch.cat([result, torch.full(shape, self.value, dtype=result.dtype)], dim=1)
 

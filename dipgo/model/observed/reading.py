@@ -17,7 +17,7 @@ from dipgo.model.observed.request import Request
 from dipgo.model.observed.watch import Watch, watch
 
 PROBE = "Two Red Foxes"
-LONG = PROBE + ", " + "and a hen, " * 20
+LONG = PROBE + ", and a hen" * 20
 OTHER = "x"  # stands beside a negative prompt
 
 
@@ -112,11 +112,9 @@ def read(pipe: Any, seen: Observation, prompt: str, negative: bool = False) -> R
     encodings: list[Encoding] = []
 
     def answer(name: str, result: Any, asked: Mapping[str, Any]) -> Any:
-        text = asked.get("text")
-        text = text[0] if isinstance(text, list) and text else text
-        ids = getattr(result, "input_ids", None)
-        if isinstance(text, str) and isinstance(ids, torch.Tensor):
-            readings.append(Reading(name, text, ids))
+        texts, ids = texts_of(asked), getattr(result, "input_ids", None)
+        if isinstance(ids, torch.Tensor) and len(ids) == len(texts):
+            readings.extend(Reading(name, text, ids[k : k + 1]) for k, text in enumerate(texts))
         return result
 
     def encoded(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +153,12 @@ def read(pipe: Any, seen: Observation, prompt: str, negative: bool = False) -> R
     return reads
 
 
-def reads_probe(text: Any) -> bool:
-    """Whether a text, or the first of a list, holds the probe."""
-    text = text[0] if isinstance(text, list) and text else text
-    return isinstance(text, str) and PROBE.lower() in text.lower()
+def texts_of(asked: Mapping[str, Any]) -> list[str]:
+    """Return the texts that a tokenizer is given."""
+    text = asked.get("text")
+    return [each for each in (text if isinstance(text, list) else [text]) if isinstance(each, str)]
+
+
+def reads_probe(text: str) -> bool:
+    """Whether a text holds the probe."""
+    return PROBE.lower() in text.lower()

@@ -10,6 +10,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -27,6 +28,19 @@ from dipgo.model.observed.forms import bound, form_of
 _STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What denoisers return, without values, by the shapes of their inputs: finding out takes seconds."""
+
+
+_PHASE: ContextVar[float] = ContextVar("phase", default=0.0)
+
+
+@contextmanager
+def other_texts() -> Iterator[None]:
+    """Within the context text encoders make something else of the same tokens: what changes comes from them."""
+    token = _PHASE.set(1.0)
+    try:
+        yield
+    finally:
+        _PHASE.reset(token)
 
 
 @contextmanager
@@ -50,24 +64,32 @@ def text_stand_in(encoder: nn.Module) -> None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None) or config.d_model
     layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 1))
-    projected = getattr(config, "projection_dim", width) if "WithProjection" in type(encoder).__name__ else None
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-        from transformers.models.clip.modeling_clip import CLIPTextModelOutput
-
         assert input_ids is not None
-        hidden = torch.sin(input_ids[..., None].float() * 0.37 + torch.arange(width, device=input_ids.device) * 0.11)
+        phase = _PHASE.get() + torch.arange(width, device=input_ids.device) * 0.11
+        hidden = torch.sin(input_ids[..., None].float() * 0.37 + phase)
         states = (hidden,) * max(layers + 1, _STATES)
-        if projected is None:
-            return BaseModelOutputWithPooling(
-                last_hidden_state=hidden, pooler_output=hidden.mean(1), hidden_states=states
-            )
-        return CLIPTextModelOutput(
-            text_embeds=_mixed(hidden.mean(1), (projected,), "pooled"), last_hidden_state=hidden, hidden_states=states
-        )
+        return text_output(encoder, hidden, states, lambda shape: _mixed(hidden.mean(1), shape[1:], "pooled"))
 
     encoder.forward = MethodType(forward, encoder)
+
+
+def text_output(
+    encoder: nn.Module,
+    last: torch.Tensor,
+    states: tuple[torch.Tensor, ...],
+    pooled: Callable[[tuple[int, ...]], torch.Tensor],
+) -> Any:
+    """Return what a text encoder of transformers returns, of its last hidden state and all of them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+    if "WithProjection" in type(encoder).__name__:
+        embeds = pooled((len(last), encoder.config.projection_dim))
+        return CLIPTextModelOutput(text_embeds=embeds, last_hidden_state=last, hidden_states=states)
+    embeds = pooled((len(last), last.shape[-1]))
+    return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=embeds, hidden_states=states)
 
 
 def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:

@@ -65,7 +65,8 @@ class Template:
             if not isinstance(value, torch.Tensor):
                 return value
             value = value.to(latent.device, latent.dtype if value.is_floating_point() else value.dtype)
-            return value.expand(latent.shape[0], *value.shape[1:]) if role.by_row else value  # len() would fix it
+            rows = latent.shape[0]  # len() would fix it; some classes view their arguments
+            return value.expand(rows, *value.shape[1:]).contiguous() if role.by_row else value
 
         return pytree.tree_unflatten([of(role) for role in self.roles], self.tree)
 
