@@ -125,7 +125,9 @@ class _Run:
         self.stage = "run"
         with load(scratch / "bundle") as bundle:
             bundle.set_progress_bar_config(disable=True)
-            given = fixed_conditions(record, traced.rows) | {name: value.numpy() for name, value in conditions.items()}
+            given = fixed_conditions(record, min(traced.rows, 2)) | {
+                name: value.numpy() for name, value in conditions.items()
+            }
             latent = bundle.denoise(bundle.noise(1, SEED), given)
             if "latent" in expected:
                 self.errors["latent"] = _distance(latent, expected["latent"])

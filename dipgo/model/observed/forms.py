@@ -195,8 +195,17 @@ def _read_hidream(arguments: Arguments, tokens: int) -> Arguments:
 
 
 def _hidream(denoiser: Any, llama3_layers: torch.Tensor, **arguments: Any) -> Any:
-    """HiDream, which takes the layers of its text before the rows, and sorts tokens by the experts that they go to."""
+    """HiDream, which takes layers of text before rows, sorts tokens by their experts, and lays images out one by one."""
+    height, width = arguments["hidden_states"].shape[2:]
+
+    def unpatchify(tokens: torch.Tensor, *_: Any) -> torch.Tensor:
+        side = denoiser.config.patch_size
+        cells = tokens[:, : height // side * (width // side)].unflatten(1, (height // side, width // side))
+        cells = cells.unflatten(3, (side, side, -1)).permute(0, 5, 1, 3, 2, 4)
+        return cells.flatten(4, 5).flatten(2, 3)
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(denoiser, "unpatchify", unpatchify))
         for module in denoiser.modules():
             if hasattr(module, "moe_infer"):
                 stack.enter_context(mock.patch.object(module, "moe_infer", partial(_by_all_experts, module)))

@@ -187,7 +187,7 @@ def _answering(encoder: nn.Module, number: int, question: str) -> Iterator[None]
             return answers[question]()
 
         every = tuple(states(layer) for layer in range(layers + 1))
-        return text_output(encoder, states(-1), every, lambda shape: torch.zeros(shape))
+        return text_output(encoder, states(-1), every, torch.zeros)
 
     with mock.patch.object(encoder, "forward", forward):
         yield

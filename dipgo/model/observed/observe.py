@@ -8,7 +8,7 @@ together again and compared with the latents that the pipeline itself had: what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
-from dipgo.model.observed.guide import fit_guide
+from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
@@ -74,14 +74,12 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         raise UsageError(f"{name} draws no noise, or calls neither denoiser nor scheduler as others do; not supported")
     with other_texts():  # of a prompt too long for its tokens nothing may be left
         prompt = seen(1, prompts=PROMPTS[1:])
-    seed, scale = seen(1, seed=1), seen(1, guidance=_another(request.guidance))
+    seed = seen(1, seed=1)
     calls = first.calls_of(0)
-    if _rows(scale.calls_of(0)) != _rows(calls):  # guidance from just there on
+    scale = _or_none(seen, 1, guidance=_another(request.guidance))
+    if scale is None or _rows(scale.calls_of(0)) != _rows(calls):  # it takes none, or guides from just there on
         scale = first
-    try:
-        both = seen(1, prompts=PROMPTS)
-    except UsageError:  # it takes one at a time
-        both = None
+    both = _or_none(seen, 1, prompts=PROMPTS)
     latent = first.steps[0].latent
     try:
         if any(len(first.calls_of(step)) != len(calls) for step in range(len(first.steps))):
@@ -103,7 +101,9 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
             both=_leaves(both.calls[0], None) if both else None,
             latents=[step.latent for step in first.steps],
         )
-        template = Template(pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, 2 if guide.batched else 1))
+        template = Template(
+            pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, guide.passes if guide.batched else 1)
+        )
     except UsageError as error:
         raise UsageError(f"{name} is not supported: {error}") from error
     noise, scales = noise_of(pipe, request, component, first)
@@ -115,6 +115,7 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         asked=request.size,
         template=template,
         guide=guide,
+        processors=_processors(first, guide, name),
         conditions={},
         fixed={},
         scales={},
@@ -145,6 +146,16 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     )
 
 
+def _processors(seen: Log, guide: Guide, name: str) -> Mapping[str, Any]:
+    """Return what did the denoiser's attention in a run, by module, where that is not its own."""
+    own = [call.processors for call in seen.calls]
+    if any(each != own[0] for each in own):
+        raise UsageError(f"{name} is not supported: it replaces its denoiser's attention from step to step")
+    if own[0] and guide.kind != "perturbed":
+        raise UsageError(f"{name} is not supported: it replaces its denoiser's attention, without a pass for it")
+    return own[0]
+
+
 def _factor(value: torch.Tensor, other: torch.Tensor, guidance: float) -> float | None:
     """Return how many times the guidance scale a condition is, whose value at another scale is ``other``."""
     factor = float(value.flatten()[0]) / guidance if guidance and value.numel() == 1 else 0.0
@@ -156,6 +167,13 @@ def _leaves(call: Any, like: Any) -> list[Any]:
     if like is not None and tree != pytree.tree_flatten(like.arguments)[1]:
         raise UsageError("the arguments of its denoiser change their structure")
     return leaves
+
+
+def _or_none(seen: Callable[..., Log], *args: Any, **changes: Any) -> Log | None:
+    try:
+        return seen(*args, **changes)
+    except UsageError:  # of what it does not take
+        return None
 
 
 def _rows(calls: Sequence[Call]) -> list[int]:

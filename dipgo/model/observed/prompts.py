@@ -129,9 +129,7 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
     )
 
 
-def _verify(
-    pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: str | None
-) -> None:
+def _verify(pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: str | None) -> None:
     """Refuse a way of encoding by which conditions are not those that the pipeline made."""
     modules = [getattr(pipe, each) for each in _encoders(type(pipe).__name__, pipe, texts)]
     for prompt, reads in probed.by_prompt.items():
@@ -169,7 +167,8 @@ def _tokens(
     return [each.input_ids for each in made], [each.attention_mask for each in made]
 
 
-def _traced(pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, calls: Sequence[int]
+def _traced(
+    pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, calls: Sequence[int]
 ) -> tuple[_Texts, Encode]:
     """Return the pipeline's ``encode_prompt`` around token ids."""
     leaves = pytree.tree_leaves([reads.results[call] for call in calls])

@@ -40,6 +40,8 @@ class Request:
         }
         if tokens_of(pipe) < own_tokens_of(pipe):
             given["max_sequence_length"] = tokens_of(pipe)
+        if layers := _layers_of(pipe, component):
+            given["text_encoder_out_layers"] = layers
         if self.size:
             given |= {"height": self.size[0], "width": self.size[1], "max_area": self.size[0] * self.size[1]}
         if self.guidance is not None:
@@ -79,3 +81,16 @@ def own_tokens_of(pipe: Any) -> int:
     """Return how many tokens a pipeline's texts have where its call does not say another number."""
     option = signature(type(pipe).__call__).parameters.get("max_sequence_length")
     return option.default if option and isinstance(option.default, int) else 512
+
+
+def _layers_of(pipe: Any, component: str) -> tuple[int, ...] | None:
+    """Return which layers of a text encoder FLUX.2 reads where it has fewer than are read by default: the last ones."""
+    option = signature(type(pipe).__call__).parameters.get("text_encoder_out_layers")
+    config = getattr(getattr(pipe, "text_encoder", None), "config", None)
+    if option is None or config is None:
+        return None
+    text = config.get_text_config()
+    if max(option.default) <= text.num_hidden_layers:
+        return None
+    count = getattr(pipe, component).config["joint_attention_dim"] // text.hidden_size
+    return tuple(range(text.num_hidden_layers + 1 - count, text.num_hidden_layers + 1))

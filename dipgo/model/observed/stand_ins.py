@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from dipgo.model.fakes import quiet
+from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
 
 _STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
@@ -93,7 +94,7 @@ def text_output(
 
 
 def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
-    form = form_of(denoiser)
+    form, own = form_of(denoiser), processors_of(denoiser)
     shapes = _OUTPUTS.setdefault(denoiser, {})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -110,6 +111,9 @@ def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
             for path, value in pytree.tree_flatten_with_path(arguments)[0]
             if isinstance(value, torch.Tensor)
         ]
+        if processors_of(denoiser) != own:  # by which rows with the same inputs may differ
+            rows = inputs[0][1].shape[0]
+            inputs.append(("attention", torch.arange(rows)[:, None] // max(rows // 3, 1)))
         output = pytree.tree_map_only(torch.Tensor, lambda like: _of(like, inputs), shapes[str(key)])
         return form.handed_out(output) if form.listed and arguments is not given else output
 

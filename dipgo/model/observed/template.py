@@ -152,7 +152,7 @@ def _role(views: Views, place: int, rows: int) -> Role:
             raise UsageError(f"it passes '{name}', which is drawn")
         by_row = first.ndim > 0 and len(first) == rows
         by_row = by_row and (views.both is None or len(views.both[place]) == 2 * rows)
-        halves = by_row and rows == 2 and not same(first[0], first[1])
+        halves = by_row and rows > 1 and any(not same(first[0], row) for row in first[1:])
         if halves or any(not same(first, other) for other in others):
             if not by_row:
                 raise UsageError(f"it passes '{name}' without a row for each image")
