@@ -149,8 +149,8 @@ class TextRecord(Record):
     ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
     lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each; those of them
     that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``). Outputs
-    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, …. ``negative`` is how negative
-    prompts, and the empty one in their place, become the same conditions where that is another way.
+    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, …. ``negative`` is
+    how negative prompts, and the empty one in their place, become the same conditions where that is another way.
     """
 
     file: FileName

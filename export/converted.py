@@ -123,7 +123,7 @@ def _guidance(model: Model, traced: Trace) -> GuidanceRecord | None:
     family = model.family
     if not family.scales:
         return None
-    one_pass = traced.rows > 1 and not model.at(1.0).family.guides(1.0)
+    one_pass = family.perturbs or (traced.rows > 1 and not model.at(1.0).family.guides(1.0))
     return GuidanceRecord(inputs=dict(family.scales), off=1.0 if one_pass else None, neutral=family.neutral)
 
 

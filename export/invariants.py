@@ -112,7 +112,8 @@ class _Program:
 
     def latents(self) -> Problems:
         shape, noise = self.record.latent.shape, self.record.noise
-        names = ("batch", *[None] * (len(shape) - 1)) if self.record.pixels else ("batch", None, "height", "width")
+        free = not self.record.pixels and len(shape) <= 4  # else packed, or of frames
+        names = ("batch", None, "height", "width") if free else ("batch", *[None] * (len(shape) - 1))
         if len(shape) != len(names) or any(isinstance(a, str) and a != b for a, b in zip(shape, names, strict=True)):
             yield f"'latent' is {shape}, not [batch, channels, height, width]"
         elif set(self.record.axes) != {size for size in shape if isinstance(size, str)}:

@@ -51,13 +51,17 @@ def text_to_onnx(
     names = [name for name in components_of(model) if name != VAE]
     if prompting is None or not names:
         return None
-    graph, record, files = _converted(model, prompting, FILE, names, rows, dtype, weights, sizes)
-    graphs = {FILE: graph}
+    own = (names, rows, dtype, weights)
+    graph, record, files = _converted(model, prompting, FILE, *own)
+    graphs, negative = {FILE: graph}, None
     if prompting.negative:
-        other, negative, more = _converted(model, prompting.negative, NEGATIVE_FILE, names, rows, dtype, weights, sizes)
+        other, negative, more = _converted(model, prompting.negative, NEGATIVE_FILE, *own)
         graphs, files = graphs | {NEGATIVE_FILE: other}, files | more
-        record = record.model_copy(update={"negative": negative})
-    return graphs, record, files
+    fixed = {}
+    if not model.family.under:
+        fixed = _fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config))
+    sized = _sized(model, prompting, sizes) if sizes and sizes.axes else {}
+    return graphs, record.model_copy(update={"negative": negative, "fixed": fixed, "sized": sized}), files
 
 
 def _converted(
@@ -68,7 +72,6 @@ def _converted(
     rows: int,
     dtype: torch.dtype,
     weights: Mapping[str, Weights] | None,
-    sizes: Sizes | None,
 ) -> tuple[ir.Model, TextRecord, dict[str, bytes]]:
     pairs = [tokenizer_of(model, prompting, name, number) for number, name in enumerate(names)]
     tokenizers = [record for record, _ in pairs]
@@ -94,10 +97,7 @@ def _converted(
         if prompting.always_zeros or (prompting.zeros and index.get(prompting.zeros))
         else "encoded",
         lower=prompting.lower,
-        fixed={}
-        if model.family.under
-        else _fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config)),
-        sized=_sized(model, prompting, sizes) if sizes and sizes.axes else {},
+        fixed={},
     )
     return graph, record, {record.file: content for record, content in pairs}
 

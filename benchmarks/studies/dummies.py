@@ -100,7 +100,8 @@ class _Run:
         pipe, prompts = model.pipeline(), [self.inputs.get("prompt") or "a red fox"]
         pipe.scheduler = scheduler
         pipe.set_progress_bar_config(disable=True)
-        asked = Request(scale, family.seen.asked if family.seen else None, STEPS, tuple(prompts), SEED)
+        seen = family.seen
+        asked = Request(scale, seen.asked if seen else None, STEPS, tuple(prompts), SEED, bool(seen and seen.pictures))
         accepted = inspect.signature(type(pipe).__call__).parameters
 
         def plain(output_type: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
 from dipgo.model.checks import class_named, component_class
 from dipgo.model.empty import empty_module
-from dipgo.model.observed.stand_ins import text_stand_in
+from dipgo.model.observed.stand_ins import picture_stand_in, text_stand_in
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
 
 
@@ -87,6 +87,8 @@ def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     module: nn.Module = empty_module(kind, config)
     if issubclass(kind, PreTrainedModel) and "input_ids" in signature(kind.forward).parameters:
         text_stand_in(module)
+    elif hasattr(module, "encode") or "pixel_values" in signature(kind.forward).parameters:
+        picture_stand_in(module)
     return module
 
 

@@ -195,7 +195,7 @@ def _read_hidream(arguments: Arguments, tokens: int) -> Arguments:
 
 
 def _hidream(denoiser: Any, llama3_layers: torch.Tensor, **arguments: Any) -> Any:
-    """HiDream, which takes layers of text before rows, sorts tokens by their experts, and lays images out one by one."""
+    """HiDream, which takes layers of text before rows, sorts tokens by experts, and lays images out one by one."""
     height, width = arguments["hidden_states"].shape[2:]
 
     def unpatchify(tokens: torch.Tensor, *_: Any) -> torch.Tensor:

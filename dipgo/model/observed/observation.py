@@ -32,6 +32,7 @@ class Observation:
         guidance: the scale that it was observed at.
         size: of its images in pixels; None where that is not known.
         asked: the size that it is asked for, so that it makes images of :attr:`size`; None is its own.
+        pictures: whether it is given pictures.
         conditions: an example of each condition, one row.
         fixed: those that do not depend on the prompt, one row.
         scales: those of them that are so many times the guidance scale.
@@ -48,6 +49,7 @@ class Observation:
     guidance: float
     size: tuple[int, int] | None
     asked: tuple[int, int] | None
+    pictures: bool
     template: Template
     guide: Guide
     processors: Mapping[str, Any]
@@ -68,6 +70,7 @@ class Observation:
         constants = [role.value for role in self.template.roles if isinstance(role, Constant)]
         return (
             self.usual
+            and not self.pictures
             and self.noise.idle
             and len(self.latent) == 3
             and (self.decoding is None or self.decoding.layout.idle)
@@ -84,7 +87,7 @@ class Observation:
         """
         own, pipe.scheduler = pipe.scheduler, scheduler
         try:
-            request = Request(self.guidance, self.asked, steps)
+            request = Request(self.guidance, self.asked, steps, pictures=self.pictures)
             log = watch(pipe, request.inputs(pipe, self.component), Watch(self.component, steps=10**6))
         except UsageError:
             if not self.usual:
@@ -139,7 +142,7 @@ def conditions_of(
     observation: Observation, pipe: Any, prompts: Sequence[Any], guidance: float
 ) -> dict[str, torch.Tensor]:
     """Return what a pipeline passes for some prompts, with guidance the unconditional rows first."""
-    request = Request(guidance, observation.asked, prompts=tuple(prompts))
+    request = Request(guidance, observation.asked, prompts=tuple(prompts), pictures=observation.pictures)
     component, rows = observation.component, observation.guide.rows
     calls = 1 if observation.guide.batched else observation.guide.passes
     log = watch(pipe, request.inputs(pipe, component), Watch(component, calls=calls))

@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
+from dipgo.model.checks import pictures_of
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
@@ -33,7 +34,7 @@ def observe(pipe: Any, component: str, request: Request) -> Observation:
         UsageError: it cannot be run, or its loop is none that can be made again, with the reason.
     """
     try:
-        seen = _observe(pipe, component, request)
+        seen = _with_pictures_at_need(pipe, component, request)
         return seen if request.size is None or request.size == seen.size else _at_size(pipe, component, request, seen)
     except DipgoError:
         raise
@@ -41,6 +42,16 @@ def observe(pipe: Any, component: str, request: Request) -> Observation:
         raise UsageError(
             f"{type(pipe).__name__} is not supported: it cannot be observed ({one_line(error)})"
         ) from error
+
+
+def _with_pictures_at_need(pipe: Any, component: str, request: Request) -> Observation:
+    """Return what is observed without pictures; where a pipeline does nothing without, with some."""
+    try:
+        return _observe(pipe, component, request)
+    except UsageError:
+        if not pictures_of(type(pipe)):
+            raise
+    return _observe(pipe, component, replace(request, pictures=True))
 
 
 def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> Observation:
@@ -51,6 +62,7 @@ def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> 
     assert request.size is not None
     assert seen.size is not None
     scaled = [side * side / made for side, made in zip(request.size, seen.size, strict=True)]
+    request = replace(request, pictures=seen.pictures)
     other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
     if other.size == request.size:
         return other
@@ -113,6 +125,7 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         guidance=request.guidance,
         size=size or request.size,
         asked=request.size,
+        pictures=request.pictures,
         template=template,
         guide=guide,
         processors=_processors(first, guide, name),

@@ -137,7 +137,9 @@ def read(pipe: Any, seen: Observation, prompt: str, negative: bool = False) -> R
 
         return mock.patch.object(encoder, "forward", called)
 
-    inputs = Request(seen.guidance, seen.asked, prompts=(OTHER if negative else prompt,)).inputs(pipe, seen.component)
+    prompts = (OTHER if negative else prompt,)
+    request = Request(seen.guidance, seen.asked, prompts=prompts, pictures=seen.pictures)
+    inputs = request.inputs(pipe, seen.component)
     if negative:
         inputs["negative_prompt"] = [prompt]
     calls = 1 if seen.guide.batched else seen.guide.passes

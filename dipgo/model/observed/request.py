@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+
+_SIDE = 64  # of pictures, where nobody says another
 
 STEPS = 4  # that a pipeline is watched for, where their number does not matter
 PROMPTS = ("a", "a red fox in the snow, and two dogs")
@@ -19,6 +24,7 @@ class Request:
     Attributes:
         guidance: the guidance scale; None leaves it to the pipeline.
         size: height and width of images in pixels; None leaves them to the pipeline.
+        pictures: whether it is given pictures, drawn by the prompts, where it takes some.
     """
 
     guidance: float | None = None
@@ -26,6 +32,7 @@ class Request:
     steps: int = STEPS
     prompts: tuple[Any, ...] = PROMPTS[:1]
     seed: int = 0
+    pictures: bool = False
 
     def inputs(self, pipe: Any, component: str) -> dict[str, Any]:
         """Return the arguments of the pipeline's call; it may not take all of them."""
@@ -47,9 +54,20 @@ class Request:
         if self.guidance is not None:
             given[scale] = float(self.guidance)
             given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)
+        if self.pictures:
+            size = self.size or (_SIDE, _SIDE)
+            given |= {name: [picture(each, size) for each in self.prompts] for name in ("image", "control_image")}
+            given |= {"mask_image": [picture(each, size).convert("1").convert("L") for each in self.prompts]}
+            given["_auto_resize"] = False
         if scale == "true_cfg_scale":
             given["negative_prompt"] = [""] * len(self.prompts)
         return given
+
+
+def picture(subject: Any, size: tuple[int, int]) -> Image.Image:
+    """Return a picture of noise, of a height and width, that depends on the subject alone."""
+    generator = np.random.default_rng(zlib.crc32(str(subject).encode()))
+    return Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8))
 
 
 def guidance_argument(pipe: Any, component: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary
@@ -74,6 +74,42 @@ def text_stand_in(encoder: nn.Module) -> None:
         return text_output(encoder, hidden, states, lambda shape: _mixed(hidden.mean(1), shape[1:], "pooled"))
 
     encoder.forward = MethodType(forward, encoder)
+
+
+def picture_stand_in(module: nn.Module) -> None:
+    """Replace a VAE's ``encode``, or a picture encoder's ``forward``, for good: outputs that depend on the picture."""
+    way = "encode" if hasattr(module, "encode") else "forward"
+    original = getattr(module, way)
+
+    def encoded(self: Any, pixels: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        pixels = kwargs.pop("pixel_values", pixels)
+        assert pixels is not None
+        rows = [("picture", pixels)]
+        if way == "forward":
+            like = output_like(original, (pixels, *args), kwargs)
+            return pytree.tree_map_only(torch.Tensor, lambda each: _of(each, rows), like)
+        like = output_like(lambda x: _latent_of(original(x)), (pixels,), {})
+        return _Encoded(_of(like, rows))
+
+    setattr(module, way, MethodType(encoded, module))
+
+
+def _latent_of(output: Any) -> torch.Tensor:
+    own = output[0] if not hasattr(output, "latent_dist") else output.latent_dist.mode()
+    assert isinstance(own, torch.Tensor)
+    return own
+
+
+class _Encoded(SimpleNamespace):
+    """What a VAE makes of a picture, however it is asked for."""
+
+    def __init__(self, latent: torch.Tensor) -> None:
+        own = SimpleNamespace(sample=lambda *_, **__: latent, mode=lambda: latent, mean=latent)
+        super().__init__(latent_dist=own, latents=latent)
+        self._latent = own
+
+    def __getitem__(self, place: int) -> Any:
+        return self._latent
 
 
 def text_output(
