@@ -222,7 +222,7 @@ def is_latent(value: Any, latent: torch.Tensor) -> bool:
     wide = latent.double().flatten()
     for row in value.double().flatten(1):
         factor = torch.dot(row, wide) / torch.dot(wide, wide)
-        if not torch.linalg.norm(row - factor * wide) <= _SAME * torch.linalg.norm(row):
+        if not torch.linalg.norm(row - factor * wide) <= _SAME * torch.linalg.norm(row) or not row.any():
             return False
     return True
 
