@@ -140,7 +140,8 @@ class _Run:
                 kind = "np" if "np" in expected else "latent"
                 made = bundle(prompts, generator=SEED, output_type=kind).images
                 self.errors["prompt"] = _distance(made, expected[kind])
-        if not self.errors or not max(self.errors.values()) <= CLOSE:
+        judged = [error for kind, error in self.errors.items() if kind != "latent" or "image" not in self.errors]
+        if not judged or not max(judged) <= CLOSE:  # some pipelines hand latents out in another layout
             return "wrong"
         return "prompt" if by_prompt else "embeddings" if family.conditioned_by == "prompt" else family.conditioned_by
 
