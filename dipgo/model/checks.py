@@ -59,7 +59,7 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
 
 
 def check_pipeline_class(class_name: str) -> None:
-    """Refuse a class of diffusers pipeline that starts on the way from a picture to noise; observing tells of others."""
+    """Refuse a class of diffusers pipeline that starts on the way from a picture to noise; observing judges others."""
     import diffusers
 
     pictures = pictures_of(getattr(diffusers, class_name, None))
