@@ -24,6 +24,7 @@ PROMPTS = ["a cat", "two dogs in the rain"]
 KINDS = [
     "sd",
     "sd-v",
+    "sd-pag",
     "lcm",
     "sdxl",
     "pixart",

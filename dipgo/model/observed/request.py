@@ -13,6 +13,7 @@ from PIL import Image
 
 _SIDE = 64  # of pictures, where nobody says another
 
+PICTURES = ("image", "mask_image", "control_image", "_auto_resize")  # arguments of a call by which these are given
 STEPS = 4  # that a pipeline is watched for, where their number does not matter
 PROMPTS = ("a", "a red fox in the snow, and two dogs")
 
