@@ -89,7 +89,8 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
             if _near(sign * cut[0], given):
                 return Guide("none", sign)
     if len(cut) == 1 and len(cut[0]) == 3 * rows:
-        return _fit_perturbed(*cut[0].chunk(3), given, scale)
+        u, c, p = cut[0].chunk(3)
+        return _fit_perturbed(u, c, p, given, scale)
     passes, batched = (list(cut[0].chunk(2)), True) if len(cut) == 1 else (cut, False)
     if len(passes) != 2 or any(each.shape != given.shape for each in passes):
         count = sum(len(each) for each in cut) // rows

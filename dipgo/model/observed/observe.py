@@ -62,8 +62,8 @@ def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> 
     assert request.size is not None
     assert seen.size is not None
     scaled = [side * side / made for side, made in zip(request.size, seen.size, strict=True)]
-    request = replace(request, pictures=seen.pictures)
-    other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
+    again = replace(request, pictures=seen.pictures, size=(round(scaled[0]), round(scaled[1])))
+    other = _observe(pipe, component, again)
     if other.size == request.size:
         return other
     made, asked = ("x".join(map(str, size)) for size in (seen.size, request.size))

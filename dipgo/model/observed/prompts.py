@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -26,6 +26,7 @@ from dipgo.model.observed.reading import LONG, PROBE, Reading, Reads, answered, 
 Encode = Callable[
     [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
 ]
+Side = Literal["right", "left"] | None
 
 
 def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
@@ -60,7 +61,8 @@ class _Probed:
 
     @staticmethod
     def of(pipe: Any, seen: Observation, negative: bool) -> _Probed:
-        return _Probed(*(read(pipe, seen, prompt, negative) for prompt in (PROBE, LONG, "")), negative)
+        short, long, empty = (read(pipe, seen, prompt, negative) for prompt in (PROBE, LONG, ""))
+        return _Probed(short, long, empty, negative)
 
     @property
     def by_prompt(self) -> dict[str, Reads]:
@@ -102,7 +104,9 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
     own = [each for call in calls for each in probed.short.readings[call] if each.has_probe]
     long = [each for call in calls for each in probed.long.readings[call]]
     fixed = [each for each in own if any((each.tokenizer, each.ids.shape) == (b.tokenizer, b.ids.shape) for b in long)]
-    ways = [lambda: (*_gathered(pipe, seen, wanted, own, probed), "right")]
+    ways: list[Callable[[], tuple[_Texts, Encode, Side]]] = [
+        lambda: (*_gathered(pipe, seen, wanted, own, probed), "right")
+    ]
     if fixed and {each.tokenizer for each in own} == {each.tokenizer for each in fixed}:
         ways.insert(0, lambda: (*_traced(pipe, _Texts.of(fixed), wanted, probed.short, calls), None))
     for last in (False, True)[-len(ways) :]:
@@ -145,9 +149,7 @@ def _encoders(name: str, pipe: Any, texts: _Texts) -> tuple[str, ...]:
     return encoders
 
 
-def _tokens(
-    pipe: Any, texts: _Texts, prompt: str, side: str | None
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def _tokens(pipe: Any, texts: _Texts, prompt: str, side: Side) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Return token ids and masks ``[1, length]`` of a prompt, as a bundle's tokenizers make them."""
     text = prompt.lower().strip() if texts.lower else prompt
     made = []
@@ -193,7 +195,7 @@ def _traced(
             tokens, mask = given[name]
             if result.input_ids.shape[1:] != tokens.shape[1:]:  # another look at the prompt, to say what was cut
                 return type(result)({key: value[:, :1] for key, value in result.items()})
-            both = {"input_ids": tokens, "attention_mask": mask}
+            both: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
             if all(probes):
                 return type(result)(both)
             rows = {key: iter(value) for key, value in both.items()}  # beside others in one call

@@ -123,7 +123,8 @@ def text_output(
     from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
     if "WithProjection" in type(encoder).__name__:
-        embeds = pooled((len(last), encoder.config.projection_dim))
+        config: Any = encoder.config
+        embeds = pooled((len(last), config.projection_dim))
         return CLIPTextModelOutput(text_embeds=embeds, last_hidden_state=last, hidden_states=states)
     embeds = pooled((len(last), last.shape[-1]))
     return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=embeds, hidden_states=states)
