@@ -133,7 +133,7 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
     )
 
 
-def _verify(pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: str | None) -> None:
+def _verify(pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: Side) -> None:
     """Refuse a way of encoding by which conditions are not those that the pipeline made."""
     modules = [getattr(pipe, each) for each in _encoders(type(pipe).__name__, pipe, texts)]
     for prompt, reads in probed.by_prompt.items():

@@ -26,7 +26,6 @@ from dipgo.model.fakes import quiet
 from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
 
-_STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What denoisers return, without values, by the shapes of their inputs: finding out takes seconds."""
 
@@ -59,6 +58,17 @@ def denoiser_stand_in(denoiser: nn.Module, tokens: int) -> Iterator[None]:
         del denoiser.forward
 
 
+class _States(tuple[torch.Tensor, ...]):
+    """Hidden states; pipelines take them by numbers that suit true encoders, of which a small one's last stands."""
+
+    __slots__ = ()
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, int):
+            place = max(min(place, len(self) - 1), -len(self))
+        return super().__getitem__(place)
+
+
 def text_stand_in(encoder: nn.Module) -> None:
     """Replace a text encoder's ``forward`` for good: hidden states of the right shapes that depend on the tokens."""
     config: Any = encoder.config
@@ -70,7 +80,7 @@ def text_stand_in(encoder: nn.Module) -> None:
         assert input_ids is not None
         phase = _PHASE.get() + torch.arange(width, device=input_ids.device) * 0.11
         hidden = torch.sin(input_ids[..., None].float() * 0.37 + phase)
-        states = (hidden,) * max(layers + 1, _STATES)
+        states = _States((hidden,) * (layers + 1))
         return text_output(encoder, hidden, states, lambda shape: _mixed(hidden.mean(1), shape[1:], "pooled"))
 
     encoder.forward = MethodType(forward, encoder)
