@@ -149,7 +149,8 @@ class TextRecord(Record):
     ``unconditional`` says what stands for no prompt: the empty prompt's encoding, or zeros. ``lower`` strips and
     lower-cases prompts first. ``fixed`` holds conditions that do not depend on the prompt, one row each; those of them
     that follow the image's size are in ``sized`` too, as expressions over the axes (in ``fixed`` at ``opt``). Outputs
-    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, ….
+    are conditions, and conditions with the encoders' last layers skipped: ``NAME.1``, ``NAME.2``, …. ``negative`` is
+    how negative prompts, and the empty one in their place, become the same conditions where that is another way.
     """
 
     file: FileName
@@ -160,6 +161,12 @@ class TextRecord(Record):
     lower: bool
     fixed: dict[Line, list[FiniteFloat]]
     sized: dict[Line, list[Size]] = Field(default_factory=dict)
+    negative: TextRecord | None = None
+
+    @property
+    def ways(self) -> list[TextRecord]:
+        """This record, and that of negative prompts where there is one."""
+        return [self, *([self.negative] if self.negative else [])]
 
 
 class GuidanceRecord(Record):
@@ -292,7 +299,7 @@ class BundleRecord(ProgramRecord):
         tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
         for program in (self, *self.further):
             tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in program.prologues}
-        if text := self.conditioning.encoder:
+        for text in self.conditioning.encoder.ways if self.conditioning.encoder else ():
             tensors[text.file] = (text.inputs, text.outputs)
         if self.decoder:
             tensors[self.decoder.file] = ([self.decoder.input], [self.decoder.output])
@@ -301,8 +308,8 @@ class BundleRecord(ProgramRecord):
     @property
     def used(self) -> set[str]:
         """The files that this record names as parts of the program; each must be in ``files``, with its checksum."""
-        text = self.conditioning.encoder
-        tokenizers = [tokenizer.file for tokenizer in text.tokenizers] if text else []
+        ways = self.conditioning.encoder.ways if self.conditioning.encoder else []
+        tokenizers = [tokenizer.file for text in ways for tokenizer in text.tokenizers]
         own = [file for each in (self, *self.further) for file in (each.tables_file, each.subnet_file)]
         return {*self.tensors, *tokenizers, *own}
 

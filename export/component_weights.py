@@ -18,6 +18,7 @@ from export.components import LIBRARIES, VAE, class_of, component_dtype, empty_c
 from export.onnx.weights import Weights, bind, cast
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of the weights files, by library
+_ROOTS = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")  # of language models
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of a VAE's attention
 
 
@@ -87,21 +88,26 @@ def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Wei
 def checkpoint_names(model: Model, module: Any, tensors: Mapping[str, Stored]) -> dict[str, str]:
     """Map a component's parameters to tensors of its checkpoint, which an older library may have named.
 
-    Tried in order: the name itself, that of a parameter tied to it, either with or without a prefix, and a VAE's
-    attention as it used to be called. A parameter that is nowhere is mapped to its own name.
+    Tried in order: the name itself, with or without a prefix, a VAE's attention as it used to be called, a language
+    model's layers below another root; then the same of a parameter tied to it, which is declared also where a
+    configuration unties them. A parameter that is nowhere is mapped to its own name.
     """
     prompting = model.family.prompting(model.config)
     prefixes = [*(prompting.prefixes if prompting else ()), f"{getattr(module, 'base_model_prefix', '')}."]
     ties = _ties(module)
+
+    def forms_of(name: str) -> list[str]:
+        forms = [name, *(f"{prefix}{name}" for prefix in prefixes), *(name.removeprefix(prefix) for prefix in prefixes)]
+        part, _, leaf = name.rpartition(".")
+        forms += [
+            f"{part.removesuffix(new)}{old}.{leaf}" for new, old in _OLD_NAMES.items() if part.endswith(f".{new}")
+        ]
+        rest = name.removeprefix(next(root for root in _ROOTS if name.startswith(root)))
+        return forms + [f"{root}{rest}" for root in _ROOTS if rest != name]
+
     names = {}
     for name, _ in module.named_parameters(remove_duplicate=False):
-        forms = [name, *ties.get(name, ())]
-        forms += [f"{prefix}{form}" for prefix in prefixes for form in forms]
-        forms += [form.removeprefix(prefix) for prefix in prefixes for form in forms]
-        part, _, leaf = name.rpartition(".")
-        for new, old in _OLD_NAMES.items():
-            if part.endswith(f".{new}"):
-                forms.append(f"{part.removesuffix(new)}{old}.{leaf}")
+        forms = [form for each in (name, *ties.get(name, ())) for form in forms_of(each)]
         names[name] = next((form for form in forms if form in tensors), name)
     return names
 

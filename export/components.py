@@ -5,7 +5,6 @@ Parameters are never read, so that a text encoder of billions of them converts i
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from importlib.util import find_spec
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_object
-from dipgo.model.checks import component_class
+from dipgo.model.checks import class_named, component_class
 from dipgo.model.empty import empty_module
 from dipgo.model.models import Model
 
@@ -65,7 +64,9 @@ def empty_component(model: Model, name: str, dtype: torch.dtype) -> Any:
         DipgoError: a class that neither diffusers nor transformers has, or a configuration that does not fit it.
     """
     library, class_name = class_of(model, name) or ("", "")
-    module_class = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    index = read_object(model.folder / "model_index.json", "model_index.json")
+    pipeline = str(index.get("_class_name"))
+    module_class = class_named(library, class_name, pipeline) if library in LIBRARIES else None
     if module_class is None:
         raise foreign(model, name, library, class_name)
     dtype = component_dtype(model, name, dtype)

@@ -99,8 +99,8 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
             extra[decoder.file] = graph
         text = _text(model, sizes, dtype, parts)
         if text is not None:
-            graph, encoder, tokenizers = text
-            extra[encoder.file] = graph
+            graphs, encoder, tokenizers = text
+            extra |= graphs
     inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.condition_names]
     conditioning = ConditioningRecord(
         kind=model.family.conditioned_by,
@@ -123,7 +123,7 @@ def _guidance(model: Model, traced: Trace) -> GuidanceRecord | None:
     family = model.family
     if not family.scales:
         return None
-    one_pass = traced.rows > 1 and not model.at(1.0).family.guides(1.0)
+    one_pass = family.perturbs or (traced.rows > 1 and not model.at(1.0).family.guides(1.0))
     return GuidanceRecord(inputs=dict(family.scales), off=1.0 if one_pass else None, neutral=family.neutral)
 
 

@@ -21,7 +21,7 @@ from export.axes import shape_at
 from export.graphs import GraphRecord, PrologueRecord, Signature, Size, TensorRecord
 
 if TYPE_CHECKING:
-    from export.bundle import BundleRecord, SlotRecord
+    from export.bundle import BundleRecord, SlotRecord, TextRecord
 
 Problems = Iterator[str]
 Tables = Mapping[str, np.ndarray]
@@ -112,7 +112,8 @@ class _Program:
 
     def latents(self) -> Problems:
         shape, noise = self.record.latent.shape, self.record.noise
-        names = ("batch", *[None] * (len(shape) - 1)) if self.record.pixels else ("batch", None, "height", "width")
+        free = not self.record.pixels and len(shape) <= 4  # else packed, or of frames
+        names = ("batch", None, "height", "width") if free else ("batch", *[None] * (len(shape) - 1))
         if len(shape) != len(names) or any(isinstance(a, str) and a != b for a, b in zip(shape, names, strict=True)):
             yield f"'latent' is {shape}, not [batch, channels, height, width]"
         elif set(self.record.axes) != {size for size in shape if isinstance(size, str)}:
@@ -230,8 +231,10 @@ class _Program:
 
     def prompts(self) -> Problems:
         encoder = self.record.conditioning.encoder
-        if encoder is None:
-            return
+        for way in encoder.ways if encoder else ():
+            yield from self._prompts(way)
+
+    def _prompts(self, encoder: TextRecord) -> Problems:
         inputs = {tensor.name: self.value(tensor) for tensor in encoder.inputs}
         lengths: dict[str, int] = {}
         for tokenizer in encoder.tokenizers:
@@ -303,7 +306,9 @@ class _Program:
 
 def _files(record: BundleRecord, signatures: Mapping[str, Signature]) -> Problems:
     graphs = len(record.graphs) + len(record.prologues)
-    graphs += (record.conditioning.encoder is not None) + (record.decoder is not None)
+    graphs += (len(record.conditioning.encoder.ways) if record.conditioning.encoder else 0) + (
+        record.decoder is not None
+    )
     if len(record.tensors) != graphs:
         yield "two graphs have one file"
     for file, signature in signatures.items():

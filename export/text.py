@@ -20,7 +20,8 @@ from export.onnx.weights import Weights
 from export.sizes import Sizes
 from export.tokenizer_files import tokenizer_of
 
-FILE = "text_encoder.onnx"
+FILE, NEGATIVE_FILE = "text_encoder.onnx", "negative_text_encoder.onnx"
+Graphs = dict[str, ir.Model]
 
 
 def text_to_onnx(
@@ -29,17 +30,18 @@ def text_to_onnx(
     dtype: torch.dtype,
     weights: Mapping[str, Weights] | None = None,
     sizes: Sizes | None = None,
-) -> tuple[ir.Model, TextRecord, dict[str, bytes]] | None:
+) -> tuple[Graphs, TextRecord, dict[str, bytes]] | None:
     """Convert the text encoders to one graph for ``rows`` prompts at a time, and write out the tokenizers.
 
     Inputs are ``input_ids`` ``[rows, tokens]`` int64, ``input_ids_2`` for a second tokenizer, and ``attention_mask``
     where an encoder takes one. Outputs are the conditions that depend on the prompt, in ``dtype``, then
     ``encoder_hidden_states.1``, … with one, … of the last layers skipped. ``weights`` gives
     those of each encoder; None takes the folder's own, as they are. ``sizes`` None are the model's own.
+    Where negative prompts are read in another way they have a graph of their own.
 
     Returns:
-        The graph, its record, and the contents of the tokenizer files by name; None for a family without prompts, or
-        a folder without text encoders.
+        Graphs by file, the record, and the contents of the tokenizer files by name; None for a family without prompts,
+        or a folder without text encoders.
 
     Raises:
         DipgoError: a folder that is incomplete or damaged, weights of another model or dtype, or a text encoder that
@@ -49,6 +51,28 @@ def text_to_onnx(
     names = [name for name in components_of(model) if name != VAE]
     if prompting is None or not names:
         return None
+    own = (names, rows, dtype, weights)
+    graph, record, files = _converted(model, prompting, FILE, *own)
+    graphs, negative = {FILE: graph}, None
+    if prompting.negative:
+        other, negative, more = _converted(model, prompting.negative, NEGATIVE_FILE, *own)
+        graphs, files = graphs | {NEGATIVE_FILE: other}, files | more
+    fixed = {}
+    if not model.family.under:
+        fixed = _fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config))
+    sized = _sized(model, prompting, sizes) if sizes and sizes.axes else {}
+    return graphs, record.model_copy(update={"negative": negative, "fixed": fixed, "sized": sized}), files
+
+
+def _converted(
+    model: Model,
+    prompting: Prompting,
+    file: str,
+    names: Sequence[str],
+    rows: int,
+    dtype: torch.dtype,
+    weights: Mapping[str, Weights] | None,
+) -> tuple[ir.Model, TextRecord, dict[str, bytes]]:
     pairs = [tokenizer_of(model, prompting, name, number) for number, name in enumerate(names)]
     tokenizers = [record for record, _ in pairs]
     module = _Text([empty_component(model, name, dtype) for name in names], prompting, tokenizers, dtype)
@@ -65,7 +89,7 @@ def text_to_onnx(
     _check_conditions(model, graph, rows)
     index = read_json(model.folder / "model_index.json", "model_index.json")
     record = TextRecord(
-        file=FILE,
+        file=file,
         tokenizers=tokenizers,
         inputs=[tensor_record(value) for value in graph.graph.inputs],
         outputs=[tensor_record(value) for value in graph.graph.outputs],
@@ -73,10 +97,7 @@ def text_to_onnx(
         if prompting.always_zeros or (prompting.zeros and index.get(prompting.zeros))
         else "encoded",
         lower=prompting.lower,
-        fixed={}
-        if model.family.under
-        else _fixed(model, prompting, sizes.latent_at("opt")[2:] if sizes else latent_size(model.config)),
-        sized=_sized(model, prompting, sizes) if sizes and sizes.axes else {},
+        fixed={},
     )
     return graph, record, {record.file: content for record, content in pairs}
 

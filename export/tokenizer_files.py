@@ -22,6 +22,7 @@ def tokenizer_of(model: Model, prompting: Prompting, encoder: str, number: int) 
     """Return the record and the file of an encoder's tokenizer, the pipeline's ``number``-th."""
     name = prompting.tokenizers[prompting.encoders.index(encoder)]
     tokenizer = _load_tokenizer(model, name)
+    tokenizer.padding_side = prompting.side or tokenizer.padding_side
     place = prompting.encoders.index(encoder)
     length = prompting.lengths[place] if prompting.lengths else prompting.tokens
     if prompting.own_length and tokenizer.model_max_length != prompting.tokens:

@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    BriaPipeline,
+    BriaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDIMPipeline,
@@ -126,14 +128,14 @@ def tiny_dit(folder: Path) -> str:
     return str(folder)
 
 
-def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
-    """Save a StableDiffusionPipeline: SD-1.5 with PNDM, or SD-2.1 with DDIM where v is predicted."""
+def tiny_sd(folder: Path, prediction: str = "epsilon", pipeline: Any = StableDiffusionPipeline, **changes: Any) -> str:
+    """Save a StableDiffusionPipeline, or another: SD-1.5 with PNDM, or SD-2.1 with DDIM where v is predicted."""
     kind = DDIMScheduler if prediction == "v_prediction" else PNDMScheduler
     options = {"clip_sample": False} if kind is DDIMScheduler else {"skip_prk_steps": True}
     scheduler = kind(prediction_type=prediction, steps_offset=1, beta_schedule="scaled_linear", **options)
     text = {"text_encoder": _clip(24), "tokenizer": _clip_tokenizer()}
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
+    pipe = pipeline(vae=vae(2), unet=_unet(**changes), scheduler=scheduler, **text, **nothing)
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -279,4 +281,15 @@ def tiny_cogview4(folder: Path) -> str:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, time_shift_type="linear")
     CogView4Pipeline(fast, encoder, vae(2), transformer, scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_bria(folder: Path) -> str:
+    """Save a BriaPipeline: as many tokens of a prompt as it has, then zeros."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": (0, 4, 4)}
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 12}
+    transformer = _stirred(BriaTransformer2DModel(pooled_projection_dim=None, **size, **heads))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    BriaPipeline(transformer, scheduler, vae(2), _t5(12), _t5_tokenizer()).save_pretrained(folder)
     return str(folder)

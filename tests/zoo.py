@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline, StableDiffusionInpaintPipeline, StableDiffusionPAGPipeline
 from filelock import FileLock
 
 from dipgo.graph.trace import Trace
@@ -37,6 +37,10 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "dit": models.tiny_dit,
     "sd": models.tiny_sd,
     "sd-v": partial(models.tiny_sd, prediction="v_prediction"),
+    "sd-pag": partial(models.tiny_sd, prediction="v_prediction", pipeline=StableDiffusionPAGPipeline),
+    "sd-inpaint": partial(
+        models.tiny_sd, prediction="v_prediction", pipeline=StableDiffusionInpaintPipeline, in_channels=9
+    ),
     "lcm": models.tiny_lcm,
     "sdxl": models.tiny_sdxl,
     "pixart": models.tiny_pixart,
@@ -48,9 +52,10 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux-schnell": partial(models.tiny_flux, guided=False),
     "sd3": models.tiny_sd3,
     "cogview4": models.tiny_cogview4,
+    "bria": models.tiny_bria,
     "unconditional": models.tiny_unconditional,
 }
-PIXELS = {"flux": (32, 32), "flux-schnell": (32, 32)}  # where a pipeline's own size is that of true models
+PIXELS = dict.fromkeys(("flux", "flux-schnell", "bria"), (32, 32))  # whose pipelines' own size is that of true models
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",

@@ -59,8 +59,8 @@ class Trace:
 
     @property
     def rows(self) -> int:
-        """Rows of the denoiser's batch per image: 2 with guidance, else 1."""
-        return 2 if self.model.family.guides(self.guidance_scale) else 1
+        """Rows of the denoiser's batch per image, one a pass: 2 with guidance, else 1."""
+        return self.model.family.passes(self.guidance_scale)
 
     def shape(self, node: str, batch: int) -> list[int]:
         """Return the shape of a node's tensor in a call on ``batch`` images."""
@@ -167,8 +167,8 @@ def trace(
             with_scale_inputs(family, guidance_scale),
         )
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
-    rows = _EXAMPLE_BATCH * (2 if guided.guided else 1)
-    conditions = family.example(model.config, rows)
+    rows = _EXAMPLE_BATCH * guided.passes
+    conditions = family.example(model.config, _EXAMPLE_BATCH * (2 if guided.guided else 1))
     latent = torch.zeros(model.latent_shape(_EXAMPLE_BATCH))
     if size is not None:
         latent = latent.new_zeros(*latent.shape[:2], *size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,18 @@ def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
     return "", ""
 
 
+def class_named(library: str, class_name: str, pipeline: str) -> Any:
+    """Return a class of diffusers or transformers; None where there is none.
+
+    Some pipelines bring one that their library does not show: it stands in their module.
+    """
+    import diffusers
+
+    kind = getattr(importlib.import_module(library), class_name, None)
+    own = sys.modules.get(getattr(getattr(diffusers, pipeline, None), "__module__", ""))
+    return kind or getattr(own, class_name, None)
+
+
 def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuse add-ons, and pipelines that start from pictures.
 
@@ -31,8 +45,9 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
         index: content of ``model_index.json``.
         config: the denoiser's configuration.
     """
+    own = {"motion_adapter"} if component_class(index, "unet")[1] == "UNetMotionModel" else set()  # in the UNet already
     for entry, what in _ADD_ONS.items():
-        if component_class(index, entry)[0]:
+        if entry not in own and component_class(index, entry)[0]:
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UsageError(f"{index_file}: has an IP-Adapter, which is not supported; unload it and save again")
@@ -44,11 +59,11 @@ def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str,
 
 
 def check_pipeline_class(class_name: str) -> None:
-    """Refuse a class of diffusers pipeline whose call takes pictures, and cannot do without."""
+    """Refuse a class of diffusers pipeline that starts on the way from a picture to noise; observing judges others."""
     import diffusers
 
     pictures = pictures_of(getattr(diffusers, class_name, None))
-    if pictures and (pictures != {"image": None}):
+    if "video" in pictures or pictures.get("strength", 1.0) != 1.0:
         raise UsageError(f"{class_name} starts from pictures ('{next(iter(pictures))}'); {SUPPORTED}")
 
 

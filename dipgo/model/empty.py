@@ -21,6 +21,8 @@ def empty_module(
 
     with init_empty_weights(include_buffers=False):
         made_by = getattr(module_class, "config_class", None)  # transformers' classes have one
+        parts = getattr(made_by, "sub_configs", {}).values()  # an encoder may be saved with its own part alone
+        made_by = next((part for part in parts if getattr(part, "model_type", "") == config.get("model_type")), made_by)
         module = module_class(made_by.from_dict(dict(config))) if made_by else module_class.from_config(config)
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):

@@ -29,3 +29,8 @@ def rescaled(output: torch.Tensor, conditional: torch.Tensor, rescale: Number) -
     axes = list(range(1, output.ndim))
     deviations = conditional.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True)
     return output * (rescale * deviations + (1 - rescale))
+
+
+def all_passes(value: torch.Tensor, passes: int) -> torch.Tensor:
+    """Return the rows of all passes of a condition ``[2 B, …]``: a third pass has those of the second."""
+    return torch.cat([value, value.chunk(2)[1]]) if passes == 3 else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
-from dipgo.model.checks import component_class
+from dipgo.model.checks import class_named, component_class
 from dipgo.model.empty import empty_module
-from dipgo.model.observed.stand_ins import text_stand_in
+from dipgo.model.observed.stand_ins import picture_stand_in, text_stand_in
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
 
 
@@ -41,7 +40,8 @@ def skeleton(folder: Path, index: Mapping[str, Any]) -> Any:
     for part, value in index.items():
         if part in accepted:
             library, kind = component_class(index, part)
-            parts[part] = _component(folder, part, library, kind) if isinstance(value, list) else value
+            is_part = bool(kind) or value == [None, None]  # else an option, such as a list of layers
+            parts[part] = _component(folder, part, library, kind, name) if is_part else value
     if "scheduler" in accepted:
         parts["scheduler"] = _scheduler(folder, component_class(index, "scheduler")[1])
     missing = [each for each, option in accepted.items() if each not in parts and option.default is option.empty]
@@ -77,14 +77,18 @@ def _like(name: str, part: Any) -> Any:
     if type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
         return None
     config: Any = part.config
-    return _empty(name, type(part), config.to_dict() if hasattr(config, "to_dict") else config)
+    return _empty(type(part), config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _empty(name: str, kind: Any, config: Mapping[str, Any]) -> nn.Module:
-    """Return a network without weights; of a text encoder a stand-in."""
+def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a network without weights; of one that reads tokens a stand-in."""
+    from transformers import PreTrainedModel
+
     module: nn.Module = empty_module(kind, config)
-    if name.startswith("text_encoder") and kind.__module__.startswith("transformers."):
+    if issubclass(kind, PreTrainedModel) and "input_ids" in signature(kind.forward).parameters:
         text_stand_in(module)
+    elif hasattr(module, "encode") or "pixel_values" in signature(kind.forward).parameters:
+        picture_stand_in(module)
     return module
 
 
@@ -97,17 +101,17 @@ def _scheduler(folder: Path, class_name: str) -> Any:
         return make_scheduler("ddim", own)
 
 
-def _component(folder: Path, part: str, library: str, class_name: str) -> Any:
+def _component(folder: Path, part: str, library: str, class_name: str, pipeline: str) -> Any:
     place = folder / part
     if library not in ("diffusers", "transformers") or not place.is_dir() or part == "scheduler":
         return None
-    kind = getattr(importlib.import_module(library), class_name, None)
+    kind = class_named(library, class_name, pipeline)
     if kind is None:
         raise UsageError(f"{place}: a {class_name}, which the installed {library} does not have; install a newer one")
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
-        return _empty(part, kind, read_object(place / "config.json", f"configuration of the {part}"))
+        return _empty(kind, read_object(place / "config.json", f"configuration of the {part}"))
     except ImportError as error:
         raise UsageError(f"{place}: {one_line(error)}") from error
     except DipgoError:

@@ -134,7 +134,7 @@ def _step(trace: Trace, iteration: Iteration) -> _Saved:
         denoiser = _empty(model.family.denoiser_class, model.config)
         guided = GuidedDenoiser(denoiser, model.family, trace.guidance_scale)
         latent = torch.empty(model.latent_shape(batch), requires_grad=True)
-        conditions = model.family.example(model.config, batch * trace.rows)
+        conditions = model.family.example(model.config, batch * min(trace.rows, 2))
         gate = torch.ones((), requires_grad=True)
 
         def intercept(site: int, compute: Callable[[], object]) -> object:

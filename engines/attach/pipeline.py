@@ -106,6 +106,8 @@ def attach(
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
     seen = family_of(pipe).at(record.sampler.guidance, record.sampler.pixels).seen
+    if seen and seen.guide.passes > 2:
+        raise UsageError(f"{type(pipe).__name__} makes {seen.guide.passes} passes per step; attach() takes one or two")
     owns = program is not bundle
     attachment = Attachment(pipe, program, component, original, seen, budget, owns, threading.Lock())
     program.__enter__()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.observation import Observation
-from dipgo.model.observed.request import tokens_of
+from dipgo.model.observed.request import PICTURES, tokens_of
 from dipgo.model.observed.template import same
 from engines.guidance import Guidance, check_guidance
 from engines.pipeline.arguments import CHECKS, check_arguments
@@ -75,7 +75,8 @@ def check_observed(program: Program, seen: Observation, guidance: str, call: Bou
         usual = call.signature.parameters[name].default
         if name == "max_sequence_length":
             usual = tokens_of(arguments["self"])
-        if not _is_free(name) and value is not None and not same(value, {}) and not same(value, usual):
+        is_free = _is_free(name) or (seen.pictures and name in PICTURES)
+        if not is_free and value is not None and not same(value, {}) and not same(value, usual):
             raise _refusal(name, value, usual)
 
 

@@ -40,6 +40,7 @@ class TextEncoder:
         self._run = run
         self._rows = int(record.inputs[0].shape[0])
         self._tokenizers = [_load(folder / tokenizer.file, tokenizer) for tokenizer in record.tokenizers]
+        self._negative = TextEncoder(record.negative, folder, run) if record.negative else None
 
     @property
     def skips(self) -> int:
@@ -59,7 +60,11 @@ class TextEncoder:
         """
         zeros = negative is None and self.record.unconditional == "zeros"
         texts = [] if zeros or not guided else [negative or ""] * len(prompts)
-        outputs = self._encode([*texts, *prompts])
+        if self._negative and texts:
+            both = self._negative._encode(texts), self._encode(prompts)
+            outputs = {name: np.concatenate([one[name] for one in both]) for name in both[1]}
+        else:
+            outputs = self._encode([*texts, *prompts])
         conditions = {name: value for name, value in outputs.items() if "." not in name}
         if clip_skip:
             name, _, _ = next(name for name in outputs if "." in name).partition(".")

@@ -70,8 +70,8 @@ class DenoiserGraph:
         """The lengths of a batch: of images, and of the denoiser's rows."""
         batch = self.sizes.batch
         if isinstance(batch, int):
-            return {batch, batch * self.trace.rows}
-        return {"batch", f"{self.trace.rows}*batch" if self.trace.rows > 1 else "batch"}
+            return {batch * passes for passes in range(1, 1 + self.trace.rows)}
+        return {"batch", *(f"{passes}*batch" for passes in range(2, 1 + self.trace.rows))}
 
     @property
     def best(self) -> Mapping[str, int]:

@@ -24,6 +24,7 @@ PROMPTS = ["a cat", "two dogs in the rain"]
 KINDS = [
     "sd",
     "sd-v",
+    "sd-pag",
     pytest.param("lcm", marks=pytest.mark.slow),
     "sdxl",
     "pixart",

@@ -10,7 +10,7 @@ from dipgo.base.errors import UsageError
 from dipgo.base.guidance import GuidanceScale, rescale_of
 from dipgo.base.layout import find_layout
 from dipgo.model.observed.guide import Guide, fit_guide
-from dipgo.model.observed.template import Condition, Constant, Latent, Moment, Views, roles_of
+from dipgo.model.observed.template import Condition, Constant, Joined, Latent, Moment, Views, roles_of
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -80,11 +80,20 @@ def test_a_guide_is_fitted(kind, sign, offset, batched, conditional, scale):
     torch.testing.assert_close(combined, made, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [3.0, 0.25])
+def test_a_third_pass_under_other_attention_is_fitted(share):
+    guide = Guide("perturbed", batched=True, conditional=1, perturbed=share)
+    unconditional, conditional, perturbed = torch.randn(3, 1, 4, 8).unbind()
+    given = guide.combine(unconditional, conditional, 5.0, 0.0, perturbed)
+    assert fit_guide([torch.cat([unconditional, conditional, perturbed])], given, 5.0) == guide
+    assert (guide.passes, guide.rows) == (3, 2)
+
+
 def test_guidance_of_other_kinds_is_refused():
     calls = [torch.randn(1, 4, 8) for _ in range(3)]
     with pytest.raises(UsageError, match="makes 3 passes of guidance per step, and one or two are supported"):
         fit_guide(calls, calls[0], 4.0)
-    with pytest.raises(UsageError, match="makes 3 passes of guidance"):
+    with pytest.raises(UsageError, match="combines its three passes of guidance in a way of its own"):
         fit_guide([torch.cat(calls)], calls[0], 4.0)
     with pytest.raises(UsageError, match="combines its passes of guidance in a way of its own"):
         fit_guide(calls[:2], calls[0] ** 2, 4.0)
@@ -131,6 +140,30 @@ def test_roles_follow_from_what_changes():
     assert isinstance(mask, Constant)
     assert mask.by_row
     assert flag == Constant(True)
+
+
+@pytest.mark.parametrize(("axis", "first"), [(1, True), (2, True), (2, False)])
+def test_what_lies_beside_the_latent_is_a_condition(axis, first):
+    """The latents of a picture, in channels or tokens; zeros beside text are no latent."""
+    beside = torch.sin(torch.arange(24.0)).view((1, 6, 4) if axis == 1 else (1, 3, 8))
+
+    def join(latent):
+        return torch.cat([latent, beside] if first else [beside, latent], dim=axis)
+
+    steps = [changed(call(step), 0, join(call(step)[0])) for step in range(3)]
+    seen = views(steps=steps, passes=steps[:1], latents=[call(step)[0] for step in range(3)])
+    role = roles_of(seen, 1)[0]
+    assert isinstance(role, Joined)
+    assert all(torch.equal(*pair) for pair in zip(role.split(steps[1][0]), (call(1)[0], beside), strict=True))
+    assert torch.equal(role.join(call(1)[0], beside), steps[1][0])
+    padded = torch.cat([beside, torch.zeros(1, 3, beside.shape[2])], dim=1)[:, :, :4]
+    steps = [changed(call(step), 2, padded) for step in range(3)]
+    others = {name: changed(call(seed=name == "seed"), 2, padded) for name in ("seed", "scale", "prompt")}
+    assert isinstance(roles_of(views(steps=steps, passes=steps[:1], **others), 1)[2], Constant)
+
+
+def test_of_one_image_alone_rows_are_told_from_the_first():
+    assert roles_of(views(both=None), 1)[2] == Condition("text")
 
 
 def changed(arguments, place, value):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dipgo.eager.gating import gated
+from dipgo.model.observed.request import picture
 from dipgo.schedule.subnet import SubNet
 from tests import models, zoo
 
@@ -63,5 +64,7 @@ def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
     arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}
     arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     arguments |= {"clean_caption": False} if kind == "pixart" else {}
-    arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
+    if kind == "sd-inpaint":
+        pictures = [picture(what, (16, 16)) for what in ("a fox", "a mask")]
+        arguments |= {"prompt": "a red fox", "image": pictures[0], "mask_image": pictures[1].convert("1").convert("L")}
     return Compiled(task.pipe, task.model.family.component, subnet, folder, arguments)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline
+from PIL import ImageOps
 
 import dipgo
 from tests import zoo
@@ -30,6 +31,19 @@ def test_a_pipeline_that_users_loaded_is_observed_as_it_is(flux):
         pipe.to(torch.bfloat16)
     with dipgo.attach(pipe, flux.folder):
         assert error(flux.call(pipe), expected) <= 0.1
+
+
+def test_pictures_are_the_pipeline_s_own_affair():
+    """Inpainting by nine channels: whatever is painted over comes as a condition; embeddings alone go without it."""
+    inpaint = compiled("sd-inpaint", False)
+    with inpaint.gates():
+        expected = inpaint.call(inpaint.pipe)
+        other = inpaint.call(inpaint.pipe, mask_image=ImageOps.invert(inpaint.arguments["mask_image"]))
+    assert error(other, expected) > 0.01
+    with dipgo.attach(inpaint.pipe, inpaint.folder) as pipe:
+        assert error(inpaint.call(pipe), expected) <= 1e-4
+        with misused("strength = 0.5, the bundle was compiled for 1.0"):
+            inpaint.call(pipe, strength=0.5)
 
 
 @pytest.mark.parametrize(

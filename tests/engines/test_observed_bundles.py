@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dipgo
+from tests import zoo
 from tests.checks import error, misused
 from tests.engines.dropin import compiled
 
@@ -29,6 +30,17 @@ def test_images_of_prompts_are_those_of_the_gated_pipeline(made, pipe):
         {"prompt_2": ["a hen", "", "a cat"]},
     ):
         assert error(made.call(pipe, **changes), made.expected(**changes)) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", zoo.some([("sana",), ("bria",), ("sd-pag",)], [("bria",)]))
+def test_prompts_of_any_length_and_negative_ones(kind):
+    """Negative prompts in another frame, texts as long as they are, a third pass that reads as the second does."""
+    made = compiled(kind)
+    asked = ({}, {"prompt": "a", "negative_prompt": "snow and fog"}, {"prompt": ["a red fox in the harbour", ""]})
+    with dipgo.load(made.folder) as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        for changes in asked:
+            assert error(made.call(pipe, **changes), made.expected(**changes)) <= 1e-4
 
 
 def test_other_latents_than_the_pipeline_packs_are_refused(made, pipe):

@@ -50,7 +50,8 @@ def model(kind, tmp_path_factory):
 def exported(model, dtype):
     """Write the text graph into the pipeline's folder, beside the weights."""
     weights = {name: weights_of(model, name, dtype, model.folder) for name in components_of(model)[1:]}
-    graph, record, files = text_to_onnx(model, ROWS, dtype, weights)
+    graphs, record, files = text_to_onnx(model, ROWS, dtype, weights)
+    graph = graphs[record.file]
     record = record.model_copy(update={"file": f"{dtype}.onnx".removeprefix("torch.")})
     ir.save(graph, model.folder / record.file)
     for name, content in files.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from dipgo.base.errors import UsageError
 from dipgo.base.layout import Layout
-from dipgo.model.guidance import Number, guided
+from dipgo.model.guidance import guided
 from dipgo.model.sampler import Sampler, tabulate
 from dipgo.model.vae import from_vae, to_vae
 
@@ -44,6 +44,8 @@ class Prompting:
         fixed: ``(denoiser config, pixels a side of the latent's cell) -> conditions, one row``, which do not depend on
             the prompt.
         prefixes: what stands before parameters' names in checkpoints of an older transformers.
+        side: on which prompts are padded; None leaves it to the tokenizer.
+        negative: how negative prompts are read, and the empty one in their place; None is as prompts are.
     """
 
     encoders: tuple[str, ...]
@@ -64,6 +66,8 @@ class Prompting:
     zeros: str | None = None
     fixed: Callable[[Mapping[str, Any], int], Conditions] = field(default=lambda config, vae_scale: {})
     prefixes: tuple[str, ...] = ()
+    side: Literal["right", "left"] | None = None
+    negative: Prompting | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class Family:
             unconditional one always is.
         table: ``(scheduler, steps) -> its table``, as the pipeline uses it.
         guides: ``guidance scale -> whether there are two passes``.
-        guide: ``(unconditional output, conditional output, guidance scale, rescale) -> guided output``.
+        perturbs: whether a third pass follows these, the conditional one again under other attention.
+        guide: ``(unconditional output, conditional output, guidance scale, rescale) -> guided output``; the third
+            pass's output comes last.
         neutral: the guidance scale at which the guided output is the conditional one.
         scales: conditions that are so many times the guidance scale.
         latent: ``denoiser config -> shape of a latent``, without the batch.
@@ -120,7 +126,8 @@ class Family:
     conditional_first: bool = False
     table: Callable[[Any, int], Sampler] = field(default=tabulate)
     guides: Callable[[float], bool] = field(default=lambda scale: scale > 1)
-    guide: Callable[[torch.Tensor, torch.Tensor, Number, Number], torch.Tensor] = field(default=guided)
+    perturbs: bool = False
+    guide: Callable[..., torch.Tensor] = field(default=guided)
     neutral: float = 1.0
     scales: Mapping[str, float] = field(default_factory=dict)
     latent: Callable[[Mapping[str, Any]], tuple[int, ...]] = field(
@@ -139,6 +146,10 @@ class Family:
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
     uneven: bool = False
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+
+    def passes(self, scale: float) -> int:
+        """Return how many passes a step makes at a guidance scale."""
+        return (2 if self.guides(scale) else 1) + self.perturbs
 
     def at(self, scale: float, pixels: tuple[int, int] | None = None) -> Family:
         """Return the family at a guidance scale and a size of images in pixels.

@@ -11,6 +11,7 @@ from torch import nn
 
 from dipgo.base.guidance import RESCALE, SCALE, rescale_of
 from dipgo.model.families.family import Conditions, Family
+from dipgo.model.guidance import all_passes
 
 
 class GuidedDenoiser(nn.Module):
@@ -28,21 +29,23 @@ class GuidedDenoiser(nn.Module):
         self.call, self.guide = family.call, family.guide
         self.guidance_scale = guidance_scale
         self.guided = family.guides(guidance_scale)
+        self.passes = family.passes(guidance_scale)
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        sample, moment = latent, timestep
-        if self.guided:
-            sample, moment = torch.cat([latent, latent]), torch.cat([timestep, timestep])
+        sample, moment = (torch.cat([value] * self.passes) if self.guided else value for value in (latent, timestep))
+        rows = latent.shape[0] * (2 if self.guided else 1)
         for name, value in conditions.items():  # tells torch.export too, which takes each size for a symbol of its own
-            torch._check(value.shape[0] == sample.shape[0], lambda name=name: f"'{name}' has not the rows of the batch")
-        inputs = {name: value for name, value in conditions.items() if name not in (SCALE, RESCALE)}
+            torch._check(value.shape[0] == rows, lambda name=name: f"'{name}' has not the rows of the batch")
+        inputs = {
+            name: all_passes(value, self.passes) for name, value in conditions.items() if name not in (SCALE, RESCALE)
+        }
         output = self.call(self.denoiser, sample, moment, inputs)[:, : latent.shape[1]]
         if not self.guided:
             return output
         own = {SCALE: float(self.guidance_scale), RESCALE: rescale_of(self.guidance_scale)}
         scales = [conditions[name].chunk(2)[1] if name in conditions else value for name, value in own.items()]
-        unconditional, conditional = output.chunk(2)
-        return self.guide(unconditional, conditional, *scales)
+        unconditional, conditional, *perturbed = output.chunk(self.passes)
+        return self.guide(unconditional, conditional, *scales, *perturbed)
 
 
 def with_scale_inputs(family: Family, scale: float) -> Family:

@@ -20,6 +20,7 @@ from dipgo.model.families.family import Conditions, Family, Prompting
 from dipgo.model.families.pixart import PIXART_ALPHA
 from dipgo.model.families.sites import OBSERVED, sites_of_lists
 from dipgo.model.families.unet import UNET
+from dipgo.model.observed.attention import attention_by
 from dipgo.model.observed.forms import form_of
 from dipgo.model.observed.observation import Observation, conditions_of
 from dipgo.model.observed.observe import observe
@@ -62,7 +63,8 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         }
 
     def call(denoiser: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, given: Conditions) -> torch.Tensor:
-        output = first_of(form_of(denoiser).forward(denoiser, **seen.template.arguments(sample, timestep, given)))
+        with attention_by(denoiser, seen.processors):
+            output = first_of(form_of(denoiser).forward(denoiser, **seen.template.arguments(sample, timestep, given)))
         return seen.guide.sign * output if seen.guide.sign < 0 else output
 
     def encode(pipe: Any, prompts: Sequence[Any]) -> tuple[Conditions, Conditions]:
@@ -79,8 +81,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         return seen.decoding(latents)
 
     def under(scale: float, pixels: tuple[int, int] | None) -> Family:
-        asked = seen.asked if pixels in (None, seen.size) else pixels
-        return family_of_observed(pipe, component, Request(scale, asked))
+        return family_of_observed(pipe, component, Request(scale, pixels or seen.size))
 
     return Family(
         denoiser_class=denoiser_class,
@@ -95,6 +96,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         table=tabulated,
         prompting=lambda config: _prompting(pipe, seen),
         guides=lambda scale: seen.guide.passes > 1,
+        perturbs=seen.guide.kind == "perturbed",
         guide=seen.guide.combine,
         neutral=seen.guide.neutral,
         scales=seen.scales,

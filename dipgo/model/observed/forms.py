@@ -8,15 +8,16 @@ of one length; its ``forward`` computes on them what the class does on its own. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dipgo.base.errors import UsageError
 
@@ -158,6 +159,107 @@ def _ids(starts: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.stack([grid, down.expand_as(grid), along.expand_as(grid)], dim=-1).flatten(1, 3)
 
 
+def _read_motion(arguments: Arguments, tokens: int) -> Arguments:
+    text, latents = arguments["encoder_hidden_states"], arguments["sample"]
+    return arguments | {"encoder_hidden_states": text[:: len(text) // len(latents)]}
+
+
+def _motion(denoiser: Any, encoder_hidden_states: torch.Tensor, **arguments: Any) -> Any:
+    """AnimateDiff's UNet, which takes the text once for each frame."""
+    text = encoder_hidden_states.repeat_interleave(arguments["sample"].shape[2], dim=0)
+    return _own_forward(denoiser, encoder_hidden_states=text, **arguments)
+
+
+_LATTE_TOKENS = 120  # of every prompt, before its pipeline cuts it
+
+
+def _read_latte(arguments: Arguments, tokens: int) -> Arguments:
+    text, mask = padded(arguments["encoder_hidden_states"], arguments.get("text_mask"), _LATTE_TOKENS)
+    return arguments | {"encoder_hidden_states": text, "text_mask": mask}
+
+
+def _latte(denoiser: Any, text_mask: torch.Tensor, **arguments: Any) -> Any:
+    """Latte, whose blocks take a mask of the text that its pipeline cuts; a row for each frame."""
+    frames = arguments["hidden_states"].shape[2]
+    bias = (1 - text_mask.to(arguments["encoder_hidden_states"].dtype))[:, None] * -10_000.0
+    bias = bias[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
+    return _own_forward(denoiser, **arguments | {"encoder_attention_mask": bias})
+
+
+def _read_hidream(arguments: Arguments, tokens: int) -> Arguments:
+    layers = arguments.get("encoder_hidden_states_llama3")
+    if layers is None:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "encoder_hidden_states_llama3"}
+    return others | {"llama3_layers": layers.transpose(0, 1)}
+
+
+def _hidream(denoiser: Any, llama3_layers: torch.Tensor, **arguments: Any) -> Any:
+    """HiDream, which takes layers of text before rows, sorts tokens by experts, and lays images out one by one."""
+    height, width = arguments["hidden_states"].shape[2:]
+
+    def unpatchify(tokens: torch.Tensor, *_: Any) -> torch.Tensor:
+        side = denoiser.config.patch_size
+        cells = tokens[:, : height // side * (width // side)].unflatten(1, (height // side, width // side))
+        cells = cells.unflatten(3, (side, side, -1)).permute(0, 5, 1, 3, 2, 4)
+        return cells.flatten(4, 5).flatten(2, 3)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(denoiser, "unpatchify", unpatchify))
+        for module in denoiser.modules():
+            if hasattr(module, "moe_infer"):
+                stack.enter_context(mock.patch.object(module, "moe_infer", partial(_by_all_experts, module)))
+        return _own_forward(denoiser, encoder_hidden_states_llama3=llama3_layers.transpose(0, 1), **arguments)
+
+
+def _by_all_experts(module: Any, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return what the experts of each token make of it; all see all tokens ``[n, width]``."""
+    chosen = module.num_activated_experts
+    shares = torch.zeros(x.shape[0], len(module.experts), dtype=weights.dtype, device=x.device)
+    shares = shares.scatter(1, experts.view(-1, chosen), weights.view(-1, chosen))
+    parts = [expert(x) * shares[:, k : k + 1].to(x.dtype) for k, expert in enumerate(module.experts)]
+    return torch.stack(parts).sum(0)
+
+
+def _mochi(denoiser: Any, **arguments: Any) -> Any:
+    """Mochi, whose attention takes the tokens of each row's text out, row by row."""
+    from diffusers.models.attention_processor import MochiAttnProcessor2_0
+
+    with mock.patch.object(MochiAttnProcessor2_0, "__call__", _attend_with_mask):
+        return _own_forward(denoiser, **arguments)
+
+
+def _attend_with_mask(
+    processor: Any,
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_rotary_emb: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    image = [part(hidden_states).unflatten(2, (attn.heads, -1)) for part in (attn.to_q, attn.to_k, attn.to_v)]
+    text = [
+        part(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        for part in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    ]
+    norms = ((image, attn.norm_q, attn.norm_k), (text, attn.norm_added_q, attn.norm_added_k))
+    for parts, *own in norms:
+        parts[:2] = [part if norm is None else norm(part) for part, norm in zip(parts, own, strict=False)]
+    if image_rotary_emb is not None:
+        image[:2] = [_turned(part, *image_rotary_emb) for part in image[:2]]
+    query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image, text, strict=True))
+    mask = pad(attention_mask.bool(), (hidden_states.shape[1], 0), value=True)[:, None, None]
+    joint = scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2, 3)
+    image_out, text_out = joint.split_with_sizes([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+    image_out = attn.to_out[1](attn.to_out[0](image_out))
+    return image_out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
 _LANE = 32  # tokens, of which Z-Image's sequences are made up
 
 
@@ -219,7 +321,11 @@ _OWN = Form()
 FORMS: Mapping[str, Form] = {
     "BriaFiboTransformer2DModel": Form(read=_read_fibo),
     "ChromaTransformer2DModel": Form(forward=_chroma),
+    "HiDreamImageTransformer2DModel": Form(_read_hidream, _hidream),
+    "LatteTransformer3DModel": Form(_read_latte, _latte),
     "Lumina2Transformer2DModel": Form(forward=_lumina),
+    "MochiTransformer3DModel": Form(forward=_mochi),
     "QwenImageTransformer2DModel": Form(read=_read_qwen),
+    "UNetMotionModel": Form(_read_motion, _motion),
     "ZImageTransformer2DModel": Form(_read_z_image, _z_image, listed=True),
 }

@@ -22,18 +22,20 @@ class Guide:
 
     Attributes:
         kind: ``none``: one pass; ``linear``: u + s (c - u); ``norm``: that with the norm of c along the last axis
-            (Qwen-Image and Lumina 2).
+            (Qwen-Image and Lumina 2); ``perturbed``: ``linear``, and :attr:`perturbed` times c - p, with p of a third
+            pass: the conditional one under other attention (PAG).
         sign: -1 where the pipeline turns outputs around.
         offset: what is added to the guidance scale for s; 1 where guidance is c + scale (c - u).
         batched: whether both passes are one call; else one each.
         conditional: which of the two is the conditional one.
     """
 
-    kind: Literal["none", "linear", "norm"]
+    kind: Literal["none", "linear", "norm", "perturbed"]
     sign: int = 1
     offset: float = 0.0
     batched: bool = False
     conditional: int = 0
+    perturbed: float = 0.0
 
     @property
     def record(self) -> Passes:
@@ -42,7 +44,12 @@ class Guide:
 
     @property
     def passes(self) -> int:
-        return 1 if self.kind == "none" else 2
+        return {"none": 1, "perturbed": 3}.get(self.kind, 2)
+
+    @property
+    def rows(self) -> int:
+        """Rows of conditions per image: a perturbed pass has those of the conditional one."""
+        return min(self.passes, 2)
 
     @property
     def neutral(self) -> float:
@@ -50,10 +57,17 @@ class Guide:
         return 1.0 - self.offset
 
     def combine(
-        self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: Number, rescale: Number = 0.0
+        self,
+        unconditional: torch.Tensor,
+        conditional: torch.Tensor,
+        scale: Number,
+        rescale: Number = 0.0,
+        perturbed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the guided output of both passes, turned around already."""
+        """Return the guided output of all passes, turned around already."""
         guided = unconditional + (scale + self.offset) * (conditional - unconditional)
+        if perturbed is not None:
+            guided = guided + self.perturbed * (conditional - perturbed)
         if self.kind == "norm":
             lengths = [torch.norm(each, dim=-1, keepdim=True) for each in (conditional, guided)]
             return guided * (lengths[0] / lengths[1])
@@ -74,6 +88,9 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
         for sign in (1, -1):
             if _near(sign * cut[0], given):
                 return Guide("none", sign)
+    if len(cut) == 1 and len(cut[0]) == 3 * rows:
+        u, c, p = cut[0].chunk(3)
+        return _fit_perturbed(u, c, p, given, scale)
     passes, batched = (list(cut[0].chunk(2)), True) if len(cut) == 1 else (cut, False)
     if len(passes) != 2 or any(each.shape != given.shape for each in passes):
         count = sum(len(each) for each in cut) // rows
@@ -92,6 +109,16 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
                     if slope > 0 and _near(guide.combine(u, c, float(scale), rescale_of(scale)), given):
                         return guide
     raise UsageError("it combines its passes of guidance in a way of its own")
+
+
+def _fit_perturbed(u: torch.Tensor, c: torch.Tensor, p: torch.Tensor, given: torch.Tensor, scale: float) -> Guide:
+    rest = given - (u + float(scale) * (c - u))
+    share = float((rest * (c - p)).sum() / ((c - p) ** 2).sum())
+    for digits in (2, 3, 4):  # the roundest, which every step gives
+        guide = Guide("perturbed", batched=True, conditional=1, perturbed=float(f"{share:.{digits}g}"))
+        if _near(guide.combine(u, c, float(scale), rescale_of(scale), p), given):
+            return guide
+    raise UsageError("it combines its three passes of guidance in a way of its own")
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -65,14 +65,17 @@ def decoding_of(
     shift, one = given(torch.zeros_like(latent)), given(torch.ones_like(latent))
     places = torch.arange(latent.numel(), dtype=torch.float32).view(latent.shape)
     numbers = given(places)
-    if shift is None or one is None or numbers is None:
+    if shift is None or one is None or numbers is None or len(numbers) != len(latent):  # frames one by one
         return None, None
     scale = (one - shift).double()
     moved = torch.round((numbers.double() - shift) / scale).to(torch.int64).numpy()
     layout = find_layout(moved[0], tuple(latent.shape[1:]))
     if layout is None:
         raise UsageError(f"{type(pipe).__name__} decodes its latents in a way of its own; not supported")
-    images = first_of(output_like(pipe.vae.decode, (shift,), {"return_dict": False}))
+    try:
+        images = first_of(output_like(pipe.vae.decode, (shift,), {"return_dict": False}))
+    except Exception:  # a VAE that cannot decode as it is, such as one that wants tiling switched on
+        return None, None
     size = (int(images.shape[-2]), int(images.shape[-1]))
     if images.ndim != 4 and images.shape[2] != 1:  # frames, which no bundle decodes
         return None, size

@@ -12,6 +12,8 @@ import torch
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import rescale_of
 from dipgo.base.layout import Layout
+from dipgo.model.guidance import all_passes
+from dipgo.model.observed.attention import attention_by
 from dipgo.model.observed.guide import Guide
 from dipgo.model.observed.latents import Decoding, near
 from dipgo.model.observed.request import Request, tokens_of
@@ -26,9 +28,11 @@ class Observation:
     """What a pipeline does in its loop.
 
     Attributes:
+        processors: what does the denoiser's attention, by module, where that is not its own.
         guidance: the scale that it was observed at.
         size: of its images in pixels; None where that is not known.
         asked: the size that it is asked for, so that it makes images of :attr:`size`; None is its own.
+        pictures: whether it is given pictures.
         conditions: an example of each condition, one row.
         fixed: those that do not depend on the prompt, one row.
         scales: those of them that are so many times the guidance scale.
@@ -45,8 +49,10 @@ class Observation:
     guidance: float
     size: tuple[int, int] | None
     asked: tuple[int, int] | None
+    pictures: bool
     template: Template
     guide: Guide
+    processors: Mapping[str, Any]
     conditions: Mapping[str, torch.Tensor]
     fixed: Mapping[str, torch.Tensor]
     scales: Mapping[str, float]
@@ -64,6 +70,7 @@ class Observation:
         constants = [role.value for role in self.template.roles if isinstance(role, Constant)]
         return (
             self.usual
+            and not self.pictures
             and self.noise.idle
             and len(self.latent) == 3
             and (self.decoding is None or self.decoding.layout.idle)
@@ -80,7 +87,7 @@ class Observation:
         """
         own, pipe.scheduler = pipe.scheduler, scheduler
         try:
-            request = Request(self.guidance, self.asked, steps)
+            request = Request(self.guidance, self.asked, steps, pictures=self.pictures)
             log = watch(pipe, request.inputs(pipe, self.component), Watch(self.component, steps=10**6))
         except UsageError:
             if not self.usual:
@@ -108,14 +115,16 @@ class Observation:
         basis = [self.noise(log.drawn[0]).float(), *(noise.float() for noise in log.drawn_in_steps)]
         first = log.calls_of(0)
         conditions = joined_conditions(self, [self.template.conditions(call.arguments) for call in first])
-        with denoiser_stand_in(denoiser, tokens_of(pipe)), torch.no_grad():
+        attention = attention_by(denoiser, self.processors)
+        with denoiser_stand_in(denoiser, tokens_of(pipe)), attention, torch.no_grad():
             for step, seen in enumerate(log.steps):
                 latent = _combine(table.rows[step], basis)
                 if not near(latent, seen.latent):
                     raise UsageError(f"{type(pipe).__name__} does not sample as its parts tell; not supported")
                 scaled = (latent * table.input_scale[step]).repeat(self.guide.passes, *[1] * (latent.ndim - 1))
                 timestep = torch.full((len(scaled),), table.timesteps[step])
-                output = first_of(denoiser(**self.template.arguments(scaled, timestep, conditions)))
+                every = {name: all_passes(value, self.guide.passes) for name, value in conditions.items()}
+                output = first_of(denoiser(**self.template.arguments(scaled, timestep, every)))
                 basis.append(self.guided(output[:, : latent.shape[1]].float(), self.guidance))
             if not near(_combine(table.rows[len(log.steps)], basis), log.steps[-1].result):
                 raise UsageError(f"{type(pipe).__name__} does not sample as its parts tell; not supported")
@@ -125,21 +134,21 @@ class Observation:
         output = self.guide.sign * output
         if self.guide.passes == 1:
             return output
-        unconditional, conditional = output.chunk(2)
-        return self.guide.combine(unconditional, conditional, float(scale), rescale_of(scale))
+        unconditional, conditional, *perturbed = output.chunk(self.guide.passes)
+        return self.guide.combine(unconditional, conditional, float(scale), rescale_of(scale), *perturbed)
 
 
 def conditions_of(
     observation: Observation, pipe: Any, prompts: Sequence[Any], guidance: float
 ) -> dict[str, torch.Tensor]:
     """Return what a pipeline passes for some prompts, with guidance the unconditional rows first."""
-    request = Request(guidance, observation.asked, prompts=tuple(prompts))
-    component, passes = observation.component, observation.guide.passes
-    calls = 1 if observation.guide.batched else passes
+    request = Request(guidance, observation.asked, prompts=tuple(prompts), pictures=observation.pictures)
+    component, rows = observation.component, observation.guide.rows
+    calls = 1 if observation.guide.batched else observation.guide.passes
     log = watch(pipe, request.inputs(pipe, component), Watch(component, calls=calls))
     made = joined_conditions(observation, [observation.template.conditions(call.arguments) for call in log.calls])
     for name, value in made.items():
-        expected = [passes * len(prompts), *observation.conditions[name].shape[1:]]
+        expected = [rows * len(prompts), *observation.conditions[name].shape[1:]]
         if list(value.shape) != expected:
             raise UsageError(
                 f"{type(pipe).__name__} makes '{name}' {list(value.shape)} of these prompts, not {expected}"
@@ -153,7 +162,7 @@ def joined_conditions(observation: Observation, calls: Sequence[Mapping[str, tor
     if guide.passes == 1:
         return dict(calls[0])
     both = (
-        [{name: value.chunk(2)[half] for name, value in calls[0].items()} for half in (0, 1)]
+        [{name: value.chunk(guide.passes)[half] for name, value in calls[0].items()} for half in (0, 1)]
         if guide.batched
         else calls
     )

@@ -8,6 +8,7 @@ together again and compared with the latents that the pipeline itself had: what 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
-from dipgo.model.observed.guide import fit_guide
+from dipgo.model.checks import pictures_of
+from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
+from dipgo.model.observed.stand_ins import other_texts
 from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
-from dipgo.model.observed.watch import Log, Watch, watch
+from dipgo.model.observed.watch import Call, Log, Watch, watch
 
 
 def observe(pipe: Any, component: str, request: Request) -> Observation:
@@ -31,7 +34,7 @@ def observe(pipe: Any, component: str, request: Request) -> Observation:
         UsageError: it cannot be run, or its loop is none that can be made again, with the reason.
     """
     try:
-        seen = _observe(pipe, component, request)
+        seen = _with_pictures_at_need(pipe, component, request)
         return seen if request.size is None or request.size == seen.size else _at_size(pipe, component, request, seen)
     except DipgoError:
         raise
@@ -39,6 +42,16 @@ def observe(pipe: Any, component: str, request: Request) -> Observation:
         raise UsageError(
             f"{type(pipe).__name__} is not supported: it cannot be observed ({one_line(error)})"
         ) from error
+
+
+def _with_pictures_at_need(pipe: Any, component: str, request: Request) -> Observation:
+    """Return what is observed without pictures; where a pipeline does nothing without, with some."""
+    try:
+        return _observe(pipe, component, request)
+    except UsageError:
+        if not pictures_of(type(pipe)):
+            raise
+    return _observe(pipe, component, replace(request, pictures=True))
 
 
 def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> Observation:
@@ -49,10 +62,10 @@ def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> 
     assert request.size is not None
     assert seen.size is not None
     scaled = [side * side / made for side, made in zip(request.size, seen.size, strict=True)]
-    if "use_resolution_binning" not in signature(type(pipe).__call__).parameters:
-        other = _observe(pipe, component, replace(request, size=(round(scaled[0]), round(scaled[1]))))
-        if other.size == request.size:
-            return other
+    again = replace(request, pictures=seen.pictures, size=(round(scaled[0]), round(scaled[1])))
+    other = _observe(pipe, component, again)
+    if other.size == request.size:
+        return other
     made, asked = ("x".join(map(str, size)) for size in (seen.size, request.size))
     raise UsageError(f"{type(pipe).__name__} makes images of {made} where {asked} are asked for; give --size {made}")
 
@@ -71,13 +84,14 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     first = seen(10**6)
     if not first.steps or not first.calls or not first.drawn:
         raise UsageError(f"{name} draws no noise, or calls neither denoiser nor scheduler as others do; not supported")
-    prompt, seed, scale, both = (
-        seen(1, prompts=PROMPTS[1:]),
-        seen(1, seed=1),
-        seen(1, guidance=_another(request.guidance)),
-        seen(1, prompts=PROMPTS),
-    )
+    with other_texts():  # of a prompt too long for its tokens nothing may be left
+        prompt = seen(1, prompts=PROMPTS[1:])
+    seed = seen(1, seed=1)
     calls = first.calls_of(0)
+    scale = _or_none(seen, 1, guidance=_another(request.guidance))
+    if scale is None or _rows(scale.calls_of(0)) != _rows(calls):  # it takes none, or guides from just there on
+        scale = first
+    both = _or_none(seen, 1, prompts=PROMPTS)
     latent = first.steps[0].latent
     try:
         if any(len(first.calls_of(step)) != len(calls) for step in range(len(first.steps))):
@@ -96,10 +110,12 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
             prompt=_leaves(prompt.calls[0], calls[0]),
             seed=_leaves(seed.calls[0], calls[0]),
             scale=_leaves(scale.calls[0], calls[0]),
-            both=_leaves(both.calls[0], None),
+            both=_leaves(both.calls[0], None) if both else None,
             latents=[step.latent for step in first.steps],
         )
-        template = Template(pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, 2 if guide.batched else 1))
+        template = Template(
+            pytree.tree_flatten(calls[0].arguments)[1], roles_of(views, guide.passes if guide.batched else 1)
+        )
     except UsageError as error:
         raise UsageError(f"{name} is not supported: {error}") from error
     noise, scales = noise_of(pipe, request, component, first)
@@ -109,8 +125,10 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
         guidance=request.guidance,
         size=size or request.size,
         asked=request.size,
+        pictures=request.pictures,
         template=template,
         guide=guide,
+        processors=_processors(first, guide, name),
         conditions={},
         fixed={},
         scales={},
@@ -141,6 +159,16 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
     )
 
 
+def _processors(seen: Log, guide: Guide, name: str) -> Mapping[str, Any]:
+    """Return what did the denoiser's attention in a run, by module, where that is not its own."""
+    own = [call.processors for call in seen.calls]
+    if any(each != own[0] for each in own):
+        raise UsageError(f"{name} is not supported: it replaces its denoiser's attention from step to step")
+    if own[0] and guide.kind != "perturbed":
+        raise UsageError(f"{name} is not supported: it replaces its denoiser's attention, without a pass for it")
+    return own[0]
+
+
 def _factor(value: torch.Tensor, other: torch.Tensor, guidance: float) -> float | None:
     """Return how many times the guidance scale a condition is, whose value at another scale is ``other``."""
     factor = float(value.flatten()[0]) / guidance if guidance and value.numel() == 1 else 0.0
@@ -152,6 +180,17 @@ def _leaves(call: Any, like: Any) -> list[Any]:
     if like is not None and tree != pytree.tree_flatten(like.arguments)[1]:
         raise UsageError("the arguments of its denoiser change their structure")
     return leaves
+
+
+def _or_none(seen: Callable[..., Log], *args: Any, **changes: Any) -> Log | None:
+    try:
+        return seen(*args, **changes)
+    except UsageError:  # of what it does not take
+        return None
+
+
+def _rows(calls: Sequence[Call]) -> list[int]:
+    return [len(call.output) for call in calls]
 
 
 def _another(scale: float) -> float:

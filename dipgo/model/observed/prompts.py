@@ -1,16 +1,16 @@
 """How a pipeline reads prompts, seen at its ``encode_prompt``: what tokenizers are given, and what becomes of it.
 
-From this follows a :class:`~dipgo.model.families.family.Prompting`: the pipeline's own ``encode_prompt``, around token
-ids in the place of tokenizers, so that it can be traced.
+From this follows a :class:`~dipgo.model.families.family.Prompting`: the pipeline's own ``encode_prompt`` around token
+ids in the place of tokenizers, so that it can be traced. Where that makes as many tokens of a prompt as this has, the
+conditions are gathered from the encoders' hidden states (:mod:`~dipgo.model.observed.gather`).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -19,61 +19,14 @@ from torch.utils import _pytree as pytree
 
 from dipgo.base.errors import UsageError
 from dipgo.model.families.family import Prompting
-from dipgo.model.observed.observation import Observation, joined_conditions
-from dipgo.model.observed.request import Request
-from dipgo.model.observed.watch import Watch, watch
+from dipgo.model.observed.gather import Hidden, find_sources, states_of
+from dipgo.model.observed.observation import Observation
+from dipgo.model.observed.reading import LONG, PROBE, Reading, Reads, answered, read, reads_probe, texts_of
 
-_PROBE = "Two Red Foxes"
-_LONG = _PROBE + ", " + "and a hen, " * 20
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A call of a tokenizer on one prompt: the text that it was given, and the shape of the token ids."""
-
-    tokenizer: str
-    text: str
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Reads:
-    """What was seen of ``encode_prompt``: its arguments and results, and tokenizers' calls, by call."""
-
-    arguments: list[dict[str, Any]] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    readings: list[list[Reading]] = field(default_factory=list)
-
-
-Answer = Callable[[str, Any, Mapping[str, Any]], Any]
-"""``(tokenizer, its result, its arguments) -> the result in its place``."""
-
-
-class _Tokenizer:
-    """A tokenizer whose calls are answered by somebody else; all else is its own, its class too."""
-
-    def __init__(self, name: str, original: Any, answer: Answer) -> None:
-        self._name, self._original, self._answer = name, original, answer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {"text": args[0], **kwargs} if args else kwargs
-        return self._answer(self._name, self._original(*args, **kwargs), given)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._original)
-
-
-@contextmanager
-def _tokenizers(pipe: Any, answer: Answer) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, component in pipe.components.items():
-            if name.startswith("tokenizer") and component is not None:
-                stack.enter_context(mock.patch.object(pipe, name, _Tokenizer(name, component, answer)))
-        yield
+Encode = Callable[
+    [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
+]
+Side = Literal["right", "left"] | None
 
 
 def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
@@ -86,169 +39,265 @@ def observe_prompts(pipe: Any, seen: Observation) -> Prompting:
     if not hasattr(pipe, "encode_prompt"):
         raise UsageError(f"{name} has no encode_prompt")
     wanted = [each for each in seen.conditions if each not in seen.fixed]
-    reads, rows = _read(pipe, seen, _PROBE)
-    long, longer = _read(pipe, seen, _LONG)
-    _, empty = _read(pipe, seen, "")
-    call = next((k for k, given in enumerate(reads.arguments) if _PROBE in str(given.get("prompt"))), None)
-    if call is None:
+    probed = _Probed.of(pipe, seen, negative=False)
+    prompting = _prompting(pipe, seen, wanted, probed)
+    if seen.guide.passes == 1:
+        return prompting
+    if all(not probed.short.other[each].any() for each in wanted):
+        return replace(prompting, always_zeros=True)
+    if all(_is(probed.empty.conditions[each], probed.short.other[each]) for each in wanted):
+        return prompting
+    return replace(prompting, negative=_prompting(pipe, seen, wanted, _Probed.of(pipe, seen, negative=True)))
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What is seen of a short prompt, of a long one and of the empty one; or of negative prompts."""
+
+    short: Reads
+    long: Reads
+    empty: Reads
+    negative: bool
+
+    @staticmethod
+    def of(pipe: Any, seen: Observation, negative: bool) -> _Probed:
+        short, long, empty = (read(pipe, seen, prompt, negative) for prompt in (PROBE, LONG, ""))
+        return _Probed(short, long, empty, negative)
+
+    @property
+    def by_prompt(self) -> dict[str, Reads]:
+        return {PROBE: self.short, LONG: self.long, "": self.empty}
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What each tokenizer is given of a prompt, and how many tokens it makes of it."""
+
+    tokenizers: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    lengths: tuple[int, ...]
+    lower: bool
+
+    @staticmethod
+    def of(readings: Sequence[Reading], lengths: Sequence[int] = ()) -> _Texts:
+        first = {each.tokenizer: each for each in reversed(readings)}
+        tokenizers = tuple(dict.fromkeys(each.tokenizer for each in readings))
+        lower = PROBE not in readings[0].text
+        around = [first[each].text.partition(PROBE.lower() if lower else PROBE) for each in tokenizers]
+        own = tuple(int(first[each].ids.shape[-1]) for each in tokenizers)
+        return _Texts(
+            tokenizers,
+            tuple(before for before, _, _ in around),
+            tuple(after for _, _, after in around),
+            tuple(lengths) or own,
+            lower,
+        )
+
+
+def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Probed) -> Prompting:
+    """Return how prompts, or negative ones, are read, after reading some that way."""
+    name = type(pipe).__name__
+    calls = probed.short.calls_on(PROBE)
+    if not calls:
         raise UsageError(f"{name} gives encode_prompt no prompt")
-    leaves = pytree.tree_leaves(reads.results[call])
+    own = [each for call in calls for each in probed.short.readings[call] if each.has_probe]
+    long = [each for call in calls for each in probed.long.readings[call]]
+    fixed = [each for each in own if any((each.tokenizer, each.ids.shape) == (b.tokenizer, b.ids.shape) for b in long)]
+    ways: list[Callable[[], tuple[_Texts, Encode, Side]]] = [
+        lambda: (*_gathered(pipe, seen, wanted, own, probed), "right")
+    ]
+    if fixed and {each.tokenizer for each in own} == {each.tokenizer for each in fixed}:
+        ways.insert(0, lambda: (*_traced(pipe, _Texts.of(fixed), wanted, probed.short, calls), None))
+    for last in (False, True)[-len(ways) :]:
+        try:
+            texts, encode, side = ways.pop(0)()
+            _verify(pipe, wanted, probed, texts, encode, side)
+            break
+        except UsageError:
+            if last:
+                raise
+    encoders = _encoders(name, pipe, texts)
+    return Prompting(
+        encoders=encoders,
+        tokenizers=texts.tokenizers,
+        tokens=max(texts.lengths),
+        lengths=texts.lengths,
+        before=texts.before,
+        after=texts.after,
+        conditions=tuple(wanted),
+        encode=encode,
+        masked=lambda config: True,
+        lower=texts.lower,
+        side=side,
+    )
+
+
+def _verify(pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: Side) -> None:
+    """Refuse a way of encoding by which conditions are not those that the pipeline made."""
+    modules = [getattr(pipe, each) for each in _encoders(type(pipe).__name__, pipe, texts)]
+    for prompt, reads in probed.by_prompt.items():
+        made = encode(modules, *_tokens(pipe, texts, prompt, side))
+        if not all(_is(value, reads.conditions[each]) for each, value in zip(wanted, made, strict=True)):
+            raise UsageError(f"{type(pipe).__name__} reads prompts in a way of its own")
+
+
+def _encoders(name: str, pipe: Any, texts: _Texts) -> tuple[str, ...]:
+    encoders = tuple(each.replace("tokenizer", "text_encoder") for each in texts.tokenizers)
+    if missing := next((each for each in encoders if getattr(pipe, each, None) is None), None):
+        raise UsageError(f"{name} has no {missing}")
+    return encoders
+
+
+def _tokens(pipe: Any, texts: _Texts, prompt: str, side: Side) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Return token ids and masks ``[1, length]`` of a prompt, as a bundle's tokenizers make them."""
+    text = prompt.lower().strip() if texts.lower else prompt
+    made = []
+    for each, start, end, length in zip(texts.tokenizers, texts.before, texts.after, texts.lengths, strict=True):
+        tokenizer = getattr(pipe, each)
+        options = {"padding_side": side} if side else {}
+        made.append(
+            tokenizer(
+                f"{start}{text}{end}",
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+                **options,
+            )
+        )
+    return [each.input_ids for each in made], [each.attention_mask for each in made]
+
+
+def _traced(
+    pipe: Any, texts: _Texts, wanted: Sequence[str], reads: Reads, calls: Sequence[int]
+) -> tuple[_Texts, Encode]:
+    """Return the pipeline's ``encode_prompt`` around token ids."""
+    leaves = pytree.tree_leaves([reads.results[call] for call in calls])
     places = []
     for each in wanted:
-        own = rows[each][-1:]
-        found = (_Place.of(k, leaf, own) for k, leaf in enumerate(leaves))
+        found = (_Place.of(k, leaf, reads.conditions[each]) for k, leaf in enumerate(leaves))
         place = next((place for place in found if place), None)
         if place is None:
-            raise UsageError(f"{name} makes '{each}' of more than the prompt's encoding")
+            raise UsageError(f"{type(pipe).__name__} makes '{each}' of more than the prompt's encoding")
         places.append(place)
-    if seen.guide.passes > 1 and all(not rows[each][:1].any() for each in wanted):
-        zeros = True
-    elif seen.guide.passes > 1 and any(not _is(empty[each][-1:], rows[each][:1]) for each in wanted):
-        raise UsageError(f"{name} encodes negative prompts in another way than prompts")
-    else:
-        zeros = False
-    tokenizers, before, after, lengths, lower = _texts(name, reads.readings[call], long.readings[call])
-    encoders = tuple(each.replace("tokenizer", "text_encoder") for each in tokenizers)
-    missing = next((each for each in encoders if getattr(pipe, each, None) is None), None)
-    if missing:
-        raise UsageError(f"{name} has no {missing}")
-    arguments = reads.arguments[call]
+    arguments, encoders = [reads.arguments[call] for call in calls], _encoders(type(pipe).__name__, pipe, texts)
 
     def encode(
         modules: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
     ) -> tuple[torch.Tensor, ...]:
-        given = dict(zip(tokenizers, zip(ids, masks, strict=True), strict=True))
+        given = dict(zip(texts.tokenizers, zip(ids, masks, strict=True), strict=True))
 
         def answer(name: str, result: Any, asked: Mapping[str, Any]) -> Any:
-            if not _reads_probe(asked.get("text")):
+            probes = [reads_probe(text) for text in texts_of(asked)]
+            if not any(probes):
                 return result
             tokens, mask = given[name]
             if result.input_ids.shape[1:] != tokens.shape[1:]:  # another look at the prompt, to say what was cut
                 return type(result)({key: value[:, :1] for key, value in result.items()})
-            return type(result)({"input_ids": tokens, "attention_mask": mask})
+            both: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+            if all(probes):
+                return type(result)(both)
+            rows = {key: iter(value) for key, value in both.items()}  # beside others in one call
+            return type(result)(
+                {
+                    key: torch.stack([next(rows[key]) if own else result[key][k] for k, own in enumerate(probes)])
+                    for key in both
+                }
+            )
+
+        def one_each(value: Any) -> Any:
+            single = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+            return value * len(ids[0]) if single else value
 
         with ExitStack() as stack:
-            stack.enter_context(_tokenizers(pipe, answer))
+            stack.enter_context(answered(pipe, answer))
             for attribute, module in zip(encoders, modules, strict=True):
                 stack.enter_context(mock.patch.object(pipe, attribute, module))
-            prompts = [_PROBE] * len(ids[0])
-            again = {key: prompts if value == [_PROBE] else value for key, value in arguments.items()}
-            made = pytree.tree_leaves(pipe.encode_prompt(**again))
+            made = pytree.tree_leaves(
+                [pipe.encode_prompt(**{key: one_each(each) for key, each in given.items()}) for given in arguments]
+            )
         return tuple(place.take(made) for place in places)
 
-    def tokens_of(prompt: str) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        text = prompt.lower().strip() if lower else prompt
-        made = [
-            getattr(pipe, each)(
-                f"{start}{text}{end}", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            for each, start, end, length in zip(tokenizers, before, after, lengths, strict=True)
-        ]
-        return [each.input_ids for each in made], [each.attention_mask for each in made]
-
-    modules = [getattr(pipe, each) for each in encoders]
-    for prompt, expected in ((_PROBE, rows), (_LONG, longer), ("", empty)):
-        made = encode(modules, *tokens_of(prompt))
-        if not all(_is(value, expected[each][-1:]) for each, value in zip(wanted, made, strict=True)):
-            raise UsageError(f"{name} reads prompts in a way of its own")
-    return Prompting(
-        encoders=encoders,
-        tokenizers=tokenizers,
-        tokens=max(lengths),
-        lengths=lengths,
-        before=before,
-        after=after,
-        conditions=tuple(wanted),
-        encode=encode,
-        masked=lambda config: True,
-        lower=lower,
-        always_zeros=zeros,
-    )
+    return texts, encode
 
 
-def _read(pipe: Any, seen: Observation, prompt: str) -> tuple[_Reads, dict[str, torch.Tensor]]:
-    """Return what is seen while a prompt is encoded, and the conditions that come of it."""
-    reads, encode = _Reads(), pipe.encode_prompt
-    current: list[Reading] = []
+def _gathered(
+    pipe: Any, seen: Observation, wanted: Sequence[str], own: Sequence[Reading], probed: _Probed
+) -> tuple[_Texts, Encode]:
+    """Return what tokenizers are given, and how conditions come from hidden states, of prompts padded on the right."""
+    name = type(pipe).__name__
+    if not own:
+        raise UsageError(f"{name} gives its tokenizer no prompt")
+    texts = _Texts.of(own)
+    encoders = _encoders(name, pipe, texts)
+    sources = find_sources(pipe, seen, wanted, encoders, probed.by_prompt, probed.negative)
+    lengths = []
+    for number, encoder in enumerate(encoders):
+        hidden = [each for each in sources.values() if isinstance(each, Hidden) and each.blocks[0][0] == number]
+        if not hidden:
+            raise UsageError(f"{name} makes no condition of its {encoder}'s tokens")
+        lengths.append(max(each.drop + each.tokens for each in hidden))
+    options = [_options(probed.short, encoder) for encoder in encoders]
 
-    def answer(name: str, result: Any, asked: Mapping[str, Any]) -> Any:
-        text = asked.get("text")
-        text = text[0] if isinstance(text, list) and text else text
-        ids = getattr(result, "input_ids", None)
-        if isinstance(text, str) and isinstance(ids, torch.Tensor):
-            current.append(Reading(name, text, tuple(ids.shape)))
-        return result
+    def encode(
+        modules: Sequence[nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, ...]:
+        given = [mask if mask is not None else torch.ones_like(own) for own, mask in zip(ids, masks, strict=True)]
+        states = [states_of(*each) for each in zip(modules, ids, given, options, strict=True)]
+        return tuple(sources[each].take(states, given) for each in wanted)
 
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        current.clear()
-        arguments = dict(inspect.signature(encode).bind(*args, **kwargs).arguments)
-        result = encode(*args, **kwargs)
-        reads.arguments.append(arguments)
-        reads.results.append(result)
-        reads.readings.append(list(current))
-        return result
-
-    request = Request(seen.guidance, seen.size, prompts=(prompt,))
-    calls = 1 if seen.guide.batched else seen.guide.passes
-    with _tokenizers(pipe, answer), mock.patch.object(pipe, "encode_prompt", encoded):
-        log = watch(pipe, request.inputs(pipe, seen.component), Watch(seen.component, calls=calls))
-    made = joined_conditions(seen, [seen.template.conditions(each.arguments) for each in log.calls])
-    return reads, made
+    return replace(texts, lengths=tuple(lengths)), encode
 
 
-def _texts(
-    name: str, short: Sequence[Reading], long: Sequence[Reading]
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[int, ...], bool]:
-    """Return tokenizers, what stands before and after the prompt, lengths, and whether prompts are lower-cased."""
-    own = [each for each in short if _reads_probe(each.text)]
-    fixed = [
-        each for each in own if any(each.tokenizer == other.tokenizer and each.shape == other.shape for other in long)
-    ]
-    tokenizers = list(dict.fromkeys(each.tokenizer for each in fixed))
-    if not fixed or {each.tokenizer for each in own} != set(tokenizers):
-        raise UsageError(f"{name} makes as many tokens of a prompt as it has")
-    first = {each.tokenizer: each for each in reversed(fixed)}
-    lower = _PROBE not in fixed[0].text
-    probe = _PROBE.lower() if lower else _PROBE
-    around = [first[each].text.partition(probe) for each in tokenizers]
-    return (
-        tuple(tokenizers),
-        tuple(before for before, _, _ in around),
-        tuple(after for _, _, after in around),
-        tuple(first[each].shape[-1] for each in tokenizers),
-        lower,
-    )
+def _options(reads: Reads, encoder: str) -> dict[str, Any]:
+    """Return what a text encoder is given beside tokens and mask.
 
-
-def _reads_probe(text: Any) -> bool:
-    text = text[0] if isinstance(text, list) and text else text
-    return isinstance(text, str) and _PROBE.lower() in text.lower()
+    Raises:
+        UsageError: further tensors, of which nobody knows what they are.
+    """
+    calls = [each.arguments for inside in reads.encodings for each in inside if each.encoder == encoder]
+    own = {name: value for name, value in calls[0].items() if name not in ("input_ids", "attention_mask")}
+    if other := next((name for name, value in own.items() if isinstance(value, torch.Tensor)), None):
+        raise UsageError(f"'{other}' is given to the {encoder}, beside tokens and their mask")
+    return {name: value for name, value in own.items() if name not in ("output_hidden_states", "return_dict")}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a condition comes from: a result of ``encode_prompt``, then so many entries of one value along axis 1."""
+    """Where a condition comes from: a result of ``encode_prompt``, then so many entries of one value along axis 1.
+
+    Attributes:
+        shape: of a row of the condition.
+        axis: of the result, along which prompts lie.
+    """
 
     number: int
+    shape: tuple[int, ...]
+    axis: int = 0
     more: int = 0
     value: float = 0.0
 
     @staticmethod
     def of(number: int, leaf: Any, own: torch.Tensor) -> _Place | None:
         """Return the place of a condition ``[1, …]`` where this result makes it up."""
-        if _is(leaf, own):
-            return _Place(number)
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim != own.ndim or leaf.ndim < 2:
+        shape = tuple(own.shape[1:])
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        if leaf.numel() == own.numel() and torch.equal(leaf.to(own.dtype).flatten(), own.flatten()):
+            axis = next((axis for axis in (0, 1) if leaf.shape[axis : axis + 1] == (1,)), None)
+            return None if axis is None else _Place(number, shape, axis)
+        if leaf.ndim != own.ndim or leaf.ndim < 2:
             return None
         head, tail = own[:, : leaf.shape[1]], own[:, leaf.shape[1] :]
         if not tail.numel() or not _is(leaf, head) or not bool((tail == tail.flatten()[0]).all()):
             return None
-        return _Place(number, tail.shape[1], float(tail.flatten()[0]))
+        return _Place(number, shape, 0, tail.shape[1], float(tail.flatten()[0]))
 
     def take(self, results: Sequence[Any]) -> torch.Tensor:
         result: torch.Tensor = results[self.number]
         if not self.more:
-            return result
+            return result.movedim(self.axis, 0).reshape(-1, *self.shape)
         shape = (result.shape[0], self.more, *result.shape[2:])
         return torch.cat([result, torch.full(shape, self.value, dtype=result.dtype)], dim=1)
 

@@ -10,8 +10,9 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary
@@ -22,11 +23,24 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from dipgo.model.fakes import quiet
+from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
 
-_STATES = 65  # hidden states of a text encoder; pipelines take them by numbers that suit the encoders of their kind
 _OUTPUTS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What denoisers return, without values, by the shapes of their inputs: finding out takes seconds."""
+
+
+_PHASE: ContextVar[float] = ContextVar("phase", default=0.0)
+
+
+@contextmanager
+def other_texts() -> Iterator[None]:
+    """Within the context text encoders make something else of the same tokens: what changes comes from them."""
+    token = _PHASE.set(1.0)
+    try:
+        yield
+    finally:
+        _PHASE.reset(token)
 
 
 @contextmanager
@@ -44,34 +58,90 @@ def denoiser_stand_in(denoiser: nn.Module, tokens: int) -> Iterator[None]:
         del denoiser.forward
 
 
+class _States(tuple[torch.Tensor, ...]):
+    """Hidden states; pipelines take them by numbers that suit true encoders, of which a small one's last stands."""
+
+    __slots__ = ()
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, int):
+            place = max(min(place, len(self) - 1), -len(self))
+        return super().__getitem__(place)
+
+
 def text_stand_in(encoder: nn.Module) -> None:
     """Replace a text encoder's ``forward`` for good: hidden states of the right shapes that depend on the tokens."""
     config: Any = encoder.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None) or config.d_model
     layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 1))
-    projected = getattr(config, "projection_dim", width) if "WithProjection" in type(encoder).__name__ else None
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-        from transformers.models.clip.modeling_clip import CLIPTextModelOutput
-
         assert input_ids is not None
-        hidden = torch.sin(input_ids[..., None].float() * 0.37 + torch.arange(width, device=input_ids.device) * 0.11)
-        states = (hidden,) * max(layers + 1, _STATES)
-        if projected is None:
-            return BaseModelOutputWithPooling(
-                last_hidden_state=hidden, pooler_output=hidden.mean(1), hidden_states=states
-            )
-        return CLIPTextModelOutput(
-            text_embeds=_mixed(hidden.mean(1), (projected,), "pooled"), last_hidden_state=hidden, hidden_states=states
-        )
+        phase = _PHASE.get() + torch.arange(width, device=input_ids.device) * 0.11
+        hidden = torch.sin(input_ids[..., None].float() * 0.37 + phase)
+        states = _States((hidden,) * (layers + 1))
+        return text_output(encoder, hidden, states, lambda shape: _mixed(hidden.mean(1), shape[1:], "pooled"))
 
     encoder.forward = MethodType(forward, encoder)
 
 
+def picture_stand_in(module: nn.Module) -> None:
+    """Replace a VAE's ``encode``, or a picture encoder's ``forward``, for good: outputs that depend on the picture."""
+    way = "encode" if hasattr(module, "encode") else "forward"
+    original = getattr(module, way)
+
+    def encoded(self: Any, pixels: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        pixels = kwargs.pop("pixel_values", pixels)
+        assert pixels is not None
+        rows = [("picture", pixels)]
+        if way == "forward":
+            like = output_like(original, (pixels, *args), kwargs)
+            return pytree.tree_map_only(torch.Tensor, lambda each: _of(each, rows), like)
+        like = output_like(lambda x: _latent_of(original(x)), (pixels,), {})
+        return _Encoded(_of(like, rows))
+
+    setattr(module, way, MethodType(encoded, module))
+
+
+def _latent_of(output: Any) -> torch.Tensor:
+    own = output[0] if not hasattr(output, "latent_dist") else output.latent_dist.mode()
+    assert isinstance(own, torch.Tensor)
+    return own
+
+
+class _Encoded(SimpleNamespace):
+    """What a VAE makes of a picture, however it is asked for."""
+
+    def __init__(self, latent: torch.Tensor) -> None:
+        own = SimpleNamespace(sample=lambda *_, **__: latent, mode=lambda: latent, mean=latent)
+        super().__init__(latent_dist=own, latents=latent)
+        self._latent = own
+
+    def __getitem__(self, place: int) -> Any:
+        return self._latent
+
+
+def text_output(
+    encoder: nn.Module,
+    last: torch.Tensor,
+    states: tuple[torch.Tensor, ...],
+    pooled: Callable[[tuple[int, ...]], torch.Tensor],
+) -> Any:
+    """Return what a text encoder of transformers returns, of its last hidden state and all of them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+    if "WithProjection" in type(encoder).__name__:
+        config: Any = encoder.config
+        embeds = pooled((len(last), config.projection_dim))
+        return CLIPTextModelOutput(text_embeds=embeds, last_hidden_state=last, hidden_states=states)
+    embeds = pooled((len(last), last.shape[-1]))
+    return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=embeds, hidden_states=states)
+
+
 def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
-    form = form_of(denoiser)
+    form, own = form_of(denoiser), processors_of(denoiser)
     shapes = _OUTPUTS.setdefault(denoiser, {})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +158,9 @@ def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
             for path, value in pytree.tree_flatten_with_path(arguments)[0]
             if isinstance(value, torch.Tensor)
         ]
+        if processors_of(denoiser) != own:  # by which rows with the same inputs may differ
+            rows = inputs[0][1].shape[0]
+            inputs.append(("attention", torch.arange(rows)[:, None] // max(rows // 3, 1)))
         output = pytree.tree_map_only(torch.Tensor, lambda like: _of(like, inputs), shapes[str(key)])
         return form.handed_out(output) if form.listed and arguments is not given else output
 

@@ -32,6 +32,28 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The place of the latent with a condition beside it, along an axis: that of a picture, in channels or tokens.
+
+    ``start`` is where the latent begins, ``length`` how long it is there.
+    """
+
+    name: str
+    axis: int
+    start: int
+    length: int
+
+    def join(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return torch.cat([latent, condition] if not self.start else [condition, latent], dim=self.axis)
+
+    def split(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the latent and the condition."""
+        latent = value.narrow(self.axis, self.start, self.length)
+        rest = value.shape[self.axis] - self.length
+        return latent, value.narrow(self.axis, 0 if self.start else self.length, rest)
+
+
+@dataclass(frozen=True)
 class Constant:
     """What is the same in every call; a tensor with a row for each of the batch is kept as one row."""
 
@@ -39,7 +61,7 @@ class Constant:
     by_row: bool = False
 
 
-Role = Latent | Moment | Condition | Constant
+Role = Latent | Joined | Moment | Condition | Constant
 
 
 @dataclass(frozen=True)
@@ -61,17 +83,25 @@ class Template:
                 return timestep
             if isinstance(role, Condition):
                 return conditions[role.name]
+            if isinstance(role, Joined):
+                return role.join(latent, conditions[role.name].to(latent.dtype))
             value = role.value
             if not isinstance(value, torch.Tensor):
                 return value
             value = value.to(latent.device, latent.dtype if value.is_floating_point() else value.dtype)
-            return value.expand(latent.shape[0], *value.shape[1:]) if role.by_row else value  # len() would fix it
+            rows = latent.shape[0]  # len() would fix it; some classes view their arguments
+            return value.expand(rows, *value.shape[1:]).contiguous() if role.by_row else value
 
         return pytree.tree_unflatten([of(role) for role in self.roles], self.tree)
 
     def latent(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         """Return the latent in the arguments of a call."""
-        return self._first(Latent, arguments)
+        pairs = zip(self.roles, self._leaves(arguments), strict=True)
+        return next(
+            leaf if isinstance(role, Latent) else role.split(leaf)[0]
+            for role, leaf in pairs
+            if isinstance(role, Latent | Joined)
+        )
 
     def moment(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the timestep in the arguments of a call; None where it takes none."""
@@ -97,6 +127,8 @@ class Template:
         for name, role, leaf in zip(names_of(arguments), self.roles, self._leaves(arguments), strict=True):
             if isinstance(role, Condition):
                 conditions[role.name] = leaf
+            elif isinstance(role, Joined):
+                conditions[role.name] = role.split(leaf)[1]
             elif isinstance(role, Constant) and not _is_constant(leaf, role):
                 raise UsageError(
                     f"the pipeline passes another '{name}' for these prompts than for others; not supported"
@@ -113,7 +145,7 @@ class Views:
         steps: of every step of one run.
         passes: of every call in its first step.
         prompt: of another prompt; ``seed``: of another seed; ``scale``: of another guidance scale.
-        both: of two images at once.
+        both: of two images at once; None where the pipeline makes one alone.
         latents: of every step, as the scheduler has them.
     """
 
@@ -123,7 +155,7 @@ class Views:
     prompt: Sequence[Any]
     seed: Sequence[Any]
     scale: Sequence[Any]
-    both: Sequence[Any]
+    both: Sequence[Any] | None
     latents: Sequence[torch.Tensor]
 
 
@@ -143,14 +175,17 @@ def _role(views: Views, place: int, rows: int) -> Role:
     if isinstance(first, torch.Tensor):
         if all(is_latent(value, latent) for value, latent in zip(values, views.latents, strict=True)):
             return Latent()
+        if joined := _joined(f"{name}_picture", values, views.latents):
+            return joined
         if any(not same(first, value) for value in values):
             if all(value.numel() and bool((value == value.flatten()[0]).all()) for value in values):
                 return Moment()
             raise UsageError(f"it passes '{name}', which changes from step to step")
         if not same(first, views.seed[place]):
             raise UsageError(f"it passes '{name}', which is drawn")
-        by_row = first.ndim > 0 and len(first) == rows and len(views.both[place]) == 2 * rows
-        halves = by_row and rows == 2 and not same(first[0], first[1])
+        by_row = first.ndim > 0 and len(first) == rows
+        by_row = by_row and (views.both is None or len(views.both[place]) == 2 * rows)
+        halves = by_row and rows > 1 and any(not same(first[0], row) for row in first[1:])
         if halves or any(not same(first, other) for other in others):
             if not by_row:
                 raise UsageError(f"it passes '{name}' without a row for each image")
@@ -163,6 +198,23 @@ def _role(views: Views, place: int, rows: int) -> Role:
     return Constant(first)
 
 
+def _joined(name: str, values: Sequence[Any], latents: Sequence[torch.Tensor]) -> Joined | None:
+    """Return where the latents lie in an argument that holds a condition beside them, the same in every step."""
+    shapes = values[0].shape, latents[0].shape
+    apart = [k for k in range(1, len(shapes[1])) if shapes[0][k : k + 1] != shapes[1][k : k + 1]]
+    if len(shapes[0]) != len(shapes[1]) or len(apart) != 1 or shapes[0][apart[0]] < shapes[1][apart[0]]:
+        return None
+    axis, length = apart[0], shapes[1][apart[0]]
+    for start in (0, shapes[0][axis] - length):
+        role = Joined(name, axis, start, length)
+        parts = [role.split(value) for value in values]
+        if all(is_latent(own, latent) for (own, _), latent in zip(parts, latents, strict=True)) and all(
+            same(rest, parts[0][1]) for _, rest in parts
+        ):
+            return role
+    return None
+
+
 def is_latent(value: Any, latent: torch.Tensor) -> bool:
     """Whether each row of an argument is the latent ``[1, …]``, or a multiple of it."""
     if not isinstance(value, torch.Tensor) or value.shape[1:] != latent.shape[1:] or not value.is_floating_point():
@@ -170,7 +222,7 @@ def is_latent(value: Any, latent: torch.Tensor) -> bool:
     wide = latent.double().flatten()
     for row in value.double().flatten(1):
         factor = torch.dot(row, wide) / torch.dot(wide, wide)
-        if not torch.linalg.norm(row - factor * wide) <= _SAME * torch.linalg.norm(row):
+        if not torch.linalg.norm(row - factor * wide) <= _SAME * torch.linalg.norm(row) or not row.any():
             return False
     return True
 

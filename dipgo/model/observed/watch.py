@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from dipgo.base.errors import UsageError, one_line
 from dipgo.model.checks import SUPPORTED, pictures_of
 from dipgo.model.noise_source import drawing
+from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.request import tokens_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
@@ -26,11 +28,15 @@ Draw = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the denoiser: its arguments by name, its first output, and the number of its step."""
+    """A call of the denoiser: its arguments by name, its first output, and the number of its step.
+
+    ``processors`` are those of its attention, by module, that its pipeline put there.
+    """
 
     arguments: dict[str, Any]
     output: Any
     step: int
+    processors: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,18 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         except UsageError as error:
             raise UsageError(f"{type(pipe).__name__} is not supported: {error}") from error
         except Exception as error:  # whatever a pipeline may raise
-            name, reason = type(pipe).__name__, one_line(error)
+            name, reason = type(pipe).__name__, _reason(error)
             pictures = f"; if it starts from pictures, {SUPPORTED}" if pictures_of(type(pipe)) else ""
             raise UsageError(f"{name} cannot be run here ({reason}){pictures}") from error
     return log
+
+
+def _reason(error: Exception) -> str:
+    """Return what a pipeline says of itself; where it imported a package only if that is there, which."""
+    package = error.name if isinstance(error, NameError) else None
+    if package and package.islower() and not find_spec(package):
+        return f"it needs the package {package}: pip install {package}"
+    return one_line(error)
 
 
 def plain(value: Any) -> Any:
@@ -149,25 +163,19 @@ def _copied(leaf: Any) -> Any:
 @contextmanager
 def _observed_denoiser(denoiser: Any, tokens: int, log: Log, how: Watch) -> Iterator[None]:
     forward, form = denoiser.forward, form_of(denoiser)
-    processors = _processors(denoiser)
+    own = processors_of(denoiser)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
-        if _processors(denoiser) != processors:
-            raise UsageError(f"the attention of its {type(denoiser).__name__} is replaced while it runs")
         arguments = form.read(bound(denoiser, args, kwargs), tokens)
         output = forward(*args, **kwargs)
-        log.calls.append(Call(plain(arguments), plain(form.first(output)), len(log.steps)))
+        put = {name: each for name, each in processors_of(denoiser).items() if each is not own.get(name)}
+        log.calls.append(Call(plain(arguments), plain(form.first(output)), len(log.steps), put))
         if len(log.calls) == how.calls:
             raise _Enough
         return output
 
     with mock.patch.object(denoiser, "forward", observed):
         yield
-
-
-def _processors(denoiser: Any) -> list[int]:
-    """Return which processors do a denoiser's attention."""
-    return [id(module.processor) for module in denoiser.modules() if hasattr(module, "processor")]
 
 
 @contextmanager

@@ -1,0 +1,261 @@
+"""How many pipelines of a folder go end to end: found, traced, exported, run without the model, and equal to diffusers.
+
+    python -m benchmarks.studies.dummies FOLDER --inputs inputs.json -o benchmarks/results/dummies.json
+
+FOLDER holds pipelines, such as those of diffusers' own tests, each saved by ``save_pretrained``. ``--inputs`` has by
+name what each is called with, of which height, width and prompt count. Every pipeline has a process of its own: a
+random SubNet of half the sites is exported, and what its bundle makes by prompt, or else of embeddings, is compared
+with the pipeline itself under the same gates, in the image, or in the latent where no bundle decodes. Where a pipeline
+takes pictures its bundle is attached to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from benchmarks.studies.study import Study, StudyRecord, Words, run
+from dipgo.base.errors import DipgoError, one_line
+from dipgo.base.records import Record, read_object
+
+STEPS, KEPT, SEED = 5, 0.5, 5
+SAMPLERS = (None, "dpm++2m", "euler")  # the pipeline's own; another where that one clips
+CLOSE = 1e-3  # relative
+
+Arrays = dict[str, np.ndarray]
+Outcome = Literal["prompt", "embeddings", "class", "nothing", "refused", "wrong", "failed"]
+
+
+class Row(Record):
+    """A pipeline.
+
+    Attributes:
+        outcome: what it is run by; ``refused`` in one line, ``wrong`` by what it makes, ``failed`` otherwise.
+        errors: relative distances of what was made: ``latent`` and ``np``, decoded, of embeddings, and by ``prompt``.
+            Some pipelines hand out latents in another layout; then images count.
+        said: of a pipeline that is refused or fails, else what was warned of.
+    """
+
+    name: str
+    pipeline: str
+    outcome: Outcome
+    stage: str
+    sampler: str = ""
+    errors: dict[str, float] = Field(default_factory=dict)
+    said: str = ""
+    seconds: float = 0.0
+
+
+class Dummies(StudyRecord):
+    """The result file."""
+
+    counts: dict[str, int]
+    rows: list[Row]
+
+
+class _Way:
+    """One pipeline's way; ``stage`` is where it is."""
+
+    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
+        sides = inputs.get("height"), inputs.get("width")
+        self.folder, self.pixels = folder, (int(sides[0]), int(sides[1])) if all(sides) else None
+        self.subjects: list[Any] = [inputs.get("prompt") or "a red fox"]
+        self.stage, self.sampler = "find", ""
+        self.errors: dict[str, float] = {}
+
+    def go(self, scratch: Path) -> Outcome:
+        from dipgo.eager.gating import gated
+        from dipgo.graph.trace import trace
+        from dipgo.model.models import find_model
+        from dipgo.schedule.schedule import Schedule
+        from dipgo.schedule.search_record import SearchRecord
+        from dipgo.schedule.subnet import make_subnet
+        from export.compiler import compile_subnet
+
+        model = find_model(str(self.folder), pixels=self.pixels)
+        scale = model.default_guidance
+        model = model.at(scale, self.pixels if model.family.under else None)
+        self.stage = "sampler"
+        scheduler, table = self._table(model)
+        self.stage = "trace"
+        traced = trace(model, None if model.family.granularity else "block", scale)
+        gates = np.random.default_rng(3).random((table.calls, len(traced.sites))) < KEPT
+        gates[0] = True
+        subnet = make_subnet(traced, table.identity(scale), Schedule(gates, {}), SearchRecord())
+        self.stage = "export"
+        record = compile_subnet(subnet, model, scratch / "bundle")
+        self.stage = "diffusers"
+        if model.family.conditioned_by == "class":
+            self.subjects = [1]
+        pipe = model.pipeline()
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        expected = self._images(model, pipe, record, gated(getattr(pipe, model.family.component), subnet))
+        if model.family.seen and model.family.seen.pictures:
+            self.stage = "attach"
+            made = self._images(model, pipe, record, attached(pipe, scratch / "bundle"))
+            self.errors = {kind: _distance(made[kind], own) for kind, own in expected.items()}
+            return "embeddings" if max(self.errors.values()) <= CLOSE else "wrong"
+        conditions = self._conditions(model, pipe)
+        self.stage = "run"
+        return self._compare(scratch / "bundle", conditions, expected)
+
+    def _table(self, model: Any) -> Any:
+        """Return the first scheduler of :data:`SAMPLERS` that is a table, and that table."""
+        from dipgo.model.sampler import make_scheduler
+
+        first: DipgoError | None = None
+        for name in SAMPLERS:
+            try:
+                table = model.family.table(make_scheduler(name, model.scheduler), STEPS)
+                self.sampler = table.name
+                return make_scheduler(name, model.scheduler), table
+            except DipgoError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _images(self, model: Any, pipe: Any, record: Any, way: AbstractContextManager[Any]) -> Arrays:
+        """Return what the pipeline makes within a context: images where bundles decode, and latents."""
+        import torch
+
+        from dipgo.model.observed.request import Request
+
+        family, scale = model.family, model.default_guidance
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        asked, pictures = (family.seen.asked, family.seen.pictures) if family.seen else (None, False)
+        request = Request(scale, asked, STEPS, tuple(self.subjects), SEED, pictures)
+        by_class = {"class_labels": self.subjects, "guidance_scale": scale} if family.conditioned_by == "class" else {}
+        decodes = record.decoder is not None or record.conditioning.kind == "nothing"
+        images = {}
+        with torch.no_grad(), way:
+            for kind in [*["np"] * decodes, *["latent"] * (hasattr(pipe, "vae") and not by_class)]:
+                given = request.inputs(pipe, family.component) | {"output_type": kind} | by_class
+                made = pipe(**{name: value for name, value in given.items() if name in accepted})[0]
+                images[kind] = np.asarray(made.float() if isinstance(made, torch.Tensor) else made)
+        return images
+
+    def _conditions(self, model: Any, pipe: Any) -> Arrays:
+        from dipgo.model.families import join
+
+        if model.family.conditioned_by == "nothing":
+            return {}
+        conditions = join(*model.family.conditions(pipe, self.subjects), model.family.guides(model.default_guidance))
+        return {name: value.numpy() for name, value in conditions.items()}
+
+    def _compare(self, folder: Path, conditions: Arrays, expected: Arrays) -> Outcome:
+        """Run the bundle by embeddings, and by prompt where it takes prompts."""
+        from engines.guidance import fixed_conditions
+        from engines.pipeline.pipeline import load
+
+        with load(folder) as bundle:
+            bundle.set_progress_bar_config(disable=True)
+            conditioning, best = bundle.record.conditioning, next(iter(expected))
+            fixed = fixed_conditions(bundle.record, 1 + conditioning.guided)
+            latent = bundle.denoise(bundle.noise(1, SEED), fixed | conditions)
+            made = {"latent": lambda: latent, "np": lambda: bundle.decode(latent).transpose(0, 2, 3, 1)}
+            self.errors |= {kind: _distance(made[kind](), own) for kind, own in expected.items()}
+            if conditioning.encoder:
+                images = bundle(self.subjects, generator=SEED, output_type=best).images
+                self.errors["prompt"] = _distance(images, expected[best])
+        judged = [error for kind, error in self.errors.items() if kind in (best, "prompt")]
+        if not max(judged) <= CLOSE:
+            return "wrong"
+        return "embeddings" if conditioning.kind == "prompt" and not conditioning.encoder else conditioning.kind
+
+
+@contextmanager
+def attached(pipe: Any, bundle: Path) -> Iterator[None]:
+    """Run a pipeline around a bundle: pictures are the pipeline's own affair."""
+    from engines.attach.pipeline import attach, detach
+
+    attach(pipe, bundle)
+    try:
+        yield
+    finally:
+        detach(pipe)
+
+
+def _distance(made: Any, expected: np.ndarray) -> float:
+    made = np.asarray(made)
+    if made.size != expected.size:
+        return float("inf")
+    return float(np.linalg.norm(made.reshape(expected.shape) - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def measure(folder: Path, inputs: Mapping[str, Any]) -> Row:
+    """Take a pipeline all the way, as far as it goes."""
+    way, started, said = _Way(folder, inputs), time.perf_counter(), ""
+    with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as scratch:
+        warnings.simplefilter("always")
+        try:
+            outcome: Outcome = way.go(Path(scratch))
+        except DipgoError as error:
+            outcome, said = "refused", str(error)
+        except Exception as error:  # what must not happen
+            outcome, said = "failed", f"{type(error).__name__}: {one_line(error)}"
+    lines = [str(each.message) for each in caught if each.category.__name__ == "DipgoWarning"]
+    return Row(
+        name=folder.name,
+        pipeline=str(read_object(folder / "model_index.json", "model_index.json").get("_class_name")),
+        outcome=outcome,
+        stage=way.stage,
+        sampler=way.sampler,
+        errors=way.errors,
+        said=said or "; ".join(dict.fromkeys(lines)),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def attempt(study: Study, folder: Path, name: str, *words: object) -> Row:
+    """Take a pipeline all the way in a process of its own, which may end in any way."""
+    try:
+        return Row(**study.alone(folder, "--one", name, *words))
+    except DipgoError as error:
+        return Row(name=name, pipeline="", outcome="failed", stage="process", said=str(error)[:300])
+
+
+def main(words: Words | None = None) -> None:
+    """Take all pipelines of a folder, or one in this process."""
+    study = Study("dummies", __doc__, words, required=False)
+    study.parser.add_argument("folder", type=Path)
+    study.parser.add_argument("--inputs", type=Path, help="JSON, by name: height, width and prompt")
+    study.parser.add_argument("--only", nargs="*", help="names of some")
+    study.parser.add_argument("--one", help="take this one in this process and print its row")
+    options = study.options()
+    inputs = read_object(options.inputs, "inputs") if options.inputs else {}
+    if options.one:
+        row = measure(options.folder / options.one, inputs.get(options.one, {}))
+        print(json.dumps(row.model_dump()))
+        return
+    found = sorted(path.parent.name for path in options.folder.glob("*/model_index.json"))
+    names = [name for name in found if not options.only or name in options.only]
+    given = ("--inputs", options.inputs) if options.inputs else ()
+    rows = []
+    for name in tqdm(names):
+        rows.append(attempt(study, options.folder, name, *given))
+        tqdm.write(_line(rows[-1]))
+    counts = dict(Counter(row.outcome for row in rows).most_common())
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    study.write(Dummies(counts=counts, rows=rows, **study.origin()))
+
+
+def _line(row: Row) -> str:
+    errors = " ".join(f"{kind} {error:.1e}" for kind, error in row.errors.items())
+    return f"{row.name}: {row.outcome}, {row.stage}, {row.sampler} {errors} {row.seconds:.0f} s {row.said}"
+
+
+if __name__ == "__main__":
+    run(main)
