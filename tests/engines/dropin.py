@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dipgo.eager.gating import gated
+from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.subnet import SubNet
 from tests import models, zoo
 
@@ -59,6 +60,8 @@ def compiled(
     name: str | None = None,
 ) -> Compiled:
     task = zoo.task(kind, steps, name, sites="branch" if kind == "sdxl" else None)
+    if name:
+        task.pipe.scheduler = make_scheduler(name, task.pipe.scheduler)
     backups = {} if kind in REUSES else {"terms": 2, "channels": 2}
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
