@@ -14,7 +14,9 @@ import numpy as np
 
 from engines.backend import Buffer, Launch, Runner
 from export.axes import shape_at
-from export.bundle import Bundle, LaunchRecord, PrologueRecord, TensorRecord
+from export.bundle import Bundle, GraphRecord, PrologueRecord, TensorRecord
+
+LATENT, EPSILON = "latent", "epsilon"
 
 
 class ExecutionContext:
@@ -39,8 +41,10 @@ class ExecutionContext:
         self._prologue_values: dict[str, Buffer] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
         self.steps: list[list[Launch]] = [
-            [self._bind(index, launch) for launch in step.launches] for index, step in enumerate(record.steps)
+            [self._bind(index, record.graphs[each.graph], each.reads, each.writes) for each in step.launches]
+            for index, step in enumerate(record.steps)
         ]
+        self._starts: dict[int, list[Launch]] = {}
         launches = [launch for step in self.steps for launch in step]
         self.replay = runner.capture(launches) if record.solver.kind == "graph" else None
 
@@ -52,6 +56,24 @@ class ExecutionContext:
             for copy in copies:
                 copy()
             launch()
+
+    def start(self, step: int) -> list[Launch]:
+        """Return the launches of a trajectory's first step, which may be any; graphs are bound when first asked for.
+
+        It computes all sites, and every slot that later steps read before they write it gets what it has computed: a
+        backup that combines several past outputs finds that one in the place of each.
+        """
+        if step not in self._starts:
+            record, here = self.record.start, self.record.steps[step]
+            assert record is not None
+            writes, copies = {EPSILON: here.epsilon}, list[Launch]()
+            for slot, name in self.record.awaited[step].items():
+                if name in writes:
+                    copies.append(partial(self.runner.copy, self.slots[slot], self.slots[writes[name]]))
+                else:
+                    writes[name] = slot
+            self._starts[step] = [self._bind(step, record.graph, {LATENT: here.latent}, writes), *copies]
+        return self._starts[step]
 
     def _prologue(self, prologue: PrologueRecord) -> tuple[Launch, list[Launch]]:
         """Bind a prologue; returns its launch and the copies before it: a batch of all steps holds an input often."""
@@ -82,13 +104,13 @@ class ExecutionContext:
         rows = self._prologue_values[name]
         return rows[step if rows.shape[0] > 1 else 0]
 
-    def _bind(self, index: int, launch: LaunchRecord) -> Launch:
-        graph = self.record.graphs[launch.graph]
+    def _bind(self, index: int, graph: GraphRecord, reads: Mapping[str, int], writes: Mapping[str, int]) -> Launch:
+        """Bind a graph at a step; ``reads`` and ``writes`` are the slots of inputs and outputs."""
         inputs: dict[str, Buffer] = {}
         for tensor in graph.inputs:
             name = tensor.name
-            if name in launch.reads:
-                inputs[name] = self.slots[launch.reads[name]]
+            if name in reads:
+                inputs[name] = self.slots[reads[name]]
             elif name in graph.rows:
                 inputs[name] = self._constant(tensor, graph.rows[name].read(self.tables, index, self._shape(tensor)))
             elif name == "timestep":
@@ -97,7 +119,7 @@ class ExecutionContext:
                 inputs[name] = self.conditions[name]
             else:
                 inputs[name] = self._value(name, index)
-        return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in launch.writes.items()})
+        return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in writes.items()})
 
     def _constant(self, tensor: TensorRecord, values: np.ndarray) -> Buffer:
         buffer = self._empty(tensor)

@@ -69,6 +69,16 @@ class Steps:
                 launch()
             self._pool.launches += len(context.steps[step])
 
+    def start(self, step: int) -> None:
+        """Compute a step that is a trajectory's first, whatever comes before it in others."""
+        if step == 0:
+            self.launch(step)
+            return
+        for context in self._contexts:
+            for launch in context.start(step):
+                launch()
+            self._pool.launches += 1
+
     def epsilon(self, step: int) -> np.ndarray:
         """Return ε after a step, float32 ``[n, C, H, W]``, a copy.
 
@@ -106,7 +116,10 @@ class Walk:
 
     Attributes:
         step: the next one; after the last, how many there are.
+        first: of the trajectory.
     """
+
+    first = 0
 
     def __init__(self, steps: Steps, noise: np.ndarray, watched: bool = True) -> None:
         tables = steps.bundle.tables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,11 +14,21 @@ from dipgo.base.dtypes import Dtype
 from dipgo.base.files import sha256_of_json
 from dipgo.graph.liveness import plan
 from dipgo.graph.trace import Trace
+from dipgo.model.families.pictures import usual_strengths
 from dipgo.model.sampler import Sampler
+from dipgo.model.starts import Starts
 from dipgo.schedule.schedule import backup_outputs
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
-from export.bundle import GraphRecord, PartRecord, ProgramRecord, SolverRecord, StepRecord, TensorRecord
+from export.bundle import (
+    GraphRecord,
+    PartRecord,
+    ProgramRecord,
+    SolverRecord,
+    StartRecord,
+    StepRecord,
+    TensorRecord,
+)
 from export.converted import Prepared, stem_of
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph
@@ -32,6 +42,8 @@ from export.plan.prologue import Prologue
 from export.plan.slots import Allocation, allocate, bytes_of, prune
 from export.plan.solver import Recurrence, recurrence
 
+START = "start"  # tables of starts: start.steps, start.draws, start.noised
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -44,6 +56,8 @@ class Assembly:
         tables: values by step that graphs or the host read.
         launches: the program's, without writes that nobody reads.
         allocation: of slots.
+        start: the graph of a first step that is none of the program's; None where no trajectory begins later.
+        starts: the sampler's steps from there.
     """
 
     prepared: Prepared
@@ -55,17 +69,20 @@ class Assembly:
     tables: dict[str, np.ndarray]
     launches: list[Launch]
     allocation: Allocation
+    start: Cut | None
+    starts: Starts | None
 
     @property
     def models(self) -> dict[str, ir.Model]:
         """The graphs of loop and prologues by file name."""
-        loop = {f"{name}.onnx": part.model for name, part in self.program.cuts.items()}
+        cuts = [*self.program.cuts.values(), *([self.start] if self.start else [])]
+        loop = {f"{part.model.graph.name}.onnx": part.model for part in cuts}
         return loop | {part.record.file: part.model for part in self.prologues}
 
     @cached_property
     def graphs(self) -> dict[str, GraphRecord]:
         return {
-            name: _graph_record(name, part, self.program, self.prepared.denoiser)
+            name: _graph_record(part, self.program.signatures[name], self.prepared.denoiser)
             for name, part in self.program.cuts.items()
         }
 
@@ -99,12 +116,23 @@ class Assembly:
             slots=self.allocation.slots,
             steps=self.steps,
             parts=self.parts,
+            start=self._start,
             tables_file=tables_file,
             subnet_file=subnet_file,
             macs=self.subnet.cost.subnet,
             budget=self.subnet.cost.ratio,
             naive_cache_bytes=self.naive_cache_bytes,
         )
+
+    @property
+    def _start(self) -> StartRecord | None:
+        if self.start is None or self.starts is None:
+            return None
+        denoiser = self.prepared.denoiser
+        graph = _graph_record(self.start, "1" * len(denoiser.features), denoiser)
+        model = self.prepared.trace.model
+        rounds: Literal["down", "up"] = "up" if model.family.seen else "down"
+        return StartRecord(graph=graph, order=self.starts.order, rounds=rounds, strengths=usual_strengths(model.folder))
 
     @property
     def naive_cache_bytes(self) -> int:
@@ -115,8 +143,13 @@ class Assembly:
         return self.subnet.schedule.history * sum(bytes_of(tensor_record(value), largest) for value in outputs)
 
 
-def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) -> Assembly:
-    """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots."""
+def assemble(
+    prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str, starts: Starts | None = None
+) -> Assembly:
+    """Lay out the launches of a SubNet, cut the graphs, evaluate the tables, allocate the slots.
+
+    With ``starts`` of its sampler, trajectories may begin at later steps.
+    """
     traced, denoiser, schedule = prepared.trace, prepared.denoiser, subnet.schedule
 
     def live_sites(row: np.ndarray, sites: Iterable[int]) -> set[int]:
@@ -129,6 +162,7 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         **prepared.tables(sampler.timesteps),
         **_backup_tables(subnet, traced),
         **_solver_tables(sampler, solver, launched),
+        **({f"{START}.{name}": getattr(starts, name) for name in ("steps", "draws", "noised")} if starts else {}),
     }
     earlier = prepared.hoisting.read_by("loop")
     loop = Loop(
@@ -141,14 +175,25 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
     )
     stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
     size = prepared.sizes.text
-    program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
-    prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-%s-{short}-{subnet.calls}")
+    work = Work(loop, plans, launched, stem, f"{short}-{size}")
+    program = LAYOUTS[layout](work, tables)
+    start = _start_graph(work) if starts else None
+    cuts = [*program.cuts.values(), *([start] if start else [])]
+    prologues = _prologues(prepared, cuts, subnet.calls, f"{stem}-%s-%s-{short}-{subnet.calls}")
     largest = values_at(prepared.sizes.axes, "max")
     launches, allocation = _allocate(program, launched, subnet.calls, solver is not None, largest)
-    read = {row.tensor for part in program.cuts.values() for row in part.rows.values()}
+    read = {row.tensor for part in cuts for row in part.rows.values()}
     read |= {row.tensor for part in prologues for row in part.record.rows.values()}
     used = {name: array for name, array in tables.items() if name in read or array.dtype == np.float64}
-    return Assembly(prepared, subnet, sampler, solver, program, prologues, used, launches, allocation)
+    return Assembly(prepared, subnet, sampler, solver, program, prologues, used, launches, allocation, start, starts)
+
+
+def _start_graph(work: Work) -> Cut:
+    """Cut the graph of a first step, whichever it is: it computes all, and hands out what any step stores."""
+    stored = {site for plan in work.plans for site in plan.stored}
+    whole = replace(work, loop=replace(work.loop, history=0, backups={}))
+    outputs = [EPSILON, *work.features(stored)]
+    return whole.cut(whole.name("start", outputs), range(len(work.loop.denoiser.features)), outputs)
 
 
 def _backup_tables(subnet: SubNet, traced: Trace) -> dict[str, np.ndarray]:
@@ -241,12 +286,12 @@ def _steps(sampler: Sampler, launches: Sequence[Launch], allocation: Allocation)
     return steps
 
 
-def _graph_record(name: str, part: Cut, program: Program, denoiser: DenoiserGraph) -> GraphRecord:
+def _graph_record(part: Cut, signature: str, denoiser: DenoiserGraph) -> GraphRecord:
     """Describe a graph; MACs are of one row of the denoiser's batch."""
     graph = part.model.graph
     return GraphRecord(
-        file=f"{name}.onnx",
-        signature=program.signatures[name],
+        file=f"{graph.name}.onnx",
+        signature=signature,
         macs=sum(node_macs(node, denoiser.best) for node in graph) // denoiser.row_count,
         parameters=sum(weights_read(graph).values()),
         inputs=part.inputs,

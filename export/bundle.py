@@ -58,6 +58,7 @@ ENGINES = "engines"
 _ENGINE = re.compile(r"\.engine(\.json|\.damaged)?$|^\.lock$")
 
 Slot = Annotated[int, Field(ge=0, lt=100_000)]
+Strength = Annotated[float, Field(gt=0, le=1)]
 Class = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -217,6 +218,32 @@ class DecoderRecord(Record):
     output: TensorRecord
 
 
+class EncoderRecord(Record):
+    """The VAE encoder: a picture in [-1, 1], ``[B, channels, rows, cell, columns, cell]`` by cells, to its latent.
+
+    That is ``mean + deviation · z``, in the denoiser's scale, of noise z that lies as the initial noise does.
+    """
+
+    file: FileName
+    input: TensorRecord
+    mean: TensorRecord
+    deviation: TensorRecord
+
+
+class StartRecord(Record):
+    """How trajectories begin with a picture, at a later step: tables of :mod:`dipgo.model.starts`, and a graph.
+
+    The graph computes every site and hands out all that later steps read. Of n steps and a strength s a request does
+    the last int(n s) where ``rounds`` is down, and leaves out the first int(n - n s) where it is up; each of these is
+    ``order`` calls of the denoiser.
+    """
+
+    graph: GraphRecord
+    order: int = Field(ge=1, le=8)
+    rounds: Literal["down", "up"]
+    strengths: tuple[Strength, Strength] = Field(description="of pictures, and of pictures with a mask, by default")
+
+
 class FileRecord(Record):
     bytes: Count
     sha256: Sha256
@@ -239,11 +266,30 @@ class ProgramRecord(Record):
     slots: list[SlotRecord] = Field(max_length=100_000)
     steps: list[StepRecord] = Field(min_length=1, max_length=MOST_CALLS)
     parts: list[PartRecord] = Field(min_length=1, max_length=4)
+    start: StartRecord | None = Field(default=None, description="how trajectories begin with a picture; none if never")
     tables_file: FileName = Field(description="values by step: backup weights, timestep embeddings, the solver")
     subnet_file: FileName
     macs: Count = Field(description="of one row of a trajectory; as all MACs here at the size of ``opt``")
     budget: float = Field(ge=0, le=1.001, description="these MACs over the full trajectory's")
     naive_cache_bytes: Count = Field(description="what the cache would take if every site's outputs were kept")
+
+    @property
+    def awaited(self) -> list[dict[int, str]]:
+        """By step, the slots that later steps read before they write them, and which site's output each holds."""
+        result: list[dict[int, str]] = []
+        slots: dict[int, str] = {}
+        for step in reversed(self.steps):
+            result.append(slots)
+            for launch in reversed(step.launches):
+                own = {slot: feature for name, slot in launch.reads.items() if (feature := _feature_of(name))}
+                slots = {slot: name for slot, name in slots.items() if slot not in launch.writes.values()} | own
+        return result[::-1]
+
+
+def _feature_of(name: str) -> str | None:
+    """Return the site's output that a graph's input is, as it is or as a term of its backup; None where it is none."""
+    kind, _, rest = name.partition(".")
+    return {"feature": name, "cache": f"feature.{rest.rpartition('.')[0]}"}.get(kind)
 
 
 class BundleRecord(ProgramRecord):
@@ -270,6 +316,7 @@ class BundleRecord(ProgramRecord):
         default_factory=list, max_length=100, description="other programs of the model, which a request may choose"
     )
     decoder: DecoderRecord | None
+    encoder: EncoderRecord | None = Field(default=None, description="how pictures become latents; none if they do not")
     weights: Literal["copy", "in-place"]
     files: dict[FileName, FileRecord]
     versions: dict[Line, Line]
@@ -295,14 +342,18 @@ class BundleRecord(ProgramRecord):
 
     @property
     def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
-        """Inputs and outputs of all graphs by file: of the loop, before it, then the text encoders and the decoder."""
+        """Inputs and outputs of all graphs by file: of the loop, before it, then those of texts and pictures."""
         tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
         for program in (self, *self.further):
             tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in program.prologues}
+            if program.start:
+                tensors[program.start.graph.file] = (program.start.graph.inputs, program.start.graph.outputs)
         for text in self.conditioning.encoder.ways if self.conditioning.encoder else ():
             tensors[text.file] = (text.inputs, text.outputs)
         if self.decoder:
             tensors[self.decoder.file] = ([self.decoder.input], [self.decoder.output])
+        if self.encoder:
+            tensors[self.encoder.file] = ([self.encoder.input], [self.encoder.mean, self.encoder.deviation])
         return tensors
 
     @property

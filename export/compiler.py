@@ -16,6 +16,7 @@ from dipgo.base.dtypes import PRECISIONS, Dtype
 from dipgo.base.errors import DipgoWarning
 from dipgo.base.files import sha256_of
 from dipgo.graph.trace import trace
+from dipgo.model.families.pictures import check_takes_pictures
 from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler
 from dipgo.schedule.subnet import SubNet, save_subnet
@@ -66,7 +67,10 @@ def write_bundle(
         sources = [
             replace(each, subnet=merged(each.subnet, each.prepared.trace, config.max_graphs)) for each in sources
         ]
-    made = [assemble(each.prepared, each.subnet, each.sampler, config.graphs) for each in sources]
+    made = [
+        assemble(each.prepared, each.subnet, each.sampler, config.graphs, each.starts if config.image else None)
+        for each in sources
+    ]
     with deliver(folder, prepared.weights, traced.model.folder, config.weights, force) as (draft, files):
         models = {file: model for each in made for file, model in each.models.items()} | dict(prepared.extra)
         with constants.outside(models.values(), draft):
@@ -99,6 +103,7 @@ def write_bundle(
             graphs={name: graph for each in made for name, graph in each.graphs.items()},
             further=programs[1:],
             decoder=prepared.decoder,
+            encoder=prepared.encoder,
             weights=config.weights,
             files=files,
             versions={name: version(name) for name in ("dipgo", "torch", "diffusers", "onnx", "onnxscript", "onnx-ir")},
@@ -151,6 +156,8 @@ def compile_subnet(
     for each in subnets:
         check_model(each, model)
     check_together(subnets)
+    if config.image:
+        check_takes_pictures(model.folder)
     if whole:
         for line in left_out(model):
             warnings.warn(line, DipgoWarning, stacklevel=2)
@@ -164,7 +171,7 @@ def compile_subnet(
         if sites not in prepared:
             size = None if own else sizes.latent_at("opt")[2:]
             traced = trace(model, sites, first.sampler.guidance, dtype, size, open_guidance=True)
-            prepared[sites] = prepare(traced, whole=whole and not prepared, sizes=sizes)
+            prepared[sites] = prepare(traced, 1, whole and not prepared, sizes, config.image)
         return Source(prepared[sites], subnet, sampler_of(subnet, model))
 
     main, further = source(first), [source(each) for each in others]

@@ -23,6 +23,7 @@ class ExportConfig(Config):
         None,
         description="Of images in pixels: SIZE or HEIGHTxWIDTH, each a number or a range; the model's by default.",
     )
+    image: bool = Field(False, description="Also for requests that start from pictures: with the VAE's encoder.")
     weights: Literal["copy", "in-place"] = Field(
         "copy",
         description="copy: a bundle of its own; in-place: graphs in the pipeline's folder, nothing copied.",

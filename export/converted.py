@@ -17,10 +17,11 @@ from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
 from dipgo.model.models import Model
-from export.bundle import ConditioningRecord, DecoderRecord, GuidanceRecord
+from export.bundle import ConditioningRecord, DecoderRecord, EncoderRecord, GuidanceRecord
 from export.component_weights import weights_of
 from export.components import VAE, components_of
 from export.decoder import decoder_to_onnx
+from export.encoder import encoder_to_onnx
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph, denoiser_to_onnx
 from export.onnx.weights import Weights
@@ -46,6 +47,7 @@ class Prepared:
     hoisting: Hoisting
     conditioning: ConditioningRecord
     decoder: DecoderRecord | None
+    encoder: EncoderRecord | None
     extra: Mapping[str, ir.Model]
     tokenizers: Mapping[str, bytes]
     weights: Sequence[Weights]
@@ -76,10 +78,13 @@ class Prepared:
         return self._prologues[key]
 
 
-def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | None = None) -> Prepared:
+def prepare(
+    traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | None = None, image: bool = False
+) -> Prepared:
     """Convert a traced denoiser, and with ``whole`` the rest of its pipeline, to ONNX; nothing is loaded.
 
     ``batch`` is how many images a call has, at the size of the trace; ``sizes`` says it with ranges, of all sizes.
+    With ``image`` the VAE's encoder is among the rest.
 
     Raises:
         DipgoError: a part that has no ONNX form, a folder that is incomplete, weights of another model.
@@ -89,7 +94,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     cache = cache_folder(model)
     weights, extra = [weights_of(model, model.family.component, dtype, cache)], dict[str, ir.Model]()
     denoiser = denoiser_to_onnx(traced, weights[0], sizes)
-    decoder, encoder, tokenizers = None, None, dict[str, bytes]()
+    decoder, encoder, tokenizers, pictures = None, None, dict[str, bytes](), None
     if whole:
         parts = {name: weights_of(model, name, dtype, cache) for name in components_of(model)}
         weights.extend(parts.values())
@@ -97,6 +102,10 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
         if pixels is not None:
             graph, decoder = pixels
             extra[decoder.file] = graph
+        encoded = encoder_to_onnx(model, sizes, dtype, parts.get(VAE)) if image else None
+        if encoded is not None:
+            graph, pictures = encoded
+            extra[pictures.file] = graph
         text = _text(model, sizes, dtype, parts)
         if text is not None:
             graphs, encoder, tokenizers = text
@@ -115,7 +124,7 @@ def prepare(traced: Trace, batch: int = 1, whole: bool = True, sizes: Sizes | No
     )
     names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)
     hoisting = hoist(denoiser.model.graph, names, denoiser.rows)
-    return Prepared(denoiser, hoisting, conditioning, decoder, extra, tokenizers, weights)
+    return Prepared(denoiser, hoisting, conditioning, decoder, pictures, extra, tokenizers, weights)
 
 
 def _guidance(model: Model, traced: Trace) -> GuidanceRecord | None:

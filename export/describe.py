@@ -50,10 +50,11 @@ def _program(record: BundleRecord) -> list[str]:
     silent = sum(not step.launches for step in record.steps)
     solver = "in the graphs" if record.solver.kind == "graph" else "on the host"
     solver += f", draws noise {record.solver.draws} times" if record.solver.draws else ""
+    pictures = "; from pictures too" if record.start else ""
     return [
         f"program    {record.sampler.steps} steps at {record.budget:.1%} of the MACs: {len(record.steps)} calls, "
         f"{silent} of them silent, {len(launches)} launches of {len(record.graphs)} graphs, one per {record.layout}; "
-        f"{record.dtype}, solver {solver}",
+        f"{record.dtype}, solver {solver}{pictures}",
         f"slots      {len(record.slots)} slots, {size(sum(slot.bytes for slot in record.slots))}; "
         f"all sites kept would take {size(record.naive_cache_bytes)}",
         "",

@@ -42,11 +42,13 @@ def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signa
         program.solver(),
         program.prologues(),
         program.launches(),
+        program.starts(),
         program.conditions(),
         program.guidance(),
         program.prompts(),
         program.fixed(),
         program.images(),
+        program.pictures(),
     )
     try:
         return next(chain.from_iterable(rules), None)
@@ -202,6 +204,30 @@ class _Program:
                     if name not in launch.reads and not self._has_source(graph, name, value):
                         yield f"step {number}: nothing that fits is given to '{name}' of '{launch.graph}'"
 
+    def starts(self) -> Problems:
+        if self.record.start is None:
+            if self.record.encoder:
+                yield "it takes pictures, and no step to start from"
+            return
+        history = self.tables["start.steps"].shape[-1:] if "start.steps" in self.tables else ()
+        shapes = {"steps": (self.calls, self.calls, 2, *history), "draws": (self.calls,) * 2, "noised": (self.calls, 2)}
+        for name, shape in shapes.items():
+            table = self.tables.get(f"start.{name}")
+            if table is None or table.shape != shape or not table.size or not np.isfinite(table).all():
+                yield f"the table 'start.{name}' is not {list(shape)} finite numbers"
+        graph = self.record.start.graph
+        inputs = {tensor.name: self.value(tensor) for tensor in graph.inputs}
+        outputs = {tensor.name: self.value(tensor) for tensor in graph.outputs}
+        for step, awaited in zip(self.record.steps, self.record.awaited, strict=True):
+            for slot, name in (awaited | {step.epsilon: "epsilon"}).items():
+                if outputs.get(name) != self._slot(slot):
+                    yield f"the graph of a first step does not give '{name}' for slot {slot}"
+            if "latent" in inputs and inputs["latent"] != self._slot(step.latent):
+                yield f"the graph of a first step does not take the latent in slot {step.latent}"
+        for name, value in inputs.items():
+            if name != "latent" and not self._has_source(graph, name, value):
+                yield f"nothing that fits is given to '{name}' of '{graph.file}'"
+
     def _has_source(self, graph: GraphRecord, name: str, value: _Value) -> bool:
         if name not in graph.rows:
             return name == "timestep" or self.sources.get(name) == value
@@ -275,6 +301,20 @@ class _Program:
             if value is None or any(prod(shape[1:]) != len(row) for shape in value.shapes):
                 yield f"'fixed' has no row of the condition '{name}'"
 
+    def pictures(self) -> Problems:
+        encoder, cell, sides = self.record.encoder, self.record.cell, self.record.pixels
+        if encoder is None:
+            return
+        mean, deviation, pixels = map(self.value, (encoder.mean, encoder.deviation, encoder.input))
+        if mean != deviation or mean != self.latent:
+            yield "the VAE encoder does not make the latent"
+        cells = [(b, *((side // cell for side in sides) if sides else rest[-2:])) for b, *rest in self.latent.shapes]
+        if pixels.dtype != "float32" or any(
+            len(shape) != 6 or shape[0] != b or shape[1:] != (3, rows, cell, columns, cell)
+            for shape, (b, rows, columns) in zip(pixels.shapes, cells, strict=True)
+        ):
+            yield f"the VAE encoder takes no pictures with {cell} pixels for each cell of the latent"
+
     def images(self) -> Problems:
         decoder, cell = self.record.decoder, self.record.cell
         channels, sides = self.latent.shapes[0][1], self.record.pixels
@@ -306,9 +346,8 @@ class _Program:
 
 def _files(record: BundleRecord, signatures: Mapping[str, Signature]) -> Problems:
     graphs = len(record.graphs) + len(record.prologues)
-    graphs += (len(record.conditioning.encoder.ways) if record.conditioning.encoder else 0) + (
-        record.decoder is not None
-    )
+    graphs += len(record.conditioning.encoder.ways) if record.conditioning.encoder else 0
+    graphs += sum(part is not None for part in (record.decoder, record.start, record.encoder))
     if len(record.tensors) != graphs:
         yield "two graphs have one file"
     for file, signature in signatures.items():

@@ -12,6 +12,7 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.trace import Trace, trace
 from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler
+from dipgo.model.starts import Starts, starts_of
 from dipgo.schedule.subnet import SubNet
 from export.converted import Prepared
 
@@ -23,6 +24,11 @@ class Source:
     prepared: Prepared
     subnet: SubNet
     sampler: Sampler
+
+    @property
+    def starts(self) -> Starts:
+        """How the sampler goes on from later starts."""
+        return starts_of(scheduler_of(self.subnet), self.sampler)
 
     def checked(self) -> Source:
         """Return the source with its SubNet in canonical form, after checking that its parts fit together.

@@ -89,7 +89,7 @@ def vae(scale: int, width: int = 4, **changes: Any) -> AutoencoderKL:
     torch.manual_seed(1)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     blocks |= {"block_out_channels": (width,) * levels, "norm_num_groups": width // 2}
-    return AutoencoderKL(latent_channels=4, **blocks, **changes).eval()
+    return AutoencoderKL(**{"latent_channels": 4, **blocks, **changes}).eval()
 
 
 TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -250,17 +250,18 @@ def tiny_flux(folder: Path, guided: bool = True) -> str:
     return str(folder)
 
 
-def tiny_sd3(folder: Path) -> str:
+def tiny_sd3(folder: Path, channels: int = 4) -> str:
     """Save a StableDiffusion3Pipeline: three text encoders, guidance by a doubled batch."""
     torch.manual_seed(0)
-    size = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 2, "pos_embed_max_size": 24}
+    size = {"sample_size": 16, "patch_size": 2, "in_channels": channels, "num_layers": 2, "pos_embed_max_size": 24}
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
     text = {"joint_attention_dim": 48, "pooled_projection_dim": 32}
-    transformer = _stirred(SD3Transformer2DModel(out_channels=4, qk_norm="rms_norm", **size, **heads, **text))
+    transformer = _stirred(SD3Transformer2DModel(out_channels=channels, qk_norm="rms_norm", **size, **heads, **text))
     encoders = {"text_encoder": _clip(16, True), "text_encoder_2": _clip(16, True), "text_encoder_3": _t5(48)}
     tokenizers = {f"tokenizer{number}": _clip_tokenizer() for number in ("", "_2")} | {"tokenizer_3": _t5_tokenizer()}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae(2, shift_factor=0.1), **encoders, **tokenizers)
+    coder = vae(2, shift_factor=0.1, latent_channels=channels)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, coder, **encoders, **tokenizers)
     pipe.save_pretrained(folder)
     return str(folder)
 

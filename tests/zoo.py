@@ -51,6 +51,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux": models.tiny_flux,
     "flux-schnell": partial(models.tiny_flux, guided=False),
     "sd3": models.tiny_sd3,
+    "sd3-16": partial(models.tiny_sd3, channels=16),  # with which diffusers inpaints
     "cogview4": models.tiny_cogview4,
     "bria": models.tiny_bria,
     "unconditional": models.tiny_unconditional,
@@ -158,14 +159,16 @@ def _graph_of(name: str, program: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @cache
-def _converted(traced: Trace, batch: int | str, size: str | None, whole: bool) -> Prepared:
+def _converted(traced: Trace, batch: int | str, size: str | None, whole: bool, image: bool) -> Prepared:
     with mock.patch("export.onnx.denoiser_graph.convert", _graph_of):
-        return prepare(traced, whole=whole, sizes=sizes_for(traced.model, batch, size))
+        return prepare(traced, whole=whole, sizes=sizes_for(traced.model, batch, size), image=image)
 
 
-def converted(traced: Trace, batch: int | str = 1, size: str | None = None, whole: bool = True) -> Prepared:
+def converted(
+    traced: Trace, batch: int | str = 1, size: str | None = None, whole: bool = True, image: bool = False
+) -> Prepared:
     """Convert a trace of :func:`trace`; ``batch`` and ``size`` may be ranges as on the command line."""
-    return _converted(traced, batch, size, whole)
+    return _converted(traced, batch, size, whole, image)
 
 
 def bundle(
@@ -176,9 +179,11 @@ def bundle(
     batch: int | str = 1,
     size: str | None = None,
     whole: bool = True,
+    image: bool = False,
 ) -> Path:
     """Return the bundle of a SubNet of a trace of :func:`trace`, written by whichever worker asks for it first."""
-    digest = hashlib.sha256(repr((table, traced.guidance_scale, traced.latent, traced.free, size, whole)).encode())
+    facts = (table, traced.guidance_scale, traced.latent, traced.free, size, whole, image)
+    digest = hashlib.sha256(repr(facts).encode())
     digest.update(repr([site.name for site in traced.sites]).encode() + subnet.gates.tobytes())
     digest.update(repr(traced.model.family.scales).encode())
     for name, weights in sorted(subnet.schedule.backups.items()):
@@ -187,9 +192,9 @@ def bundle(
     batch_name = str(batch).replace(":", "-")
     name = f"bundles/{traced.model.folder.name}-{dtype}-{layout}-{batch_name}-{digest.hexdigest()[:12]}"
 
+    config = ExportConfig(graphs=layout, image=image)
+
     def write(folder: Path) -> BundleRecord:
-        return write_bundle(
-            converted(traced, batch, size, whole), subnet, table, folder, True, ExportConfig(graphs=layout)
-        )
+        return write_bundle(converted(traced, batch, size, whole, image), subnet, table, folder, True, config)
 
     return once(name, write)

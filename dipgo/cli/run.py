@@ -43,6 +43,9 @@ class RunConfig(Config):
     seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
+    image: Path | None = Field(None, description="A picture to start from, where the bundle takes them.")
+    mask: Path | None = Field(None, description="A picture that is white where the other is to be made anew.")
+    strength: float | None = Field(None, description="Share of the steps that are done from a picture on, up to 1.")
     backend: Backend = "onnxruntime"
     device: Device = None
     threads: Threads = None
@@ -57,18 +60,33 @@ class RunConfig(Config):
         output = _picture(output)
         refuse_existing(output, force)
         size = pixels_of(self.size)
-        with load(bundle, self.threads, self.backend, self.device) as program:
-            pixels = program.at(self.steps, self.budget).generate(
-                self._conditions(bundle, program),
-                self.seed,
-                bar("generate"),
-                self.negative,
-                size,
-                Guidance(self.guidance),
-            )
+        program = load(bundle, self.threads, self.backend, self.device)
+        pictures = self._pictures(program.at(self.steps, self.budget))
+        with program:
+            subjects, guidance = self._conditions(bundle, program), Guidance(self.guidance)
+            if pictures:
+                (pictures["height"], pictures["width"]), pictures["output_type"] = size or program.size, "np"
+                pixels = program(subjects, **pictures).images
+            else:
+                chosen = program.at(self.steps, self.budget)
+                pixels = chosen.generate(subjects, self.seed, bar("generate"), self.negative, size, guidance)
         with new_file(output, force) as draft:
             grid(pixels).save(draft, **FORMATS[output.suffix.lower()])
         return f"{self.number} image{'s' * (self.number > 1)}: {output}"
+
+    def _pictures(self, program: Program) -> dict[str, Any]:
+        """Return the arguments of a call that starts from a picture; none where it starts from noise."""
+        from engines.pipeline.images import read_picture
+        from engines.pipeline.pictures import check_pictures
+
+        image = read_picture(self.image, "RGB") if self.image else None
+        mask = read_picture(self.mask, "L") if self.mask else None
+        check_pictures(program, image, mask, self.strength, None)
+        if image is None:
+            return {}
+        asked = {"guidance_scale": self.guidance, "negative_prompt": self.negative, "generator": self.seed}
+        asked |= {"num_inference_steps": self.steps, "budget": self.budget}
+        return {"image": image, "mask_image": mask, "strength": self.strength, **asked}
 
     def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
         kind = program.record.conditioning.kind

@@ -67,12 +67,15 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
 
 
 @contextmanager
-def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
+def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]:
     """Run ``denoiser`` under ``subnet``: the calls within the context are the steps of the trajectory, in order.
 
     The passes of guidance lie in the batch as the class's own pipeline has them, or are calls of their own. Skipped
     sites are not executed; they serve their backup. After the last step the count starts again, with empty caches, so
     one context may hold several trajectories.
+
+    ``start`` is the call that trajectories begin at, as those of image-to-image pipelines do. All sites are computed
+    there, and a backup that combines several past outputs finds that one in the place of each.
     """
     names = [site.name for site in subnet.sites]
     weights, history = subnet.schedule.tensors(), subnet.schedule.history
@@ -85,18 +88,19 @@ def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal call
-        call = (call + 1) % (subnet.calls * passes.calls)
+        call = (call + 1) % ((subnet.calls - start) * passes.calls)
         if call < passes.calls:
             for cache in caches[call]:
                 cache.clear()
 
     def intercept(site: int, compute: Callable[[], Any]) -> Any:
         step, number = divmod(call, passes.calls)
+        step += start
         cache = caches[number][site]
-        if subnet.gates[step, site]:
+        if subnet.gates[step, site] or step == start:
             output = compute()
             tensors, rebuilds[site] = take_apart(output)
-            cache.insert(0, tensors)
+            cache[:0] = [tensors] * (history if step == start > 0 else 1)
             del cache[history:]
             return output
         outputs = list(zip(*cache, strict=True))  # outputs x history
@@ -104,7 +108,9 @@ def gated(denoiser: nn.Module, subnet: SubNet) -> Iterator[None]:
             return rebuilds[site]([output[0] for output in outputs])
         served = [
             combine(
-                output, of_pass(weights[backup_name(names[site], k)][step], number), subnet.sites[site].channel_axis
+                output[: subnet.gates[:step, site].sum()],  # what there is from the first step on
+                of_pass(weights[backup_name(names[site], k)][step], number),
+                subnet.sites[site].channel_axis,
             )
             for k, output in enumerate(outputs)
         ]

@@ -49,6 +49,7 @@ class AttachedDenoiser(nn.Module):
         self._pipe = weakref.ref(pipe)
         self._reader = reader
         self._guidance = Guidance()
+        self._first = 0
         self._hearing = False
         self._heard: list[Call] = []
         self._trajectory: _Trajectory | None = None
@@ -103,10 +104,10 @@ class AttachedDenoiser(nn.Module):
         finally:
             self._heard = []
 
-    def begin(self, program: Program, guidance: Guidance) -> None:
-        """Make ready for a call of the pipeline, with its program and its guidance."""
+    def begin(self, program: Program, guidance: Guidance, first: int) -> None:
+        """Make ready for a call of the pipeline, with its program and its guidance, from a step on."""
         self.end()
-        self.program, self._guidance = program, guidance
+        self.program, self._guidance, self._first = program, guidance, first
 
     @property
     def calls(self) -> int:
@@ -149,7 +150,7 @@ class AttachedDenoiser(nn.Module):
                 raise UsageError(
                     "the denoiser is called by itself; a bundle with two calls per step needs a pipeline's"
                 )
-            self._trajectory = _Trajectory(self.program, calls, self._conditions(calls))
+            self._trajectory = _Trajectory(self.program, calls, self._conditions(calls), self._first)
         assert self._trajectory is not None
         try:
             return torch.from_numpy(self._trajectory.answer(call))
@@ -187,9 +188,11 @@ class AttachedDenoiser(nn.Module):
             (moment,) = moments
             if self._trajectory and step < len(steps) and _is_near(moment, steps[step], call):
                 return False
-            if _is_near(moment, steps[0], call):
+            if _is_near(moment, steps[self._first], call):
                 return True
-        after = f"timestep {steps[step]} after {step} steps" if 0 < step < len(steps) else f"the first, {steps[0]}"
+        done, after = step - self._first, f"the first, {steps[self._first]}"
+        if self._trajectory and done and step < len(steps):
+            after = f"timestep {steps[step]} after {done} steps"
         self.end()
         raise UsageError(
             f"the denoiser is called at timestep {', '.join(map(str, sorted(moments)))}, the bundle expects {after}"
@@ -214,8 +217,8 @@ class _Trajectory:
         step: the next one, or the one of whose calls some are to come.
     """
 
-    def __init__(self, program: Program, calls: Sequence[Call], conditions: dict[str, np.ndarray]) -> None:
-        self._first, self.step = list(calls), 0
+    def __init__(self, program: Program, calls: Sequence[Call], conditions: dict[str, np.ndarray], start: int) -> None:
+        self._first, self.step, self._start = list(calls), start, start
         self._number = 0  # of the next call in its step
         self._steps = Steps(program.contexts, calls[0].latent.shape, conditions)
         self._in_graphs = program.record.solver.kind == "graph"
@@ -241,9 +244,10 @@ class _Trajectory:
 
     def _compute(self, latent: np.ndarray) -> None:
         """Compute the step; graphs with a solver inside scale x themselves."""
-        if self._steps.record.steps[self.step].launches:
+        starts = self.step == self._start
+        if starts or self._steps.record.steps[self.step].launches:
             self._steps.write(self.step, latent / self._scale[self.step] if self._in_graphs else latent)
-        self._steps.launch(self.step)
+        self._steps.start(self.step) if starts else self._steps.launch(self.step)
         self._epsilon = self._steps.epsilon(self.step)
 
     def close(self) -> None:

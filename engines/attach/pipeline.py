@@ -19,6 +19,7 @@ from dipgo.base.errors import UsageError
 from engines.backends import DEFAULT
 from engines.guidance import Guidance
 from engines.pipeline.arguments import check_scheduler
+from engines.pipeline.pictures import start_of, start_record
 from engines.pipeline.pipeline import Pipeline, load
 from engines.program import Program
 
@@ -38,6 +39,7 @@ class Attachment:
         component: attribute of the pipeline that the denoiser is.
         original: the denoiser that was there.
         seen: what the pipeline was seen to do; None of one that is known.
+        of_pictures: whether the pipeline starts from pictures.
         budget: of the program that calls get; None leaves it to the bundle.
     """
 
@@ -46,6 +48,7 @@ class Attachment:
     component: str
     original: Any
     seen: Observation | None
+    of_pictures: bool
     budget: float | None
     owns: bool
     calling: threading.Lock
@@ -74,7 +77,7 @@ def attach(
     denoiser that was there stays in memory for :func:`detach`.
 
     A pipeline without an entry is observed first. Where it makes both passes calls of their own, it encodes prompts
-    twice: the bundle needs both at the first.
+    twice: the bundle needs both at the first. Pipelines that start from pictures need a bundle of ``export --image``.
 
     Args:
         pipe: a diffusers pipeline, on any device; one call at a time.
@@ -90,6 +93,7 @@ def attach(
     """
     from dipgo.model.checks import check_pipeline_class
     from dipgo.model.families import component_of, family_of
+    from dipgo.model.families.pictures import without_pictures
     from engines.attach.check import check_denoiser
     from engines.attach.denoiser import AttachedDenoiser
     from engines.attach.reading import reader_for
@@ -98,18 +102,22 @@ def attach(
         raise UsageError(f"{type(pipe).__name__} has a bundle attached already; call detach(pipe) first")
     program = bundle if isinstance(bundle, Pipeline) else load(bundle, threads, backend, device)
     record = program.record
-    check_pipeline_class(type(pipe).__name__)
+    plain = without_pictures(pipe)
+    check_pipeline_class(type(plain).__name__)
+    if plain is not pipe:
+        start_record(program, type(pipe).__name__)
     component = component_of(pipe)
     original = getattr(pipe, component)
     check_denoiser(program.bundle, getattr(original, "_orig_mod", original))  # torch.compile's own is around it
     check_scheduler(record, pipe.scheduler)
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
-    seen = family_of(pipe).at(record.sampler.guidance, record.sampler.pixels).seen
+    seen = family_of(plain).at(record.sampler.guidance, record.sampler.pixels).seen
     if seen and seen.guide.passes > 2:
         raise UsageError(f"{type(pipe).__name__} makes {seen.guide.passes} passes per step; attach() takes one or two")
     owns = program is not bundle
-    attachment = Attachment(pipe, program, component, original, seen, budget, owns, threading.Lock())
+    told = (plain is not pipe, budget, owns)
+    attachment = Attachment(pipe, program, component, original, seen, *told, threading.Lock())
     program.__enter__()
     setattr(pipe, component, AttachedDenoiser(program, original, pipe, reader_for(program, original, seen)))
     kind: Any = type(pipe)
@@ -152,7 +160,7 @@ def _checking_class(kind: Any) -> Any:
             program = attachment.program.at(bound.arguments.get("num_inference_steps"), attachment.budget)
             guidance = _check_call(attachment, program, bound)
             denoiser = getattr(self, attachment.component)
-            denoiser.begin(program, guidance)
+            denoiser.begin(program, guidance, _first_call(attachment, program, bound))
             try:
                 with _heard(attachment, call, bound):
                     return call(self, *args, **kwargs)
@@ -211,6 +219,11 @@ def _check_call(attachment: Attachment, program: Program, bound: inspect.BoundAr
     guidance = guidance_argument(attachment.pipe, attachment.component)
     check_observed(program, attachment.seen, guidance, bound)
     return guidance_of(bound.arguments, guidance)
+
+
+def _first_call(attachment: Attachment, program: Program, bound: inspect.BoundArguments) -> int:
+    """Return the call of the denoiser that a pipeline starts at: from a picture, by its strength."""
+    return start_of(program, bound.arguments["strength"]) if attachment.of_pictures else 0
 
 
 def _heard(

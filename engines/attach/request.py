@@ -31,6 +31,7 @@ _THE_PIPELINES_OWN = (
     "negative_crops_coords_top_left",
 )
 _FREE = ("self", "generator", "latents", "output_type", "return_dict", "batch_size", "height", "width")
+_OF_PICTURES = ("image", "mask_image", "masked_image_latents", "padding_mask_crop", "strength")
 _SCALES = ("guidance_scale", "true_cfg_scale")
 _WORDS_OF_FREE = ("prompt", "callback", "num_images", "num_videos")
 
@@ -71,11 +72,12 @@ def check_observed(program: Program, seen: Observation, guidance: str, call: Bou
     if _is_guided_besides(seen, guidance, arguments):
         raise _refusal("true_cfg_scale", arguments["true_cfg_scale"], 1.0)
     check_known(program, {name: value for name, value in arguments.items() if name not in _SCALES})
+    free = _OF_PICTURES if "strength" in arguments else ()
     for name, value in arguments.items():
         usual = call.signature.parameters[name].default
         if name == "max_sequence_length":
             usual = tokens_of(arguments["self"])
-        is_free = _is_free(name) or (seen.pictures and name in PICTURES)
+        is_free = name in free or _is_free(name) or (seen.pictures and name in PICTURES)
         if not is_free and value is not None and not same(value, {}) and not same(value, usual):
             raise _refusal(name, value, usual)
 

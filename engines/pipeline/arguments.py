@@ -137,6 +137,7 @@ CHECKS: dict[str, Check] = {
     "sigmas": _only(),
     "eta": _only(0.0),
     "guidance_rescale": lambda record, name, value: check_guidance(record, Guidance(rescale=value)),
+    "denoising_start": _only(),
     "denoising_end": _only(),
     "clip_skip": _clip_skip,
     "cross_attention_kwargs": _only({}),

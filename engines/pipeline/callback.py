@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.base.errors import UsageError
+from engines.later import LaterWalk
 from engines.pipeline.formats import to_array
 from engines.steps import Walk
 
@@ -41,7 +42,7 @@ class StepCallback:
         if other:
             raise UsageError(f"callbacks of a bundle are shown latents, not '{other}'; use attach() for all others")
 
-    def __call__(self, walk: Walk) -> None:
+    def __call__(self, walk: Walk | LaterWalk) -> None:
         """Call it after a step.
 
         Raises:
@@ -50,9 +51,10 @@ class StepCallback:
         step = walk.step - 1
         timestep = walk.steps.record.steps[step].timestep
         latent = walk.latent
+        moment = int(timestep) if timestep == int(timestep) else timestep
         tensor = self.convert(latent.copy())
         tensors = {"latents": tensor} if "latents" in self.tensors else {}
-        answer = self.function(self.pipe, step, int(timestep) if timestep == int(timestep) else timestep, tensors) or {}
+        answer = self.function(self.pipe, step - walk.first, moment, tensors) or {}
         changes = [name for name, value in answer.items() if name != "latents" or value is not tensor]
         if changes or not np.array_equal(to_array(tensor), latent, equal_nan=True):
             raise UsageError(

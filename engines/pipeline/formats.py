@@ -79,26 +79,30 @@ def draw_noise(
     """
     if latents is not None and not draws:
         return latents
+    draw = source_of(generator, shape[0])
+    if latents is None:
+        latents = draw((shape[0], *layout.before) if layout else shape)
+        latents = np.ascontiguousarray(layout(latents)) if layout else latents
+    return np.stack([latents, *(draw(shape) for _ in range(draws))], axis=1) if draws else latents
+
+
+def source_of(generator: Any, count: int) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return what draws noise of a shape ``[n, …]`` from a generator of ``count`` images, again and again.
+
+    Of generators for each image the first n draw one each. For errors see :func:`draw_noise`.
+    """
     if isinstance(generator, list | tuple) and len(generator) == 1:
         generator = generator[0]
-    if isinstance(generator, list | tuple):
-        if len(generator) != shape[0]:
-            raise UsageError(f"{len(generator)} generators for {shape[0]} images; give one an image, or one for all")
-        own = [None] * len(generator) if latents is None else np.split(latents, len(latents))
-        pairs = zip(generator, own, strict=True)
-        return np.concatenate([draw_noise((1, *shape[1:]), each, layout, draws, first) for each, first in pairs])
-    draw = _source(generator)
-    try:
-        if latents is None:
-            latents = draw((shape[0], *layout.before) if layout else shape)
-            latents = np.ascontiguousarray(layout(latents)) if layout else latents
-        return np.stack([latents, *(draw(shape) for _ in range(draws))], axis=1) if draws else latents
-    except ValueError as error:
-        raise UsageError(f"{error}; give another seed, or noise as latents") from error
+    if not isinstance(generator, list | tuple):
+        return _source(generator)
+    if len(generator) != count:
+        raise UsageError(f"{len(generator)} generators for {count} images; give one an image, or one for all")
+    own = [_source(each) for each in generator]
+    return lambda shape: np.concatenate([draw((1, *shape[1:])) for draw in own[: shape[0]]])
 
 
 def _source(generator: Any) -> Callable[[Sequence[int]], np.ndarray]:
-    """Return what draws noise of a shape from a generator, again and again."""
+    """Return what draws noise of a shape from one generator."""
     if is_torch(generator) and hasattr(generator, "initial_seed"):
         torch = sys.modules["torch"]
         return lambda shape: to_array(torch.randn(tuple(shape), generator=generator, device=generator.device))
@@ -108,10 +112,18 @@ def _source(generator: Any) -> Callable[[Sequence[int]], np.ndarray]:
         raise UsageError(
             f"generator is a {type(generator).__name__}; give a seed, a torch.Generator, or noise as latents"
         )
+
+    def draw(shape: Sequence[int]) -> np.ndarray:
+        try:
+            return stream.randn(shape)
+        except ValueError as error:
+            raise UsageError(f"{error}; give another seed, or noise as latents") from error
+
     try:
-        return Stream(int(generator)).randn
+        stream = Stream(int(generator))
     except ValueError as error:
         raise UsageError(f"{error}; give another seed, or noise as latents") from error
+    return draw
 
 
 def as_format(pixels: np.ndarray, output_type: str) -> Any:

@@ -16,12 +16,21 @@ from engines.backends import DEFAULT, runner_for
 from engines.finite import check_input
 from engines.guidance import Guidance
 from engines.hub import found
+from engines.later import LaterWalk, Origin
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
-from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
+from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, source_of, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness
+from engines.pipeline.pictures import (
+    check_pictures,
+    mask_of_pictures,
+    origin_of,
+    pixels_of_pictures,
+    size_for,
+    strength_of,
+)
 from engines.program import Program
 from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
@@ -82,6 +91,9 @@ class Pipeline(DiffusersLikeness):
         negative_prompt_2: Any = None,
         prompt_3: Any = None,
         negative_prompt_3: Any = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
@@ -105,7 +117,11 @@ class Pipeline(DiffusersLikeness):
             class_labels: one or a list of numbers.
             prompt_2, negative_prompt_2: for the second text encoder, where there is one; None is the same as the first.
             prompt_3, negative_prompt_3: for the third.
-            height, width: of the images in pixels; None is :attr:`size`.
+            image: the picture that images start from, one or a list, for all in turn.
+            mask_image: white where the picture is to be made anew.
+            strength: the share of the steps that are done; None is the diffusers pipeline's own. With 1 the picture
+                counts by its colours alone, or, with a mask, outside of it.
+            height, width: of the images in pixels; None is :attr:`size`, or the picture's, as in diffusers.
             batch_size: how many images, where nothing conditions.
             num_images_per_prompt: images of each prompt, class or embedding.
             num_inference_steps, budget: which of the bundle's programs, see :meth:`~engines.program.Program.at`.
@@ -125,6 +141,7 @@ class Pipeline(DiffusersLikeness):
         """
         program = self.at(num_inference_steps, budget)
         self._check(program.record, arguments, output_type)
+        check_pictures(program, image, mask_image, strength, latents)
         if prompt is not None and class_labels is not None:
             raise UsageError("both prompt and class_labels are given; give one of them")
         convert = to_tensor if is_torch(generator) or is_torch(latents) else np.asarray
@@ -138,18 +155,26 @@ class Pipeline(DiffusersLikeness):
             self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
         )
         with self._calls.one() as call, self._asked(guidance_of(arguments)):
-            self.__enter__()
-            size = (height or self.size[0], width or self.size[1])
+            size = size_for(program, image, mask_image, height, width)
             self.latent_shape(1, size)  # refuses others
+            pictures = None if image is None else 2 * pixels_of_pictures(image, size) - 1
+            masks = None if mask_image is None else mask_of_pictures(mask_image, size)
+            self.__enter__()
             count, conditions = conditions_of(program, subjects, num_images_per_prompt, batch_size, size, arguments)
-            noise = _noise(program, self.latent_shape(count, size), generator, latents)
+            begin: np.ndarray | Origin
+            if pictures is None:
+                begin = _noise(program, self.latent_shape(count, size), generator, latents)
+            else:
+                draw, apart = source_of(generator, count), isinstance(generator, list | tuple) and len(generator) > 1
+                chosen = strength_of(program, mask_image, strength)
+                begin = origin_of(program, draw, pictures, masks, count, chosen, apart)
 
-            def observe(walk: Walk) -> bool:
+            def observe(walk: Walk | LaterWalk) -> bool:
                 if callback:
                     callback(walk)
                 return not call.interrupted
 
-            final = self._integrate(program, noise, conditions, observe, together=callback is not None)
+            final = self._integrate(program, begin, count, conditions, observe, together=callback is not None)
             images = convert(final) if output_type == "latent" else as_format(self._pixels(final), output_type)
         return Output(images) if return_dict else (images,)
 
@@ -206,22 +231,28 @@ class Pipeline(DiffusersLikeness):
     def _integrate(
         self,
         program: Program,
-        noise: np.ndarray,
+        begin: np.ndarray | Origin,
+        count: int,
         conditions: Mapping[str, np.ndarray],
-        observe: Callable[[Walk], bool],
+        observe: Callable[[Walk | LaterWalk], bool],
         together: bool,
     ) -> np.ndarray:
-        """Run the trajectory of all images, batch by batch or ``together``, until ``observe`` says to stop."""
-        size = len(noise) if together else self.batch
+        """Run the trajectories of all images, batch by batch or ``together``, until ``observe`` says to stop.
+
+        They begin with noise, or where an origin says.
+        """
+        size = count if together else self.batch
         calls, parts, going = len(program.record.steps), [], True
-        with tqdm(total=calls * -(-len(noise) // size), **self._bar) as bar:
-            for start in range(0, len(noise), size):
-                images = np.arange(start, min(start + size, len(noise)))
-                rows = rows_of(conditions, images, len(noise))
-                own = noise[images]
-                with Steps(program.contexts, latent_shape_of(program.record, own.shape), rows) as steps:
-                    walk = Walk(steps, own)
-                    if steps.can_replay and not together and going:
+        first = begin.step if isinstance(begin, Origin) else 0
+        with tqdm(total=(calls - first) * -(-count // size), **self._bar) as bar:
+            for start in range(0, count, size):
+                images = np.arange(start, min(start + size, count))
+                rows = rows_of(conditions, images, count)
+                own = begin.of(images) if isinstance(begin, Origin) else begin[images]
+                shape = own.latent.shape if isinstance(own, Origin) else latent_shape_of(program.record, own.shape)
+                with Steps(program.contexts, shape, rows) as steps:
+                    walk = LaterWalk(steps, own) if isinstance(own, Origin) else Walk(steps, own)
+                    if isinstance(walk, Walk) and steps.can_replay and not together and going:
                         walk.finish()
                         bar.update(calls)
                         going = observe(walk)

@@ -13,6 +13,7 @@ import torch
 
 from dipgo.eager.gating import gated
 from dipgo.model.observed.request import picture
+from dipgo.model.sampler import make_scheduler
 from dipgo.schedule.subnet import SubNet
 from tests import models, zoo
 
@@ -51,16 +52,25 @@ class Compiled:
 
 
 @cache
-def compiled(kind: str, whole: bool = True, keep: float = 0.5) -> Compiled:
-    task = zoo.task(kind, STEPS, sites="branch" if kind == "sdxl" else None)
+def compiled(
+    kind: str,
+    whole: bool = True,
+    keep: float = 0.5,
+    steps: int = STEPS,
+    image: bool = False,
+    name: str | None = None,
+) -> Compiled:
+    task = zoo.task(kind, steps, name, sites="branch" if kind == "sdxl" else None)
+    if name:
+        task.pipe.scheduler = make_scheduler(name, task.pipe.scheduler)
     backups = {} if kind in REUSES else {"terms": 2, "channels": 2}
     subnet = models.random_subnet(task.trace, task.sampler, seed=0, keep=keep, **backups)
     if keep < 1:
         subnet.gates[2] = False
     traced = zoo.trace(kind, "branch" if kind == "sdxl" else None, open_guidance=True)
-    folder = zoo.bundle(traced, task.sampler, subnet, whole=whole)
+    folder = zoo.bundle(traced, task.sampler, subnet, whole=whole, image=image)
     subjects = {"dit": {"class_labels": [0, 1, 2]}, "unconditional": {"batch_size": 3}}
-    arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": STEPS}
+    arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": steps}
     arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}
     arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     arguments |= {"clean_caption": False} if kind == "pixart" else {}

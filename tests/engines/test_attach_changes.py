@@ -101,7 +101,7 @@ def test_what_makes_no_difference_is_taken(sd):
 def test_only_pipelines_of_text_to_image_are_attached_to(sd):
     parts = pipeline_of(sd).components
     for kind, message in (
-        (StableDiffusionImg2ImgPipeline, r"starts from pictures \('image'\)"),
+        (StableDiffusionImg2ImgPipeline, "starts from noise alone; export it with --image"),
         (StableDiffusionPAGPipeline, "attention of its UNet2DConditionModel is replaced while it runs"),
         (
             type("Mine", (StableDiffusionPipeline,), {"__call__": lambda self: None}),
