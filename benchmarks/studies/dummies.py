@@ -69,8 +69,8 @@ class _Way:
     """One pipeline's way; ``stage`` is where it is."""
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
-        sides = inputs.get("height"), inputs.get("width")
-        self.folder, self.pixels = folder, (int(sides[0]), int(sides[1])) if all(sides) else None
+        sides = [int(inputs[name]) for name in ("height", "width") if inputs.get(name)]
+        self.folder, self.pixels = folder, (sides[0], sides[1]) if len(sides) == 2 else None
         self.subjects: list[Any] = [inputs.get("prompt") or "a red fox"]
         self.stage, self.sampler = "find", ""
         self.errors: dict[str, float] = {}
@@ -152,7 +152,8 @@ class _Way:
 
         if model.family.conditioned_by == "nothing":
             return {}
-        conditions = join(*model.family.conditions(pipe, self.subjects), model.family.guides(model.default_guidance))
+        unconditional, conditional = model.family.conditions(pipe, self.subjects)
+        conditions = join(unconditional, conditional, model.family.guides(model.default_guidance))
         return {name: value.numpy() for name, value in conditions.items()}
 
     def _compare(self, folder: Path, conditions: Arrays, expected: Arrays) -> Outcome:
@@ -192,7 +193,8 @@ def _distance(made: Any, expected: np.ndarray) -> float:
     made = np.asarray(made)
     if made.size != expected.size:
         return float("inf")
-    return float(np.linalg.norm(made.reshape(expected.shape) - expected) / max(np.linalg.norm(expected), 1e-12))
+    apart, whole = (float(np.linalg.norm(each)) for each in (made.reshape(expected.shape) - expected, expected))
+    return apart / max(whole, 1e-12)
 
 
 def measure(folder: Path, inputs: Mapping[str, Any]) -> Row:

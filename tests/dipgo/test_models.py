@@ -110,9 +110,9 @@ def folder_of(tmp_path, pipeline, component, denoiser, **config):
     ("pipeline", "component", "denoiser", "config", "message"),
     [
         ("StableDiffusionPipeline", "unet", "UNet2DConditionModel", {"in_channels": 9}, "takes 9 channels"),
-        ("StableDiffusionInpaintPipeline", "unet", "UNet2DConditionModel", {}, r"starts from pictures \('image'\)"),
+        ("StableDiffusionInpaintPipeline", "unet", "UNet2DConditionModel", {}, "no such scheduler configuration"),
         ("StableDiffusionXLImg2ImgPipeline", "unet", "UNet2DConditionModel", {}, "starts from pictures"),
-        ("StableDiffusionImageVariationPipeline", "unet", "UNet2DConditionModel", {}, "starts from pictures"),
+        ("StableDiffusionImageVariationPipeline", "unet", "UNet2DConditionModel", {}, "no such scheduler config"),
         ("MyPipeline", "unet", "UNet2DConditionModel", {}, "has no MyPipeline"),
         ("MyPipeline", "unet", "UNet2DModel", {}, "has no MyPipeline"),
         ("DDPMPipeline", "unet", "UNet2DModel", {"quantization_config": {"load_in_8bit": True}}, "is quantised"),

@@ -51,7 +51,13 @@ def _with_pictures_at_need(pipe: Any, component: str, request: Request) -> Obser
     except UsageError:
         if not pictures_of(type(pipe)):
             raise
-    return _observe(pipe, component, replace(request, pictures=True))
+    try:
+        return _observe(pipe, component, replace(request, pictures=True))
+    except UsageError as error:
+        if "pictures" in str(error):
+            raise
+        joined = "of those that start from pictures the ones are supported that lay these beside the latent alone"
+        raise UsageError(f"{error}; {joined}") from error
 
 
 def _at_size(pipe: Any, component: str, request: Request, seen: Observation) -> Observation:

@@ -7,6 +7,7 @@ conditions are gathered from the encoders' hidden states (:mod:`~dipgo.model.obs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoWarning, UsageError
 from dipgo.model.families.family import Prompting
 from dipgo.model.observed.gather import Hidden, find_sources, states_of
 from dipgo.model.observed.observation import Observation
-from dipgo.model.observed.reading import LONG, PROBE, Reading, Reads, answered, read, reads_probe, texts_of
+from dipgo.model.observed.reading import LONG, ODD, PROBE, Reading, Reads, answered, read, reads_probe, texts_of
 
 Encode = Callable[
     [Sequence[nn.Module], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], tuple[torch.Tensor, ...]
@@ -118,6 +119,12 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
             if last:
                 raise
     encoders = _encoders(name, pipe, texts)
+    if not probed.negative and _cleans(pipe, seen, texts):
+        warnings.warn(
+            f"a bundle reads prompts as they are: {name} cleans them first, of HTML and spaces; give clean ones",
+            DipgoWarning,
+            stacklevel=2,
+        )
     return Prompting(
         encoders=encoders,
         tokenizers=texts.tokenizers,
@@ -131,6 +138,15 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
         lower=texts.lower,
         side=side,
     )
+
+
+def _cleans(pipe: Any, seen: Observation, texts: _Texts) -> bool:
+    """Whether a pipeline gives its tokenizers another text than the prompt in its frame."""
+    own = ODD.lower().strip() if texts.lower else ODD
+    frames = zip(texts.before, texts.after, strict=True)
+    expected = {name: f"{start}{own}{end}" for name, (start, end) in zip(texts.tokenizers, frames, strict=True)}
+    readings = [each for inside in read(pipe, seen, ODD).readings for each in inside if each.has_probe]
+    return any(each.text != expected.get(each.tokenizer, each.text) for each in readings)
 
 
 def _verify(pipe: Any, wanted: Sequence[str], probed: _Probed, texts: _Texts, encode: Encode, side: Side) -> None:

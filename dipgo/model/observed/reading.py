@@ -18,6 +18,7 @@ from dipgo.model.observed.watch import Watch, watch
 
 PROBE = "Two Red Foxes"
 LONG = PROBE + ", and a hen" * 20
+ODD = PROBE + "  &amp; a <b>hen</b>"  # which some pipelines clean
 OTHER = "x"  # stands beside a negative prompt
 
 
