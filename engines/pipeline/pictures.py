@@ -30,6 +30,9 @@ def check_pictures(program: Program, image: Any, mask: Any, strength: Any, laten
             raise UsageError(f"{name} is given without image; give both, or neither")
         return
     start_record(program, "image")
+    for name, each in (("image", image), ("mask_image", mask)):
+        if isinstance(each, list | tuple) and not each:
+            raise UsageError(f"{name} is an empty list; give a picture")
     if program.record.encoder is None:
         raise UsageError(f"{program.bundle.folder}: holds no VAE encoder; export it with --image, without --denoiser")
     if latents is not None:
@@ -77,7 +80,7 @@ def size_for(program: Program, image: Any, mask: Any, height: int | None, width:
     """
     own = program.size
     if image is not None and mask is None and program.record.start and program.record.start.rounds == "down":
-        first = image[0] if isinstance(image, list | tuple) and len(image) else image
+        first = image[0] if isinstance(image, list | tuple) else image
         cell = program.record.cell
         own = tuple(side - side % cell for side in _sides(first))  # type: ignore[assignment]
     return height or own[0], width or own[1]
@@ -139,9 +142,7 @@ def pixels_of_pictures(pictures: Any, size: tuple[int, int], name: str = "image"
     Raises:
         UsageError: no picture, another mode, or values beyond [0, 1].
     """
-    listed = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-    if not listed:
-        raise UsageError(f"{name} is an empty list; give a picture")
+    listed = pictures if isinstance(pictures, list | tuple) else [pictures]
     return np.concatenate([_pixels(each, size, name, channels) for each in listed])
 
 
