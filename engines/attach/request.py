@@ -23,6 +23,8 @@ _THE_PIPELINES_OWN = (
     "complex_human_instruction",
     "negative_prompt",
     "negative_prompt_embeds",
+    "padding_mask_crop",
+    "masked_image_latents",
     "original_size",
     "target_size",
     "crops_coords_top_left",
@@ -31,7 +33,7 @@ _THE_PIPELINES_OWN = (
     "negative_crops_coords_top_left",
 )
 _FREE = ("self", "generator", "latents", "output_type", "return_dict", "batch_size", "height", "width")
-_OF_PICTURES = ("image", "mask_image", "masked_image_latents", "padding_mask_crop", "strength")
+_OF_PICTURES = ("image", "mask_image", "strength")
 _SCALES = ("guidance_scale", "true_cfg_scale")
 _WORDS_OF_FREE = ("prompt", "callback", "num_images", "num_videos")
 

@@ -137,6 +137,8 @@ CHECKS: dict[str, Check] = {
     "sigmas": _only(),
     "eta": _only(0.0),
     "guidance_rescale": lambda record, name, value: check_guidance(record, Guidance(rescale=value)),
+    "padding_mask_crop": _only(),
+    "masked_image_latents": _only(),
     "denoising_start": _only(),
     "denoising_end": _only(),
     "clip_skip": _clip_skip,

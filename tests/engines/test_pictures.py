@@ -191,6 +191,7 @@ def test_without_pictures_programs_are_the_same():
         ({"image": []}, "image is an empty list; give a picture"),
         ({"image": [picture(16)] * 3}, "3 of image for 2 images; give one, one for each, or a number that divides it"),
         ({"latents": np.zeros((2, 4, 8, 8), np.float32)}, "both image and latents are given; a picture gets its noise"),
+        ({"padding_mask_crop": 8}, "padding_mask_crop = 8, the bundle was compiled for None; leave it out"),
         ({"denoising_start": 0.5}, "denoising_start = 0.5, the bundle was compiled for None; leave it out"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
