@@ -42,8 +42,16 @@ def _class_of(folder: Path) -> str:
 
 
 def without_pictures(pipe: Any) -> Any:
-    """Return the text-to-image pipeline of the same components; another pipeline than those above as it is."""
+    """Return the text-to-image pipeline of the same components; another pipeline than those above as it is.
+
+    So is one whose denoiser reads the picture beside the latent (an inpainting UNet, of nine channels): there the picture
+    is a condition, and the loop that of the pipeline itself.
+    """
     import diffusers
+
+    unet = getattr(pipe, "unet", None)
+    if unet is not None and unet.config.in_channels != unet.config.out_channels:
+        return pipe
 
     for text, others in OF_PICTURES.items():
         if type(pipe).__name__ in others:
