@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import (
     AutoencoderKL,
     CogView4Pipeline,
     CogView4Transformer2DModel,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -32,7 +34,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -279,4 +283,22 @@ def tiny_cogview4(folder: Path) -> str:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, time_shift_type="linear")
     CogView4Pipeline(fast, encoder, vae(2), transformer, scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_controlled(folder: Path, nets: int = 1, sdxl: bool = False) -> str:
+    """Save a StableDiffusionControlNetPipeline, or that of SDXL: the tiny one's, with ControlNets for 16x16 pictures."""
+    kind, make = (
+        (StableDiffusionXLControlNetPipeline, tiny_sdxl) if sdxl else (StableDiffusionControlNetPipeline, tiny_sd)
+    )
+    plain = (StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline).from_pretrained(make(folder / "plain"))
+    made = []
+    for seed in range(nets):
+        torch.manual_seed(seed)
+        embedding = (8, 16)  # one step down, as far as the VAE's
+        made.append(_stirred(ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=embedding)))
+    parts = plain.components | {"controlnet": made[0] if nets == 1 else made}
+    parts |= {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind(**parts).save_pretrained(folder)
+    shutil.rmtree(folder / "plain")
     return str(folder)
