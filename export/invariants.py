@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dipgo.base.control import PICTURE
 from dipgo.base.errors import DipgoError
 from dipgo.base.guidance import RESCALE, SCALE
 from export.axes import shape_at
@@ -254,7 +255,7 @@ class _Program:
                 yield f"the text encoder's '{name}' is not of the shape of what it stands for"
         row_shapes |= {name: [(len(row),)] * corners for name, row in encoder.fixed.items()}
         for name, value in self.inputs.items():
-            if name in self.record.conditioning.fixed:
+            if name in self.record.conditioning.fixed or name == PICTURE:
                 continue
             if row_shapes.get(name) != [shape[1:] for shape in value.shapes]:
                 yield f"the text encoder does not give the condition '{name}'"

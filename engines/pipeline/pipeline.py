@@ -18,6 +18,7 @@ from engines.guidance import Guidance
 from engines.hub import found
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
+from engines.pipeline.control import control_conditions, size_of
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
@@ -116,8 +117,8 @@ class Pipeline(DiffusersLikeness):
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
                 step. It may stop the call, but not change it: a program's solver is compiled too.
             callback_on_step_end_tensor_inputs: ``latents`` or nothing.
-            **arguments: of other diffusers pipelines. Guidance, embeddings, ``clip_skip`` and SDXL's sizes and crops
-                count; all others must be the bundle's own.
+            **arguments: of other diffusers pipelines. Guidance, embeddings, ``clip_skip``, SDXL's sizes and crops, and
+                what a ControlNet is given count; all others must be the bundle's own.
 
         Raises:
             UsageError: another step count, budget, size, … than the bundle's, naming both; or bad input.
@@ -139,9 +140,11 @@ class Pipeline(DiffusersLikeness):
         )
         with self._calls.one() as call, self._asked(guidance_of(arguments)):
             self.__enter__()
-            size = (height or self.size[0], width or self.size[1])
+            size = size_of(program, arguments, height, width)
             self.latent_shape(1, size)  # refuses others
-            count, conditions = conditions_of(program, subjects, num_images_per_prompt, batch_size, size, arguments)
+            repeats = num_images_per_prompt
+            count, conditions = conditions_of(program, subjects, repeats, batch_size, size, arguments)
+            conditions |= control_conditions(program, arguments, count // repeats, repeats, size)
             noise = _noise(program, self.latent_shape(count, size), generator, latents)
 
             def observe(walk: Walk) -> bool:

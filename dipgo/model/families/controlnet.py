@@ -151,12 +151,13 @@ def _besides(pipe: Any, prompts: Sequence[Any], size: tuple[int, int]) -> dict[s
 def _sites() -> dict[str, tuple[str, ...]]:
     """Return the UNet's sites, and those of the ControlNets that have the same names inside."""
     return {
-        granularity: (*patterns, *(f"{place}.{pattern}" for place in _PLACES for pattern in patterns))
-        for granularity, patterns in UNET.sites.items()
+        granularity: (*own, *(f"{place}.{each}" for place in _PLACES for each in own if not each.startswith(_UNETS_OWN)))
+        for granularity, own in UNET.sites.items()
     }
 
 
 _PLACES = ("controlnet", "controlnet.nets.*")
+_UNETS_OWN = ("up_blocks", "conv_out")
 _TEXT = "encoder_hidden_states"
 
 CONTROLNET = replace(
