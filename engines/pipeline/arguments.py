@@ -156,7 +156,6 @@ CHECKS: dict[str, Check] = {
     "complex_human_instruction": _only(),
     "max_sequence_length": _tokens,
     "use_resolution_binning": _any,
-    "image": check_control,
     **dict.fromkeys(CONTROL, check_control),
     "guess_mode": _only(False),
 }

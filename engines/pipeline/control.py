@@ -33,8 +33,6 @@ def check_control(record: BundleRecord, name: str, value: Any) -> None:
     nets = nets_of(record)
     if not nets:
         raise UsageError(f"{name} is given, the bundle has no ControlNet; leave it out, or export a pipeline with one")
-    if name == "image":
-        return
     each = value if isinstance(value, list | tuple) else [value] * nets
     if len(each) != nets or not all(isinstance(number, int | float) and np.isfinite(number) for number in each):
         wanted = "a number" if nets == 1 else f"a number, or a list of {nets}, one for each ControlNet"
@@ -83,9 +81,11 @@ def control_conditions(
     """
     record = program.record
     nets = nets_of(record)
-    if not nets:
-        return {}
     given, (height, width) = arguments.get("image"), size
+    if not nets:
+        if given is not None:
+            check_control(record, "image", given)
+        return {}
     if given is None:
         raise UsageError(f"{program.bundle.folder}: has a ControlNet; give its picture as image, {height}x{width}")
     tensor = next(each for each in record.conditioning.inputs if each.name == PICTURE)

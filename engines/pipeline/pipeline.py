@@ -28,7 +28,7 @@ from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import BundleRecord, open_bundle
 
-_ARGUMENTS = {*CHECKS, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
+_ARGUMENTS = {*CHECKS, "image", *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
 class Pipeline(DiffusersLikeness):
