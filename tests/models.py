@@ -287,7 +287,7 @@ def tiny_cogview4(folder: Path) -> str:
 
 
 def tiny_controlled(folder: Path, nets: int = 1, sdxl: bool = False) -> str:
-    """Save a StableDiffusionControlNetPipeline, or that of SDXL: the tiny one's, with ControlNets for 16x16 pictures."""
+    """Save a StableDiffusionControlNetPipeline, or SDXL's: the tiny one, with ControlNets for 16x16 pictures."""
     kind, make = (
         (StableDiffusionXLControlNetPipeline, tiny_sdxl) if sdxl else (StableDiffusionControlNetPipeline, tiny_sd)
     )

@@ -29,7 +29,9 @@ def drawings(subjects: Sequence[Any], nets: int, size: tuple[int, int], channels
 
     They depend on the subject and the number of the ControlNet alone: ``[subjects, channels · nets, *size]`` in [0, 1].
     """
-    return np.stack([np.concatenate([_drawing(f"{each}/{net}", size, channels) for net in range(nets)]) for each in subjects])
+    return np.stack(
+        [np.concatenate([_drawing(f"{each}/{net}", size, channels) for net in range(nets)]) for each in subjects]
+    )
 
 
 def _drawing(subject: str, size: tuple[int, int], channels: int) -> np.ndarray:

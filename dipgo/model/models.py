@@ -88,7 +88,9 @@ def _read(name: str, folder: Path, random_weights: bool, pixels: tuple[int, int]
         if nets:
             check_nets(config, nets, str(folder))
             if random_weights:
-                raise UsageError(f"{folder}: random weights are not drawn for a ControlNet; give a folder that has them")
+                raise UsageError(
+                    f"{folder}: random weights are not drawn for a ControlNet; give a folder that has them"
+                )
             config |= {NETS: nets}
         check_latent(index_file, config)
         family.example(config, 1)  # refuses what cannot be conditioned

@@ -18,8 +18,8 @@ from engines.guidance import Guidance
 from engines.hub import found
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
-from engines.pipeline.control import control_conditions, size_of
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
+from engines.pipeline.control import control_conditions, size_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness

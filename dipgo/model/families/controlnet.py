@@ -38,7 +38,8 @@ def with_nets(unet: Any, controlnet: Any) -> Any:
     ``controlnet``, of several in ``controlnet.nets.0``, ….
     """
     nets = nets_of(controlnet)
-    whole = object.__new__(_with_nets(type(unet)))
+    kind: Any = type(unet)
+    whole: Any = object.__new__(_with_nets(kind))
     hooks = {name: value.copy() for name, value in vars(unet).items() if name.endswith("_hooks")}
     whole.__dict__ = {**vars(unet), **hooks, "_modules": dict(unet._modules)}
     whole.__dict__.pop("forward", None)
@@ -57,7 +58,7 @@ def folders_of_nets(count: int) -> dict[str, str]:
 
 @cache
 def _with_nets(kind: Any) -> Any:
-    class Controlled(kind):  # type: ignore[misc]
+    class Controlled(kind):
         def forward(
             self,
             sample: torch.Tensor,
@@ -127,7 +128,8 @@ def _example(config: Mapping[str, Any], rows: int) -> Conditions:
 
 
 def _encode(pipe: Any, prompts: Sequence[Any]) -> tuple[Conditions, Conditions]:
-    config = CONTROLNET.denoiser(pipe).config
+    denoiser: Any = CONTROLNET.denoiser(pipe)
+    config = denoiser.config
     channels, *size = picture_shape(config)
     nets = len(config[NETS])
     pictures = torch.from_numpy(drawings(prompts, nets, (size[0], size[1]), channels))
@@ -151,7 +153,10 @@ def _besides(pipe: Any, prompts: Sequence[Any], size: tuple[int, int]) -> dict[s
 def _sites() -> dict[str, tuple[str, ...]]:
     """Return the UNet's sites, and those of the ControlNets that have the same names inside."""
     return {
-        granularity: (*own, *(f"{place}.{each}" for place in _PLACES for each in own if not each.startswith(_UNETS_OWN)))
+        granularity: (
+            *own,
+            *(f"{place}.{each}" for place in _PLACES for each in own if not each.startswith(_UNETS_OWN)),
+        )
         for granularity, own in UNET.sites.items()
     }
 
