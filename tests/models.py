@@ -130,14 +130,14 @@ def tiny_dit(folder: Path) -> str:
     return str(folder)
 
 
-def tiny_sd(folder: Path, prediction: str = "epsilon") -> str:
+def tiny_sd(folder: Path, prediction: str = "epsilon", **unet: Any) -> str:
     """Save a StableDiffusionPipeline: SD-1.5 with PNDM, or SD-2.1 with DDIM where v is predicted."""
     kind = DDIMScheduler if prediction == "v_prediction" else PNDMScheduler
     options = {"clip_sample": False} if kind is DDIMScheduler else {"skip_prk_steps": True}
     scheduler = kind(prediction_type=prediction, steps_offset=1, beta_schedule="scaled_linear", **options)
     text = {"text_encoder": _clip(24), "tokenizer": _clip_tokenizer()}
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(), scheduler=scheduler, **text, **nothing)
+    pipe = StableDiffusionPipeline(vae=vae(2), unet=_unet(**unet), scheduler=scheduler, **text, **nothing)
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -288,10 +288,14 @@ def tiny_cogview4(folder: Path) -> str:
 
 def tiny_controlled(folder: Path, nets: int = 1, sdxl: bool = False) -> str:
     """Save a StableDiffusionControlNetPipeline, or SDXL's: the tiny one, with ControlNets for 16x16 pictures."""
-    kind, make = (
-        (StableDiffusionXLControlNetPipeline, tiny_sdxl) if sdxl else (StableDiffusionControlNetPipeline, tiny_sd)
-    )
-    plain = (StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline).from_pretrained(make(folder / "plain"))
+    small: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }
+    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    base = tiny_sdxl(folder / "plain") if sdxl else tiny_sd(folder / "plain", **small)
+    plain = (StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline).from_pretrained(base)
+    kind = StableDiffusionXLControlNetPipeline if sdxl else StableDiffusionControlNetPipeline
     made = []
     for seed in range(nets):
         torch.manual_seed(seed)

@@ -42,7 +42,7 @@ class Made:
         self.family, self.pipe = traced.model.family, traced.model.pipeline()
         self.pipe.set_progress_bar_config(disable=True)
         table = zoo.sampler(kind, STEPS, None)
-        half = models.random_subnet(traced, table, seed=0, terms=2, channels=2)
+        half = models.random_subnet(traced, table, seed=0, terms=2, channels=1)
         full = half.under(replace(half.schedule, gates=np.ones_like(half.gates)), traced)
         self.subnets = (full, half)
         self.bundles = [zoo.bundle(traced, table, each) for each in self.subnets]
