@@ -92,7 +92,7 @@ class Trace:
         return sorted(range(len(self.sites)), key=lambda site: place[self.outputs[site][0]])
 
     def reads_input(self, row: np.ndarray) -> bool:
-        """Whether ε under ``row`` still depends on what changes with the step: latent, timestep, strength of control."""
+        """Whether ε under ``row`` still depends on what changes with the step: latent, timestep, control."""
         conditions = [*self.model.family.example(self.model.config, 1)]
         names = list(self.program.graph_signature.user_inputs)
         placeholders = {*names[:2], *(names[2 + conditions.index(STRENGTH)] for _ in {STRENGTH} & {*conditions})}
