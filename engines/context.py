@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from dipgo.base.control import STRENGTH
 from engines.backend import Buffer, Launch, Runner
 from export.axes import shape_at
 from export.bundle import Bundle, GraphRecord, PrologueRecord, TensorRecord
@@ -27,6 +28,7 @@ class ExecutionContext:
     Attributes:
         slots: what launches hand to each other.
         conditions: the graph inputs of the prompt or class.
+        by_step: those that may be others at each step.
         steps: the launches of every step.
         replay: all of them as one launch, where the backend can and the solver is in the graphs; else None.
     """
@@ -36,7 +38,10 @@ class ExecutionContext:
         self.sizes = dict(sizes)
         self.record, self.tables, self.runner = record, bundle.tables, runner
         self.slots = [runner.zeros(shape_at(slot.shape, sizes), slot.dtype) for slot in record.slots]
-        self.conditions = {tensor.name: self._empty(tensor) for tensor in record.conditioning.inputs}
+        inputs = {tensor.name: tensor for tensor in record.conditioning.inputs}
+        changing = {name: inputs.pop(name) for name in {STRENGTH} & inputs.keys()}
+        self.by_step = {name: [self._empty(tensor) for _ in record.steps] for name, tensor in changing.items()}
+        self.conditions = {name: self._empty(tensor) for name, tensor in inputs.items()}
         # What prologues compute, by step: ``[steps, …]``, or one row that is the same for all steps.
         self._prologue_values: dict[str, Buffer] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
@@ -52,6 +57,10 @@ class ExecutionContext:
         """Take the conditions of a new trajectory and run the prologues."""
         for name, buffer in self.conditions.items():
             self.runner.write(buffer, conditions[name])
+        for name, buffers in self.by_step.items():
+            for step in range(len(buffers)):
+                value = conditions[name]
+                self.set_condition(step, name, value[:, step] if value.ndim > len(buffers[step].shape) else value)
         for launch, copies in self._prologues:
             for copy in copies:
                 copy()
@@ -74,6 +83,10 @@ class ExecutionContext:
                     writes[name] = slot
             self._starts[step] = [self._bind(step, record.graph, {LATENT: here.latent}, writes), *copies]
         return self._starts[step]
+
+    def set_condition(self, step: int, name: str, value: np.ndarray) -> None:
+        """Take another value of a condition by step, for one of them."""
+        self.runner.write(self.by_step[name][step], value)
 
     def _prologue(self, prologue: PrologueRecord) -> tuple[Launch, list[Launch]]:
         """Bind a prologue; returns its launch and the copies before it: a batch of all steps holds an input often."""
@@ -115,6 +128,8 @@ class ExecutionContext:
                 inputs[name] = self._constant(tensor, graph.rows[name].read(self.tables, index, self._shape(tensor)))
             elif name == "timestep":
                 inputs[name] = self._constant(tensor, np.full(self._shape(tensor), self.record.steps[index].timestep))
+            elif name in self.by_step:
+                inputs[name] = self.by_step[name][index]
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
             else:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from dipgo.base.control import PICTURE, STRENGTH, drawings
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from engines.backend import Runner
@@ -160,6 +161,7 @@ class Program:
             raise UsageError(f"{folder}: conditioned by prompts, not by classes; give --prompt")
         rows = self._text(cast(Sequence[Text], subjects), negative, conditioning.guided, clip_skip)
         rows |= fixed_conditions(self.record, (1 + conditioning.guided) * len(subjects), guidance)
+        rows |= self._drawn(subjects, size)
         if conditioning.encoder and conditioning.encoder.sized:
             sizes = self.axes_of(self.latent_shape(self.batch, size))
             for name, row in conditioning.encoder.sized.items():
@@ -170,6 +172,15 @@ class Program:
             )
             for tensor in conditioning.inputs
         }
+
+    def _drawn(self, subjects: Sequence[Any], size: tuple[int, int] | None) -> dict[str, np.ndarray]:
+        """Return pictures for ControlNets, which a request's own take the place of; see :func:`drawings`."""
+        shapes = {tensor.name: tensor.shape for tensor in self.record.conditioning.inputs}
+        if PICTURE not in shapes:
+            return {}
+        nets = int(shapes[STRENGTH][1])
+        pictures = drawings(subjects, nets, size or self.size, int(shapes[PICTURE][1]) // nets)
+        return {PICTURE: np.concatenate([pictures] * (1 + self.record.conditioning.guided))}
 
     @property
     def encoders(self) -> int:
@@ -281,5 +292,6 @@ class Program:
         """Refuse conditions of another number of images than the noise."""
         for tensor in self.record.conditioning.inputs:
             shape, value = shape_at(tensor.shape, sizes), conditions[tensor.name]
-            if np.shape(value) != shape:
+            rows = value[:, 0] if tensor.name == STRENGTH and np.ndim(value) > len(shape) else value
+            if np.shape(rows) != shape:
                 raise UsageError(f"'{tensor.name}' is {list(np.shape(value))}, this noise goes with {list(shape)}")

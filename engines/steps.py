@@ -62,6 +62,11 @@ class Steps:
         for context, images in zip(self._contexts, self._batches, strict=True):
             context.runner.write(context.slots[self.record.steps[step].latent], latent[images])
 
+    def set_condition(self, step: int, name: str, value: np.ndarray) -> None:
+        """Set a condition of one step, where it may change from step to step: rows as those of all conditions."""
+        for context, images in zip(self._contexts, self._batches, strict=True):
+            context.set_condition(step, name, rows_of({name: value}, images, self.count)[name])
+
     def launch(self, step: int) -> None:
         """Compute a step; one without launches has the ε of the step before it."""
         for context in self._contexts:

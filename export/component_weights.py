@@ -23,7 +23,7 @@ _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj
 
 
 def own_weights(model: Model, name: str) -> Weights:
-    """Return where a component's tensors lie in the pipeline's own folder.
+    """Return where a component's tensors lie in the pipeline's own folder; of the denoiser those of ControlNets too.
 
     Raises:
         DipgoError: no safetensors files there, or damaged ones; a class of another library.
@@ -32,7 +32,7 @@ def own_weights(model: Model, name: str) -> Weights:
     files = _files(model, name)
     if not files:
         raise DipgoError(f"{folder}: no safetensors weights in it; download or save the pipeline again")
-    return Weights(stored_tensors(files), model.folder)
+    return Weights(model.tensors if name == model.family.component else stored_tensors(files), model.folder)
 
 
 def _files(model: Model, name: str) -> list[Path]:
@@ -70,7 +70,8 @@ def weights_of(model: Model, name: str, dtype: torch.dtype, folder: Path) -> Wei
         write_random(parameters_of(model, name), precision, path)
         return Weights(stored_tensors([path]), folder)
     own = own_weights(model, name)
-    module = empty_component(model, name, dtype)
+    whole = name == model.family.component and model.family.whole
+    module = model.empty_denoiser(dtype) if whole else empty_component(model, name, dtype)
     dtypes = {
         stored: Dtype.of_torch(module.get_parameter(parameter).dtype)
         for parameter, stored in checkpoint_names(model, module, own.tensors).items()

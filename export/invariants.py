@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dipgo.base.control import PICTURE, STRENGTH
 from dipgo.base.errors import DipgoError
 from dipgo.base.guidance import RESCALE, SCALE
 from export.axes import shape_at
@@ -45,6 +46,7 @@ def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signa
         program.starts(),
         program.conditions(),
         program.guidance(),
+        program.control(),
         program.prompts(),
         program.fixed(),
         program.images(),
@@ -280,7 +282,7 @@ class _Program:
                 yield f"the text encoder's '{name}' is not of the shape of what it stands for"
         row_shapes |= {name: [(len(row),)] * corners for name, row in encoder.fixed.items()}
         for name, value in self.inputs.items():
-            if name in self.record.conditioning.fixed:
+            if name in self.record.conditioning.fixed or name == PICTURE:
                 continue
             if row_shapes.get(name) != [shape[1:] for shape in value.shapes]:
                 yield f"the text encoder does not give the condition '{name}'"
@@ -294,6 +296,22 @@ class _Program:
             value = self.inputs.get(name)
             if value is None or not value.is_real or len(conditioning.fixed.get(name, ())) != 1:
                 yield f"guidance is by a condition '{name}', which is no number"
+
+    def control(self) -> Problems:
+        given = {name: self.inputs.get(name) for name in (PICTURE, STRENGTH)}
+        pictures, strengths = given.values()
+        if pictures is None and strengths is None:
+            return
+        if pictures is None or strengths is None or not (pictures.is_real and strengths.is_real):
+            yield f"control takes both '{PICTURE}' and '{STRENGTH}', of real numbers"
+            return
+        cell = self.record.cell
+        for picture, strength, latent in zip(pictures.shapes, strengths.shapes, self.latent.shapes, strict=True):
+            sides = tuple(side * cell for side in latent[-2:])
+            if len(picture) != 4 or picture[2:] != sides or len(strength) != 4 or strength[2:] != (1, 1):
+                yield f"control takes no pictures of {sides}, or no strength for each ControlNet"
+            elif picture[1] % strength[1]:
+                yield f"the pictures of {strength[1]} ControlNets have {picture[1]} channels together"
 
     def fixed(self) -> Problems:
         for name, row in self.record.conditioning.fixed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers import (
     BriaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -34,7 +36,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -293,4 +297,26 @@ def tiny_bria(folder: Path) -> str:
     transformer = _stirred(BriaTransformer2DModel(pooled_projection_dim=None, **size, **heads))
     scheduler = FlowMatchEulerDiscreteScheduler()
     BriaPipeline(transformer, scheduler, vae(2), _t5(12), _t5_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_controlled(folder: Path, nets: int = 1, sdxl: bool = False) -> str:
+    """Save a StableDiffusionControlNetPipeline, or SDXL's: the tiny one, with ControlNets for 16x16 pictures."""
+    small: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }
+    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    base = tiny_sdxl(folder / "plain") if sdxl else tiny_sd(folder / "plain", **small)
+    plain = (StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline).from_pretrained(base)
+    kind = StableDiffusionXLControlNetPipeline if sdxl else StableDiffusionControlNetPipeline
+    made = []
+    for seed in range(nets):
+        torch.manual_seed(seed)
+        embedding = (8, 16)  # one step down, as far as the VAE's
+        made.append(_stirred(ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=embedding)))
+    parts = plain.components | {"controlnet": made[0] if nets == 1 else made}
+    parts |= {"add_watermarker": False} if sdxl else {"requires_safety_checker": False}
+    kind(**parts).save_pretrained(folder)
+    shutil.rmtree(folder / "plain")
     return str(folder)

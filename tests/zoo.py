@@ -43,6 +43,9 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     ),
     "lcm": models.tiny_lcm,
     "sdxl": models.tiny_sdxl,
+    "controlnet": models.tiny_controlled,
+    "controlnets": partial(models.tiny_controlled, nets=2),
+    "sdxl-controlnet": partial(models.tiny_controlled, sdxl=True),
     "pixart": models.tiny_pixart,
     "pixart-512": partial(models.tiny_pixart, sample_size=64),
     "pixart-1024": partial(models.tiny_pixart, sample_size=128),  # which takes sizes as conditions too

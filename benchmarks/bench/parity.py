@@ -196,10 +196,11 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance: 
     height, width = program.size
     request = Request(_scale(subnet, guidance), (height, width), subnet.sampler.steps, tuple(inputs), seed)
     options = request.inputs(pipe, family.component)
+    options |= family.besides(pipe, inputs, program.size)
     options |= {"class_labels": inputs, "clean_caption": False, "use_resolution_binning": False}
     accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
-    with gated(getattr(pipe, family.component), subnet), _decoded(pipe) as latents:
+    with gated(family.denoiser(pipe), subnet), _decoded(pipe) as latents:
         images = pipe(**{name: value for name, value in options.items() if name in accepted}).images
     return torch.cat(latents).cpu().numpy(), images
 
@@ -225,7 +226,7 @@ def _trajectory(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance
 def trajectory_of(program: Program, pipe: Any, guidance: float | None = None) -> Trajectory:
     """Return the trajectory that a program was compiled from, in the dtype of the pipeline."""
     subnet, family = subnet_of(program.bundle), family_of(pipe)
-    denoiser = getattr(pipe, family.component)
+    denoiser: Any = family.denoiser(pipe)
     sampler = family.table(scheduler_of(subnet), subnet.sampler.steps)
     guided = GuidedDenoiser(denoiser, in_dtype(family, denoiser.dtype), _scale(subnet, guidance))
     return Trajectory(guided, subnet.sites, sampler)

@@ -188,7 +188,7 @@ class TorchSubject(Subject):
         self.position = Position()
         self._bare = _with_bare_denoiser(self.pipe)
         self._reset = TECHNIQUES[spec.technique].apply(self.pipe, self.position)
-        denoiser = getattr(self.pipe, self.family.component)
+        denoiser = self.family.denoiser(self.pipe)
         self.guided = GuidedDenoiser(denoiser, in_dtype(self.family, dtype), subnet.sampler.guidance)
         self.batch, *self.shape = latent_shape(record)
         self.conditioning, self.decodes, self.layout = record.conditioning, record.decoder is not None, record.noise

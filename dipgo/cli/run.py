@@ -40,6 +40,9 @@ class RunConfig(Config):
     steps: int | None = Field(None, description="Steps, where the bundle holds programs of several numbers of them.")
     budget: float | None = Field(None, description="Share of the MACs, where the bundle holds several budgets.")
     guidance: float | None = Field(None, description="Guidance scale; by default the one of the search.")
+    control: str | None = Field(None, description="Picture for the ControlNet, a file; for several, joined by commas.")
+    control_scale: float = Field(1.0, description="How strongly ControlNets count.")
+    control_end: float = Field(1.0, gt=0, le=1, description="Share of the steps that ControlNets count in.")
     seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
@@ -61,7 +64,7 @@ class RunConfig(Config):
         refuse_existing(output, force)
         size = pixels_of(self.size)
         program = load(bundle, self.threads, self.backend, self.device)
-        pictures = self._pictures(program.at(self.steps, self.budget))
+        pictures = self._pictures(program.at(self.steps, self.budget)) | self._control(bundle, program)
         with program:
             subjects, guidance = self._conditions(bundle, program), Guidance(self.guidance)
             if pictures:
@@ -87,6 +90,26 @@ class RunConfig(Config):
         asked = {"guidance_scale": self.guidance, "negative_prompt": self.negative, "generator": self.seed}
         asked |= {"num_inference_steps": self.steps, "budget": self.budget}
         return {"image": image, "mask_image": mask, "strength": self.strength, **asked}
+
+    def _control(self, bundle: Path, program: Program) -> dict[str, Any]:
+        """Return the arguments of a call with ControlNets; none of a bundle that has none."""
+        from engines.pipeline.control import nets_of
+        from engines.pipeline.images import read_picture
+
+        files, nets = self.control.split(",") if self.control else [], nets_of(program.record)
+        if len(files) != nets:
+            wanted = "--control FILE" if nets == 1 else f"--control with {nets} files, joined by commas"
+            raise UsageError(
+                f"{bundle}: has {nets or 'no'} ControlNet{'s' * (nets > 1)}; "
+                + (f"give {wanted}" if nets else "leave --control out")
+            )
+        if not nets:
+            return {}
+        pictures = [read_picture(Path(file), "RGB") for file in files]
+        asked = {"guidance_scale": self.guidance, "negative_prompt": self.negative, "generator": self.seed}
+        asked |= {"num_inference_steps": self.steps, "budget": self.budget, "output_type": "np"}
+        asked |= {"controlnet_conditioning_scale": self.control_scale, "control_guidance_end": self.control_end}
+        return asked | {"image": pictures if nets > 1 else pictures[0]}
 
     def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
         kind = program.record.conditioning.kind

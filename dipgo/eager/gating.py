@@ -120,7 +120,8 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]
         return weight[:, number] if weight.ndim == 3 and passes.calls > 1 else weight
 
     rebuilds: dict[int, Rebuild] = {}
-    hook = denoiser.register_forward_pre_hook(begin)
+    first: nn.Module = getattr(denoiser, "controlnet", denoiser)  # which its pipeline calls before the rest
+    hook = first.register_forward_pre_hook(begin)
     try:
         with intercepting(denoiser, names, intercept):
             yield

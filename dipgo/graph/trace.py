@@ -18,6 +18,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from dipgo.base.control import PICTURE, STRENGTH
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.graph.costs import Costs
 from dipgo.graph.exported import Tapped, export_tapped, free_sides, in_dtype, size_multiple
@@ -91,8 +92,10 @@ class Trace:
         return sorted(range(len(self.sites)), key=lambda site: place[self.outputs[site][0]])
 
     def reads_input(self, row: np.ndarray) -> bool:
-        """Whether ε under ``row`` still depends on the latent or the timestep."""
-        placeholders = set(list(self.program.graph_signature.user_inputs)[:2])
+        """Whether ε under ``row`` still depends on what changes with the step: latent, timestep, control."""
+        conditions = [*self.model.family.example(self.model.config, 1)]
+        names = list(self.program.graph_signature.user_inputs)
+        placeholders = {*names[:2], *(names[2 + conditions.index(STRENGTH)] for _ in {STRENGTH} & {*conditions})}
         return bool(placeholders & self._live(np.asarray(row, bool), ()))
 
     def is_silent(self, row: np.ndarray, learned: bool) -> bool:
@@ -171,11 +174,16 @@ def trace(
     conditions = family.example(model.config, _EXAMPLE_BATCH * (2 if guided.guided else 1))
     latent = torch.zeros(model.latent_shape(_EXAMPLE_BATCH))
     if size is not None:
+        if PICTURE in conditions:
+            cell = conditions[PICTURE].shape[-1] // latent.shape[-1]
+            conditions[PICTURE] = torch.zeros(*conditions[PICTURE].shape[:2], *(cell * side for side in size)).to(dtype)
         latent = latent.new_zeros(*latent.shape[:2], *size)
     images = {0: Dim.AUTO}
     free = size is not None and not any(side % size_multiple(model.config) for side in size)
     sides = free_sides(model, denoiser) if free else {}
     dynamic = (images | sides, images, dict.fromkeys(conditions, images))
+    if PICTURE in conditions and sides:
+        dynamic[2][PICTURE] = images | {axis: cell * side for axis, side in sides.items()}
     program = export_tapped(Tapped(guided, names), (latent, torch.ones(_EXAMPLE_BATCH), conditions), dynamic)
 
     spec, results = program.call_spec.out_spec, program.graph_module.graph.output_node().args[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ def class_named(library: str, class_name: str, pipeline: str) -> Any:
     return kind or getattr(own, class_name, None)
 
 
-def check_index(index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_index(
+    index_file: Path, index: Mapping[str, Any], config: Mapping[str, Any], known: Collection[str] = ()
+) -> None:
     """Refuse add-ons, and pipelines that start from pictures.
 
     Args:
         index: content of ``model_index.json``.
         config: the denoiser's configuration.
+        known: add-ons that are part of the denoiser here.
     """
-    own = {"motion_adapter"} if component_class(index, "unet")[1] == "UNetMotionModel" else set()  # in the UNet already
+    own = {*known, *(["motion_adapter"] if component_class(index, "unet")[1] == "UNetMotionModel" else [])}
     for entry, what in _ADD_ONS.items():
         if entry not in own and component_class(index, entry)[0]:
             raise UsageError(f"{index_file}: has a {what}, which is not supported; save the pipeline without it")

@@ -43,6 +43,7 @@ def fetch_weights(name: str, index: Mapping[str, Any], denoiser: str) -> Path:
     except Exception:  # offline: what was downloaded before is all there is
         return _download(name, [*_TEXTS, "*/*.safetensors"])
     components = [component for component, entry in index.items() if isinstance(entry, list) and entry[0]]
+    components += sorted({file.split("/")[0] for file in files if re.match(r"controlnet_\d+/", file)})  # of several
     components.sort(key=lambda component: component != denoiser)
     return _download(name, [*_TEXTS, *files_of_one_variant(files, components)])
 

@@ -17,10 +17,12 @@ from dipgo.base.records import ModelIdentity, read_json, read_object
 from dipgo.model.checks import component_class, refuse_pickled
 from dipgo.model.empty import empty_module
 from dipgo.model.families import Family, remember
+from dipgo.model.families.controlnet import NETS, folders_of_nets, with_nets
 from dipgo.model.prompts import read_prompts
 from dipgo.model.random_weights import randomise
-from dipgo.model.safetensors_index import checkpoint_files, variant_of
+from dipgo.model.safetensors_index import Stored, checkpoint_files, stored_tensors, variant_of
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
+from dipgo.model.settings import own_settings
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,24 @@ class Model:
         One file, or the shards where diffusers would read these: an index stands beside them. Variants (``.fp16.``)
         beside the plain files are left out; a variant counts where there is nothing plain.
         """
+        return [file for files in self._parts.values() for file in files]
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """Where the denoiser's tensors lie, by their names in it; those of ControlNets among them."""
+        parts = self._parts.items()
+        return {prefix + name: each for prefix, files in parts for name, each in stored_tensors(files).items()}
+
+    @property
+    def _parts(self) -> dict[str, list[Path]]:
+        """The denoiser's files, and those of ControlNets, by what stands before the names in them."""
         if self.random_weights:
-            return []
-        return checkpoint_files(self.folder / self.family.component, "diffusion_pytorch_model")
+            return {}
+        stem = "diffusion_pytorch_model"
+        own = checkpoint_files(self.folder / self.family.component, stem)
+        nets = folders_of_nets(len(self.config.get(NETS, ())))
+        variant = variant_of(own)
+        return {"": own} | {each: checkpoint_files(self.folder / name, stem, variant) for each, name in nets.items()}
 
     @property
     def variant(self) -> str | None:
@@ -201,7 +218,11 @@ class Model:
         """
         import diffusers
 
-        denoiser = empty_module(getattr(diffusers, self.family.denoiser_class), self.config, lambda name: dtype)
+        config, nets = {name: value for name, value in self.config.items() if name != NETS}, self.config.get(NETS, ())
+        denoiser = empty_module(getattr(diffusers, self.family.denoiser_class), config, lambda name: dtype)
+        if nets:
+            made = [empty_module(diffusers.ControlNetModel, each, lambda name: dtype) for each in nets]
+            denoiser = with_nets(denoiser, made[0] if len(made) == 1 else diffusers.MultiControlNetModel(made).eval())
         for module in denoiser.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_floating_point() and dtype != torch.float32:
@@ -210,21 +231,5 @@ class Model:
 
 
 def config_sha256(denoiser_class: Any, config: Mapping[str, Any]) -> str:
-    """Return the fingerprint of a denoiser's configuration as JSON has it.
-
-    It is over what differs from the class's defaults: a newer diffusers writes more keys for the same model.
-    """
-    options = inspect.signature(denoiser_class.__init__).parameters
-    defaults = {name: _plain(option.default) for name, option in options.items()}
-    return sha256_of_json(
-        {
-            key: value
-            for key, value in config.items()
-            if not key.startswith("_") and not (key in defaults and defaults[key] == value)
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Return a default as JSON would give it back."""
-    return list(value) if isinstance(value, tuple) else value
+    """Return the fingerprint of a denoiser's configuration as JSON has it, of what is not the class's default."""
+    return sha256_of_json(own_settings(denoiser_class, config))

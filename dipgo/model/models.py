@@ -6,16 +6,19 @@ weights (``architectures``), for counting, for importing what others publish, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from dipgo.base.errors import DipgoError, one_line
+from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
 from dipgo.model import hub
 from dipgo.model.checks import check_index, check_latent, check_lora, component_class, refuse_pickled
 from dipgo.model.families import COMPONENTS, observed_family, registered_family
+from dipgo.model.families.controlnet import CONTROLNET, KINDS, NETS, check_nets
 from dipgo.model.model import Model
-from dipgo.model.safetensors_index import stored_tensors
+from dipgo.model.settings import own_settings
 
 __all__ = ["ARCHITECTURES", "BUILT_IN", "Model", "architectures", "built_in", "find_model"]
 
@@ -61,7 +64,7 @@ def find_model(name: str, random_weights: bool = False, pixels: tuple[int, int] 
         refuse_pickled(model.folder)
         folder = model.folder / model.family.component
         raise DipgoError(f"{folder}: no safetensors weights in it; download or save it again")
-    check_lora(model.folder, stored_tensors(model.weights_files))
+    check_lora(model.folder, model.tensors)
     return model
 
 
@@ -76,11 +79,19 @@ def _read(name: str, folder: Path, random_weights: bool, pixels: tuple[int, int]
         raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
     config_file, class_name = folder / component / "config.json", component_class(index, component)[1]
     config = read_object(config_file, "model configuration")
-    check_index(index_file, index, config)
+    nets = _nets(folder, index)
+    check_index(index_file, index, config, ["controlnet"] if nets else [])
     try:
-        family = registered_family(class_name, component, str(index.get("_class_name")))
+        family = registered_family(class_name, component, str(index.get("_class_name")), len(nets))
         if family is None:
             return Model(name, folder, observed_family(folder, component, pixels), config, random_weights)
+        if nets:
+            check_nets(config, nets, str(folder))
+            if random_weights:
+                raise UsageError(
+                    f"{folder}: random weights are not drawn for a ControlNet; give a folder that has them"
+                )
+            config |= {NETS: nets}
         check_latent(index_file, config)
         family.example(config, 1)  # refuses what cannot be conditioned
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -89,6 +100,20 @@ def _read(name: str, folder: Path, random_weights: bool, pixels: tuple[int, int]
             "download or save the pipeline again"
         ) from error
     return Model(name, folder, family, config, random_weights)
+
+
+def _nets(folder: Path, index: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of a pipeline's ControlNets; none of a pipeline that has none, or others than are known."""
+    from diffusers import ControlNetModel
+
+    kind = component_class(index, "controlnet")[1]
+    if kind not in KINDS or index.get("_class_name") not in CONTROLNET.pipelines:
+        return []
+    folders = [folder / "controlnet"]
+    if kind != KINDS[0]:
+        folders += sorted(folder.glob("controlnet_[0-9]"))
+    read = (read_object(each / "config.json", "configuration of the ControlNet") for each in folders)
+    return [own_settings(ControlNetModel, config) for config in read]
 
 
 def _locate(name: str) -> Path:

@@ -141,7 +141,7 @@ def make_task(
     table = model.family.table(scheduler, steps)
     traced = sites if isinstance(sites, Trace) else trace(model, sites, guidance_scale)
     family = model.family
-    denoiser = getattr(pipe, family.component)
+    denoiser = family.denoiser(pipe)
     guided = GuidedDenoiser(denoiser, family, guidance_scale)
     sampling = Sampling(pipe, guided, family, model.latent_shape(1), drawn_from)
     return Task(model, pipe, traced, Trajectory(guided, traced.sites, table, traced.live_sites), sampling)

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from dipgo.base.control import STRENGTH
 from dipgo.base.errors import UsageError
 from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.request import tokens_of
@@ -219,6 +220,7 @@ class _Trajectory:
 
     def __init__(self, program: Program, calls: Sequence[Call], conditions: dict[str, np.ndarray], start: int) -> None:
         self._first, self.step, self._start = list(calls), start, start
+        self._rows = len(next(iter(conditions.values()), ()))
         self._number = 0  # of the next call in its step
         self._steps = Steps(program.contexts, calls[0].latent.shape, conditions)
         self._in_graphs = program.record.solver.kind == "graph"
@@ -234,7 +236,10 @@ class _Trajectory:
                 f"latents {list(call.latent.shape)} after {list(first.latent.shape)}; a call has one shape of them"
             )
         for name, value in call.conditions.items():
-            if not np.array_equal(value, first.conditions[name], equal_nan=value.dtype.kind == "f"):
+            if name == STRENGTH:
+                rows = np.broadcast_to(value[:1], (self._rows, *value.shape[1:]))
+                self._steps.set_condition(self.step, name, rows)
+            elif not np.array_equal(value, first.conditions[name], equal_nan=value.dtype.kind == "f"):
                 raise UsageError(f"'{name}' changed at step {self.step}; a bundle reads conditions once, at the first")
         if self._number == 0:
             self._compute(call.latent)

@@ -38,6 +38,7 @@ class Attachment:
         program: the bundle's program.
         component: attribute of the pipeline that the denoiser is.
         original: the denoiser that was there.
+        controlnet: the ControlNet that was there, whose place is taken too; None where there is none.
         seen: what the pipeline was seen to do; None of one that is known.
         of_pictures: whether the pipeline starts from pictures.
         budget: of the program that calls get; None leaves it to the bundle.
@@ -47,11 +48,18 @@ class Attachment:
     program: Pipeline
     component: str
     original: Any
+    controlnet: Any
     seen: Observation | None
     of_pictures: bool
     budget: float | None
     owns: bool
     calling: threading.Lock
+
+    @property
+    def originals(self) -> dict[str, Any]:
+        """The modules that were there, by their attributes of the pipeline."""
+        own = {self.component: self.original}
+        return own if self.controlnet is None else own | {"controlnet": self.controlnet}
 
     def __enter__(self) -> Any:
         return self.pipe
@@ -93,8 +101,10 @@ def attach(
     """
     from dipgo.model.checks import check_pipeline_class
     from dipgo.model.families import component_of, family_of
+    from dipgo.model.families.controlnet import nets_of
     from dipgo.model.families.pictures import without_pictures
     from engines.attach.check import check_denoiser
+    from engines.attach.controlnet import handing_on
     from engines.attach.denoiser import AttachedDenoiser
     from engines.attach.reading import reader_for
 
@@ -108,18 +118,24 @@ def attach(
         start_record(program, type(pipe).__name__)
     component = component_of(pipe)
     original = getattr(pipe, component)
-    check_denoiser(program.bundle, getattr(original, "_orig_mod", original))  # torch.compile's own is around it
+    denoiser = getattr(original, "_orig_mod", original)  # torch.compile's own is around it
+    controlnet = getattr(pipe, "controlnet", None)
+    family = family_of(plain)
+    parts = (denoiser, *nets_of(controlnet)) if controlnet is not None and family.whole else ()
+    check_denoiser(program.bundle, family.denoiser(pipe) if parts else denoiser, parts)
     check_scheduler(record, pipe.scheduler)
     if record.steps[0].timestep == record.steps[1].timestep:
         raise UsageError(f"{record.sampler.class_name} begins with one timestep twice; attach() takes no such sampler")
-    seen = family_of(plain).at(record.sampler.guidance, record.sampler.pixels).seen
+    seen = family.at(record.sampler.guidance, record.sampler.pixels).seen
     if seen and seen.guide.passes > 2:
         raise UsageError(f"{type(pipe).__name__} makes {seen.guide.passes} passes per step; attach() takes one or two")
     owns = program is not bundle
     told = (plain is not pipe, budget, owns)
-    attachment = Attachment(pipe, program, component, original, seen, *told, threading.Lock())
+    attachment = Attachment(pipe, program, component, original, controlnet, seen, *told, threading.Lock())
     program.__enter__()
     setattr(pipe, component, AttachedDenoiser(program, original, pipe, reader_for(program, original, seen)))
+    if controlnet is not None:
+        pipe.controlnet = handing_on(controlnet)
     kind: Any = type(pipe)
     pipe.__class__ = _checking_class(kind)
     pipe.__dict__[_ATTACHMENT] = attachment
@@ -137,7 +153,8 @@ def detach(pipe: Any) -> None:
         raise UsageError(f"{type(pipe).__name__} has no bundle attached")
     pipe.__class__ = type(pipe).__mro__[1]
     getattr(pipe, attachment.component).end()
-    setattr(pipe, attachment.component, attachment.original)
+    for name, module in attachment.originals.items():
+        setattr(pipe, name, module)
     if attachment.owns:
         attachment.program.close()
 
@@ -171,19 +188,20 @@ def _checking_class(kind: Any) -> Any:
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Save the denoiser that was there: the bundle's own is no module with weights."""
         attachment = self.__dict__[_ATTACHMENT]
-        attached = getattr(self, attachment.component)
-        setattr(self, attachment.component, attachment.original)
+        attached = {name: getattr(self, name) for name in attachment.originals}
+        for name, module in attachment.originals.items():
+            setattr(self, name, module)
         self.__class__ = kind
         try:
             return self.save_pretrained(*args, **kwargs)
         finally:
             self.__class__ = _checking_class(kind)
-            setattr(self, attachment.component, attached)
+            for name, module in attached.items():
+                setattr(self, name, module)
 
     def components(self: Any) -> dict[str, Any]:
         """Return the components with the denoiser that was there: pipelines made of them have no bundle attached."""
-        attachment = self.__dict__[_ATTACHMENT]
-        return kind.components.fget(self) | {attachment.component: attachment.original}
+        return kind.components.fget(self) | self.__dict__[_ATTACHMENT].originals
 
     members = {
         "__call__": check_and_call,

@@ -13,6 +13,7 @@ import torch
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import RESCALE, SCALE
 from dipgo.model.observed.observation import Observation, joined_conditions
+from engines.attach.controlnet import HANDED_ON
 from engines.pipeline.formats import to_array
 from engines.program import Program
 from export.bundle import TensorRecord
@@ -92,7 +93,7 @@ class KnownReader:
         names = {tensor.name for tensor in _passed(self.program)}
         flat: dict[str, Any] = {}
         for name, value in arguments.items():
-            flat |= value if isinstance(value, Mapping) else {name: value}
+            flat |= value if isinstance(value, Mapping) else {HANDED_ON.get(name, name): value}
         conditions = {
             name: to_array(value) for name, value in flat.items() if value is not None and name not in _PASSED_BESIDES
         }

@@ -74,7 +74,7 @@ def check_observed(program: Program, seen: Observation, guidance: str, call: Bou
     if _is_guided_besides(seen, guidance, arguments):
         raise _refusal("true_cfg_scale", arguments["true_cfg_scale"], 1.0)
     check_known(program, {name: value for name, value in arguments.items() if name not in _SCALES})
-    free = _OF_PICTURES if "strength" in arguments else ()
+    free = _OF_PICTURES if "strength" in arguments and program.record.start else ()
     for name, value in arguments.items():
         usual = call.signature.parameters[name].default
         if name == "max_sequence_length":

@@ -11,6 +11,8 @@ from typing import Any
 
 from dipgo.base.errors import UsageError
 from engines.guidance import Guidance, check_guidance
+from engines.pipeline.control import ARGUMENTS as CONTROL
+from engines.pipeline.control import check_control
 from export.bundle import BundleRecord
 
 MICRO_CONDITIONS = "time_ids"
@@ -157,5 +159,7 @@ CHECKS: dict[str, Check] = {
     "complex_human_instruction": _only(),
     "max_sequence_length": _tokens,
     "use_resolution_binning": _any,
+    **dict.fromkeys(CONTROL, check_control),
+    "guess_mode": _only(False),
 }
 """How each argument of diffusers' text- and class-to-image pipelines is checked against a bundle."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dipgo.base.control import PICTURE
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from engines.finite import check_input
@@ -182,7 +183,7 @@ def _from_embeddings(
     conditions: dict[str, np.ndarray] = {}
     names: list[str] = []
     for tensor in conditioning.inputs:
-        if tensor.name in constants or tensor.name in conditioning.fixed:
+        if tensor.name in constants or tensor.name in conditioning.fixed or tensor.name == PICTURE:
             continue
         if tensor.name not in EMBEDDINGS:
             raise UsageError(f"the bundle takes '{tensor.name}' and holds no text encoder; use Program.denoise")

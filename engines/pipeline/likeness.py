@@ -17,7 +17,7 @@ from engines.program import Program
 from export.bundle import BUNDLE, RECORD_FILE
 
 _PRECISIONS = tuple(dtype.value for dtype in PRECISIONS.values())
-COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+COMPONENTS = ("unet", "transformer", "controlnet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _MISSING = {
     **dict.fromkeys(COMPONENTS, "it is compiled into the bundle's graphs"),
     **dict.fromkeys(

@@ -20,6 +20,7 @@ from engines.later import LaterWalk, Origin
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
+from engines.pipeline.control import control_conditions, nets_of, size_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, source_of, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
 from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness
@@ -36,7 +37,7 @@ from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
 from export.bundle import BundleRecord, open_bundle
 
-_ARGUMENTS = {*CHECKS, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
+_ARGUMENTS = {*CHECKS, "image", *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
 class Pipeline(DiffusersLikeness):
@@ -117,7 +118,7 @@ class Pipeline(DiffusersLikeness):
             class_labels: one or a list of numbers.
             prompt_2, negative_prompt_2: for the second text encoder, where there is one; None is the same as the first.
             prompt_3, negative_prompt_3: for the third.
-            image: the picture that images start from, one or a list, for all in turn.
+            image: the picture that images start from, one or a list, for all in turn; with a ControlNet its own.
             mask_image: white where the picture is to be made anew.
             strength: the share of the steps that are done; None is the diffusers pipeline's own. With 1 the picture
                 counts by its colours alone, or, with a mask, outside of it.
@@ -132,14 +133,17 @@ class Pipeline(DiffusersLikeness):
             callback_on_step_end: called with the pipeline, the step, its timestep and ``{"latents": …}`` after every
                 step. It may stop the call, but not change it: a program's solver is compiled too.
             callback_on_step_end_tensor_inputs: ``latents`` or nothing.
-            **arguments: of other diffusers pipelines. Guidance, embeddings, ``clip_skip`` and SDXL's sizes and crops
-                count; all others must be the bundle's own.
+            **arguments: of other diffusers pipelines. Guidance, embeddings, ``clip_skip``, SDXL's sizes and crops, and
+                what a ControlNet is given count; all others must be the bundle's own.
 
         Raises:
             UsageError: another step count, budget, size, … than the bundle's, naming both; or bad input.
             TypeError: an argument that no diffusers pipeline of this kind takes.
         """
         program = self.at(num_inference_steps, budget)
+        controlled = nets_of(program.record) > 0
+        if controlled:  # the picture is the ControlNet's
+            arguments["image"], image = image, None
         self._check(program.record, arguments, output_type)
         check_pictures(program, image, mask_image, strength, latents)
         if prompt is not None and class_labels is not None:
@@ -155,12 +159,17 @@ class Pipeline(DiffusersLikeness):
             self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
         )
         with self._calls.one() as call, self._asked(guidance_of(arguments)):
-            size = size_for(program, image, mask_image, height, width)
+            if controlled:
+                size = size_of(program, arguments, height, width)
+            else:
+                size = size_for(program, image, mask_image, height, width)
             self.latent_shape(1, size)  # refuses others
             pictures = None if image is None else 2 * pixels_of_pictures(image, size) - 1
             masks = None if mask_image is None else mask_of_pictures(mask_image, size)
             self.__enter__()
-            count, conditions = conditions_of(program, subjects, num_images_per_prompt, batch_size, size, arguments)
+            repeats = num_images_per_prompt
+            count, conditions = conditions_of(program, subjects, repeats, batch_size, size, arguments)
+            conditions |= control_conditions(program, arguments, count // repeats, repeats, size)
             begin: np.ndarray | Origin
             if pictures is None:
                 begin = _noise(program, self.latent_shape(count, size), generator, latents)

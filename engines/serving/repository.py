@@ -19,6 +19,7 @@ from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import Kind, files_below, new_folder
 from dipgo.base.guidance import SCALE
 from engines.backends import BACKENDS, DEFAULT
+from engines.pipeline.control import nets_of
 from engines.serving.limits import Limits
 from engines.sizes import batch_of
 from engines.trt.store import FOLDER as ENGINES
@@ -150,6 +151,8 @@ def _check_servable(record: BundleRecord, bundle: Path) -> None:
         )
     if record.conditioning.kind == "prompt" and record.conditioning.encoder is None:
         raise DipgoError(f"{bundle}: holds no text encoder, so it takes no prompts; export it with --pipeline")
+    if nets_of(record):
+        raise DipgoError(f"{bundle}: has a ControlNet, whose pictures the server does not take; use it from Python")
 
 
 def _example(record: BundleRecord) -> str:

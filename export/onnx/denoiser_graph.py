@@ -17,7 +17,7 @@ from export.bundle import Size
 from export.onnx.cache import cached, digest_of_program
 from export.onnx.convert import convert, specialise
 from export.onnx.weights import Weights, bind
-from export.plan.hoisting import sources_of
+from export.plan.hoisting import binding_of, sources_of
 from export.plan.launches import EPSILON, LATENT
 from export.sizes import Sizes
 
@@ -61,9 +61,9 @@ class DenoiserGraph:
 
     @cached_property
     def loop_nodes(self) -> frozenset[ir.Node]:
-        """The nodes that depend on the latent's values."""
+        """The nodes that depend on the values of the latent, or of what else changes from step to step."""
         sources = sources_of(self.model.graph)
-        return frozenset(node for node in self.model.graph if LATENT in sources[node.outputs[0]])
+        return frozenset(node for node in self.model.graph if binding_of(sources[node.outputs[0]]) == "loop")
 
     @property
     def rows(self) -> set[Size]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from dipgo.base.control import STRENGTH
 from export.bundle import PartRecord, Size
 from export.onnx.macs import node_macs, weights_read
 from export.plan.launches import LATENT
@@ -25,7 +26,7 @@ TIMESTEP = "timestep"
 def binding_of(sources: Iterable[str]) -> Binding:
     """Return the binding time of a value from the names of the denoiser's inputs that it depends on."""
     names = set(sources)
-    if LATENT in names:
+    if names & {LATENT, STRENGTH}:  # which change from step to step
         return "loop"
     if not names:
         return "constant"

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from dipgo.base.errors import UsageError
+from dipgo.model.families.controlnet import CONTROLNET, controlled_by, nets_of
 from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
 from dipgo.model.families.guided import GuidedDenoiser, join, with_scale_inputs
@@ -20,7 +21,7 @@ from dipgo.model.families.unet import UNET
 from dipgo.model.observed.request import Request
 from dipgo.model.skeleton import skeleton_of
 
-FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET)
+FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET, CONTROLNET)
 _KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
 COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
@@ -42,13 +43,13 @@ __all__ = [
 ]
 
 
-def registered_family(denoiser_class: str, component: str, pipeline_class: str) -> Family | None:
-    """Return the registered family of a denoiser and its pipeline; None where there is none."""
+def registered_family(denoiser_class: str, component: str, pipeline_class: str, nets: int = 0) -> Family | None:
+    """Return the registered family of a denoiser and its pipeline, which has ``nets`` ControlNets; None of others."""
     for family in FAMILIES:
         if (family.denoiser_class, family.component) == (denoiser_class, component) and (
             pipeline_class in family.pipelines
         ):
-            return family
+            return controlled_by(nets) if family is CONTROLNET else family
     return None
 
 
@@ -63,7 +64,8 @@ def family_of(pipe: Any) -> Family:
         return _KNOWN[pipe]
     denoiser = getattr(pipe, component)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    family = registered_family(type(denoiser).__name__, component, _loop_of(pipe))
+    nets = len(nets_of(getattr(pipe, "controlnet", None)))
+    family = registered_family(type(denoiser).__name__, component, _loop_of(pipe), nets)
     return remember(pipe, family or family_of_observed(skeleton_of(pipe), component, Request()))
 
 

@@ -110,6 +110,8 @@ class Family:
         labels: ``(model_index.json, denoiser config) -> {name: class}``.
         prompting: ``denoiser config -> how prompts become conditions``; None where there are none, or nobody knows.
         uneven: whether a latent's sides need not be multiples of its coarsest cell: UNets that resize to fit.
+        whole: ``pipeline -> its denoiser`` where that is more than :attr:`component`.
+        besides: ``(pipeline, prompts, height and width in pixels) -> what its call is given beside prompts``.
         upcasts_vae: ``denoiser config -> whether the pipeline decodes in float32 where the VAE asks for it``
             (``force_upcast``, which every diffusers VAE has by default, and most pipelines ignore).
     """
@@ -145,7 +147,16 @@ class Family:
     labels: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, int]] = field(default=lambda index, config: {})
     prompting: Callable[[Mapping[str, Any]], Prompting | None] = field(default=lambda config: None)
     uneven: bool = False
+    whole: Callable[[Any], nn.Module] | None = None
+    besides: Callable[[Any, Sequence[Any], tuple[int, int]], dict[str, Any]] = field(
+        default=lambda pipe, prompts, size: {}
+    )
     upcasts_vae: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+
+    def denoiser(self, pipe: Any) -> nn.Module:
+        """Return the denoiser of a pipeline as a module that all sites lie in."""
+        module: nn.Module = self.whole(pipe) if self.whole else getattr(pipe, self.component)
+        return module
 
     def passes(self, scale: float) -> int:
         """Return how many passes a step makes at a guidance scale."""
@@ -169,7 +180,7 @@ class Family:
         """
         if self.conditioned_by != "prompt" or getattr(pipe, "text_encoder", None) is not None:
             return self.encode(pipe, given)
-        config = getattr(pipe, self.component).config
+        config: Any = self.denoiser(pipe).config
         return self._stand_ins(config, [""] * len(given)), self._stand_ins(config, given)
 
     def _stand_ins(self, config: Mapping[str, Any], prompts: Sequence[Any]) -> Conditions:

@@ -44,8 +44,8 @@ def _class_of(folder: Path) -> str:
 def without_pictures(pipe: Any) -> Any:
     """Return the text-to-image pipeline of the same components; another pipeline than those above as it is.
 
-    So is one whose denoiser reads the picture beside the latent (an inpainting UNet, of nine channels): there the picture
-    is a condition, and the loop that of the pipeline itself.
+    So is one whose denoiser reads the picture beside the latent (an inpainting UNet, of nine channels): there the
+    picture is a condition, and the loop that of the pipeline itself.
     """
     import diffusers
 
