@@ -9,7 +9,7 @@ anywhere as if all sizes were known.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -64,9 +64,10 @@ def sizes_of(value: ir.Value) -> list[Size]:
     return sizes
 
 
-def scale_batch(model: ir.Model, axis: str, times: int) -> None:
-    """Let the batch of a graph be ``times`` as long as the axis, in the shapes of its values."""
-    _rename(model.graph, {_symbol(axis): times * _symbol(axis)}, _exact)
+def scale_batch(model: ir.Model, axes: Iterable[str], times: int) -> None:
+    """Let the batch of a graph be ``times`` as long as its axis, in the shapes of its values; others stay."""
+    sizes = {_symbol(axis): times * _symbol(axis) if axis == "batch" else _symbol(axis) for axis in axes}
+    _rename(model.graph, sizes, _exact)
 
 
 def read_elsewhere(graph: ir.Graph, latent: str) -> None:

@@ -53,7 +53,7 @@ def cut_prologue(
     model = _cut(denoiser, names, hoisting.read_by(kind), images)
     graph = model.graph
     if not isinstance(batch, int):
-        scale_batch(model, "batch", times)
+        scale_batch(model, denoiser.sizes.axes, times)
     record = PrologueRecord(
         file="",
         kind=kind,
