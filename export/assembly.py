@@ -140,6 +140,8 @@ def assemble(prepared: Prepared, subnet: SubNet, sampler: Sampler, layout: str) 
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
     stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
+    if denoiser.rank:
+        stem = f"{stem}-lora{denoiser.rank}"
     size = prepared.sizes.text
     program = LAYOUTS[layout](Work(loop, plans, launched, stem, f"{short}-{size}"), tables)
     prologues = _prologues(prepared, program.cuts.values(), subnet.calls, f"{stem}-%s-%s-{short}-{subnet.calls}")

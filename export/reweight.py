@@ -50,6 +50,7 @@ def config_of(record: BundleRecord, model: Model) -> ExportConfig:
         dtype=next(name for name, dtype in PRECISIONS.items() if dtype.value == record.dtype),
         batch=_text(record, record.latent.shape[0], 1),
         size=None if record.pixels or [height, width] == own else f"{height}x{width}",
+        lora_rank=record.adapters.rank if record.adapters else 0,
         pipeline=record.decoder is not None or record.conditioning.encoder is not None,
     )
 
