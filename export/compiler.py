@@ -120,9 +120,7 @@ def _adapters(prepared: Prepared, programs: list[ProgramRecord]) -> AdaptersReco
     if not denoiser.rank:
         return None
     inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.matrices]
-    return AdaptersRecord(
-        rank=denoiser.rank, inputs=inputs, branches=list(denoiser.branches), programs=programs
-    )
+    return AdaptersRecord(rank=denoiser.rank, inputs=inputs, branches=list(denoiser.branches), programs=programs)
 
 
 def _numbered(file: str, number: int) -> str:
@@ -161,7 +159,11 @@ def compile_subnet(
     model.require_weights()
     first, *others = subnets = [subnet] if isinstance(subnet, SubNet) else list(subnet)
     dtype, whole = PRECISIONS[config.dtype].torch, config.pipeline
-    names = [_numbered(file, number) for file in (TABLES_FILE, SUBNET_FILE) for number in range(len(subnets) * (2 if config.lora_rank else 1))]
+    names = [
+        _numbered(file, number)
+        for file in (TABLES_FILE, SUBNET_FILE)
+        for number in range(len(subnets) * (2 if config.lora_rank else 1))
+    ]
     check_delivery(Path(folder), model.folder, config.weights, force, names)
     if config.weights == "in-place":
         for name in (model.family.component, *(components_of(model) if whole else ())):

@@ -16,6 +16,7 @@ from dipgo.base.progress import bar
 from dipgo.cli.options import BundleArgument, ForceOption
 
 if TYPE_CHECKING:
+    from engines.pipeline.pipeline import Pipeline
     from engines.program import Program
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ class RunConfig(Config):
     steps: int | None = Field(None, description="Steps, where the bundle holds programs of several numbers of them.")
     budget: float | None = Field(None, description="Share of the MACs, where the bundle holds several budgets.")
     guidance: float | None = Field(None, description="Guidance scale; by default the one of the search.")
+    lora: str | None = Field(None, description="LoRAs joined by commas, FILE or FILE:WEIGHT each.")
     seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
@@ -58,6 +60,7 @@ class RunConfig(Config):
         refuse_existing(output, force)
         size = pixels_of(self.size)
         with load(bundle, self.threads, self.backend, self.device) as program:
+            self._adapt(program)
             pixels = program.at(self.steps, self.budget).generate(
                 self._conditions(bundle, program),
                 self.seed,
@@ -69,6 +72,18 @@ class RunConfig(Config):
         with new_file(output, force) as draft:
             grid(pixels).save(draft, **FORMATS[output.suffix.lower()])
         return f"{self.number} image{'s' * (self.number > 1)}: {output}"
+
+    def _adapt(self, program: Pipeline) -> None:
+        weights = {}
+        for name, text in enumerate(self.lora.split(",") if self.lora else ()):
+            file, colon, weight = text.rpartition(":")
+            try:
+                weights[str(name)] = float(weight) if colon else 1.0
+            except ValueError:
+                raise UsageError(f"--lora {text}: give FILE or FILE:WEIGHT, such as style.safetensors:0.7") from None
+            program.load_lora_weights(file if colon else text, str(name))
+        if weights:
+            program.set_adapters(list(weights), list(weights.values()))
 
     def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
         kind = program.record.conditioning.kind

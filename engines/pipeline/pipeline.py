@@ -16,12 +16,13 @@ from engines.backends import DEFAULT, runner_for
 from engines.finite import check_input
 from engines.guidance import Guidance
 from engines.hub import found
+from engines.pipeline.adapters import AdapterMethods
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
-from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness
+from engines.pipeline.likeness import COMPONENTS
 from engines.program import Program
 from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
@@ -30,7 +31,7 @@ from export.bundle import BundleRecord, open_bundle
 _ARGUMENTS = {*CHECKS, *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
-class Pipeline(DiffusersLikeness):
+class Pipeline(AdapterMethods):
     """A program that is called like a diffusers pipeline.
 
     The engines are opened by the first call, or on entering the pipeline as a context. Several threads may call one

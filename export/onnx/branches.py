@@ -1,8 +1,8 @@
 """Low-rank branches at the linear layers of a graph, with their matrices as inputs (LoRA, Hu et al. 2022).
 
 What a layer computes, W x, becomes W x + (x A) B. The matrices of all layers of one width lie in one input:
-``lora.down.N`` ``[layers, N, rank]`` holds the A of layers that take N features, ``lora.up.N`` ``[layers, rank, N]`` the
-B of those that give N.
+``lora.down.N`` ``[layers, N, rank]`` holds the A of layers that take N features, ``lora.up.N`` ``[layers, rank, N]``
+the B of those that give N.
 """
 
 from __future__ import annotations
