@@ -38,7 +38,7 @@ class AdapterMethods(DiffusersLikeness):
     def denoise(self, *arguments: Any, **options: Any) -> np.ndarray:
         """Run the trajectory of one batch, see :meth:`engines.program.Program.denoise`."""
         program = self.at()
-        return (super() if program is self else program).denoise(*arguments, **options)
+        return super().denoise(*arguments, **options) if program is self else program.denoise(*arguments, **options)
 
     def load_lora_weights(
         self,
@@ -107,12 +107,8 @@ class AdapterMethods(DiffusersLikeness):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
         enabled = self._enabled
-        self._activate(
-            *(
-                {name: value for name, value in each.items() if name not in names}
-                for each in (self._loaded, self._active)
-            )
-        )
+        loaded = {name: adapter for name, adapter in self._loaded.items() if name not in names}
+        self._activate(loaded, {name: weight for name, weight in self._active.items() if name not in names})
         if not enabled:
             self.disable_lora()
 

@@ -139,9 +139,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with misused("give a LoRA of this model"):
         load({**first, f"{layer}.lora_A.weight": torch.zeros(4, 7)})
     with misused("rank 7 at .*, the bundle takes 6 in all"):
-        load({f"{layer}.lora_A.weight": torch.zeros(7, 24), f"{layer}.lora_B.weight": torch.zeros(16, 7)})
+        load({f"{layer}.lora_A.weight": torch.zeros(7, 16), f"{layer}.lora_B.weight": torch.zeros(16, 7)})
     with misused("holds one matrix alone"):
-        load({f"{layer}.lora_A.weight": torch.zeros(7, 24)})
+        load({f"{layer}.lora_A.weight": torch.zeros(7, 16)})
     (tmp_path / "y.safetensors").write_bytes(b"nothing")
     with refused("y.safetensors"):
         pipe.load_lora_weights(tmp_path / "y.safetensors")
