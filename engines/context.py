@@ -42,6 +42,8 @@ class ExecutionContext:
         changing = {name: inputs.pop(name) for name in {STRENGTH} & inputs.keys()}
         self.by_step = {name: [self._empty(tensor) for _ in record.steps] for name, tensor in changing.items()}
         self.conditions = {name: self._empty(tensor) for name, tensor in inputs.items()}
+        self._matrices: dict[str, Buffer] = {}  # of low-rank branches, as far as graphs read them
+        self._written: Mapping[str, np.ndarray] | None = None
         # What prologues compute, by step: ``[steps, …]``, or one row that is the same for all steps.
         self._prologue_values: dict[str, Buffer] = {}
         self._prologues = [self._prologue(prologue) for prologue in record.prologues]
@@ -52,6 +54,13 @@ class ExecutionContext:
         self._starts: dict[int, list[Launch]] = {}
         launches = [launch for step in self.steps for launch in step]
         self.replay = runner.capture(launches) if record.solver.kind == "graph" else None
+
+    def adapt(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Take the matrices of low-rank branches, before a trajectory begins."""
+        if matrices is not self._written:
+            for name, buffer in self._matrices.items():
+                self.runner.write(buffer, matrices[name])
+            self._written = matrices
 
     def begin(self, conditions: Mapping[str, np.ndarray]) -> None:
         """Take the conditions of a new trajectory and run the prologues."""
@@ -90,11 +99,16 @@ class ExecutionContext:
 
     def _prologue(self, prologue: PrologueRecord) -> tuple[Launch, list[Launch]]:
         """Bind a prologue; returns its launch and the copies before it: a batch of all steps holds an input often."""
-        inputs = {tensor.name: self._empty(tensor) for tensor in prologue.inputs}
+        inputs = {}
+        for tensor in prologue.inputs:
+            matrix = self._matrix(tensor)
+            inputs[tensor.name] = self._empty(tensor) if matrix is None else matrix
         outputs = {tensor.name: self._empty(tensor) for tensor in prologue.outputs}
         steps = len(self.record.steps) if prologue.kind == "steps" else 1
         copies: list[Launch] = []
         for name, buffer in inputs.items():
+            if name in self._matrices:
+                continue
             by_step = buffer.reshape(steps, -1, *buffer.shape[1:])
             if name in prologue.rows:
                 self._fill(by_step, self.tables[prologue.rows[name].tensor])
@@ -132,9 +146,20 @@ class ExecutionContext:
                 inputs[name] = self.by_step[name][index]
             elif name in self.conditions:
                 inputs[name] = self.conditions[name]
+            elif (matrix := self._matrix(tensor)) is not None:
+                inputs[name] = matrix
             else:
                 inputs[name] = self._value(name, index)
         return self.runner.bind(graph.file, inputs, {name: self.slots[slot] for name, slot in writes.items()})
+
+    def _matrix(self, tensor: TensorRecord) -> Buffer | None:
+        """Return the memory of an input that holds matrices of low-rank branches; None for others."""
+        adapters = self.record.adapters
+        if adapters is None or all(tensor.name != each.name for each in adapters.inputs):
+            return None
+        if tensor.name not in self._matrices:
+            self._matrices[tensor.name] = self._empty(tensor)
+        return self._matrices[tensor.name]
 
     def _constant(self, tensor: TensorRecord, values: np.ndarray) -> Buffer:
         buffer = self._empty(tensor)

@@ -6,8 +6,11 @@ trajectory overwrites it from its first step on.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from engines.backend import Runner
 from engines.context import ExecutionContext
@@ -28,7 +31,14 @@ class ContextPool:
         self.bundle, self._runner = bundle, runner
         self._idle: list[ExecutionContext] = []  # the one that ran last at the end
         self._lock = threading.Lock()
+        self._matrices: Mapping[str, np.ndarray] | None = None
         self.launches = 0
+
+    def adapted(self, matrices: Mapping[str, np.ndarray]) -> ContextPool:
+        """Return the same pool, whose contexts hold these matrices of low-rank branches when they are taken."""
+        pool = copy.copy(self)
+        pool._matrices = matrices
+        return pool
 
     def take(self, shape: Sequence[int]) -> ExecutionContext:
         """Return an idle context for a batch of latents of this shape, or a new one.
@@ -37,11 +47,17 @@ class ContextPool:
             UsageError: a shape that the bundle was not compiled for.
         """
         sizes = axes_of(self.bundle.record, shape)
+        context = self._idle_at(sizes) or ExecutionContext(self.bundle, self._runner, sizes)
+        if self._matrices is not None:
+            context.adapt(self._matrices)
+        return context
+
+    def _idle_at(self, sizes: Mapping[str, int]) -> ExecutionContext | None:
         with self._lock:
             for index in reversed(range(len(self._idle))):
                 if self._idle[index].sizes == sizes:
                     return self._idle.pop(index)
-        return ExecutionContext(self.bundle, self._runner, sizes)
+        return None
 
     def give(self, context: ExecutionContext) -> None:
         """Give back a context that nothing uses any more; beyond :data:`IDLE` the one that waited longest goes."""

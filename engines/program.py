@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ class Program:
         bundle, record: as if it held this program alone.
         contexts: what trajectories run in, each in one of its own.
         further: other programs of the bundle, on the same runner; see :meth:`at`.
+        adapted: the program with low-rank branches; None where requests bring no LoRAs.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner, text: TextEncoder | None = None) -> None:
@@ -41,6 +43,8 @@ class Program:
         encoder = self.record.conditioning.encoder
         self._text = text or (TextEncoder(encoder, bundle.folder, runner.run) if encoder else None)
         self.contexts = ContextPool(self.bundle, runner)
+        adapted = self.bundle.adapted
+        self.adapted = Program(adapted, runner, self._text) if adapted else None
         self.further = tuple(Program(other, runner, self._text) for other in others)
 
     def __enter__(self) -> Program:
@@ -50,6 +54,8 @@ class Program:
     def __exit__(self, *error: object) -> None:
         for program in self.programs:
             program.contexts.clear()
+            if program.adapted:
+                program.adapted.contexts.clear()
         self.runner.__exit__()
 
     def at(self, steps: int | None = None, budget: float | None = None) -> Program:
@@ -72,6 +78,13 @@ class Program:
                 own = f"holds {self.choices}; ask for one of these"
             raise UsageError(f"{' and '.join(asked)}, the bundle {own}, or export another bundle")
         return next((program for program in fitting if program.steps == self.steps), fitting[0])
+
+    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Program:
+        """Return the program with low-rank branches, and these as their matrices, by graph input."""
+        assert self.adapted is not None
+        program = copy.copy(self.adapted)
+        program.contexts = self.adapted.contexts.adapted(matrices)
+        return program
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -36,6 +36,7 @@ from dipgo.base.records import (
 from dipgo.model.safetensors_index import read_file
 from export.graphs import (
     AxisRecord,
+    BranchRecord,
     DtypeName,
     GraphRecord,
     PrologueRecord,
@@ -292,6 +293,18 @@ def _feature_of(name: str) -> str | None:
     return {"feature": name, "cache": f"feature.{rest.rpartition('.')[0]}"}.get(kind)
 
 
+class AdaptersRecord(Record):
+    """How requests bring LoRAs: each program again, with low-rank branches whose matrices are inputs.
+
+    Adapters that are active together lie side by side along the rank; what is left of it is zeros.
+    """
+
+    rank: int = Field(ge=1, le=1024)
+    inputs: Tensors
+    branches: list[BranchRecord] = Field(max_length=100_000)
+    programs: list[ProgramRecord] = Field(max_length=101, description="in the order of the bundle's programs")
+
+
 class BundleRecord(ProgramRecord):
     """``bundle.json``: a program, what it runs on, and further programs that share that."""
 
@@ -315,6 +328,7 @@ class BundleRecord(ProgramRecord):
     further: list[ProgramRecord] = Field(
         default_factory=list, max_length=100, description="other programs of the model, which a request may choose"
     )
+    adapters: AdaptersRecord | None = Field(default=None, description="none where requests bring no LoRAs")
     decoder: DecoderRecord | None
     encoder: EncoderRecord | None = Field(default=None, description="how pictures become latents; none if they do not")
     weights: Literal["copy", "in-place"]
@@ -325,14 +339,26 @@ class BundleRecord(ProgramRecord):
     @property
     def programs(self) -> list[BundleRecord]:
         """Each program as the record of a bundle that holds no other; the first is what requests get by default."""
-        return [self._alone(program) for program in (self, *self.further)] if self.further else [self]
+        several = self.further or (self.adapters and self.adapters.programs)
+        return [self._alone(program) for program in (self, *self.further)] if several else [self]
+
+    @property
+    def adapted(self) -> list[BundleRecord]:
+        """Likewise each program with low-rank branches, in the same order; empty where requests bring no LoRAs."""
+        return [self._alone(program) for program in (self.adapters.programs if self.adapters else ())]
+
+    @property
+    def _every_program(self) -> list[ProgramRecord]:
+        return [self, *self.further, *(self.adapters.programs if self.adapters else ())]
 
     def _alone(self, program: ProgramRecord) -> BundleRecord:
         own = {name: getattr(program, name) for name in ProgramRecord.model_fields}
         launched = {launch.graph for step in program.steps for launch in step.launches}
         graphs = {name: graph for name, graph in self.graphs.items() if name in launched}
         conditioning = self.conditioning.at(program.sampler.guidance)
-        return self.model_copy(update={**own, "graphs": graphs, "conditioning": conditioning, "further": []})
+        adapters = self.adapters.model_copy(update={"programs": []}) if self.adapters else None
+        shared = {"graphs": graphs, "conditioning": conditioning, "further": [], "adapters": adapters}
+        return self.model_copy(update={**own, **shared})
 
     @property
     def loaded(self) -> list[str]:
@@ -344,7 +370,7 @@ class BundleRecord(ProgramRecord):
     def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
         """Inputs and outputs of all graphs by file: of the loop, before it, then those of texts and pictures."""
         tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
-        for program in (self, *self.further):
+        for program in self._every_program:
             tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in program.prologues}
             if program.start:
                 tensors[program.start.graph.file] = (program.start.graph.inputs, program.start.graph.outputs)
@@ -361,7 +387,7 @@ class BundleRecord(ProgramRecord):
         """The files that this record names as parts of the program; each must be in ``files``, with its checksum."""
         ways = self.conditioning.encoder.ways if self.conditioning.encoder else []
         tokenizers = [tokenizer.file for text in ways for tokenizer in text.tokenizers]
-        own = [file for each in (self, *self.further) for file in (each.tables_file, each.subnet_file)]
+        own = [file for each in self._every_program for file in (each.tables_file, each.subnet_file)]
         return {*self.tensors, *tokenizers, *own}
 
     def sealed(self) -> BundleRecord:
@@ -384,17 +410,20 @@ class Bundle:
         record: the content of ``bundle.json``.
         tables: values by step, ``[calls, …]`` each, by name, of the first program.
         further: the other programs, each as a bundle that holds no other.
+        adapted: the program with low-rank branches; None where requests bring no LoRAs.
     """
 
     folder: Path
     record: BundleRecord
     tables: dict[str, np.ndarray]
     further: tuple[Bundle, ...] = ()
+    adapted: Bundle | None = None
 
     @property
     def programs(self) -> tuple[Bundle, ...]:
         """Each program as a bundle that holds no other, the first first."""
-        first = replace(self, record=self.record.programs[0], further=()) if self.further else self
+        several = self.further or self.adapted
+        first = replace(self, record=self.record.programs[0], further=()) if several else self
         return first, *self.further
 
 
@@ -426,13 +455,18 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
             raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
     # A server may be without onnx: then its runtime alone refuses graphs that are not as the record says.
     graphs = {name: read_signature(folder / name, CURE) for name in record.tensors} if find_spec("onnx") else {}
+    if record.adapters and len(record.adapters.programs) != len(record.programs):
+        raise DipgoError(f"{path}: not every program has one with low-rank branches; {CURE}")
     programs = []
-    for own in record.programs:
+    for own in (*record.programs, *record.adapted):
         tables = read_tensors(folder / own.tables_file, "table of a bundle", CURE)
         if broken := problem(own, tables, {name: graphs[name] for name in own.tensors if graphs}):
             raise DipgoError(f"{path}: {broken}; {CURE}")
         programs.append(Bundle(folder, own, tables))
-    return Bundle(folder, record, programs[0].tables, tuple(programs[1:]))
+    plain = programs[: len(record.programs)]
+    for number, adapted in enumerate(programs[len(plain) :]):
+        plain[number] = replace(plain[number], adapted=adapted)
+    return Bundle(folder, record, plain[0].tables, tuple(plain[1:]), plain[0].adapted)
 
 
 def _check_place(folder: Path, name: str, size: int) -> None:

@@ -23,6 +23,7 @@ from dipgo.schedule.subnet import SubNet, save_subnet
 from export.assembly import assemble
 from export.bundle import (
     RECORD_FILE,
+    AdaptersRecord,
     BundleRecord,
     FileRecord,
     ProgramRecord,
@@ -34,6 +35,7 @@ from export.components import components_of, left_out
 from export.config import ExportConfig
 from export.converted import Prepared, prepare
 from export.onnx import constants
+from export.onnx.convert import tensor_record
 from export.plan.launches import LATENT
 from export.plan.merge import merged
 from export.sizes import pixels_of_cell, sizes_for
@@ -67,6 +69,10 @@ def write_bundle(
         sources = [
             replace(each, subnet=merged(each.subnet, each.prepared.trace, config.max_graphs)) for each in sources
         ]
+    count = len(sources)
+    if config.lora_rank:
+        branched = {id(each.prepared): each.prepared.with_branches(config.lora_rank) for each in sources}
+        sources += [replace(each, prepared=branched[id(each.prepared)]) for each in sources]
     made = [
         assemble(each.prepared, each.subnet, each.sampler, config.graphs, each.starts if config.image else None)
         for each in sources
@@ -101,7 +107,8 @@ def write_bundle(
             noise=traced.model.family.noise,
             conditioning=conditioning,
             graphs={name: graph for each in made for name, graph in each.graphs.items()},
-            further=programs[1:],
+            further=programs[1:count],
+            adapters=_adapters(made[-1].prepared, programs[count:]),
             decoder=prepared.decoder,
             encoder=prepared.encoder,
             weights=config.weights,
@@ -110,6 +117,15 @@ def write_bundle(
         ).sealed()
         (draft / RECORD_FILE).write_text(record.text())
     return record
+
+
+def _adapters(prepared: Prepared, programs: list[ProgramRecord]) -> AdaptersRecord | None:
+    """Return how requests bring LoRAs, of a model with branches."""
+    denoiser = prepared.denoiser
+    if not denoiser.rank:
+        return None
+    inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.matrices]
+    return AdaptersRecord(rank=denoiser.rank, inputs=inputs, branches=list(denoiser.branches), programs=programs)
 
 
 def _numbered(file: str, number: int) -> str:
@@ -148,7 +164,11 @@ def compile_subnet(
     model.require_weights()
     first, *others = subnets = [subnet] if isinstance(subnet, SubNet) else list(subnet)
     dtype, whole = PRECISIONS[config.dtype].torch, config.pipeline
-    names = [_numbered(file, number) for file in (TABLES_FILE, SUBNET_FILE) for number in range(len(subnets))]
+    names = [
+        _numbered(file, number)
+        for file in (TABLES_FILE, SUBNET_FILE)
+        for number in range(len(subnets) * (2 if config.lora_rank else 1))
+    ]
     check_delivery(Path(folder), model.folder, config.weights, force, names)
     if config.weights == "in-place":
         for name in (model.family.component, *(components_of(model) if whole else ())):

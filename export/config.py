@@ -28,6 +28,9 @@ class ExportConfig(Config):
         "copy",
         description="copy: a bundle of its own; in-place: graphs in the pipeline's folder, nothing copied.",
     )
+    lora_rank: int = Field(
+        0, ge=0, le=1024, description="Take LoRAs per request, of ranks up to this together; 0 takes none."
+    )
     pipeline: bool = Field(
         True,
         description="With text encoders and VAE decoder, or without.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from export.component_weights import weights_of
 from export.components import VAE, components_of
 from export.decoder import decoder_to_onnx
 from export.encoder import encoder_to_onnx
+from export.onnx.branches import with_branches
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph, denoiser_to_onnx
 from export.onnx.weights import Weights
@@ -53,6 +54,11 @@ class Prepared:
     weights: Sequence[Weights]
     _tables: dict[tuple[float, ...], dict[str, np.ndarray]] = field(default_factory=dict)
     _prologues: dict[tuple[str, ...], Prologue | None] = field(default_factory=dict)
+
+    def with_branches(self, rank: int) -> Prepared:
+        """Return the same with low-rank branches at the denoiser's linear layers."""
+        denoiser = with_branches(self.denoiser, rank)
+        return replace(self, denoiser=denoiser, hoisting=_hoisting(denoiser), _tables={}, _prologues={})
 
     @property
     def trace(self) -> Trace:
@@ -122,9 +128,12 @@ def prepare(
         guidance=_guidance(model, traced),
         encoder=encoder,
     )
+    return Prepared(denoiser, _hoisting(denoiser), conditioning, decoder, pictures, extra, tokenizers, weights)
+
+
+def _hoisting(denoiser: DenoiserGraph) -> Hoisting:
     names = (value.name or "" for node in denoiser.symbolic.graph for value in node.outputs)
-    hoisting = hoist(denoiser.model.graph, names, denoiser.rows)
-    return Prepared(denoiser, hoisting, conditioning, decoder, pictures, extra, tokenizers, weights)
+    return hoist(denoiser.model.graph, names, denoiser.rows)
 
 
 def _guidance(model: Model, traced: Trace) -> GuidanceRecord | None:

@@ -33,6 +33,16 @@ class TensorRecord(Record):
 Tensors = Annotated[list[TensorRecord], Field(max_length=10_000)]
 
 
+class BranchRecord(Record):
+    """A layer of the denoiser with a low-rank branch: the inputs that hold its matrices, and their place in each."""
+
+    layer: Line
+    down: Line
+    down_place: Count
+    up: Line
+    up_place: Count
+
+
 class AxisRecord(Record):
     """The range of a size that is chosen when the program runs: multiples of ``multiple`` from ``min`` to ``max``.
 

@@ -45,6 +45,7 @@ def problem(record: BundleRecord, tables: Tables, signatures: Mapping[str, Signa
         program.launches(),
         program.starts(),
         program.conditions(),
+        program.branches(),
         program.guidance(),
         program.control(),
         program.prompts(),
@@ -112,7 +113,13 @@ class _Program:
         values: dict[str, _Value] = {}
         for prologue in self.record.prologues:
             values |= self._results(prologue)
-        return values | self.inputs
+        return values | self.inputs | self.matrices
+
+    @cached_property
+    def matrices(self) -> dict[str, _Value]:
+        """Those of low-rank branches, by name."""
+        adapters = self.record.adapters
+        return {tensor.name: self.value(tensor) for tensor in adapters.inputs} if adapters else {}
 
     def latents(self) -> Problems:
         shape, noise = self.record.latent.shape, self.record.noise
@@ -164,6 +171,8 @@ class _Program:
         for prologue in self.record.prologues:
             steps = self._steps(prologue)
             for tensor in prologue.inputs:
+                if self.matrices.get(tensor.name) == self.value(tensor):
+                    continue
                 part = self.value(tensor).at_step(steps)
                 if part is None or not self._fed(prologue, tensor, part, steps, known):
                     yield f"nothing that fits is given to '{tensor.name}' of '{prologue.file}'"
@@ -256,6 +265,14 @@ class _Program:
                 yield "the class is no list of whole numbers"
             if conditioning.guided and conditioning.null_class is None:
                 yield "guided, without a class that stands for none"
+
+    def branches(self) -> Problems:
+        adapters = self.record.adapters
+        for branch in adapters.branches if adapters else ():
+            for name, place, axis in ((branch.down, branch.down_place, 2), (branch.up, branch.up_place, 1)):
+                shape = self.matrices[name].shapes[0] if name in self.matrices else ()
+                if len(shape) != 3 or place >= shape[0] or adapters is None or shape[axis] != adapters.rank:
+                    yield f"the layer '{branch.layer}' has no place in '{name}'"
 
     def prompts(self) -> Problems:
         encoder = self.record.conditioning.encoder

@@ -16,6 +16,7 @@ from dipgo.base.progress import bar
 from dipgo.cli.options import BundleArgument, ForceOption
 
 if TYPE_CHECKING:
+    from engines.pipeline.pipeline import Pipeline
     from engines.program import Program
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ class RunConfig(Config):
     control: str | None = Field(None, description="Picture for the ControlNet, a file; for several, joined by commas.")
     control_scale: float = Field(1.0, description="How strongly ControlNets count.")
     control_end: float = Field(1.0, gt=0, le=1, description="Share of the steps that ControlNets count in.")
+    lora: str | None = Field(None, description="LoRAs joined by commas, FILE or FILE:WEIGHT each.")
     seed: Seed = 0
     number: int = Field(1, ge=1, description="How many images.", json_schema_extra={"flags": ["--number", "-n"]})
     size: str | None = Field(None, description="Pixels, N or HEIGHTxWIDTH, where the bundle takes several sizes.")
@@ -66,6 +68,7 @@ class RunConfig(Config):
         program = load(bundle, self.threads, self.backend, self.device)
         pictures = self._pictures(program.at(self.steps, self.budget)) | self._control(bundle, program)
         with program:
+            self._adapt(program)
             subjects, guidance = self._conditions(bundle, program), Guidance(self.guidance)
             if pictures:
                 (pictures["height"], pictures["width"]), pictures["output_type"] = size or program.size, "np"
@@ -110,6 +113,18 @@ class RunConfig(Config):
         asked |= {"num_inference_steps": self.steps, "budget": self.budget, "output_type": "np"}
         asked |= {"controlnet_conditioning_scale": self.control_scale, "control_guidance_end": self.control_end}
         return asked | {"image": pictures if nets > 1 else pictures[0]}
+
+    def _adapt(self, program: Pipeline) -> None:
+        weights = {}
+        for name, text in enumerate(self.lora.split(",") if self.lora else ()):
+            file, colon, weight = text.rpartition(":")
+            try:
+                weights[str(name)] = float(weight) if colon else 1.0
+            except ValueError:
+                raise UsageError(f"--lora {text}: give FILE or FILE:WEIGHT, such as style.safetensors:0.7") from None
+            program.load_lora_weights(file if colon else text, str(name))
+        if weights:
+            program.set_adapters(list(weights), list(weights.values()))
 
     def _conditions(self, bundle: Path, program: Program) -> list[int] | list[str]:
         kind = program.record.conditioning.kind

@@ -21,7 +21,7 @@ COMPONENTS = ("unet", "transformer", "controlnet", "vae", "text_encoder", "text_
 _MISSING = {
     **dict.fromkeys(COMPONENTS, "it is compiled into the bundle's graphs"),
     **dict.fromkeys(
-        ("load_lora_weights", "set_adapters", "fuse_lora", "unload_lora_weights", "load_textual_inversion"),
+        ("fuse_lora", "load_textual_inversion"),
         "a bundle's weights are fixed; fuse them into the pipeline and export that",
     ),
     **dict.fromkeys(

@@ -17,13 +17,14 @@ from engines.finite import check_input
 from engines.guidance import Guidance
 from engines.hub import found
 from engines.later import LaterWalk, Origin
+from engines.pipeline.adapters import AdapterMethods
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
 from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
 from engines.pipeline.control import control_conditions, nets_of, size_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, source_of, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
-from engines.pipeline.likeness import COMPONENTS, DiffusersLikeness
+from engines.pipeline.likeness import COMPONENTS
 from engines.pipeline.pictures import (
     check_pictures,
     mask_of_pictures,
@@ -40,7 +41,7 @@ from export.bundle import BundleRecord, open_bundle
 _ARGUMENTS = {*CHECKS, "image", *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 
 
-class Pipeline(DiffusersLikeness):
+class Pipeline(AdapterMethods):
     """A program that is called like a diffusers pipeline.
 
     The engines are opened by the first call, or on entering the pipeline as a context. Several threads may call one

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from dipgo.graph.trace import Trace
 from export.axes import values_at
 from export.bundle import Size
+from export.graphs import BranchRecord
 from export.onnx.cache import cached, digest_of_program
 from export.onnx.convert import convert, specialise
 from export.onnx.weights import Weights, bind
@@ -21,7 +22,7 @@ from export.plan.hoisting import binding_of, sources_of
 from export.plan.launches import EPSILON, LATENT
 from export.sizes import Sizes
 
-_PREFIX = "guided.denoiser."
+PREFIX = "guided.denoiser."
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class DenoiserGraph:
         model: the graph at ``sizes``, optimised; outputs are ``epsilon`` and every site's :attr:`features`.
         condition_names: the graph inputs that carry the conditions.
         features: the names of each site's outputs, see :func:`feature_name`.
+        rank: of low-rank branches; 0 where there are none (see :mod:`export.onnx.branches`).
+        branches: of all linear layers.
+        matrices: the graph inputs that hold theirs.
     """
 
     trace: Trace
@@ -42,6 +46,14 @@ class DenoiserGraph:
     model: ir.Model
     condition_names: tuple[str, ...]
     features: tuple[tuple[str, ...], ...]
+    rank: int = 0
+    branches: tuple[BranchRecord, ...] = ()
+    matrices: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The graph inputs that a request gives: conditions and matrices."""
+        return (*self.condition_names, *self.matrices)
 
     @cached_property
     def site_of(self) -> Mapping[str, int]:
@@ -115,7 +127,7 @@ def denoiser_to_onnx(trace: Trace, weights: Weights, sizes: Sizes) -> DenoiserGr
         return model
 
     model = cached(["denoiser", digest_of_program(trace.program), features, latent], make)
-    parameters = {name: name.removeprefix(_PREFIX) for name in trace.program.graph_signature.parameters}
+    parameters = {name: name.removeprefix(PREFIX) for name in trace.program.graph_signature.parameters}
     for graph in (symbolic, model):
         bind(graph, parameters, weights.tensors, weights.root)
     return DenoiserGraph(trace, sizes, symbolic, model, conditions, features)

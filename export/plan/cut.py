@@ -66,7 +66,7 @@ def cut(loop: Loop, name: str, begin: Collection[str], served: Collection[str], 
     ``served`` are those of ``begin`` that may come from backups: with learned ones they become a weighted sum.
     """
     denoiser = loop.denoiser
-    conditions = set(denoiser.condition_names)
+    conditions = set(denoiser.given)
     known = dict.fromkeys([LATENT, "timestep", *conditions, *loop.earlier, *begin])
     graph = ir.convenience.extract(denoiser.model.graph, list(known), list(outputs))
     graph.name = name

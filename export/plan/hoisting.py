@@ -3,7 +3,8 @@
 A value that depends on the timestep alone (timestep embeddings, their projections) is computed while compiling and
 becomes a *table*. One that depends on the prompt or class alone (cross-attention's keys and values, label and text
 projections) is computed once a *prompt*. One that depends on both (adaLN modulation) is computed before the loop for
-all *steps* in one batch. What depends on the latent is the *loop*.
+all *steps* in one batch. What depends on the latent is the *loop*. A request's adapters are no time of their own; a
+value of them and the timestep is no table any more, but one of the *steps*.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import onnx_ir as ir
 from dipgo.base.control import STRENGTH
 from export.bundle import PartRecord, Size
 from export.onnx.macs import node_macs, weights_read
-from export.plan.launches import LATENT
+from export.plan.launches import LATENT, MATRICES
 
 Binding = Literal["constant", "table", "prompt", "steps", "loop"]
 TIMESTEP = "timestep"
@@ -25,12 +26,13 @@ TIMESTEP = "timestep"
 
 def binding_of(sources: Iterable[str]) -> Binding:
     """Return the binding time of a value from the names of the denoiser's inputs that it depends on."""
-    names = set(sources)
+    every = set(sources)
+    names = {name for name in every if not name.startswith(MATRICES)}
     if names & {LATENT, STRENGTH}:  # which change from step to step
         return "loop"
     if not names:
         return "constant"
-    if names == {TIMESTEP}:
+    if every == {TIMESTEP}:
         return "table"
     return "steps" if TIMESTEP in names else "prompt"
 

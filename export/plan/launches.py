@@ -13,6 +13,8 @@ Value = tuple[str, int]
 
 LATENT, EPSILON = "latent", "epsilon"
 
+MATRICES = "lora."  # how inputs begin that hold the matrices of low-rank branches
+
 
 @dataclass(frozen=True)
 class Launch:

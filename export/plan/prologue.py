@@ -112,7 +112,7 @@ def _cut(denoiser: DenoiserGraph, names: Sequence[str], begin: Sequence[str], si
     """
     # Shapes are read off latent and timestep too, until the number of images is fixed; then those inputs go unused.
     by_row = _timestep_by_row(denoiser.symbolic)
-    inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *denoiser.condition_names]))
+    inputs = list(dict.fromkeys([by_row, TIMESTEP, LATENT, *denoiser.given]))
     graph = ir.convenience.extract(denoiser.symbolic.graph, inputs, list(names))
     model = ir.Model(graph, ir_version=denoiser.model.ir_version, producer_name="dipgo")
     specialise(model, LATENT, sizes.latent)

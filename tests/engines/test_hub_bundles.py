@@ -76,8 +76,8 @@ def test_what_diffusers_users_look_at(tmp_path):
     assert pipe.config["programs"] == [{"num_inference_steps": 4, "budget": pipe.record.budget}]
     assert "4 steps at " in repr(pipe)
     assert not hasattr(pipe, "transformer")
-    with pytest.raises(AttributeError, match="a bundle has no 'load_lora_weights': a bundle's weights are fixed"):
-        pipe.load_lora_weights("x")
+    with pytest.raises(AttributeError, match="a bundle has no 'fuse_lora': a bundle's weights are fixed"):
+        pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "saved")
     again = type(pipe).from_pretrained(tmp_path / "saved")
     assert np.array_equal(made.call(again), made.call(pipe))
