@@ -33,10 +33,10 @@ FIRST, SECOND = (
 @cache
 def adapted(kind):
     """A pipeline and its bundle with branches of rank 6; adapters of ranks 4 and 2 as files ``a`` and ``b``."""
-    plain = compiled(kind, kind != "sdxl")
+    plain = compiled(kind)
     traced = zoo.trace(kind, "branch" if kind == "sdxl" else None, open_guidance=True)
     task = zoo.task(kind, STEPS, sites="branch" if kind == "sdxl" else None)
-    prepared = zoo.converted(traced, whole=kind != "sdxl")
+    prepared = zoo.converted(traced)
     config = ExportConfig(lora_rank=6)
     folder = once(
         f"bundles/lora-{kind}",
@@ -46,8 +46,7 @@ def adapted(kind):
     pipe = zoo.model(kind).pipeline()
     pipe.scheduler = plain.pipe.scheduler
     pipe.set_progress_bar_config(disable=True)
-    output = {"output_type": "latent"} if kind == "sdxl" else {}
-    arguments = plain.arguments | output | {"guidance_scale": GUIDANCE}
+    arguments = plain.arguments | {"guidance_scale": GUIDANCE}
     return replace(plain, pipe=pipe, folder=folder, arguments=arguments), files
 
 
