@@ -119,6 +119,14 @@ def _pair(record: BundleRecord, name: str, value: Any) -> None:
         raise UsageError(f"{name} = {_few(plain)}; give two numbers, of height and width")
 
 
+def _true_scale(record: BundleRecord, name: str, value: Any) -> None:
+    """Point to the one name that a bundle has for the scale; accept 1, which asks for no second pass."""
+    if record.conditioning.guided:
+        raise UsageError(f"{name} = {value}; bundles call it guidance_scale: give that")
+    if value > 1:
+        raise _refusal(name, value, 1.0, "leave it out")
+
+
 def _any(record: BundleRecord, name: str, value: Any) -> None:
     """Accept everything: it makes no difference to a bundle."""
 
@@ -144,6 +152,10 @@ CHECKS: dict[str, Check] = {
     "denoising_start": _only(),
     "denoising_end": _only(),
     "clip_skip": _clip_skip,
+    "true_cfg_scale": _true_scale,
+    "skip_guidance_layers": _only(),
+    "mu": _only(),
+    "joint_attention_kwargs": _only({}),
     "cross_attention_kwargs": _only({}),
     "attention_kwargs": _only({}),
     "ip_adapter_image": _only(),

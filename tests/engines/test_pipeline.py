@@ -188,6 +188,9 @@ def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
             {**EMBEDDINGS, "prompt_attention_mask": EMBEDDED},
             "prompt_attention_mask is given, the bundle takes negative_prompt_embeds, prompt_embeds; leave it out",
         ),
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale = 3.0; bundles call it guidance_scale: give that"),
+        ({"joint_attention_kwargs": {"scale": 0.5}}, r"joint_attention_kwargs = \{'scale': 0.5\}, the bundle was"),
+        ({"skip_guidance_layers": [7]}, r"skip_guidance_layers = \[7\], the bundle was compiled for None"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; use pil, np, pt, latent"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -196,8 +199,8 @@ def test_other_requests_are_refused_in_one_line(sd, pipe, changes, message):
     with misused(message) as caught:
         sd.call(pipe, **changes)
     assert len(str(caught.value)) < 300
-    with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
-        pipe("a red fox", strength=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        pipe("a red fox", colour="red")
 
 
 def test_scheduler_and_device_are_the_bundles(sd, pipe):
