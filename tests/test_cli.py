@@ -149,7 +149,7 @@ def test_dipgo_alone_shows_its_commands_in_groups():
         assert f"\n{title}\n" in out
     assert "..." not in out.replace("[ARGS]...", "")
     assert max(map(len, out.splitlines())) <= 80
-    assert len(re.findall(r"^  \S+ {2,}\S", out[out.index("First steps") :], re.MULTILINE)) == 19
+    assert len(re.findall(r"^  \S+ {2,}\S", out[out.index("First steps") :], re.MULTILINE)) == 20
     code, out, _ = dipgo("recipe")
     assert code == 0
     assert "validate" in out
