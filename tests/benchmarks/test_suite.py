@@ -12,7 +12,7 @@ ABOUT = "about: mine\n"
 
 
 def test_all_that_ship_are_read_and_say_how_to_run_them():
-    on_gpu = ["gpu-dit-xl", "gpu-pixart", "gpu-sd15", "gpu-sdxl"]
+    on_gpu = ["gpu-dit-xl", "gpu-flux", "gpu-pixart", "gpu-sd15", "gpu-sdxl"]
     assert suites() == [
         "digits-flux",
         "dit-xl",
@@ -72,6 +72,6 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, why):
 def test_one_that_is_not_there():
     for name in ("quicker", "no/such.yaml", "quick.json"):
         with misused(
-            f"no suite '{name}'; use digits-flux, dit-xl, emoji-sd, gpu-dit-xl, gpu-pixart, .*, quality, quick"
+            f"no suite '{name}'; use digits-flux, dit-xl, emoji-sd, gpu-dit-xl, gpu-flux, .*, quality, quick"
         ):
             load_suite(name)
