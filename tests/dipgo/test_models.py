@@ -44,7 +44,7 @@ def test_architectures_have_their_true_size(name):
 
 
 def test_architectures_are_found_but_not_loaded():
-    assert architectures() == sorted(PUBLISHED)
+    assert architectures() == sorted([*PUBLISHED, "flux.1-dev"])  # whose MACs nobody has published
     for name in architectures():
         model = find_model(name)
         assert model.identity().weights_sha256 is None
