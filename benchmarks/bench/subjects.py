@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.failures import NotMeasuredError
+from dipgo.base.dtypes import Dtype
 from dipgo.base.records import Record
 from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
@@ -221,8 +222,11 @@ class ProgramSubject(Subject):
 
     def _conditions_of(self, start: int, count: int) -> dict[str, np.ndarray]:
         if files := self.spec.conditions:
+            kinds = {each.name: Dtype(each.dtype).numpy for each in self.program.record.conditioning.inputs}
             with np.load(Path(files[start // self.batch % len(files)]), allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+                read = {name: archive[name] for name in archive.files}
+            # An archive knows bfloat16 as so many bytes alone.
+            return {name: value.view(kinds[name]) if value.dtype.kind == "V" else value for name, value in read.items()}
         inputs = inputs_of(self.program, count)
         return self.program.conditions(
             [inputs[index] for index in np.arange(start, start + self.batch).clip(max=count - 1)]

@@ -71,7 +71,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, why):
 
 def test_one_that_is_not_there():
     for name in ("quicker", "no/such.yaml", "quick.json"):
-        with misused(
-            f"no suite '{name}'; use digits-flux, dit-xl, emoji-sd, gpu-dit-xl, gpu-flux, .*, quality, quick"
-        ):
+        with misused(f"no suite '{name}'; use digits-flux, dit-xl, emoji-sd, gpu-dit-xl, gpu-flux, .*, quality, quick"):
             load_suite(name)
