@@ -65,6 +65,8 @@ class Outputs:
 
 def latents_as_images(latents: np.ndarray) -> np.ndarray:
     """Stand in for images where nothing decodes: latents between -1 and 1 as [0, 1], three channels at most."""
+    if latents.ndim != 4:  # packed, or of frames
+        latents = latents.reshape(len(latents), 1, -1, latents.shape[-1])
     pixels: np.ndarray = (latents[:, :3] / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
     return pixels[..., :1] if pixels.shape[-1] == 2 else pixels
 

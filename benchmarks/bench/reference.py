@@ -161,8 +161,12 @@ def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def as_images(decoded: torch.Tensor) -> torch.Tensor:
-    """Return ``[n, channels, height, width]`` in [-1, 1] as ``[n, height, width, channels]``, clamped to [0, 1]."""
-    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    """Return ``[n, channels, height, width]`` in [-1, 1] as ``[n, height, width, channels]``, clamped to [0, 1].
+
+    Latents of other axes, packed or of frames, become grey pictures ``[n, …, last axis, 1]``.
+    """
+    clamped = (decoded / 2 + 0.5).clamp(0, 1)
+    return clamped.permute(0, 2, 3, 1) if decoded.ndim == 4 else clamped.flatten(1, -2)[..., None]
 
 
 def made_by_many_steps(task: Task, bundle: Bundle, count: int, suite: Suite, progress: Report) -> Outputs:
