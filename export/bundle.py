@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat
 
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, sha256_of, sha256_of_json
-from dipgo.base.guidance import RESCALE, GuidanceScale
+from dipgo.base.guidance import RESCALE, GuidanceScale, ScaleArgument
 from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
 from dipgo.base.layout import Layout
 from dipgo.base.records import (
@@ -200,6 +200,11 @@ class ConditioningRecord(Record):
     )
     guidance: GuidanceRecord | None = Field(
         default=None, description="how a request chooses the guidance scale; none where it is compiled in"
+    )
+    scale: ScaleArgument = Field(
+        default="guidance_scale",
+        description="the argument of the pipeline's call that is the guidance scale; by true_cfg_scale it guides where "
+        "a negative prompt is given, and else not at all",
     )
     encoder: TextRecord | None = None
 

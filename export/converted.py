@@ -126,6 +126,7 @@ def prepare(
         prompts=_some(model.prompts()),
         fixed={name: value.flatten().tolist() for name, value in model.family.fixed.items()},
         guidance=_guidance(model, traced),
+        scale=model.family.scale_argument,
         encoder=encoder,
     )
     return Prepared(denoiser, _hoisting(denoiser), conditioning, decoder, pictures, extra, tokenizers, weights)

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     BriaPipeline,
     BriaTransformer2DModel,
     CogView4Pipeline,
@@ -32,6 +33,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -58,6 +61,8 @@ from transformers import (
     GlmConfig,
     GlmModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -115,6 +120,15 @@ def _clip_tokenizer() -> CLIPTokenizer:
 def _t5_tokenizer() -> T5Tokenizer:
     words = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *ascii_lowercase]
     return T5Tokenizer(vocab=[(word, -float(index > 2)) for index, word in enumerate(words)], extra_ids=0)
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows few words."""
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "fox", "two", "dogs", "in", "the", "snow", "harbour"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
 
 
 def tiny_dit(folder: Path) -> str:
@@ -279,13 +293,30 @@ def tiny_cogview4(folder: Path) -> str:
     torch.manual_seed(2)
     text = {"vocab_size": 16, "hidden_size": 12, "intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 6}
     encoder = GlmModel(GlmConfig(pad_token_id=0, eos_token_id=1, **text, **TWO_LAYERS)).eval()
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "fox", "two", "dogs", "in", "the", "snow", "harbour"]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    fast = _word_tokenizer()
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, time_shift_type="linear")
     CogView4Pipeline(fast, encoder, vae(2), transformer, scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_qwen(folder: Path) -> str:
+    """Save a QwenImagePipeline: it guides where a negative prompt is given, by a pass of its own and its norm."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (8, 4, 4)}
+    size = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 12}
+    transformer = _stirred(QwenImageTransformer2DModel(**size, **heads))
+    torch.manual_seed(2)
+    text = {"vocab_size": 16, "hidden_size": 12, "intermediate_size": 16, "num_key_value_heads": 2, **TWO_LAYERS}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}}
+    sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 12}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=sight)).eval()
+    torch.manual_seed(1)
+    scales = {"latents_mean": [0.1] * 4, "latents_std": [1.2] * 4}
+    coder = AutoencoderKLQwenImage(
+        4, 4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **scales
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    QwenImagePipeline(scheduler, coder, encoder, _word_tokenizer(), transformer).save_pretrained(folder)
     return str(folder)
 
 

@@ -57,9 +57,10 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "sd3-16": partial(models.tiny_sd3, channels=16),  # with which diffusers inpaints
     "cogview4": models.tiny_cogview4,
     "bria": models.tiny_bria,
+    "qwen": models.tiny_qwen,
     "unconditional": models.tiny_unconditional,
 }
-PIXELS = dict.fromkeys(("flux", "flux-schnell", "bria"), (32, 32))  # whose pipelines' own size is that of true models
+PIXELS = dict.fromkeys(("flux", "flux-schnell", "bria", "qwen"), (32, 32))  # their pipelines' own size is large
 SITES = {  # of classes without sites of their own
     "sana": "transformer_blocks.*.attn1,transformer_blocks.*.attn2,transformer_blocks.*.ff",
     "unconditional": "down_blocks.*,up_blocks.*",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from dipgo.base.errors import UsageError
+
+ScaleArgument = Literal["guidance_scale", "true_cfg_scale"]
+"""What a diffusers pipeline calls the guidance scale."""
 
 SCALE = "guidance_scale"
 RESCALE = "guidance_rescale"

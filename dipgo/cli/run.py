@@ -90,9 +90,13 @@ class RunConfig(Config):
         check_pictures(program, image, mask, self.strength, None)
         if image is None:
             return {}
-        asked = {"guidance_scale": self.guidance, "negative_prompt": self.negative, "generator": self.seed}
+        return {"image": image, "mask_image": mask, "strength": self.strength, **self._asked(program)}
+
+    def _asked(self, program: Program) -> dict[str, Any]:
+        """Return the arguments of any call of a pipeline."""
+        asked: dict[str, Any] = {"negative_prompt": self.negative, "generator": self.seed}
         asked |= {"num_inference_steps": self.steps, "budget": self.budget}
-        return {"image": image, "mask_image": mask, "strength": self.strength, **asked}
+        return asked | {program.record.conditioning.scale: self.guidance}
 
     def _control(self, bundle: Path, program: Program) -> dict[str, Any]:
         """Return the arguments of a call with ControlNets; none of a bundle that has none."""
@@ -109,8 +113,7 @@ class RunConfig(Config):
         if not nets:
             return {}
         pictures = [read_picture(Path(file), "RGB") for file in files]
-        asked = {"guidance_scale": self.guidance, "negative_prompt": self.negative, "generator": self.seed}
-        asked |= {"num_inference_steps": self.steps, "budget": self.budget, "output_type": "np"}
+        asked = self._asked(program) | {"output_type": "np"}
         asked |= {"controlnet_conditioning_scale": self.control_scale, "control_guidance_end": self.control_end}
         return asked | {"image": pictures if nets > 1 else pictures[0]}
 

@@ -6,6 +6,7 @@ it to run a whole diffusers pipeline under a SubNet; the search uses it for one 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dipgo.base.errors import DipgoWarning
 from dipgo.graph.outputs import Rebuild, take_apart
 from dipgo.model.families import FAMILIES
 from dipgo.schedule.schedule import backup_name
@@ -67,7 +69,7 @@ def combine(history: Sequence[torch.Tensor], weights: torch.Tensor, channel_axis
 
 
 @contextmanager
-def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]:
+def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0, guided: bool = True) -> Iterator[None]:
     """Run ``denoiser`` under ``subnet``: the calls within the context are the steps of the trajectory, in order.
 
     The passes of guidance lie in the batch as the class's own pipeline has them, or are calls of their own. Skipped
@@ -75,7 +77,12 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]
     one context may hold several trajectories.
 
     ``start`` is the call that trajectories begin at, as those of image-to-image pipelines do. All sites are computed
-    there, and a backup that combines several past outputs finds that one in the place of each.
+    there, and a backup that combines several past outputs finds that one in the place of each. Not ``guided`` is a
+    pipeline that is asked for no guidance, where each pass would be a call of its own: it makes the conditional alone.
+
+    Warns:
+        DipgoWarning: when the context ends after other calls than those of whole trajectories, as when a pipeline was
+            interrupted, or made other steps or passes than the SubNet's.
     """
     names = [site.name for site in subnet.sites]
     weights, history = subnet.schedule.tensors(), subnet.schedule.history
@@ -83,18 +90,21 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]
     registered = [family for family in FAMILIES if family.denoiser_class == subnet.model.class_name]
     if passes.conditional_first or any(family.conditional_first for family in registered):
         weights = {name: array.flip(2) if array.ndim == 4 else array for name, array in weights.items()}
-    caches: list[list[list[list[torch.Tensor]]]] = [[[] for _ in names] for _ in range(passes.calls)]  # newest first
-    call = -1
+    calls, first_pass = (passes.calls, 0) if guided else (1, passes.calls - 1)
+    if passes.conditional_first:
+        first_pass = 0
+    caches: list[list[list[list[torch.Tensor]]]] = [[[] for _ in names] for _ in range(calls)]  # newest first
+    call, steps = -1, subnet.calls - start
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal call
-        call = (call + 1) % ((subnet.calls - start) * passes.calls)
-        if call < passes.calls:
+        call = (call + 1) % (steps * calls)
+        if call < calls:
             for cache in caches[call]:
                 cache.clear()
 
     def intercept(site: int, compute: Callable[[], Any]) -> Any:
-        step, number = divmod(call, passes.calls)
+        step, number = divmod(call, calls)
         step += start
         cache = caches[number][site]
         if subnet.gates[step, site] or step == start:
@@ -109,7 +119,7 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]
         served = [
             combine(
                 output[: subnet.gates[:step, site].sum()],  # what there is from the first step on
-                of_pass(weights[backup_name(names[site], k)][step], number),
+                of_pass(weights[backup_name(names[site], k)][step], first_pass + number),
                 subnet.sites[site].channel_axis,
             )
             for k, output in enumerate(outputs)
@@ -125,5 +135,12 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0) -> Iterator[None]
     try:
         with intercepting(denoiser, names, intercept):
             yield
+        if (call + 1) % (steps * calls):
+            warnings.warn(
+                f"the denoiser ended at call {call + 1} of {steps * calls}, which the SubNet's {steps} steps make; "
+                "give the pipeline these steps and the SubNet's guidance",
+                DipgoWarning,
+                stacklevel=3,
+            )
     finally:
         hook.remove()

@@ -119,11 +119,14 @@ def _pair(record: BundleRecord, name: str, value: Any) -> None:
         raise UsageError(f"{name} = {_few(plain)}; give two numbers, of height and width")
 
 
-def _true_scale(record: BundleRecord, name: str, value: Any) -> None:
-    """Point to the one name that a bundle has for the scale; accept 1, which asks for no second pass."""
-    if record.conditioning.guided:
-        raise UsageError(f"{name} = {value}; bundles call it guidance_scale: give that")
-    if value > 1:
+def _scale(record: BundleRecord, name: str, value: Any) -> None:
+    """Accept the name that the model's pipeline has for the scale; of the other, 1, which asks for no second pass."""
+    own = record.conditioning.scale
+    if name == own:
+        check_guidance(record, Guidance(scale=value))
+    elif record.conditioning.guided:
+        raise UsageError(f"{name} = {value}; the model's pipeline calls it {own}: give that")
+    elif value != 1:
         raise _refusal(name, value, 1.0, "leave it out")
 
 
@@ -140,7 +143,7 @@ def _few(value: Any) -> str:
 
 CHECKS: dict[str, Check] = {
     "num_inference_steps": _steps,
-    "guidance_scale": lambda record, name, value: check_guidance(record, Guidance(scale=value)),
+    "guidance_scale": _scale,
     "negative_prompt": _negative,
     "negative_prompt_embeds": lambda record, name, value: _negative(record, name, True),
     "timesteps": _timesteps,
@@ -152,7 +155,7 @@ CHECKS: dict[str, Check] = {
     "denoising_start": _only(),
     "denoising_end": _only(),
     "clip_skip": _clip_skip,
-    "true_cfg_scale": _true_scale,
+    "true_cfg_scale": _scale,
     "skip_guidance_layers": _only(),
     "mu": _only(),
     "joint_attention_kwargs": _only({}),

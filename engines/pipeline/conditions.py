@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dipgo.base.control import PICTURE
 from dipgo.base.dtypes import Dtype
-from dipgo.base.errors import UsageError
+from dipgo.base.errors import DipgoWarning, UsageError
 from engines.finite import check_input
 from engines.guidance import Guidance, fixed_conditions
 from engines.pipeline.arguments import MICRO_CONDITIONS
@@ -18,6 +19,7 @@ from engines.pipeline.text import Each
 from engines.program import Program
 from engines.steps import rows_of
 from export.axes import sizes_at
+from export.bundle import BundleRecord
 
 EMBEDDINGS = {
     "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),
@@ -32,22 +34,27 @@ _MICRO_ARGUMENTS = ("original_size", "crops_coords_top_left", "target_size")
 
 
 def conditions_of(
-    program: Program, subjects: Any, repeats: int, batch_size: int, size: tuple[int, int], arguments: Mapping[str, Any]
+    program: Program,
+    subjects: Any,
+    images: tuple[int, int],
+    size: tuple[int, int],
+    arguments: Mapping[str, Any],
+    guidance: Guidance,
 ) -> tuple[int, dict[str, np.ndarray]]:
     """Return how many images a call makes, and the graph inputs of all of them.
 
     Args:
         program: whose engines are loaded.
         subjects: prompts or classes, one or a list; None where embeddings or nothing condition.
-        repeats: images of each.
-        batch_size: how many, where nothing conditions.
+        images: how many of each, and how many where nothing conditions.
         size: height and width of the images in pixels.
-        arguments: ``negative_prompt``, embeddings and guidance, by the names that diffusers gives them.
+        arguments: ``negative_prompt``, embeddings and sizes, by the names that diffusers gives them.
 
     Raises:
         UsageError: something else than what conditions the bundle.
     """
     conditioning, folder = program.record.conditioning, program.bundle.folder
+    repeats, batch_size = images
     if repeats < 1 or batch_size < 1:
         raise UsageError(f"{min(repeats, batch_size)} images; ask for at least one")
     _refuse_unread(program, arguments)
@@ -58,7 +65,7 @@ def conditions_of(
     if arguments.get("prompt_embeds") is not None:
         if subjects is not None:
             raise UsageError("both prompt and prompt_embeds are given; give one of them")
-        conditions = _from_embeddings(program, arguments, repeats, size)
+        conditions = _from_embeddings(program, arguments, repeats, size, guidance)
         _set_micro_conditions(conditions, conditioning.guided, size, arguments)
         return len(next(iter(conditions.values()))) // (1 + conditioning.guided), conditions
     kinds: tuple[type, ...] = (str, Each) if conditioning.kind == "prompt" else (int, np.integer)
@@ -67,11 +74,11 @@ def conditions_of(
     if not isinstance(values, list | tuple) or not values or not all(isinstance(each, kinds) for each in values):
         argument = "prompt" if conditioning.kind == "prompt" else "class_labels"
         raise UsageError(f"{folder}: conditioned by {conditioning.kind}; give {argument}, one or a list")
-    conditions = _from_subjects(program, values, size, arguments)
-    images = np.arange(len(values)).repeat(repeats)
-    conditions = rows_of(conditions, images, len(values))
+    conditions = _from_subjects(program, values, size, arguments, guidance)
+    of_images = np.arange(len(values)).repeat(repeats)
+    conditions = rows_of(conditions, of_images, len(values))
     _set_micro_conditions(conditions, conditioning.guided, size, arguments)
-    return len(images), conditions
+    return len(of_images), conditions
 
 
 def for_each(program: Program, first: Any, others: Sequence[Any], name: str) -> Any:
@@ -126,9 +133,27 @@ def _set_micro_conditions(
         rows[:] = np.resize(_micro_conditions(size, arguments)[1 - guided :], rows.shape)
 
 
-def guidance_of(arguments: Mapping[str, Any]) -> Guidance:
-    """Return what a call's arguments say of guidance."""
-    return Guidance(arguments.get("guidance_scale"), arguments.get("guidance_rescale"))
+def guidance_of(record: BundleRecord, arguments: Mapping[str, Any]) -> Guidance:
+    """Return what a call's arguments say of guidance.
+
+    Raises:
+        UsageError: no guidance is asked for, by leaving the negative prompt out, and the bundle guides always.
+    """
+    conditioning = record.conditioning
+    scale, rescale = arguments.get(conditioning.scale), arguments.get("guidance_rescale")
+    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if conditioning.scale == "guidance_scale" or negative or not conditioning.guided:
+        return Guidance(scale, rescale)
+    off = conditioning.guidance.off if conditioning.guidance else None
+    if off is None:
+        raise UsageError(
+            "no negative_prompt is given, without which the model's pipeline makes no guidance, and the bundle was "
+            "compiled with; give negative_prompt, which may be empty"
+        )
+    if scale is None or scale > off:
+        line = "no negative_prompt, so no guidance, as in the model's pipeline; for guidance give one, even if empty"
+        warnings.warn(line, DipgoWarning, stacklevel=3)
+    return Guidance(off, rescale)
 
 
 def _refuse_unread(program: Program, arguments: Mapping[str, Any]) -> None:
@@ -150,11 +175,10 @@ def _embeddings(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _from_subjects(
-    program: Program, values: Sequence[Any], size: tuple[int, int], arguments: Mapping[str, Any]
+    program: Program, values: Sequence[Any], size: tuple[int, int], arguments: Mapping[str, Any], guidance: Guidance
 ) -> dict[str, np.ndarray]:
     """Return the conditions of prompts or classes; a negative prompt is one for all or a list, one each."""
     negative, clip_skip = arguments.get("negative_prompt"), arguments.get("clip_skip") or 0
-    guidance = guidance_of(arguments)
     if negative is None or isinstance(negative, str | Each):
         return program.conditions(values, negative, size, clip_skip, guidance)
     if len(negative) != len(values):
@@ -166,7 +190,7 @@ def _from_subjects(
 
 
 def _from_embeddings(
-    program: Program, arguments: Mapping[str, Any], repeats: int, size: tuple[int, int]
+    program: Program, arguments: Mapping[str, Any], repeats: int, size: tuple[int, int], guidance: Guidance
 ) -> dict[str, np.ndarray]:
     """Return the conditions from the caller's embeddings (:data:`EMBEDDINGS`), each row ``repeats`` times.
 
@@ -204,5 +228,5 @@ def _from_embeddings(
     counts = sorted({len(value) for value in conditions.values()})
     if len(counts) > 1:
         raise UsageError(f"embeddings are of {' and '.join(map(str, counts))} rows")
-    conditions |= fixed_conditions(program.record, counts[0], guidance_of(arguments))
+    conditions |= fixed_conditions(program.record, counts[0], guidance)
     return conditions | {name: np.tile(np.asarray(row, np.float32), (counts[0], 1)) for name, row in constants.items()}

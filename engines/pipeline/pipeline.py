@@ -159,7 +159,8 @@ class Pipeline(AdapterMethods):
         arguments["negative_prompt"] = for_each(
             self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
         )
-        with self._calls.one() as call, self._asked(guidance_of(arguments)):
+        guidance = guidance_of(program.record, arguments)
+        with self._calls.one() as call, self._asked(guidance):
             if controlled:
                 size = size_of(program, arguments, height, width)
             else:
@@ -169,7 +170,8 @@ class Pipeline(AdapterMethods):
             masks = None if mask_image is None else mask_of_pictures(mask_image, size)
             self.__enter__()
             repeats = num_images_per_prompt
-            count, conditions = conditions_of(program, subjects, repeats, batch_size, size, arguments)
+            images = repeats, batch_size
+            count, conditions = conditions_of(program, subjects, images, size, arguments, guidance)
             conditions |= control_conditions(program, arguments, count // repeats, repeats, size)
             begin: np.ndarray | Origin
             if pictures is None:
@@ -185,8 +187,8 @@ class Pipeline(AdapterMethods):
                 return not call.interrupted
 
             final = self._integrate(program, begin, count, conditions, observe, together=callback is not None)
-            images = convert(final) if output_type == "latent" else as_format(self._pixels(final), output_type)
-        return Output(images) if return_dict else (images,)
+            made = convert(final) if output_type == "latent" else as_format(self._pixels(final), output_type)
+        return Output(made) if return_dict else (made,)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set tqdm's options for the bar over steps: ``disable=True`` for none."""

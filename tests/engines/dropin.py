@@ -41,13 +41,13 @@ class Compiled:
         return pipe(**{**self.arguments, "generator": generator, "output_type": "np", **changes}).images
 
     @contextmanager
-    def gates(self) -> Iterator[Any]:
-        with gated(getattr(self.pipe, self.component), self.subnet):
+    def gates(self, guided: bool = True) -> Iterator[Any]:
+        with gated(getattr(self.pipe, self.component), self.subnet, guided=guided):
             yield self.pipe
 
-    def expected(self, **changes: Any) -> Any:
+    def expected(self, guided: bool = True, **changes: Any) -> Any:
         """Return the images of the diffusers pipeline under the gates."""
-        with self.gates() as pipe:
+        with self.gates(guided) as pipe:
             return self.call(pipe, **changes)
 
 
@@ -71,7 +71,9 @@ def compiled(
     folder = zoo.bundle(traced, task.sampler, subnet, whole=whole, image=image)
     subjects = {"dit": {"class_labels": [0, 1, 2]}, "unconditional": {"batch_size": 3}}
     arguments = subjects.get(kind, {"prompt": ["a red fox", "two dogs", "a harbour"]}) | {"num_inference_steps": steps}
-    arguments |= {} if kind == "unconditional" else {"guidance_scale": task.guidance_scale}
+    scale = task.model.family.scale_argument
+    arguments |= {} if kind == "unconditional" else {scale: task.guidance_scale}
+    arguments |= {"negative_prompt": ""} if scale == "true_cfg_scale" else {}
     arguments |= dict(zip(("height", "width"), zoo.PIXELS.get(kind, ()), strict=False))
     arguments |= {"clean_caption": False} if kind == "pixart" else {}
     if kind == "sd-inpaint":

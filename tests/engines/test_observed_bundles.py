@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dipgo
+from dipgo.base.errors import DipgoWarning
 from tests import zoo
 from tests.checks import error, misused
 from tests.engines.dropin import compiled
@@ -41,6 +42,23 @@ def test_prompts_of_any_length_and_negative_ones(kind):
         pipe.set_progress_bar_config(disable=True)
         for changes in asked:
             assert error(made.call(pipe, **changes), made.expected(**changes)) <= 1e-4
+
+
+def test_guidance_where_a_negative_prompt_is_given():
+    """Qwen-Image guides where there is a negative prompt, if an empty one; its scale is ``true_cfg_scale``."""
+    made = compiled("qwen")
+    silent = ({"negative_prompt": None}, {"negative_prompt": None, "true_cfg_scale": 1.0}, {"true_cfg_scale": 1.0})
+    with dipgo.load(made.folder) as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        for changes in ({}, {"negative_prompt": "two dogs in the snow"}, {"true_cfg_scale": 2.0}):
+            assert error(made.call(pipe, **changes), made.expected(**changes)) <= 1e-4
+        for changes in silent:
+            assert error(made.call(pipe, **changes), made.expected(guided=False, **changes)) <= 1e-4
+        with pytest.warns(DipgoWarning, match="no negative_prompt, so no guidance"):
+            made.call(pipe, **silent[0])
+        with misused("guidance_scale = 3.0; the model's pipeline calls it true_cfg_scale: give that"):
+            made.call(pipe, guidance_scale=3.0)
+    assert error(made.expected(), made.expected(guided=False, **silent[0])) > 1e-3
 
 
 def test_other_latents_than_the_pipeline_packs_are_refused(made, pipe):

@@ -188,7 +188,7 @@ def test_interruption_keeps_the_latents_of_the_step(sd, pipe):
             {**EMBEDDINGS, "prompt_attention_mask": EMBEDDED},
             "prompt_attention_mask is given, the bundle takes negative_prompt_embeds, prompt_embeds; leave it out",
         ),
-        ({"true_cfg_scale": 3.0}, "true_cfg_scale = 3.0; bundles call it guidance_scale: give that"),
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale = 3.0; the model's pipeline calls it guidance_scale: give"),
         ({"joint_attention_kwargs": {"scale": 0.5}}, r"joint_attention_kwargs = \{'scale': 0.5\}, the bundle was"),
         ({"skip_guidance_layers": [7]}, r"skip_guidance_layers = \[7\], the bundle was compiled for None"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; use pil, np, pt, latent"),

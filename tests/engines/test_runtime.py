@@ -71,7 +71,7 @@ if sys.argv[2] == "prompt":
     found = program.conditions(["a"])
 else:
     embeddings = {"prompt_embeds": ones, "negative_prompt_embeds": ones}
-    found = conditions_of(program, None, 1, 1, (16, 16), embeddings)[1]
+    found = conditions_of(program, None, (1, 1), (16, 16), embeddings, Guidance())[1]
 print(found["encoder_hidden_states"].dtype, found["encoder_hidden_states"].astype(float).sum())
 """
 

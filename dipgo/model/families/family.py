@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dipgo.base.errors import UsageError
+from dipgo.base.guidance import ScaleArgument
 from dipgo.base.layout import Layout
 from dipgo.model.guidance import guided
 from dipgo.model.sampler import Sampler, tabulate
@@ -103,6 +104,7 @@ class Family:
         under: ``(guidance scale, height and width in pixels, or None) -> the family there``; None where it is the same
             everywhere.
         scale: the guidance scale that it was observed at; None where it is the same at all.
+        scale_argument: what the pipeline's call names the guidance scale.
         fixed: conditions that do not depend on the prompt, one row each.
         pixels: height and width of images that it is for alone; None where the latent's shape tells.
         seen: what its pipeline was seen to do; None where the pipeline is known.
@@ -140,6 +142,7 @@ class Family:
     from_vae: Callable[[torch.Tensor, Any], torch.Tensor] = field(default=from_vae)
     under: Callable[[float, tuple[int, int] | None], Family] | None = None
     scale: float | None = None
+    scale_argument: ScaleArgument = "guidance_scale"
     fixed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pixels: tuple[int, int] | None = None
     seen: Observation | None = None

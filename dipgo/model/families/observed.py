@@ -25,7 +25,7 @@ from dipgo.model.observed.forms import form_of
 from dipgo.model.observed.observation import Observation, conditions_of
 from dipgo.model.observed.observe import observe
 from dipgo.model.observed.prompts import observe_prompts
-from dipgo.model.observed.request import Request
+from dipgo.model.observed.request import Request, guidance_argument
 from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
@@ -106,6 +106,7 @@ def family_of_observed(pipe: Any, component: str, request: Request) -> Family:
         from_vae=lambda values, config: seen.decoding.inverse(values) if seen.decoding else values,
         under=under,
         scale=seen.guidance,
+        scale_argument=guidance_argument(pipe, component),
         fixed=seen.fixed,
         pixels=None if seen.any_size else seen.size,
         seen=seen,

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dipgo.base.guidance import ScaleArgument
+
 _SIDE = 64  # of pictures, where nobody says another
 
 PICTURES = ("image", "mask_image", "control_image", "_auto_resize")  # arguments of a call by which these are given
@@ -71,7 +73,7 @@ def picture(subject: Any, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8))
 
 
-def guidance_argument(pipe: Any, component: str) -> str:
+def guidance_argument(pipe: Any, component: str) -> ScaleArgument:
     """Return the argument that guidance is by: ``true_cfg_scale`` where there is one, and the denoiser takes none."""
     options = signature(type(pipe).__call__).parameters
     embedded = getattr(getattr(pipe, component).config, "guidance_embeds", False)
