@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dipgo.base.errors import DipgoError, UsageError
@@ -15,6 +16,7 @@ from dipgo.model.safetensors_index import Stored
 _LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 _OF_PICTURES = ("image", "mask_image", "control_image", "video", "strength")  # arguments of a pipeline's call
+LIBRARIES = ("diffusers", "transformers")
 SUPPORTED = "only text, class and unconditional generation are supported"
 
 
@@ -27,13 +29,20 @@ def component_class(index: Mapping[str, Any], name: str) -> tuple[str, str]:
 
 
 def class_named(library: str, class_name: str, pipeline: str) -> Any:
-    """Return a class of diffusers or transformers; None where there is none.
+    """Return a class of diffusers or transformers; None where there is none, or the library is another.
 
-    Some pipelines bring one that their library does not show: it stands in their module.
+    A folder of diffusers' pipelines is a library too, as of Kolors. Some pipelines bring a class that their library
+    does not show: it stands in their module.
     """
     import diffusers
 
-    kind = getattr(importlib.import_module(library), class_name, None)
+    if library in LIBRARIES:
+        shown = importlib.import_module(library)
+    elif library.isidentifier() and isinstance(getattr(diffusers.pipelines, library, None), ModuleType):
+        shown = getattr(diffusers.pipelines, library)
+    else:
+        return None
+    kind = getattr(shown, class_name, None)
     own = sys.modules.get(getattr(getattr(diffusers, pipeline, None), "__module__", ""))
     return kind or getattr(own, class_name, None)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
-from dipgo.model.checks import class_named, component_class
+from dipgo.model.checks import LIBRARIES, class_named, component_class
 from dipgo.model.empty import empty_module
 from dipgo.model.observed.stand_ins import picture_stand_in, text_stand_in
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
@@ -103,9 +103,11 @@ def _scheduler(folder: Path, class_name: str) -> Any:
 
 def _component(folder: Path, part: str, library: str, class_name: str, pipeline: str) -> Any:
     place = folder / part
-    if library not in ("diffusers", "transformers") or not place.is_dir() or part == "scheduler":
+    if not place.is_dir() or part == "scheduler":
         return None
     kind = class_named(library, class_name, pipeline)
+    if kind is None and library not in LIBRARIES:
+        return None
     if kind is None:
         raise UsageError(f"{place}: a {class_name}, which the installed {library} does not have; install a newer one")
     try:

@@ -1,9 +1,12 @@
 """Gated execution of the real diffusers pipeline."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+from dipgo.base.errors import DipgoWarning
 from dipgo.eager.gating import combine, gated
 from dipgo.schedule.schedule import Schedule
 from tests import zoo
@@ -39,6 +42,15 @@ def test_trajectories_in_one_context_do_not_leak_into_each_other(task):
         images(task, seed=2)
         again = images(task, seed=1)
     assert np.array_equal(first, again)
+
+
+def test_other_steps_than_the_subnet_s_are_said(task):
+    subnet = random_subnet(task.trace, task.sampler, seed=1)
+    with gated(task.pipe.transformer, subnet), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(task)
+    with pytest.warns(DipgoWarning, match="ended at call 2 of 6"), gated(task.pipe.transformer, subnet):
+        task.pipe([0, 1], num_inference_steps=STEPS + 2)
 
 
 def test_skipped_modules_do_not_run(task):

@@ -5,11 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from transformers import BertConfig, BertModel
 
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import GuidanceScale, rescale_of
 from dipgo.base.layout import find_layout
+from dipgo.model.checks import class_named
 from dipgo.model.observed.guide import Guide, fit_guide
+from dipgo.model.observed.stand_ins import text_stand_in
 from dipgo.model.observed.template import Condition, Constant, Joined, Latent, Moment, Views, roles_of
 
 
@@ -37,6 +41,28 @@ def test_a_layout_is_found_from_where_numbers_go(seed):
     assert np.array_equal(layout(torch.from_numpy(values)).numpy(), moved)
     assert np.array_equal(layout.inverse(moved), values)
     assert layout.idle == (before == after and np.array_equal(places.ravel(), np.arange(size)))
+
+
+@pytest.mark.parametrize("layout", ["batch first", "tokens first"])
+def test_a_text_encoder_s_stand_in_has_its_shapes(layout):
+    """Kolors' encoder is of diffusers' own, and the one whose states have the tokens along their first axis."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2}
+    if layout == "batch first":
+        encoder = BertModel(BertConfig(vocab_size=50, num_hidden_layers=2, intermediate_size=8, **sizes))
+    else:
+        options = {"num_layers": 2, "kv_channels": 4, "ffn_hidden_size": 8, "rmsnorm": True, "original_rope": True}
+        encoder = ChatGLMModel(ChatGLMConfig(padded_vocab_size=50, **options, **sizes)).float()
+    given = {"input_ids": torch.arange(15).reshape(3, 5), "position_ids": torch.arange(5).expand(3, 5)}
+    own = encoder(**given, output_hidden_states=True).hidden_states
+    text_stand_in(encoder)
+    made = encoder(**given, output_hidden_states=True).hidden_states
+    assert [each.shape for each in made] == [each.shape for each in own]
+
+
+@pytest.mark.parametrize("library", ["os", "path", "pathlib", "kolors.text_encoder", "__name__", ""])
+def test_classes_come_from_diffusers_and_transformers_alone(library):
+    assert class_named(library, "ChatGLMModel", "KolorsPipeline") is None
+    assert class_named(library, "Path", "KolorsPipeline") is None
 
 
 @pytest.mark.parametrize("seed", range(10))

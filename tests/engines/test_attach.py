@@ -8,6 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import dipgo
+from dipgo.base.errors import DipgoWarning
 from tests import zoo
 from tests.checks import error, misused
 from tests.engines.dropin import STEPS, compiled
@@ -101,7 +102,8 @@ def test_callbacks_may_change_latents_but_not_conditions(sdxl):
         return given
 
     expected = sdxl.expected(callback_on_step_end=shift)
-    stopped = sdxl.expected(callback_on_step_end=stop)
+    with pytest.warns(DipgoWarning, match="ended at call 2 of 4"):
+        stopped = sdxl.expected(callback_on_step_end=stop)
     whole = sdxl.expected()
     assert error(expected, whole) > 1e-3
     with dipgo.attach(sdxl.pipe, sdxl.folder) as pipe:

@@ -50,6 +50,7 @@ IN_BFLOAT16 = """
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
+from engines.guidance import Guidance
 from engines.pipeline.conditions import conditions_of
 from engines.program import Program
 from export.bundle import open_bundle

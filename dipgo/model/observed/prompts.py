@@ -110,14 +110,16 @@ def _prompting(pipe: Any, seen: Observation, wanted: Sequence[str], probed: _Pro
     ]
     if fixed and {each.tokenizer for each in own} == {each.tokenizer for each in fixed}:
         ways.insert(0, lambda: (*_traced(pipe, _Texts.of(fixed), wanted, probed.short, calls), None))
-    for last in (False, True)[-len(ways) :]:
+    refusals = []
+    for way in ways:
         try:
-            texts, encode, side = ways.pop(0)()
+            texts, encode, side = way()
             _verify(pipe, wanted, probed, texts, encode, side)
             break
-        except UsageError:
-            if last:
-                raise
+        except UsageError as error:
+            refusals.append(error)
+    else:
+        raise refusals[0]
     encoders = _encoders(name, pipe, texts)
     if not probed.negative and _cleans(pipe, seen, texts):
         warnings.warn(
@@ -230,9 +232,14 @@ def _traced(
             stack.enter_context(answered(pipe, answer))
             for attribute, module in zip(encoders, modules, strict=True):
                 stack.enter_context(mock.patch.object(pipe, attribute, module))
-            made = pytree.tree_leaves(
-                [pipe.encode_prompt(**{key: one_each(each) for key, each in given.items()}) for given in arguments]
-            )
+            try:
+                made = pytree.tree_leaves(
+                    [pipe.encode_prompt(**{key: one_each(each) for key, each in given.items()}) for given in arguments]
+                )
+            except KeyError as error:  # of what the tokenizer gave, Kolors' positions say
+                raise UsageError(
+                    f"{type(pipe).__name__} needs {error} of its tokenizer, beside ids and mask"
+                ) from error
         return tuple(place.take(made) for place in places)
 
     return texts, encode

@@ -80,6 +80,8 @@ def text_stand_in(encoder: nn.Module) -> None:
         assert input_ids is not None
         phase = _PHASE.get() + torch.arange(width, device=input_ids.device) * 0.11
         hidden = torch.sin(input_ids[..., None].float() * 0.37 + phase)
+        if getattr(config, "model_type", None) == "chatglm":  # Kolors' encoder has the tokens along its first axis
+            hidden = hidden.transpose(0, 1)
         states = _States((hidden,) * (layers + 1))
         return text_output(encoder, hidden, states, lambda shape: _mixed(hidden.mean(1), shape[1:], "pooled"))
 
