@@ -53,6 +53,8 @@ def check_guidance(record: BundleRecord, guidance: Guidance) -> None:
         return
     if not isinstance(rescale, float | int) or not 0 <= rescale <= 1:
         raise UsageError(f"guidance_rescale = {rescale}; give a number from 0 to 1")
+    if not record.conditioning.guided:  # there is nothing to rescale
+        return
     if abs(rescale - own.guidance_rescale) > 1e-6 and (how is None or RESCALE not in record.conditioning.fixed):
         raise UsageError(
             f"guidance_rescale = {rescale:g}, the bundle was compiled for {own.guidance_rescale:g}; ask for that, or "

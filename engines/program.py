@@ -15,7 +15,7 @@ from engines.backend import Runner
 from engines.classes import class_of, class_rows
 from engines.context_pool import ContextPool
 from engines.finite import check_finite
-from engines.guidance import Guidance, fixed_conditions
+from engines.guidance import Guidance, fixed_conditions, is_off
 from engines.pipeline.formats import draw_noise
 from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, image_shape, latent_shape_of
@@ -35,6 +35,7 @@ class Program:
         contexts: what trajectories run in, each in one of its own.
         further: other programs of the bundle, on the same runner; see :meth:`at`.
         adapted: the program with low-rank branches; None where requests bring no LoRAs.
+        unguided: the program with the conditional pass alone; None where the bundle has none. See :meth:`under`.
     """
 
     def __init__(self, bundle: Bundle, runner: Runner, text: TextEncoder | None = None) -> None:
@@ -45,6 +46,8 @@ class Program:
         self.contexts = ContextPool(self.bundle, runner)
         adapted = self.bundle.adapted
         self.adapted = Program(adapted, runner, self._text) if adapted else None
+        alone = self.bundle.unguided
+        self.unguided = Program(alone, runner, self._text) if alone else None
         self.further = tuple(Program(other, runner, self._text) for other in others)
 
     def __enter__(self) -> Program:
@@ -53,9 +56,9 @@ class Program:
 
     def __exit__(self, *error: object) -> None:
         for program in self.programs:
-            program.contexts.clear()
-            if program.adapted:
-                program.adapted.contexts.clear()
+            for each in (program, program.adapted, program.unguided):
+                if each:
+                    each.contexts.clear()
         self.runner.__exit__()
 
     def at(self, steps: int | None = None, budget: float | None = None) -> Program:
@@ -78,6 +81,10 @@ class Program:
                 own = f"holds {self.choices}; ask for one of these"
             raise UsageError(f"{' and '.join(asked)}, the bundle {own}, or export another bundle")
         return next((program for program in fitting if program.steps == self.steps), fitting[0])
+
+    def under(self, guidance: Guidance) -> Program:
+        """Return the program that a request's guidance needs: of one pass where it is off and there is such a one."""
+        return self.unguided if self.unguided and is_off(self.record, guidance) else self
 
     def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Program:
         """Return the program with low-rank branches, and these as their matrices, by graph input."""
@@ -277,6 +284,9 @@ class Program:
         Raises:
             UsageError: see :meth:`noise`, :meth:`conditions` and :meth:`decode`.
         """
+        alone = self.under(guidance)
+        if alone is not self:
+            return alone.generate(subjects, seed, progress, None, size, guidance)
         if not self.makes_pixels:
             self._decoder()
         noise = self.noise(len(subjects), seed, size)

@@ -173,9 +173,7 @@ def assemble(
         solver.history if solver else 0,
         solver is not None and not np.allclose(sampler.input_scale, 1, atol=1e-9),
     )
-    stem, short = stem_of(subnet.model.name), Dtype.of_torch(traced.dtype).short
-    if denoiser.rank:
-        stem = f"{stem}-lora{denoiser.rank}"
+    stem, short = stem_of(subnet.model.name) + prepared.variant, Dtype.of_torch(traced.dtype).short
     size = prepared.sizes.text
     work = Work(loop, plans, launched, stem, f"{short}-{size}")
     program = LAYOUTS[layout](work, tables)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -310,6 +311,17 @@ class AdaptersRecord(Record):
     programs: list[ProgramRecord] = Field(max_length=101, description="in the order of the bundle's programs")
 
 
+class UnguidedRecord(Record):
+    """Each program again, with the conditional pass alone: what a request that asks for no guidance runs.
+
+    ``inputs`` and ``fixed`` are as those of the bundle's conditioning, for one pass.
+    """
+
+    inputs: Tensors
+    fixed: dict[Line, list[FiniteFloat]]
+    programs: list[ProgramRecord] = Field(max_length=101, description="in the order of the bundle's programs")
+
+
 class BundleRecord(ProgramRecord):
     """``bundle.json``: a program, what it runs on, and further programs that share that."""
 
@@ -334,6 +346,9 @@ class BundleRecord(ProgramRecord):
         default_factory=list, max_length=100, description="other programs of the model, which a request may choose"
     )
     adapters: AdaptersRecord | None = Field(default=None, description="none where requests bring no LoRAs")
+    unguided: UnguidedRecord | None = Field(
+        default=None, description="none where no guidance takes as long as guidance, or there is never any"
+    )
     decoder: DecoderRecord | None
     encoder: EncoderRecord | None = Field(default=None, description="how pictures become latents; none if they do not")
     weights: Literal["copy", "in-place"]
@@ -344,8 +359,8 @@ class BundleRecord(ProgramRecord):
     @property
     def programs(self) -> list[BundleRecord]:
         """Each program as the record of a bundle that holds no other; the first is what requests get by default."""
-        several = self.further or (self.adapters and self.adapters.programs)
-        return [self._alone(program) for program in (self, *self.further)] if several else [self]
+        shared = (self.adapters and self.adapters.programs) or self.unguided
+        return [self._alone(program) for program in (self, *self.further)] if self.further or shared else [self]
 
     @property
     def adapted(self) -> list[BundleRecord]:
@@ -353,8 +368,18 @@ class BundleRecord(ProgramRecord):
         return [self._alone(program) for program in (self.adapters.programs if self.adapters else ())]
 
     @property
+    def one_pass(self) -> list[BundleRecord]:
+        """Likewise each program with the conditional pass alone; empty where there are none."""
+        if self.unguided is None:
+            return []
+        own = {"guided": False, "guidance": None, "inputs": self.unguided.inputs, "fixed": self.unguided.fixed}
+        record = self.model_copy(update={"conditioning": self.conditioning.model_copy(update=own)})
+        return [record._alone(program) for program in self.unguided.programs]
+
+    @property
     def _every_program(self) -> list[ProgramRecord]:
-        return [self, *self.further, *(self.adapters.programs if self.adapters else ())]
+        adapted = self.adapters.programs if self.adapters else []
+        return [self, *self.further, *adapted, *(self.unguided.programs if self.unguided else ())]
 
     def _alone(self, program: ProgramRecord) -> BundleRecord:
         own = {name: getattr(program, name) for name in ProgramRecord.model_fields}
@@ -362,7 +387,7 @@ class BundleRecord(ProgramRecord):
         graphs = {name: graph for name, graph in self.graphs.items() if name in launched}
         conditioning = self.conditioning.at(program.sampler.guidance)
         adapters = self.adapters.model_copy(update={"programs": []}) if self.adapters else None
-        shared = {"graphs": graphs, "conditioning": conditioning, "further": [], "adapters": adapters}
+        shared = {"graphs": graphs, "conditioning": conditioning, "further": [], "adapters": adapters, "unguided": None}
         return self.model_copy(update={**own, **shared})
 
     @property
@@ -416,6 +441,7 @@ class Bundle:
         tables: values by step, ``[calls, …]`` each, by name, of the first program.
         further: the other programs, each as a bundle that holds no other.
         adapted: the program with low-rank branches; None where requests bring no LoRAs.
+        unguided: the program with the conditional pass alone, if there is one.
     """
 
     folder: Path
@@ -423,11 +449,12 @@ class Bundle:
     tables: dict[str, np.ndarray]
     further: tuple[Bundle, ...] = ()
     adapted: Bundle | None = None
+    unguided: Bundle | None = None
 
     @property
     def programs(self) -> tuple[Bundle, ...]:
         """Each program as a bundle that holds no other, the first first."""
-        several = self.further or self.adapted
+        several = self.further or self.adapted or self.unguided
         first = replace(self, record=self.record.programs[0], further=()) if several else self
         return first, *self.further
 
@@ -460,18 +487,22 @@ def open_bundle(folder: Path, check_files: bool = True) -> Bundle:
             raise DipgoError(f"{folder / name}: altered since the bundle was made (checksum differs); {CURE}")
     # A server may be without onnx: then its runtime alone refuses graphs that are not as the record says.
     graphs = {name: read_signature(folder / name, CURE) for name in record.tensors} if find_spec("onnx") else {}
-    if record.adapters and len(record.adapters.programs) != len(record.programs):
-        raise DipgoError(f"{path}: not every program has one with low-rank branches; {CURE}")
+    for what, others in (("low-rank branches", record.adapted), ("one pass", record.one_pass)):
+        if others and len(others) != len(record.programs):
+            raise DipgoError(f"{path}: not every program has one with {what}; {CURE}")
     programs = []
-    for own in (*record.programs, *record.adapted):
+    for own in (*record.programs, *record.adapted, *record.one_pass):
         tables = read_tensors(folder / own.tables_file, "table of a bundle", CURE)
         if broken := problem(own, tables, {name: graphs[name] for name in own.tensors if graphs}):
             raise DipgoError(f"{path}: {broken}; {CURE}")
         programs.append(Bundle(folder, own, tables))
-    plain = programs[: len(record.programs)]
-    for number, adapted in enumerate(programs[len(plain) :]):
-        plain[number] = replace(plain[number], adapted=adapted)
-    return Bundle(folder, record, plain[0].tables, tuple(plain[1:]), plain[0].adapted)
+    count = len(record.programs)
+    adapted, unguided = programs[count:][: len(record.adapted)], programs[count + len(record.adapted) :]
+    first, *further = (
+        replace(own, adapted=branched, unguided=alone)
+        for own, branched, alone in zip_longest(programs[:count], adapted, unguided)
+    )
+    return replace(first, record=record, further=tuple(further))
 
 
 def _check_place(folder: Path, name: str, size: int) -> None:

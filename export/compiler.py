@@ -28,6 +28,7 @@ from export.bundle import (
     FileRecord,
     ProgramRecord,
     TensorRecord,
+    UnguidedRecord,
 )
 from export.bundle_writer import check_delivery, check_weights, deliver
 from export.component_weights import weights_in_place
@@ -39,7 +40,15 @@ from export.onnx.convert import tensor_record
 from export.plan.launches import LATENT
 from export.plan.merge import merged
 from export.sizes import pixels_of_cell, sizes_for
-from export.sources import Source, check_model, check_together, sampler_of, sites_of
+from export.sources import (
+    Source,
+    check_model,
+    check_together,
+    check_unguided,
+    sampler_of,
+    sites_of,
+    without_guidance,
+)
 
 TABLES_FILE = "tables.safetensors"
 SUBNET_FILE = "subnet.json"
@@ -58,7 +67,7 @@ def write_bundle(
 
     The bundle's own SubNet is the canonical form of the given one (nothing computed for nobody), which does the same,
     or, with ``max_graphs``, what came of merging signatures. ``further`` become programs that share weights and all
-    graphs that are equal.
+    graphs that are equal. Where the model is prepared with the conditional pass alone too, so is each program.
 
     Raises:
         DipgoError, UsageError: a mismatch of model, sampler or sites, or an existing folder without ``force``.
@@ -70,9 +79,11 @@ def write_bundle(
             replace(each, subnet=merged(each.subnet, each.prepared.trace, config.max_graphs)) for each in sources
         ]
     count = len(sources)
+    unguided = [without_guidance(each, each.prepared.alone).checked() for each in sources if each.prepared.alone]
     if config.lora_rank:
         branched = {id(each.prepared): each.prepared.with_branches(config.lora_rank) for each in sources}
         sources += [replace(each, prepared=branched[id(each.prepared)]) for each in sources]
+    sources += unguided
     made = [
         assemble(each.prepared, each.subnet, each.sampler, config.graphs, each.starts if config.image else None)
         for each in sources
@@ -108,7 +119,8 @@ def write_bundle(
             conditioning=conditioning,
             graphs={name: graph for each in made for name, graph in each.graphs.items()},
             further=programs[1:count],
-            adapters=_adapters(made[-1].prepared, programs[count:]),
+            adapters=_adapters(sources[count].prepared, programs[count : 2 * count]) if config.lora_rank else None,
+            unguided=_unguided(unguided[0].prepared, programs[-count:]) if unguided else None,
             decoder=prepared.decoder,
             encoder=prepared.encoder,
             weights=config.weights,
@@ -119,11 +131,15 @@ def write_bundle(
     return record
 
 
-def _adapters(prepared: Prepared, programs: list[ProgramRecord]) -> AdaptersRecord | None:
+def _unguided(prepared: Prepared, programs: list[ProgramRecord]) -> UnguidedRecord:
+    """Return the programs of the conditional pass alone, and what they take."""
+    own = prepared.conditioning
+    return UnguidedRecord(inputs=own.inputs, fixed=own.fixed, programs=programs)
+
+
+def _adapters(prepared: Prepared, programs: list[ProgramRecord]) -> AdaptersRecord:
     """Return how requests bring LoRAs, of a model with branches."""
     denoiser = prepared.denoiser
-    if not denoiser.rank:
-        return None
     inputs = [tensor_record(value) for value in denoiser.model.graph.inputs if value.name in denoiser.matrices]
     return AdaptersRecord(rank=denoiser.rank, inputs=inputs, branches=list(denoiser.branches), programs=programs)
 
@@ -167,7 +183,7 @@ def compile_subnet(
     names = [
         _numbered(file, number)
         for file in (TABLES_FILE, SUBNET_FILE)
-        for number in range(len(subnets) * (2 if config.lora_rank else 1))
+        for number in range(len(subnets) * (1 + (config.lora_rank > 0) + config.unguided))
     ]
     check_delivery(Path(folder), model.folder, config.weights, force, names)
     if config.weights == "in-place":
@@ -175,6 +191,8 @@ def compile_subnet(
             check_weights(weights_in_place(model, name, dtype), model.folder)
     for each in subnets:
         check_model(each, model)
+        if config.unguided:
+            check_unguided(model, each)
     check_together(subnets)
     if config.image:
         check_takes_pictures(model.folder)
@@ -187,11 +205,13 @@ def compile_subnet(
     prepared: dict[str, Prepared] = {}
 
     def source(subnet: SubNet) -> Source:
-        sites = sites_of(subnet)
+        sites, size = sites_of(subnet), None if own else sizes.latent_at("opt")[2:]
         if sites not in prepared:
-            size = None if own else sizes.latent_at("opt")[2:]
             traced = trace(model, sites, first.sampler.guidance, dtype, size, open_guidance=True)
             prepared[sites] = prepare(traced, 1, whole and not prepared, sizes, config.image)
+            if config.unguided:
+                alone = trace(model.at(1.0, first.sampler.pixels), sites, 1.0, dtype, size)
+                prepared[sites] = prepared[sites].with_one_pass(alone)
         return Source(prepared[sites], subnet, sampler_of(subnet, model))
 
     main, further = source(first), [source(each) for each in others]

@@ -28,6 +28,9 @@ class ExportConfig(Config):
         "copy",
         description="copy: a bundle of its own; in-place: graphs in the pipeline's folder, nothing copied.",
     )
+    unguided: bool = Field(
+        False, description="Also a program of one pass for each, which requests at a guidance scale up to 1 run."
+    )
     lora_rank: int = Field(
         0, ge=0, le=1024, description="Take LoRAs per request, of ranks up to this together; 0 takes none."
     )

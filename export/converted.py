@@ -42,6 +42,8 @@ class Prepared:
         extra: graphs beside the denoiser's, by file name.
         tokenizers: contents of tokenizer files by name.
         weights: where the weights of all of them lie.
+        variant: what the names of its graphs say to be apart from those of the bundle's other programs.
+        alone: the model with the conditional pass of guidance alone; None where no program makes that.
     """
 
     denoiser: DenoiserGraph
@@ -52,13 +54,21 @@ class Prepared:
     extra: Mapping[str, ir.Model]
     tokenizers: Mapping[str, bytes]
     weights: Sequence[Weights]
+    variant: str = ""
+    alone: Prepared | None = None
     _tables: dict[tuple[float, ...], dict[str, np.ndarray]] = field(default_factory=dict)
     _prologues: dict[tuple[str, ...], Prologue | None] = field(default_factory=dict)
 
     def with_branches(self, rank: int) -> Prepared:
         """Return the same with low-rank branches at the denoiser's linear layers."""
         denoiser = with_branches(self.denoiser, rank)
-        return replace(self, denoiser=denoiser, hoisting=_hoisting(denoiser), _tables={}, _prologues={})
+        own = replace(self, denoiser=denoiser, hoisting=_hoisting(denoiser), variant=f"{self.variant}-lora{rank}")
+        return replace(own, _tables={}, _prologues={})
+
+    def with_one_pass(self, alone: Trace) -> Prepared:
+        """Return the same, with the model as it was traced for the conditional pass alone."""
+        other = prepare(alone, whole=False, sizes=self.sizes)
+        return replace(self, alone=replace(other, variant="-unguided"))
 
     @property
     def trace(self) -> Trace:

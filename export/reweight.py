@@ -51,6 +51,7 @@ def config_of(record: BundleRecord, model: Model) -> ExportConfig:
         batch=_text(record, record.latent.shape[0], 1),
         size=None if record.pixels or [height, width] == own else f"{height}x{width}",
         image=record.start is not None,
+        unguided=record.unguided is not None,
         lora_rank=record.adapters.rank if record.adapters else 0,
         pipeline=record.decoder is not None or record.conditioning.encoder is not None,
     )

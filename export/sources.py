@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from dipgo.base.errors import DipgoError, UsageError
+from dipgo.base.records import Passes
 from dipgo.graph.trace import Trace, trace
 from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler
 from dipgo.model.starts import Starts, starts_of
+from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import SubNet
 from export.converted import Prepared
 
@@ -46,6 +48,29 @@ class Source:
                 f"{sampler.name}, which has {sampler.calls}; search again"
             )
         return replace(self, subnet=normalise(subnet, traced))
+
+
+def check_unguided(model: Model, subnet: SubNet) -> None:
+    """Refuse a SubNet that a program of the conditional pass alone cannot be made of.
+
+    Raises:
+        UsageError: it was searched without guidance, or the pipeline makes further passes, or guides at 1 too.
+    """
+    scale = subnet.sampler.guidance
+    family = model.at(scale, subnet.sampler.pixels).family
+    if family.perturbs or not family.guides(scale) or model.at(1.0, subnet.sampler.pixels).family.guides(1.0):
+        raise UsageError(
+            f"--unguided: '{model.name}' makes no fewer passes at guidance 1 than at {scale:g}; leave it out"
+        )
+
+
+def without_guidance(source: Source, alone: Prepared) -> Source:
+    """Return what a program of the conditional pass alone is compiled from; ``alone`` was traced with that pass."""
+    schedule, subnet, traced = source.subnet.schedule, source.subnet, alone.trace
+    backups = {name: each[:, :, 1] if each.ndim == 4 else each for name, each in schedule.backups.items()}
+    sampler = replace(source.sampler, passes=Passes())
+    own = replace(subnet, sampler=sampler.identity(1.0), sites=traced.sites)
+    return Source(alone, own.under(Schedule(schedule.gates, backups), traced), sampler)
 
 
 def retrace(model: Model, subnet: SubNet, dtype: torch.dtype = torch.float32, open_guidance: bool = False) -> Trace:

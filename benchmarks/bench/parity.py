@@ -41,7 +41,7 @@ from dipgo.model.families import GuidedDenoiser, family_of, remember
 from dipgo.model.observed.request import Request
 from dipgo.schedule.subnet import SubNet
 from engines.finite import NotFinite
-from engines.guidance import Guidance, check_guidance
+from engines.guidance import Guidance, check_guidance, is_off
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.sizes import batches_of
@@ -107,7 +107,8 @@ def verify(
     check_guidance(program.record, Guidance(guidance))
     pipe = model_of(program.bundle, model, guidance).pipeline()
     with program:
-        each = [measure(own, pipe, images, seed, progress, guidance) for own in program.programs]
+        alone = [own.unguided for own in program.programs if own.unguided and guidance is None]
+        each = [measure(own, pipe, images, seed, progress, guidance) for own in (*program.programs, *alone)]
     return max(each, key=lambda parity: (not parity.passed, parity.relative_error_latent))
 
 
@@ -200,7 +201,8 @@ def _pipeline(program: Program, pipe: Any, inputs: Inputs, seed: int, guidance: 
     options |= {"class_labels": inputs, "clean_caption": False, "use_resolution_binning": False}
     accepted = inspect.signature(pipe.__call__).parameters
     pipe.set_progress_bar_config(disable=True)
-    with gated(family.denoiser(pipe), subnet), _decoded(pipe) as latents:
+    guided = not is_off(program.record, Guidance(guidance))
+    with gated(family.denoiser(pipe), subnet, guided=guided), _decoded(pipe) as latents:
         images = pipe(**{name: value for name, value in options.items() if name in accepted}).images
     return torch.cat(latents).cpu().numpy(), images
 

@@ -78,7 +78,7 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0, guided: bool = Tr
 
     ``start`` is the call that trajectories begin at, as those of image-to-image pipelines do. All sites are computed
     there, and a backup that combines several past outputs finds that one in the place of each. Not ``guided`` is a
-    pipeline that is asked for no guidance, where each pass would be a call of its own: it makes the conditional alone.
+    pipeline that is asked for no guidance, and makes the conditional pass alone.
 
     Warns:
         DipgoWarning: when the context ends after other calls than those of whole trajectories, as when a pipeline was
@@ -88,11 +88,10 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0, guided: bool = Tr
     weights, history = subnet.schedule.tensors(), subnet.schedule.history
     passes = subnet.sampler.passes
     registered = [family for family in FAMILIES if family.denoiser_class == subnet.model.class_name]
-    if passes.conditional_first or any(family.conditional_first for family in registered):
+    conditional_first = passes.conditional_first or any(family.conditional_first for family in registered)
+    if conditional_first:
         weights = {name: array.flip(2) if array.ndim == 4 else array for name, array in weights.items()}
-    calls, first_pass = (passes.calls, 0) if guided else (1, passes.calls - 1)
-    if passes.conditional_first:
-        first_pass = 0
+    calls, first_pass = (passes.calls, 0) if guided else (1, 1 - conditional_first)
     caches: list[list[list[list[torch.Tensor]]]] = [[[] for _ in names] for _ in range(calls)]  # newest first
     call, steps = -1, subnet.calls - start
 
@@ -127,7 +126,8 @@ def gated(denoiser: nn.Module, subnet: SubNet, start: int = 0, guided: bool = Tr
         return rebuilds[site](served)
 
     def of_pass(weight: torch.Tensor, number: int) -> torch.Tensor:
-        return weight[:, number] if weight.ndim == 3 and passes.calls > 1 else weight
+        apart = weight.ndim == 3 and (passes.calls > 1 or not guided)
+        return weight[:, number] if apart else weight
 
     rebuilds: dict[int, Rebuild] = {}
     first: nn.Module = getattr(denoiser, "controlnet", denoiser)  # which its pipeline calls before the rest

@@ -136,13 +136,19 @@ class Trajectory:
     def backup(
         self, site: int, step: int, past: Sequence[Sequence[torch.Tensor]], backups: Backups
     ) -> list[torch.Tensor]:
-        """Return what a skipped site serves: for each of its outputs, its weighted history (newest first)."""
+        """Return what a skipped site serves: for each of its outputs, its weighted history (newest first).
+
+        Without guidance, weights that were learned with it are those of the conditional pass.
+        """
         if not backups:
             return list(past[0])
         record = self.sites[site]
+        weights = [backups[backup_name(record.name, output)][step] for output in range(len(past[0]))]
+        if not self.guided.guided:
+            weights = [each[:, 1] if each.ndim == 3 else each for each in weights]
         return [
-            combine(entries, backups[backup_name(record.name, output)][step].to(self.device), record.channel_axis)
-            for output, entries in enumerate(zip(*past, strict=True))
+            combine(entries, each.to(self.device), record.channel_axis)
+            for entries, each in zip(zip(*past, strict=True), weights, strict=True)
         ]
 
     def _intercepted(self, noise: torch.Tensor, conditions: Conditions, reads: Reads, rule: Rule) -> list[torch.Tensor]:

@@ -50,6 +50,7 @@ class AttachedDenoiser(nn.Module):
         self._pipe = weakref.ref(pipe)
         self._reader = reader
         self._guidance = Guidance()
+        self._off = False  # whether the pipeline makes one pass of two
         self._first = 0
         self._hearing = False
         self._heard: list[Call] = []
@@ -108,12 +109,13 @@ class AttachedDenoiser(nn.Module):
     def begin(self, program: Program, guidance: Guidance, first: int) -> None:
         """Make ready for a call of the pipeline, with its program and its guidance, from a step on."""
         self.end()
-        self.program, self._guidance, self._first = program, guidance, first
+        self._off = is_off(program.record, guidance)
+        self.program, self._guidance, self._first = program.under(guidance), guidance, first
 
     @property
     def calls(self) -> int:
         """How often the pipeline calls per step."""
-        return 1 if is_off(self.program.record, self._guidance) else self._reader.calls
+        return 1 if self._off else self._reader.calls
 
     def end(self) -> None:
         """End the trajectory that is under way, if any; the next call must have the first timestep."""
@@ -131,7 +133,7 @@ class AttachedDenoiser(nn.Module):
         form = form_of(denoiser)
         arguments = form.read(bound(denoiser, args, kwargs), tokens_of(self._pipe()))
         self._check_guidance()
-        call = self._reader.read(arguments, not is_off(self.program.record, self._guidance))
+        call = self._reader.read(arguments, not self._off)
         output = torch.zeros(call.latent.shape) if self._hearing else self._epsilon(call)
         if self._hearing:
             self._heard.append(call)
@@ -161,11 +163,12 @@ class AttachedDenoiser(nn.Module):
 
     def _conditions(self, calls: Sequence[Call]) -> dict[str, np.ndarray]:
         """Return the bundle's conditions from the calls of the first step; one pass of two is both of them."""
-        if is_off(self.program.record, self._guidance):
-            joined = {name: np.concatenate([value, value]) for name, value in calls[0].conditions.items()}
+        passes = 1 + self.program.record.conditioning.guided
+        if self._off:
+            joined = {name: np.concatenate([value] * passes) for name, value in calls[0].conditions.items()}
         else:
             joined = self._reader.join(calls)
-        rows = (1 + self.program.record.conditioning.guided) * len(calls[0].latent)
+        rows = passes * len(calls[0].latent)
         return fixed_conditions(self.program.record, rows, self._guidance) | joined
 
     def _check_guidance(self) -> None:

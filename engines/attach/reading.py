@@ -137,6 +137,8 @@ class ObservedReader:
         conditions = {name: to_array(value) for name, value in template.conditions(arguments).items()}
         for tensor in _passed(self.program):
             value = conditions[tensor.name]
+            if len(sample) > len(value) == 1:  # one negative prompt for all images, as in Qwen-Image
+                value = conditions[tensor.name] = value.repeat(len(sample), 0)
             if list(value.shape) != [len(sample), *tensor.shape[1:]]:
                 raise UsageError(
                     f"'{tensor.name}' is {list(value.shape)} for {len(sample)} rows, the bundle takes "

@@ -156,6 +156,11 @@ def guidance_of(record: BundleRecord, arguments: Mapping[str, Any]) -> Guidance:
     return Guidance(off, rescale)
 
 
+def without_negative(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments without those of the unconditional pass, which is not made."""
+    return {name: value for name, value in arguments.items() if not name.startswith("negative_")}
+
+
 def _refuse_unread(program: Program, arguments: Mapping[str, Any]) -> None:
     """Refuse embeddings and negative prompts that would make no difference."""
     kind, folder = program.record.conditioning.kind, program.bundle.folder

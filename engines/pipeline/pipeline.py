@@ -20,7 +20,7 @@ from engines.later import LaterWalk, Origin
 from engines.pipeline.adapters import AdapterMethods
 from engines.pipeline.arguments import CHECKS, check_arguments
 from engines.pipeline.callback import TENSORS, Callback, StepCallback
-from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of
+from engines.pipeline.conditions import EMBEDDINGS, conditions_of, for_each, guidance_of, without_negative
 from engines.pipeline.control import control_conditions, nets_of, size_of
 from engines.pipeline.formats import FORMATS, Output, as_format, draw_noise, is_torch, source_of, to_array, to_tensor
 from engines.pipeline.interrupt import Calls
@@ -160,6 +160,8 @@ class Pipeline(AdapterMethods):
             self, negative, (negative_prompt_2, negative_prompt_3), "negative_prompt"
         )
         guidance = guidance_of(program.record, arguments)
+        if program.under(guidance) is not program:
+            program, arguments = program.under(guidance), without_negative(arguments)
         with self._calls.one() as call, self._asked(guidance):
             if controlled:
                 size = size_of(program, arguments, height, width)

@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 import dipgo
+from benchmarks.bench import parity
 from dipgo.base.guidance import GuidanceScale
 from engines.serving.limits import Limits
 from engines.serving.requests import Row, read_rows, render
 from export.compiler import compile_subnet
+from export.config import ExportConfig
 from tests import command, models, zoo
 from tests.checks import error, misused
 from tests.engines.dropin import compiled
@@ -45,6 +47,38 @@ def test_no_guidance_is_the_conditional_pass(scale):
         assert error(made.call(pipe, guidance_scale=scale), expected) <= 1e-4
     with dipgo.attach(made.pipe, made.folder) as pipe:
         assert error(made.call(pipe, guidance_scale=scale), expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind", ["sd", "dit", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sd3", "qwen"))]
+)
+def test_no_guidance_takes_one_pass_where_there_is_a_program_of_it(kind, tmp_path):
+    made = replace(compiled(kind), folder=tmp_path / "b")
+    config = ExportConfig(unguided=True, lora_rank=2 if kind == "sd" else 0)
+    record = compile_subnet(made.subnet, zoo.model(kind), made.folder, config)
+    off = {record.conditioning.scale: 1.0, **({} if kind == "dit" else {"negative_prompt": "a harbour"})}
+    usual, expected = made.expected(), made.expected(guided=False, **off)
+    with dipgo.load(made.folder) as pipe:
+        assert error(made.call(pipe, **off), expected) <= 1e-4
+        assert pipe.contexts.launches == 0 < pipe.unguided.contexts.launches
+        assert error(made.call(pipe), usual) <= 1e-4
+        assert (pipe.adapted is None) == (kind != "sd")
+    with dipgo.attach(made.pipe, made.folder) as pipe:
+        assert error(made.call(pipe, **off), expected) <= 1e-4
+        assert error(made.call(pipe), usual) <= 1e-4
+    assert parity.verify(made.folder).passed
+
+
+def test_a_program_of_one_pass_is_refused_where_it_would_be_the_same(tmp_path):
+    made = compiled("flux")
+    with misused("makes no fewer passes at guidance 1 than at 4; leave it out"):
+        compile_subnet(made.subnet, zoo.model("flux"), tmp_path / "b", ExportConfig(unguided=True))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_parity_without_guidance_is_by_the_backups_of_the_conditional_pass(whole):
+    assert parity.verify(compiled("sd", whole).folder, guidance=1.0).passed
 
 
 @pytest.mark.slow
