@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ from benchmarks.bench.page import summary
 from benchmarks.bench.report import SCHEMA, ReportRecord
 from benchmarks.pages import gpu
 from benchmarks.pages.figures import tables
-from benchmarks.studies import export_table, search_record
+from benchmarks.studies import dummy_record, export_table, search_record
 from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 
 Raw = dict[str, Any]
 TRADE_FIRST = {"result": 0, "loss": 1, "note": 2}
+GPU = {gpu.SCHEMA: gpu.table, gpu.STEP_SCHEMA: gpu.step_table}
+STUDIES: tuple[tuple[str, Any, Callable[[Any, str], str]], ...] = (  # by a field that no other has
+    ("cells", search_record.TableRecord, search_record.markdown),
+    ("cases", export_table.ExportRecord, export_table.markdown),
+    ("counts", dummy_record.Dummies, dummy_record.markdown),
+)
 TODAY = {  # what records from before a renaming say, as it is called now
     r"fixed policy": "fixed schedule",
     r"fixed policies": "fixed schedules",
@@ -60,14 +67,11 @@ def _shown(raw: Raw, source: str) -> str:
         report = ReportRecord.model_validate(raw)
         ordered = sorted(report.headline, key=lambda headline: TRADE_FIRST[headline.kind])
         return summary(report.model_copy(update={"headline": ordered}), source)
-    if schema == gpu.SCHEMA:
-        return gpu.table(raw, source)
-    if schema == gpu.STEP_SCHEMA:
-        return gpu.step_table(raw, source)
-    if "cells" in raw:
-        return search_record.markdown(search_record.TableRecord.model_validate(raw), source)
-    if "cases" in raw and schema is None:
-        return export_table.markdown(export_table.ExportRecord.model_validate(raw), source)
+    if schema in GPU:
+        return GPU[schema](raw, source)
+    for key, kind, shown in () if schema else STUDIES:
+        if key in raw:
+            return shown(kind.model_validate(raw), source)
     figures = {name: value for name, value in raw.items() if name not in ("command", "environment")}
     command = f"`{raw['command']}`. " if "command" in raw else ""
     return "\n".join([*tables(figures), "", f"{command}From [{source}]({source})."])

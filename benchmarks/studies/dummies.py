@@ -2,11 +2,11 @@
 
     python -m benchmarks.studies.dummies FOLDER --inputs inputs.json -o benchmarks/results/dummies.json
 
-FOLDER holds pipelines, such as those of diffusers' own tests, each saved by ``save_pretrained``. ``--inputs`` has by
-name what each is called with, of which height, width and prompt count. Every pipeline has a process of its own: a
-random SubNet of half the sites is exported, and what its bundle makes by prompt, or else of embeddings, is compared
-with the pipeline itself under the same gates, in the image, or in the latent where no bundle decodes. Where a pipeline
-takes pictures its bundle is attached to it.
+FOLDER holds pipelines, such as :mod:`benchmarks.studies.dummy_pipelines` makes, each saved by ``save_pretrained``.
+``--inputs`` has by name what each is called with, of which height, width and prompt count. Every pipeline has a process
+of its own: a random SubNet of half the sites is exported, and what its bundle makes by prompt, or else of embeddings,
+is compared with the pipeline itself under the same gates, in the image, or in the latent where no bundle decodes. Where
+a pipeline takes pictures its bundle is attached to it. A run that was cut short is gone on with.
 """
 
 from __future__ import annotations
@@ -20,49 +20,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 from tqdm import tqdm
 
-from benchmarks.studies.study import Study, StudyRecord, Words, run
+from benchmarks.studies.dummy_record import Dummies, Outcome, Row
+from benchmarks.studies.study import Study, Words, run
 from dipgo.base.errors import DipgoError, one_line
-from dipgo.base.records import Record, read_object
+from dipgo.base.records import read_object
 
 STEPS, KEPT, SEED = 5, 0.5, 5
 SAMPLERS = (None, "dpm++2m", "euler")  # the pipeline's own; another where that one clips
 CLOSE = 1e-3  # relative
 
 Arrays = dict[str, np.ndarray]
-Outcome = Literal["prompt", "embeddings", "class", "nothing", "refused", "wrong", "failed"]
-
-
-class Row(Record):
-    """A pipeline.
-
-    Attributes:
-        outcome: what it is run by; ``refused`` in one line, ``wrong`` by what it makes, ``failed`` otherwise.
-        errors: relative distances of what was made: ``latent`` and ``np``, decoded, of embeddings, and by ``prompt``.
-            Some pipelines hand out latents in another layout; then images count.
-        said: of a pipeline that is refused or fails, else what was warned of.
-    """
-
-    name: str
-    pipeline: str
-    outcome: Outcome
-    stage: str
-    sampler: str = ""
-    errors: dict[str, float] = Field(default_factory=dict)
-    said: str = ""
-    seconds: float = 0.0
-
-
-class Dummies(StudyRecord):
-    """The result file."""
-
-    counts: dict[str, int]
-    rows: list[Row]
 
 
 class _Way:
@@ -107,7 +79,7 @@ class _Way:
             self.stage = "attach"
             made = self._images(model, pipe, record, attached(pipe, scratch / "bundle"))
             self.errors = {kind: _distance(made[kind], own) for kind, own in expected.items()}
-            return "embeddings" if max(self.errors.values()) <= CLOSE else "wrong"
+            return "attached" if max(self.errors.values()) <= CLOSE else "wrong"
         conditions = self._conditions(model, pipe)
         self.stage = "run"
         return self._compare(scratch / "bundle", conditions, expected)
@@ -235,6 +207,7 @@ def main(words: Words | None = None) -> None:
     study.parser.add_argument("folder", type=Path)
     study.parser.add_argument("--inputs", type=Path, help="JSON, by name: height, width and prompt")
     study.parser.add_argument("--only", nargs="*", help="names of some")
+    study.parser.add_argument("--again", action="store_true", help="also those that -o has already")
     study.parser.add_argument("--one", help="take this one in this process and print its row")
     options = study.options()
     inputs = read_object(options.inputs, "inputs") if options.inputs else {}
@@ -245,13 +218,20 @@ def main(words: Words | None = None) -> None:
     found = sorted(path.parent.name for path in options.folder.glob("*/model_index.json"))
     names = [name for name in found if not options.only or name in options.only]
     given = ("--inputs", options.inputs) if options.inputs else ()
-    rows = []
-    for name in tqdm(names):
-        rows.append(attempt(study, options.folder, name, *given))
-        tqdm.write(_line(rows[-1]))
-    counts = dict(Counter(row.outcome for row in rows).most_common())
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    study.write(Dummies(counts=counts, rows=rows, **study.origin()))
+    rows = {} if options.again else _measured(options.output)
+    for name in tqdm([name for name in names if name not in rows]):
+        rows[name] = attempt(study, options.folder, name, *given)
+        tqdm.write(_line(rows[name]))
+        counts = dict(Counter(row.outcome for row in rows.values()).most_common())
+        study.write(Dummies(counts=counts, rows=[rows[name] for name in sorted(rows)], **study.origin()))
+    print(", ".join(f"{count} {outcome}" for outcome, count in Counter(row.outcome for row in rows.values()).items()))
+
+
+def _measured(output: Path | None) -> dict[str, Row]:
+    """Return the rows of an earlier run, which this one goes on from."""
+    if output is None or not output.exists():
+        return {}
+    return {row.name: row for row in Dummies.model_validate(read_object(output, "result")).rows}
 
 
 def _line(row: Row) -> str:
