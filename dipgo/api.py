@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dipgo.graph.latency import LatencyProfile
     from dipgo.model.models import Model
     from dipgo.schedule.subnet import SubNet
-    from export.bundle import BundleRecord
+    from export.records.bundle import BundleRecord
 
 C = TypeVar("C", bound=Config)
 Rest = Callable[[float], float]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dipgo.base.errors import UsageError
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 
 def class_of(record: BundleRecord, label: str) -> int:

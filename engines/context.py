@@ -15,7 +15,8 @@ import numpy as np
 from dipgo.base.control import STRENGTH
 from engines.backend import Buffer, Launch, Runner
 from export.axes import shape_at
-from export.bundle import Bundle, GraphRecord, PrologueRecord, TensorRecord
+from export.bundle import Bundle
+from export.records.graphs import GraphRecord, PrologueRecord, TensorRecord
 
 LATENT, EPSILON = "latent", "epsilon"
 

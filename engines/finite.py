@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dipgo.base.errors import DipgoError, UsageError
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 
 class NotFinite(DipgoError):

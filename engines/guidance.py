@@ -10,7 +10,7 @@ import numpy as np
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from dipgo.base.guidance import RESCALE
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from engines.pipeline.text import Each, Text, TextEncoder
 from engines.sizes import axes_of, batch_of, batches_of, image_shape, latent_shape_of
 from engines.steps import Steps, Walk
 from export.axes import shape_at, sizes_at, values_at
-from export.bundle import Bundle, DecoderRecord
+from export.bundle import Bundle
+from export.records.bundle import DecoderRecord
 
 NEAR = 0.03  # between the budget that is asked for and a program's
 AfterStep = Callable[[int, np.ndarray], None]

@@ -8,7 +8,7 @@ import numpy as np
 
 from dipgo.base.errors import UsageError
 from export.axes import shape_at, values_at
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 
 def axes_of(record: BundleRecord, shape: Sequence[int]) -> dict[str, int]:

@@ -20,15 +20,6 @@ from dipgo.model.starts import Starts
 from dipgo.schedule.schedule import backup_outputs
 from dipgo.schedule.subnet import SubNet
 from export.axes import values_at
-from export.bundle import (
-    GraphRecord,
-    PartRecord,
-    ProgramRecord,
-    SolverRecord,
-    StartRecord,
-    StepRecord,
-    TensorRecord,
-)
 from export.converted import Prepared, stem_of
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph
@@ -41,6 +32,8 @@ from export.plan.program import Program, Work
 from export.plan.prologue import Prologue
 from export.plan.slots import Allocation, allocate, bytes_of, prune
 from export.plan.solver import Recurrence, recurrence
+from export.records.graphs import GraphRecord, TensorRecord
+from export.records.program import PartRecord, ProgramRecord, SolverRecord, StartRecord, StepRecord
 
 START = "start"  # tables of starts: start.steps, start.draws, start.noised
 

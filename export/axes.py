@@ -14,7 +14,7 @@ from math import prod
 from typing import Any, Literal
 
 from dipgo.base.errors import DipgoError, UsageError
-from export.graphs import AxisRecord, Size, TensorRecord
+from export.records.graphs import AxisRecord, Size, TensorRecord
 
 MOST_ELEMENTS = 2**40
 

@@ -21,8 +21,9 @@ from dipgo.base.files import (
     sha256_once,
 )
 from dipgo.base.records import read_json
-from export.bundle import BUNDLE, RECORD_FILE, FileRecord
+from export.bundle import BUNDLE, RECORD_FILE
 from export.onnx.weights import Weights, check_in_place, place
+from export.records.bundle import FileRecord
 
 Files = dict[str, FileRecord]
 MODEL_FILE = "model_index.json"

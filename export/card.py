@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 _TASKS = {
     "prompt": "text-to-image",

@@ -21,15 +21,7 @@ from dipgo.model.models import Model
 from dipgo.model.sampler import Sampler
 from dipgo.schedule.subnet import SubNet, save_subnet
 from export.assembly import assemble
-from export.bundle import (
-    RECORD_FILE,
-    AdaptersRecord,
-    BundleRecord,
-    FileRecord,
-    ProgramRecord,
-    TensorRecord,
-    UnguidedRecord,
-)
+from export.bundle import RECORD_FILE
 from export.bundle_writer import check_delivery, check_weights, deliver
 from export.component_weights import weights_in_place
 from export.components import components_of, left_out
@@ -39,6 +31,9 @@ from export.onnx import constants
 from export.onnx.convert import tensor_record
 from export.plan.launches import LATENT
 from export.plan.merge import merged
+from export.records.bundle import AdaptersRecord, BundleRecord, FileRecord, UnguidedRecord
+from export.records.graphs import TensorRecord
+from export.records.program import ProgramRecord
 from export.sizes import pixels_of_cell, sizes_for
 from export.sources import (
     Source,

@@ -17,7 +17,6 @@ from dipgo.base.errors import DipgoError, DipgoWarning
 from dipgo.base.files import cache_root, sha256_of_json
 from dipgo.graph.trace import Trace
 from dipgo.model.models import Model
-from export.bundle import ConditioningRecord, DecoderRecord, EncoderRecord, GuidanceRecord
 from export.component_weights import weights_of
 from export.components import VAE, components_of
 from export.decoder import decoder_to_onnx
@@ -28,6 +27,8 @@ from export.onnx.denoiser_graph import DenoiserGraph, denoiser_to_onnx
 from export.onnx.weights import Weights
 from export.plan.hoisting import Hoisting, hoist
 from export.plan.prologue import Prologue, cut_prologue, evaluate_tables
+from export.records.bundle import DecoderRecord, EncoderRecord
+from export.records.conditioning import ConditioningRecord, GuidanceRecord
 from export.sizes import Sizes
 from export.text import text_to_onnx
 

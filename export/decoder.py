@@ -11,11 +11,12 @@ from torch import nn
 from torch.export import Dim
 
 from dipgo.model.models import Model
-from export.bundle import DecoderRecord, Size
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_dtype, components_of, empty_component
 from export.onnx.convert import convert, export_module, tensor_record
 from export.onnx.weights import Weights
+from export.records.bundle import DecoderRecord
+from export.records.graphs import Size
 
 FILE = "vae_decoder.onnx"
 _EXAMPLE_SIZE = 6  # of an axis; torch.export takes 0 and 1 for constants

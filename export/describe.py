@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dipgo.base.units import size
-from export.bundle import Bundle, BundleRecord
+from export.bundle import Bundle
+from export.records.bundle import BundleRecord
 
 _PARTS = {
     "table": "while compiling",

@@ -11,11 +11,12 @@ from torch import nn
 from torch.export import Dim
 
 from dipgo.model.models import Model
-from export.bundle import EncoderRecord, Size
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_config, component_dtype, components_of, empty_component
 from export.onnx.convert import convert, export_module, tensor_record
 from export.onnx.weights import Weights
+from export.records.bundle import EncoderRecord
+from export.records.graphs import Size
 from export.sizes import Sizes, pixels_of_cell
 
 FILE = "vae_encoder.onnx"

@@ -9,9 +9,11 @@ from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError
 from dipgo.model.models import Model
 from dipgo.schedule.subnet import load_subnet
-from export.bundle import AxisRecord, Bundle, BundleRecord
+from export.bundle import Bundle
 from export.compiler import compile_subnet
 from export.config import ExportConfig
+from export.records.bundle import BundleRecord
+from export.records.graphs import AxisRecord
 
 
 def reweight(bundle: Bundle, model: Model, folder: str | Path, force: bool = False) -> BundleRecord:

@@ -10,8 +10,8 @@ from dipgo.base.errors import UsageError
 from dipgo.graph.exported import size_multiple
 from dipgo.model.models import Model
 from export.axes import parse_range
-from export.bundle import AxisRecord, Size
 from export.components import VAE, class_of, component_config
+from export.records.graphs import AxisRecord, Size
 
 Side = int | AxisRecord
 

@@ -12,11 +12,12 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.records import read_json
 from dipgo.model.families import Prompting, latent_size
 from dipgo.model.models import Model
-from export.bundle import Size, TextRecord, TokenizerRecord
 from export.component_weights import bind_component, own_weights
 from export.components import VAE, component_config, components_of, empty_component
 from export.onnx.convert import convert, export_module, tensor_record
 from export.onnx.weights import Weights
+from export.records.conditioning import TextRecord, TokenizerRecord
+from export.records.graphs import Size
 from export.sizes import Sizes
 from export.tokenizer_files import tokenizer_of
 

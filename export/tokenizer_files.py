@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from dipgo.base.errors import DipgoError, one_line
 from dipgo.model.families import Prompting
 from dipgo.model.models import Model
-from export.bundle import TokenizerRecord
 from export.components import class_of, component_config
+from export.records.conditioning import TokenizerRecord
 
 # Enough to tell tokenizers apart that cut, pad or normalise differently.
 _PROBES = ("", "a cat", "Ünïcödé  — 猫 😀", "word " * 200)

@@ -26,10 +26,10 @@ from dipgo.model.sampler import Sampler, make_scheduler
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.task import Task, make_task
-from export.bundle import BundleRecord
 from export.compiler import Prepared, prepare, write_bundle
 from export.config import ExportConfig
 from export.onnx.convert import convert
+from export.records.bundle import BundleRecord
 from export.sizes import sizes_for
 from tests import models
 

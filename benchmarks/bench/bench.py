@@ -29,7 +29,8 @@ from benchmarks.environment import clock, environment, load_average
 from dipgo.base.errors import DipgoError, UsageError
 from dipgo.base.files import refuse_existing
 from dipgo.base.progress import Report, silent
-from export.bundle import Bundle, BundleRecord, open_bundle
+from export.bundle import Bundle, open_bundle
+from export.records.bundle import BundleRecord
 
 AGREEMENT = {"float32": 10 * TOLERANCE}  # of exact baselines in torch with the full program
 AGREEMENT_HALF = 0.1

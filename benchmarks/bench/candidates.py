@@ -25,7 +25,8 @@ from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from engines.torchrt.runner import default_device
-from export.bundle import Bundle, BundleRecord, open_bundle
+from export.bundle import Bundle, open_bundle
+from export.records.bundle import BundleRecord
 
 
 @dataclass(frozen=True)

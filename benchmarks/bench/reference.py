@@ -21,7 +21,8 @@ from dipgo.schedule.subnet import SubNet, load_subnet
 from dipgo.searching.task import ALL_CHOICES, Choices, Task, make_task
 from engines.guidance import Guidance, fixed_conditions
 from engines.pipeline.formats import draw_noise
-from export.bundle import Bundle, BundleRecord
+from export.bundle import Bundle
+from export.records.bundle import BundleRecord
 from export.sources import retrace, scheduler_of
 
 CHUNK = 16  # images of the long trajectory at a time

@@ -18,7 +18,9 @@ from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
 from engines.onnxrt.runner import OnnxRuntimeRunner
 from engines.program import Program
-from export.bundle import BundleRecord, ConditioningRecord, open_bundle
+from export.bundle import open_bundle
+from export.records.bundle import BundleRecord
+from export.records.conditioning import ConditioningRecord
 
 PARITY_SEED = 0
 TIMING_SEED = 1

@@ -14,8 +14,9 @@ from benchmarks.debug.differences import Difference, Values, compare, quiet
 from benchmarks.debug.graphs import layers_of, producers, read_graph, session, with_outputs
 from dipgo.base.files import sha256_of
 from engines.backends import runner_for
-from export.bundle import Bundle, FileRecord
-from export.graphs import GraphRecord, read_signature
+from export.bundle import Bundle
+from export.records.bundle import FileRecord
+from export.records.graphs import GraphRecord, read_signature
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner

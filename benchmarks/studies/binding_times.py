@@ -29,9 +29,9 @@ from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.search_record import SearchRecord
 from dipgo.schedule.subnet import make_subnet
 from engines.pipeline.pipeline import load
-from export.bundle import PartRecord
 from export.compiler import prepare, write_bundle
 from export.plan.hoisting import Hoisting
+from export.records.program import PartRecord
 
 GUIDANCE = 4.0
 TOLERANCE = 1e-4

@@ -4,8 +4,7 @@
 
 DIFFUSERS is a checkout of its sources, with tests. Every class of pipelines that tests have components for becomes
 FOLDER/NAME, saved by ``save_pretrained``, and what tests call it with goes to FOLDER/inputs.json. Tokenizers and
-encoders that the tests take from the hub are small ones of the same class here. Every file of tests has a process of
-its own.
+encoders that the tests take from the hub are small ones of the same class here.
 """
 
 from __future__ import annotations
@@ -179,14 +178,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path.insert(0, str(options.diffusers))
-    import diffusers  # noqa: F401 - once, for all processes
-    import transformers  # noqa: F401
-
     options.folder.mkdir(parents=True, exist_ok=True)
     files = sorted(options.diffusers.glob("tests/pipelines/*/test_*.py"))
     modules = [".".join(file.relative_to(options.diffusers).with_suffix("").parts) for file in files]
     inputs: dict[str, Any] = {}
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    with get_context("fork").Pool(1) as pool:
         for module in tqdm(modules):
             try:
                 rows = pool.apply_async(make, (module, options.folder)).get(SECONDS)
@@ -195,7 +191,7 @@ def main() -> None:
             inputs |= {row["name"]: row["inputs"] for row in rows if not row["said"]}
             for row in rows:
                 tqdm.write(f"{row['name']}: {row['said'] or 'made'}")
-    (options.folder / "inputs.json").write_text(json.dumps(inputs, indent=1) + "\n")
+            (options.folder / "inputs.json").write_text(json.dumps(inputs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

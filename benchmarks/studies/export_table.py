@@ -28,7 +28,8 @@ from dipgo.base.process_memory import resident_peak
 from dipgo.base.records import Record
 from dipgo.model.models import ARCHITECTURES, Model, find_model
 from dipgo.schedule.subnet import SubNet, load_subnet, save_subnet
-from export.bundle import BundleRecord, PartRecord
+from export.records.bundle import BundleRecord
+from export.records.program import PartRecord
 
 ROOT = Path(__file__).parents[2]
 SCRATCH = ROOT / "build"  # not the system's folder for such: it may be memory, and checkpoints are gigabytes

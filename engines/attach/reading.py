@@ -16,7 +16,7 @@ from dipgo.model.observed.observation import Observation, joined_conditions
 from engines.attach.controlnet import HANDED_ON
 from engines.pipeline.formats import to_array
 from engines.program import Program
-from export.bundle import TensorRecord
+from export.records.graphs import TensorRecord
 
 _PASSED_BESIDES = ("return_dict", "timestep")
 

@@ -13,7 +13,7 @@ from typing import Any
 from dipgo.base import install
 from dipgo.base.errors import DipgoError, not_imported
 from dipgo.base.files import cache_root
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 CUDA, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 NAMES = {CUDA: "CUDA", TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}

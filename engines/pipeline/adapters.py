@@ -12,7 +12,7 @@ from dipgo.base.errors import UsageError
 from engines.pipeline.likeness import DiffusersLikeness
 from engines.pipeline.lora_file import Adapter, read_adapter
 from engines.program import Program
-from export.bundle import AdaptersRecord
+from export.records.bundle import AdaptersRecord
 
 _NAME = "default_{}"
 

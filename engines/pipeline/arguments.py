@@ -13,7 +13,7 @@ from dipgo.base.errors import UsageError
 from engines.guidance import Guidance, check_guidance
 from engines.pipeline.control import ARGUMENTS as CONTROL
 from engines.pipeline.control import check_control
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 MICRO_CONDITIONS = "time_ids"
 """SDXL's condition of sizes and crops, six numbers: the original size, the crop's corner, the target size."""

@@ -19,7 +19,7 @@ from engines.pipeline.text import Each
 from engines.program import Program
 from engines.steps import rows_of
 from export.axes import sizes_at
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 EMBEDDINGS = {
     "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),

@@ -13,7 +13,7 @@ from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import UsageError
 from engines.pipeline.formats import is_torch, to_array
 from engines.program import Program
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 ARGUMENTS = {"controlnet_conditioning_scale": 1.0, "control_guidance_start": 0.0, "control_guidance_end": 1.0}
 """The arguments of diffusers' pipelines beside ``image``, and their defaults; one for all ControlNets, or a list."""

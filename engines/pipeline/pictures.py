@@ -13,7 +13,8 @@ from engines.later import Kept, Origin, factors_of_noise
 from engines.pipeline.formats import is_torch, to_array
 from engines.program import Program
 from engines.sizes import batches_of
-from export.bundle import BundleRecord, StartRecord
+from export.records.bundle import BundleRecord
+from export.records.program import StartRecord
 
 Draw = Callable[[Sequence[int]], np.ndarray]
 

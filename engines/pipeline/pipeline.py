@@ -36,7 +36,8 @@ from engines.pipeline.pictures import (
 from engines.program import Program
 from engines.sizes import batches_of, latent_shape_of
 from engines.steps import Steps, Walk, rows_of
-from export.bundle import BundleRecord, open_bundle
+from export.bundle import open_bundle
+from export.records.bundle import BundleRecord
 
 _ARGUMENTS = {*CHECKS, "image", *(argument for pair in EMBEDDINGS.values() for argument in pair)}
 

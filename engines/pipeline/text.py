@@ -11,7 +11,7 @@ from tokenizers import Encoding, Tokenizer
 
 from dipgo.base.errors import DipgoError, DipgoWarning, UsageError, one_line
 from dipgo.base.inputs import read_text
-from export.bundle import TextRecord, TokenizerRecord
+from export.records.conditioning import TextRecord, TokenizerRecord
 
 LARGEST_TOKENIZER = 64 * 2**20  # bytes
 

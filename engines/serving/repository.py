@@ -24,7 +24,8 @@ from engines.serving.limits import Limits
 from engines.sizes import batch_of
 from engines.trt.store import FOLDER as ENGINES
 from engines.trt.store import record_path
-from export.bundle import RECORD_FILE, BundleRecord, files_of, open_bundle
+from export.bundle import RECORD_FILE, files_of, open_bundle
+from export.records.bundle import BundleRecord
 
 MODEL = Path(__file__).with_name("model.py")
 CONFIG, VERSION, BUNDLE, WARMUP = "config.pbtxt", "1", "bundle", "warmup"

@@ -21,7 +21,9 @@ from dipgo.base.files import cache_root, new_file, sha256_of_json
 from engines.torchrt.loader import TorchGraph, module_from_graph
 from engines.torchrt.weights import Weights
 from export.axes import shape_at, values_at
-from export.bundle import AxisRecord, Bundle, BundleRecord, TensorRecord
+from export.bundle import Bundle
+from export.records.bundle import BundleRecord
+from export.records.graphs import AxisRecord, TensorRecord
 
 RECIPE = 1  # raised whenever graphs are converted or compiled in another way, so that older packages are not used
 

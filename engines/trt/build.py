@@ -20,7 +20,8 @@ from engines.trt.loader import BuildOptions, Graph, plan_from_graph
 from engines.trt.processes import each
 from engines.trt.store import EngineRecord, engine_path, find_engine, graphs_of, key_of, save_engine
 from engines.trt.timing import timing_file
-from export.bundle import AxisRecord, Bundle, open_bundle
+from export.bundle import Bundle, open_bundle
+from export.records.graphs import AxisRecord
 
 WAITING = "waiting for another build of this bundle"
 

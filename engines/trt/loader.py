@@ -13,7 +13,7 @@ from dipgo.base.records import Record
 from engines.trt.library import Library, dtype_names, listener
 from engines.trt.timing import add_timings, use_timings
 from export.axes import profile_of
-from export.bundle import AxisRecord, TensorRecord
+from export.records.graphs import AxisRecord, TensorRecord
 
 LEVEL = 3  # of the builder's optimisation, 0 to 5
 

@@ -19,7 +19,9 @@ from dipgo.base.records import Record, read_record
 from engines.trt.library import Library
 from engines.trt.loader import BuildOptions, Graph
 from engines.trt.timing import keep_aside
-from export.bundle import Bundle, BundleRecord, TensorRecord
+from export.bundle import Bundle
+from export.records.bundle import BundleRecord
+from export.records.graphs import TensorRecord
 
 FOLDER = "engines"
 SCHEMA = "dipgo.engine/1"

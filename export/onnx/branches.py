@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from export.graphs import BranchRecord
 from export.onnx.denoiser_graph import PREFIX, DenoiserGraph
 from export.plan.launches import MATRICES
+from export.records.graphs import BranchRecord
 
 Sizes = Sequence[int | ir.SymbolicDim] | None
 _SUFFIX = ".weight"

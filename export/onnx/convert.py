@@ -18,10 +18,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dipgo.base.errors import DipgoError
-from export.bundle import Size, TensorRecord
 from export.onnx.cache import cached, digest_of_program
 from export.onnx.passes import MEND, DropIdleArithmetic, MergeConstants
 from export.onnx.symbols import name_axes, sizes_of
+from export.records.graphs import Size, TensorRecord
 
 OPSET = 23  # from 23 on attention stays one Attention node and GroupNorm one GroupNormalization
 _RULES = (

@@ -13,13 +13,12 @@ import onnx_ir as ir
 
 from dipgo.graph.trace import Trace
 from export.axes import values_at
-from export.bundle import Size
-from export.graphs import BranchRecord
 from export.onnx.cache import cached, digest_of_program
 from export.onnx.convert import convert, specialise
 from export.onnx.weights import Weights, bind
 from export.plan.hoisting import binding_of, sources_of
 from export.plan.launches import EPSILON, LATENT
+from export.records.graphs import BranchRecord, Size
 from export.sizes import Sizes
 
 PREFIX = "guided.denoiser."

@@ -17,8 +17,8 @@ import onnx_ir as ir
 import sympy  # type: ignore[import-untyped]
 
 from dipgo.base.errors import DipgoError
-from export.bundle import Size
 from export.onnx.arithmetic import Reads, SizeBuilder, evaluate_node, small_number, whole
+from export.records.graphs import Size
 
 
 def name_axes(model: ir.Model, latent: str, sizes: Sequence[Size]) -> None:

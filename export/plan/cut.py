@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.graphs import RowRecord, TensorRecord
 from export.onnx.convert import tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph
 from export.onnx.symbols import read_elsewhere
 from export.plan.launches import EPSILON, LATENT
+from export.records.graphs import RowRecord, TensorRecord
 
 SOLVER = "solver"  # tables of the solver: solver.latents, solver.outputs [calls, p], solver.scale [calls]
 

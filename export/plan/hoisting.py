@@ -16,9 +16,10 @@ from typing import Literal
 import onnx_ir as ir
 
 from dipgo.base.control import STRENGTH
-from export.bundle import PartRecord, Size
 from export.onnx.macs import node_macs, weights_read
 from export.plan.launches import LATENT, MATRICES
+from export.records.graphs import Size
+from export.records.program import PartRecord
 
 Binding = Literal["constant", "table", "prompt", "steps", "loop"]
 TIMESTEP = "timestep"

@@ -16,12 +16,12 @@ from hashlib import sha256
 import numpy as np
 import onnx_ir as ir
 
-from export.bundle import Size
 from export.onnx.symbols import shape_value
 from export.plan.cut import Cut
 from export.plan.launches import EPSILON
 from export.plan.program import Program, Work
 from export.plan.segments import by_segment
+from export.records.graphs import Size
 
 
 def by_signature(work: Work, tables: Mapping[str, np.ndarray]) -> Program:

@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from export.graphs import PrologueRecord, RowRecord
 from export.onnx.convert import specialise, tensor_record
 from export.onnx.denoiser_graph import DenoiserGraph
 from export.onnx.macs import node_macs, weights_read
 from export.onnx.symbols import read_elsewhere, scale_batch
 from export.plan.hoisting import TIMESTEP, Hoisting
 from export.plan.launches import LATENT
+from export.records.graphs import PrologueRecord, RowRecord
 from export.sizes import Sizes
 
 _ELSEWHERE = "weights"

@@ -13,8 +13,9 @@ from math import prod
 
 from dipgo.base.dtypes import Dtype
 from export.axes import shape_at
-from export.bundle import SlotRecord, TensorRecord
 from export.plan.launches import Launch, Value
+from export.records.graphs import TensorRecord
+from export.records.program import SlotRecord
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from benchmarks.bench.parity import TOLERANCE, measure, verify
 from benchmarks.bench.quality import latent_error
 from dipgo.base.files import sha256_of
 from dipgo.base.progress import silent
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 from tests.checks import refused
 
 

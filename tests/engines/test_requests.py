@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 import dipgo
 from dipgo.base.errors import DipgoError, DipgoWarning, UsageError
 from dipgo.base.files import sha256_of
-from export.bundle import FileRecord, open_bundle
+from export.bundle import open_bundle
+from export.records.bundle import FileRecord
 from tests import command, zoo
 from tests.checks import error
 from tests.engines.dropin import STEPS, compiled

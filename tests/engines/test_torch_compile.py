@@ -15,8 +15,9 @@ from dipgo.model.models import find_model
 from dipgo.model.sampler import tabulate
 from engines.torchrt import aot
 from engines.torchrt.aot import build, sizes_built
-from export.bundle import AxisRecord, open_bundle
+from export.bundle import open_bundle
 from export.compiler import prepare, write_bundle
+from export.records.graphs import AxisRecord
 from export.sizes import Sizes
 from tests.checks import error, refused
 from tests.models import random_subnet

@@ -18,8 +18,9 @@ from engines.trt.library import find_library
 from engines.trt.loader import BuildOptions, Graph, plan_from_graph
 from engines.trt.processes import each
 from engines.trt.store import graphs_of
-from export.bundle import AxisRecord, TensorRecord, open_bundle
+from export.bundle import open_bundle
 from export.compiler import write_bundle
+from export.records.graphs import AxisRecord, TensorRecord
 from tests import zoo
 from tests.checks import refused
 from tests.command import dipgo

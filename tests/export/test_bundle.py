@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 import dipgo
 from dipgo.base.files import sha256_of
 from dipgo.model.models import find_model
-from export.bundle import SCHEMA_FILE, BundleRecord, json_schema, open_bundle
+from export.bundle import open_bundle
 from export.compiler import compile_subnet, write_bundle
+from export.records.bundle import SCHEMA_FILE, BundleRecord, json_schema
 from tests import zoo
 from tests.checks import misused, refused
 from tests.models import random_subnet

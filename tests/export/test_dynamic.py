@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler
 import dipgo
 from dipgo.eager.gating import gated
 from export.axes import evaluate, profile_of, shape_at, values_at
-from export.bundle import AxisRecord, TensorRecord
 from export.compiler import compile_subnet, prepare, write_bundle
 from export.config import ExportConfig
 from export.plan.layouts import LAYOUTS
+from export.records.graphs import AxisRecord, TensorRecord
 from export.sizes import Sizes, sizes_for
 from tests import zoo
 from tests.checks import error, misused, refused

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.bundle import TensorRecord
 from export.plan.launches import Launch
 from export.plan.slots import allocate, bytes_of, prune
+from export.records.graphs import TensorRecord
 
 NAMES = ["a", "b", "c", "d"]
 TENSORS = {name: TensorRecord(name=name, dtype="float32", shape=[2, 3 + k % 2]) for k, name in enumerate(NAMES)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from export.bundle import BundleRecord
+from export.records.bundle import BundleRecord
 
 VALUES: list[Callable[[Random], Any]] = [
     lambda rng: rng.choice([None, True, False, "", [], {}]),

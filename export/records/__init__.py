@@ -1,0 +1,1 @@
+"""The records that make up ``bundle.json``. Free of torch."""
