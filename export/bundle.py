@@ -19,7 +19,7 @@ from dipgo.base.errors import DipgoError
 from dipgo.base.files import Kind, sha256_of
 from dipgo.base.inputs import LARGEST_TENSORS, read_tensors
 from dipgo.base.records import read_object, read_record
-from dipgo.model.safetensors_index import read_file
+from dipgo.base.safetensors_index import read_file
 from export.records.bundle import SCHEMA, BundleRecord
 from export.records.graphs import read_signature
 from export.rules import problem

@@ -11,9 +11,9 @@ import torch
 
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
+from dipgo.base.safetensors_index import Stored, checkpoint_files, stored_tensors
 from dipgo.model.models import Model
 from dipgo.model.random_weights import write_random
-from dipgo.model.safetensors_index import Stored, checkpoint_files, stored_tensors
 from export.components import LIBRARIES, VAE, class_of, component_dtype, empty_component, foreign, parameters_of
 from export.onnx.weights import Weights, bind, cast
 

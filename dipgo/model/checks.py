@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.safetensors_index import Stored
+from dipgo.base.safetensors_index import Stored
 
 _LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}

@@ -14,13 +14,13 @@ from torch import nn
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.files import sha256_of_json, sha256_once
 from dipgo.base.records import ModelIdentity, read_json, read_object
+from dipgo.base.safetensors_index import Stored, checkpoint_files, stored_tensors, variant_of
 from dipgo.model.checks import component_class, refuse_pickled
 from dipgo.model.empty import empty_module
 from dipgo.model.families import Family, remember
 from dipgo.model.families.controlnet import NETS, folders_of_nets, with_nets
 from dipgo.model.prompts import read_prompts
 from dipgo.model.random_weights import randomise
-from dipgo.model.safetensors_index import Stored, checkpoint_files, stored_tensors, variant_of
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
 from dipgo.model.settings import own_settings
 

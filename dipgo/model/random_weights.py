@@ -20,7 +20,7 @@ from torch import nn
 
 from dipgo.base.dtypes import Dtype
 from dipgo.base.files import new_file
-from dipgo.model.safetensors_index import is_whole, safetensors_header
+from dipgo.base.safetensors_index import is_whole, safetensors_header
 
 _BLOCK = 2**18  # values drawn at a time: in the cache, a normal draw takes a quarter of the time that it takes outside
 

@@ -12,9 +12,9 @@ from typing import Any
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.files import new_folder, refuse_existing
 from dipgo.base.records import read_object
+from dipgo.base.safetensors_index import Stored, stored_tensors
 from dipgo.model.checks import component_class
 from dipgo.model.models import ARCHITECTURES, architectures
-from dipgo.model.safetensors_index import Stored, stored_tensors
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # what all three models split prompts by
 _CLIP = {

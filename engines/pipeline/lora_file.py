@@ -17,7 +17,7 @@ import numpy as np
 
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError, UsageError
-from dipgo.model.safetensors_index import Stored, read_file
+from dipgo.base.safetensors_index import Stored, read_file
 from export.records.bundle import AdaptersRecord
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
-from dipgo.model.safetensors_index import read_file
+from dipgo.base.safetensors_index import read_file
 from export.onnx.macs import CONSTANTS as FILE
 
 _SMALL = 1024  # bytes; less stays in the graph

@@ -18,7 +18,7 @@ import torch
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import new_file, sha256_of_json, sha256_once
-from dipgo.model.safetensors_index import Stored, is_whole, read_pieces, safetensors_header, stored_tensors
+from dipgo.base.safetensors_index import Stored, is_whole, read_pieces, safetensors_header, stored_tensors
 
 
 @dataclass(frozen=True)

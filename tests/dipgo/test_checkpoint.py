@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from dipgo.base.dtypes import Dtype
 from dipgo.base.errors import DipgoError
 from dipgo.base.files import sha256_of, sha256_once
+from dipgo.base.safetensors_index import read_pieces, safetensors_header, stored_tensors
 from dipgo.model.models import find_model
-from dipgo.model.safetensors_index import read_pieces, safetensors_header, stored_tensors
 from tests.checks import refused
 
 NAME = "diffusion_pytorch_model"

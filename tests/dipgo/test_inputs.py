@@ -11,12 +11,12 @@ from benchmarks.bench.suite import load_suite
 from benchmarks.studies.prompts import prompts_of
 from dipgo.base.errors import DipgoError, not_imported
 from dipgo.base.inputs import DEEPEST, parse_yaml, read_json, read_tensors, read_text
+from dipgo.base.safetensors_index import read_file
 from dipgo.base.text import LONGEST, printable
 from dipgo.cli import main as command_line
 from dipgo.cli.recipe_file import read_recipe
 from dipgo.importers.importer import read_schedule
 from dipgo.model.prompts import read_prompts
-from dipgo.model.safetensors_index import read_file
 from dipgo.schedule.subnet import load_subnet
 from tests.command import dipgo
 

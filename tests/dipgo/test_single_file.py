@@ -116,7 +116,7 @@ def test_the_pipeline_is_the_one_in_the_file(checkpoint, tmp_path):
 
 
 def model_tensors(model):
-    from dipgo.model.safetensors_index import stored_tensors
+    from dipgo.base.safetensors_index import stored_tensors
 
     return stored_tensors(model.weights_files).values()
 

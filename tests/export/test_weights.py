@@ -13,8 +13,8 @@ from onnxscript import optimizer
 from safetensors.torch import load_file, save_file
 
 from dipgo.base.dtypes import PRECISIONS, Dtype
+from dipgo.base.safetensors_index import stored_tensors
 from dipgo.model.random_weights import draw
-from dipgo.model.safetensors_index import stored_tensors
 from export.onnx.weights import bind, cast, check_in_place, place
 from tests.checks import refused, small_disk
 

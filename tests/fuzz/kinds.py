@@ -20,11 +20,11 @@ from safetensors.numpy import save
 
 from dipgo.base.files import sha256_of
 from dipgo.base.inputs import read_tensors
+from dipgo.base.safetensors_index import read_file, read_pieces
 from dipgo.cli.recipe_file import FOLDER as RECIPES
 from dipgo.cli.recipe_file import read_recipe, shipped
 from dipgo.importers.importer import apply, read_schedule
 from dipgo.model.prompts import read_prompts
-from dipgo.model.safetensors_index import read_file, read_pieces
 from dipgo.model.sampler import make_scheduler, tabulate
 from dipgo.schedule.describe import subnet_text
 from dipgo.schedule.subnet import load_subnet, save_subnet
