@@ -34,7 +34,7 @@ from engines.pipeline.pipeline import load
 from engines.program import Program
 from export.compiler import write_bundle
 from export.converted import prepare
-from export.sources import retrace
+from export.sources import Source, retrace, sampler_of
 
 PROMPTS = ("red apple", "owl", "rocket", "birthday cake")  # of names that no search has seen
 
@@ -48,34 +48,36 @@ class Demonstration:
 
 
 def demonstrate(
-    file: Path,
+    files: Sequence[Path],
     bundle: Path,
     drawn: Path,
     force: bool = False,
     prompts: Sequence[str] = PROMPTS,
     report: Report = silent,
 ) -> Demonstration:
-    """Compile the SubNet in ``file`` into ``bundle``, measure it, and draw what the three programs make.
+    """Compile SubNets into ``bundle``, measure the first, and draw what the three programs make.
 
     Args:
+        files: of the SubNets, on the same sites; each becomes a program of the bundle.
         drawn: the picture, a PNG.
 
     Raises:
         DipgoError: the bundle's parity does not hold; then there is no picture.
     """
-    subnet = load_subnet(file)
+    subnet, *others = [load_subnet(file) for file in files]
     task = task_for(subnet, find_model(subnet.model.name), progress=report)
     report("compile", 0, 3, "convert")
     prepared = prepare(retrace(task.model, subnet, open_guidance=True))
     with TemporaryDirectory(prefix="dipgo-demo-") as scratch, ExitStack() as stack:
 
-        def compiled(own: Task, schedule: SubNet, folder: Path) -> Program:
-            write_bundle(prepared, schedule, own.sampler, folder, force)
+        def compiled(own: Task, schedule: SubNet, folder: Path, further: Sequence[Source] = ()) -> Program:
+            write_bundle(prepared, schedule, own.sampler, folder, force, further=further)
             return stack.enter_context(load(folder))
 
         share = Share(subnet.cost.ratio, subnet.cost.ratio)
         report("compile", 1, 3, SUBJECT)
-        programs = {SUBJECT: compiled(task, subnet, bundle)}
+        further = [Source(prepared, each, sampler_of(each, task.model)) for each in others]
+        programs = {SUBJECT: compiled(task, subnet, bundle, further)}
         report("compile", 2, 3, FULL)
         programs[FULL] = compiled(*full(task, share), Path(scratch, "full"))
         report("compile", 3, 3, "")

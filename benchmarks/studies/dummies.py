@@ -115,6 +115,7 @@ class _Way:
         with torch.no_grad(), way:
             for kind in [*["np"] * decodes, *["latent"] * (hasattr(pipe, "vae") and not by_class)]:
                 given = request.inputs(pipe, family.component) | {"output_type": kind} | by_class
+                given |= {"use_resolution_binning": False}
                 made = pipe(**{name: value for name, value in given.items() if name in accepted})[0]
                 images[kind] = np.asarray(made.float() if isinstance(made, torch.Tensor) else made)
         return images
@@ -216,7 +217,7 @@ def main(words: Words | None = None) -> None:
         print(json.dumps(row.model_dump()))
         return
     found = sorted(path.parent.name for path in options.folder.glob("*/model_index.json"))
-    names = [name for name in found if not options.only or name in options.only]
+    names = [name for name in options.only or found if name in found]
     given = ("--inputs", options.inputs) if options.inputs else ()
     rows = {} if options.again else _measured(options.output)
     for name in tqdm([name for name in names if name not in rows]):
