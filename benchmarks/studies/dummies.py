@@ -31,7 +31,7 @@ from dipgo.base.errors import DipgoError, one_line
 from dipgo.base.records import read_object
 
 STEPS, KEPT, SEED = 5, 0.5, 5
-SAMPLERS = (None, "dpm++2m", "euler")  # the pipeline's own; another where that one clips
+SAMPLERS = ("own", "unclipped", "dpm++2m", "euler")  # another than the pipeline's own where that one clips
 CLOSE = 1e-3  # relative
 
 Arrays = dict[str, np.ndarray]
@@ -88,12 +88,16 @@ class _Way:
         """Return the first scheduler of :data:`SAMPLERS` that is a table, and that table."""
         from dipgo.model.sampler import make_scheduler
 
+        def scheduler(name: str) -> Any:
+            own = make_scheduler(None if name in ("own", "unclipped") else name, model.scheduler)
+            return own if name != "unclipped" else type(own).from_config(own.config, clip_sample=False)
+
         first: DipgoError | None = None
         for name in SAMPLERS:
             try:
-                table = model.family.table(make_scheduler(name, model.scheduler), STEPS)
+                table = model.family.table(scheduler(name), STEPS)
                 self.sampler = table.name
-                return make_scheduler(name, model.scheduler), table
+                return scheduler(name), table
             except DipgoError as error:
                 first = first or error
         assert first is not None
@@ -142,7 +146,8 @@ class _Way:
             made = {"latent": lambda: latent, "np": lambda: bundle.decode(latent).transpose(0, 2, 3, 1)}
             self.errors |= {kind: _distance(made[kind](), own) for kind, own in expected.items()}
             if conditioning.encoder:
-                images = bundle(self.subjects, generator=SEED, output_type=best).images
+                negative = {"negative_prompt": ""} if conditioning.scale == "true_cfg_scale" else {}
+                images = bundle(self.subjects, generator=SEED, output_type=best, **negative).images
                 self.errors["prompt"] = _distance(images, expected[best])
         judged = [error for kind, error in self.errors.items() if kind in (best, "prompt")]
         if not max(judged) <= CLOSE:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 from string import ascii_letters, digits
@@ -159,12 +159,22 @@ def make(module: str, folder: Path) -> list[dict[str, Any]]:
                 pipe = kind.pipeline_class(**test.get_dummy_components())
                 asks = inspect.signature(test.get_dummy_inputs).parameters
                 given = test.get_dummy_inputs(*["cpu"] * ("device" in asks))
+            _fit(pipe)
             pipe.save_pretrained(folder / name)
             row["inputs"] = {key: given[key] for key in ("prompt", "height", "width") if given.get(key) is not None}
         except Exception as error:  # whatever tests of another version may raise
             row["said"] = _line(error)
         rows.append(row)
     return rows
+
+
+def _fit(pipe: Any) -> None:
+    """Give text encoders an embedding for each token of the tokenizers that stand in for the hub's."""
+    for name, tokenizer in pipe.components.items():
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None) if "tokenizer" in name else None
+        with suppress(NotImplementedError):  # classes that are not of transformers
+            if encoder is not None and encoder.get_input_embeddings().num_embeddings < len(tokenizer):
+                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def _line(error: Exception) -> str:
