@@ -161,11 +161,19 @@ def make(module: str, folder: Path) -> list[dict[str, Any]]:
                 given = test.get_dummy_inputs(*["cpu"] * ("device" in asks))
             _fit(pipe)
             pipe.save_pretrained(folder / name)
-            row["inputs"] = {key: given[key] for key in ("prompt", "height", "width") if given.get(key) is not None}
+            sides = dict.fromkeys(("height", "width"), _side(pipe)) if given.get("height", 0) is None else {}
+            own = {key: given[key] for key in ("prompt", "height", "width") if given.get(key) is not None}
+            row["inputs"] = sides | own
         except Exception as error:  # whatever tests of another version may raise
             row["said"] = _line(error)
         rows.append(row)
     return rows
+
+
+def _side(pipe: Any) -> int:
+    """Return the side of the images that a denoiser was made for, in pixels."""
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    return int(denoiser.config.sample_size * pipe.vae_scale_factor)
 
 
 def _fit(pipe: Any) -> None:

@@ -110,7 +110,7 @@ def export_tapped(tapped: Tapped, example: tuple[Any, ...], dynamic: tuple[Any, 
         DipgoError: torch.export cannot trace it; the message names the module and the line of its source.
     """
     try:
-        with torch.no_grad(), quiet(), _OpenSizes():
+        with torch.no_grad(), quiet(), _Exportable():
             return in_real_numbers(torch.export.export(tapped, example, dynamic_shapes=dynamic, strict=False))
     except DipgoError:
         raise
@@ -135,13 +135,20 @@ def _refuses(guided: GuidedDenoiser, example: tuple[Any, ...]) -> str | None:
     return None
 
 
-class _OpenSizes(TorchFunctionMode):
-    """Leave out ``output_size`` of ``repeat_interleave``, a mere hint: torch 2.11 takes it for a constant."""
+class _Exportable(TorchFunctionMode):
+    """Say in another way what does not become a graph.
+
+    ``output_size`` of ``repeat_interleave`` is a mere hint, which torch 2.11 takes for a constant; ``fill_diagonal_``
+    writes through strides, of which the exporter makes nothing.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if function in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
             options.pop("output_size", None)
+        if function is torch.Tensor.fill_diagonal_ and args[0].ndim == 2 and not options:
+            rows, columns = (torch.arange(size, device=args[0].device) for size in args[0].shape)
+            return args[0].masked_fill_(rows[:, None] == columns, args[1])
         return function(*args, **options)
 
 
@@ -155,7 +162,7 @@ def _untraceable(denoiser: nn.Module, error: Exception) -> str:
         owner, code = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code
         if isinstance(owner, nn.Module) and owner in names:
             module = names[owner]
-        if not code.co_filename.startswith(torch_folder) and code is not _OpenSizes.__torch_function__.__code__:
+        if not code.co_filename.startswith(torch_folder) and code is not _Exportable.__torch_function__.__code__:
             line = " ".join(linecache.getline(code.co_filename, step.tb_lineno).split())
             place = f"{Path(code.co_filename).name}:{step.tb_lineno}" + (f", `{line[:80]}`" if line else "")
         step = step.tb_next

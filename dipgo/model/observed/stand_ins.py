@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -154,7 +154,7 @@ def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
             try:
                 shapes[str(key)] = output_like(functools.partial(form.forward, denoiser), (), arguments)
             except (DataDependentOutputException, DynamicOutputShapeException):  # it goes by values: guess
-                shapes[str(key)] = (next(value for value in arguments.values() if isinstance(value, torch.Tensor)),)
+                shapes[str(key)] = (_guessed(denoiser, arguments),)
         inputs = [
             (pytree.keystr(path), value)
             for path, value in pytree.tree_flatten_with_path(arguments)[0]
@@ -167,6 +167,15 @@ def _denoise(denoiser: nn.Module, tokens: int) -> Callable[..., Any]:
         return form.handed_out(output) if form.listed and arguments is not given else output
 
     return forward
+
+
+def _guessed(denoiser: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Return a tensor like the first argument, with the channels that the denoiser gives."""
+    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    config: Any = denoiser.config
+    taken, given = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+    given = given if first.ndim > 3 and first.shape[1] == taken and isinstance(given, int) else first.shape[1]
+    return first[:, :1].expand(-1, given, *[-1] * (first.ndim - 2))
 
 
 def output_like(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
