@@ -170,5 +170,10 @@ def _untraceable(denoiser: nn.Module, error: Exception) -> str:
     what = f"torch.export cannot trace {type(denoiser).__name__}: {where}"
     if isinstance(error, GuardOnDataDependentSymNode):
         return f"{what} goes by the values of a tensor, but one graph must serve all inputs; not supported"
+    if made := re.search(r"model attribute: guided\.denoiser\.([\w.]+)\.lifted_tensor", str(error)):
+        return (
+            f"torch.export cannot trace {type(denoiser).__name__}: module '{made[1]}' makes a table while it runs, "
+            "which no graph keeps; not supported"
+        )
     reason = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return f"{what}: {re.sub(r'/[^ :,]*/', '', reason)[:300]}"

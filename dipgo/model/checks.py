@@ -74,9 +74,14 @@ def check_pipeline_class(class_name: str) -> None:
     """Refuse a class of diffusers pipeline that starts on the way from a picture to noise; observing judges others."""
     import diffusers
 
+    from dipgo.model.families.pictures import OF_PICTURES
+
     pictures = pictures_of(getattr(diffusers, class_name, None))
-    if "video" in pictures or pictures.get("strength", 1.0) != 1.0:
-        raise UsageError(f"{class_name} starts from pictures ('{next(iter(pictures))}'); {SUPPORTED}")
+    if pictures.get("video") is not inspect.Parameter.empty and pictures.get("strength", 1.0) == 1.0:
+        return
+    text = next((text for text, others in OF_PICTURES.items() if class_name in others), None)
+    cure = f"save its parts as a {text}, export that with --image, and attach to this one" if text else SUPPORTED
+    raise UsageError(f"{class_name} starts from pictures ('{next(iter(pictures))}'); {cure}")
 
 
 def pictures_of(pipeline: Any) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def fit_guide(outputs: Sequence[torch.Tensor], given: torch.Tensor, scale: float
     passes, batched = (list(cut[0].chunk(2)), True) if len(cut) == 1 else (cut, False)
     if len(passes) != 2 or any(each.shape != given.shape for each in passes):
         count = sum(len(each) for each in cut) // rows
-        if count == 1:
-            raise UsageError("it gives its scheduler something else than its denoiser makes")
+        if count <= 2:
+            raise UsageError("it gives its scheduler something else than its denoiser makes, or a part of it")
         raise UsageError(f"it makes {count} passes of guidance per step, and one or two are supported")
     for conditional in (0, 1):
         for sign in (1, -1):

@@ -21,7 +21,12 @@ class Latent:
 
 @dataclass(frozen=True)
 class Moment:
-    """The place of the timestep, ``[rows]``."""
+    """The place of the timestep, ``[rows]``, or the same for each of several frames, ``[rows, frames]``."""
+
+    frames: tuple[int, ...] = ()
+
+    def spread(self, timestep: torch.Tensor) -> torch.Tensor:
+        return timestep.reshape(-1, *[1] * len(self.frames)).expand(-1, *self.frames) if self.frames else timestep
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Template:
             if isinstance(role, Latent):
                 return latent
             if isinstance(role, Moment):
-                return timestep
+                return role.spread(timestep)
             if isinstance(role, Condition):
                 return conditions[role.name]
             if isinstance(role, Joined):
@@ -179,7 +184,7 @@ def _role(views: Views, place: int, rows: int) -> Role:
             return joined
         if any(not same(first, value) for value in values):
             if all(value.numel() and bool((value == value.flatten()[0]).all()) for value in values):
-                return Moment()
+                return Moment(tuple(first.shape[1:]))
             raise UsageError(f"it passes '{name}', which changes from step to step")
         if not same(first, views.seed[place]):
             raise UsageError(f"it passes '{name}', which is drawn")
