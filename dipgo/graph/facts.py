@@ -1,6 +1,6 @@
 """What is known of the models that ship and of the supported denoisers, kept in a file: counting takes seconds.
 
-``python -m dipgo.graph.facts`` counts again.
+``python -m dipgo.graph.facts`` counts again; which pipelines run is what ``benchmarks.studies.dummies`` found.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipgo.base.records import Record, read_json
+from pydantic import Field
+
+from dipgo.base.records import Record, read_json, read_object
 
 if TYPE_CHECKING:
     from dipgo.model.models import Model
 
+HOW = {
+    "prompt": "by prompt",
+    "class": "by class",
+    "nothing": "unconditionally",
+    "embeddings": "from Python, by embeddings",
+    "attached": "attached to the pipeline, which takes pictures",
+    "refused": "refused, with the reason",
+}
 FILE = Path(__file__).parents[1] / "zoo" / "facts.json"
 
 
@@ -28,10 +38,16 @@ class ModelFacts(Record):
 
 
 class Facts(Record):
-    """The file; ``families`` are site patterns by denoiser and granularity."""
+    """The file.
+
+    Attributes:
+        families: site patterns by denoiser and granularity.
+        pipelines: classes of diffusers by how they are searched, exported and run; of those that are not, too.
+    """
 
     models: dict[str, ModelFacts]
     families: dict[str, dict[str, list[str]]]
+    pipelines: dict[str, list[str]] = Field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return what ``dipgo models`` prints."""
@@ -45,7 +61,8 @@ class Facts(Record):
         for denoiser, sites in self.families.items():
             lines += [f"  {denoiser}", *(f"    {spec}: {', '.join(patterns)}" for spec, patterns in sites.items())]
         other = "any other class whose pipeline can be observed: block (its lists of modules), or --sites PATTERN,…"
-        return [*lines, f"  {other}"]
+        lines += [f"  {other}", "", "pipelines of diffusers, by how small ones are searched, exported and run:"]
+        return [*lines, *(f"  {how}: {', '.join(names)}" for how, names in self.pipelines.items())]
 
 
 def read_facts() -> Facts:
@@ -84,8 +101,19 @@ def families() -> dict[str, Any]:
     return {name: {spec: list(each) for spec, each in sites.items()} for name, sites in known.items()}
 
 
+def pipelines(count: Path) -> dict[str, list[str]]:
+    """Return classes of pipelines by how they run, from a result of ``benchmarks.studies.dummies``."""
+    by_outcome: dict[str, set[str]] = {outcome: set() for outcome in HOW}
+    for row in read_object(count, "result")["rows"]:
+        by_outcome[row["outcome"]].add(row["pipeline"])
+    return {how: sorted(by_outcome[outcome]) for outcome, how in HOW.items() if by_outcome[outcome]}
+
+
 if __name__ == "__main__":
     from dipgo.model.models import architectures, built_in, find_model
 
+    found = pipelines(Path("benchmarks/results/dummies.json"))
     models = {name: counted(find_model(name)) for name in (*built_in(), *architectures())}
-    FILE.write_text(json.dumps(Facts(models=models, families=families()).model_dump(), indent=2) + "\n")
+    FILE.write_text(
+        json.dumps(Facts(models=models, families=families(), pipelines=found).model_dump(), indent=2) + "\n"
+    )
