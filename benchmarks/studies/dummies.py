@@ -33,6 +33,7 @@ from dipgo.base.records import read_object
 STEPS, KEPT, SEED = 5, 0.5, 5
 SAMPLERS = ("own", "unclipped", "dpm++2m", "euler")  # another than the pipeline's own where that one clips
 CLOSE = 1e-3  # relative
+STRENGTH = 0.6  # of pictures
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,8 +56,11 @@ class _Way:
         from dipgo.schedule.search_record import SearchRecord
         from dipgo.schedule.subnet import make_subnet
         from export.compiler import compile_subnet
+        from export.config import ExportConfig
 
-        model = find_model(str(self.folder), pixels=self.pixels)
+        text = text_pipeline_of(self.folder)
+        source = renamed(self.folder, text, scratch / "text") if text else self.folder
+        model = find_model(str(source), pixels=self.pixels)
         scale = model.default_guidance
         model = model.at(scale, self.pixels if model.family.under else None)
         self.stage = "sampler"
@@ -67,7 +71,7 @@ class _Way:
         gates[0] = True
         subnet = make_subnet(traced, table.identity(scale), Schedule(gates, {}), SearchRecord())
         self.stage = "export"
-        record = compile_subnet(subnet, model, scratch / "bundle")
+        record = compile_subnet(subnet, model, scratch / "bundle", ExportConfig(image=bool(text)))
         if model.family.whole:  # with its ControlNets, whose pictures are drawn by the prompts
             return self._verified(model, scratch / "bundle")
         self.stage = "diffusers"
@@ -76,10 +80,13 @@ class _Way:
         pipe = model.pipeline()
         pipe.scheduler = scheduler
         pipe.set_progress_bar_config(disable=True)
-        expected = self._images(model, pipe, record, gated(getattr(pipe, model.family.component), subnet))
+        start = 0
+        if text:
+            pipe, start = of_pictures(pipe, self.folder), first_step(record) * scheduler.order
+        expected = self._images(model, pipe, record, gated(getattr(pipe, model.family.component), subnet, start))
         if not expected:  # its decoder has a name of its own
             return self._verified(model, scratch / "bundle")
-        if model.family.seen and model.family.seen.pictures:
+        if text or (model.family.seen and model.family.seen.pictures):
             self.stage = "attach"
             made = self._images(model, pipe, record, attached(pipe, scratch / "bundle"))
             self.errors = {kind: _distance(made[kind], own) for kind, own in expected.items()}
@@ -125,13 +132,15 @@ class _Way:
         family, scale = model.family, model.default_guidance
         accepted = inspect.signature(type(pipe).__call__).parameters
         asked, pictures = (family.seen.asked, family.seen.pictures) if family.seen else (None, False)
+        if record.start:  # pictures are of the bundle's size
+            asked, pictures = record.pixels or tuple(record.cell * side for side in record.latent.shape[-2:]), True
         request = Request(scale, asked, STEPS, tuple(self.subjects), SEED, pictures)
         by_class = {"class_labels": self.subjects, "guidance_scale": scale} if family.conditioned_by == "class" else {}
         decodes = record.decoder is not None or record.conditioning.kind == "nothing"
         images = {}
         with torch.no_grad(), way:
             for kind in [*["np"] * decodes, *["latent"] * (hasattr(pipe, "vae") and not by_class)]:
-                given = request.inputs(pipe, family.component) | {"output_type": kind} | by_class
+                given = request.inputs(pipe, family.component) | {"output_type": kind, "strength": STRENGTH} | by_class
                 made = pipe(**{name: value for name, value in given.items() if name in accepted})[0]
                 images[kind] = np.asarray(made.float() if isinstance(made, torch.Tensor) else made)
         return images
@@ -166,6 +175,48 @@ class _Way:
         if not max(judged) <= CLOSE:
             return "wrong"
         return "embeddings" if conditioning.kind == "prompt" and not conditioning.encoder else conditioning.kind
+
+
+def text_pipeline_of(folder: Path) -> str | None:
+    """Return the text-to-image pipeline whose bundles a folder's own starts from pictures with; None where none is."""
+    from dipgo.model.families.pictures import OF_PICTURES
+
+    index = read_object(folder / "model_index.json", "model_index.json")
+    unet = folder / "unet" / "config.json"
+    config = read_object(unet, "configuration") if unet.exists() else {}
+    refines = index.get("requires_aesthetics_score")
+    if refines or config.get("in_channels") != config.get("out_channels"):  # it reads the picture beside the latent
+        return None
+    return next((text for text, others in OF_PICTURES.items() if index.get("_class_name") in others), None)
+
+
+def renamed(folder: Path, name: str, place: Path) -> Path:
+    """Return a folder of the same parts for another class of pipeline."""
+    place.mkdir()
+    for part in folder.iterdir():
+        (place / part.name).symlink_to(part)
+    index = read_object(folder / "model_index.json", "model_index.json") | {"_class_name": name}
+    (place / "model_index.json").unlink()
+    (place / "model_index.json").write_text(json.dumps(index))
+    return place
+
+
+def of_pictures(pipe: Any, folder: Path) -> Any:
+    """Return a folder's own pipeline of the parts of its text-to-image pipeline."""
+    import diffusers
+
+    name = read_object(folder / "model_index.json", "model_index.json")["_class_name"]
+    kind = getattr(diffusers, name)
+    parts = {name: part for name, part in pipe.components.items() if name in kind._get_signature_keys(kind)[0]}
+    made = kind(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def first_step(record: Any) -> int:
+    """Return the step that trajectories begin at, as diffusers' pipelines round it."""
+    done = STEPS * STRENGTH
+    return STEPS - int(done) if record.start.rounds == "down" else int(STEPS - done)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -52,9 +53,9 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=[(word, -float(number > 2)) for number, word in enumerate(words)], extra_ids=0)
 
 
-def byte_tokenizer(kind: Any = None) -> Any:
-    """Return one of bytes with a chat's template, as those of language models are."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(begins: bool = False) -> Any:
+    """Return one of bytes with a chat's template, as those of language models are; some begin every text alike."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     own = ["<pad>", "<unk>", "<bos>", "<eos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -64,6 +65,8 @@ def byte_tokenizer(kind: Any = None) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(own)
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     names = {"pad_token": "<|endoftext|>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<|im_end|>"}
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
     made.chat_template = CHAT
@@ -83,7 +86,7 @@ def small_config(kind: str) -> Any:
 
     sizes = {"vocab_size": 1103, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
     plain = {"vocab_size": 1103, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
-    plain |= {"num_attention_heads": 4}
+    plain |= {"num_attention_heads": 4, **({"hidden_size": 16} if "llama" in kind.lower() else {})}
     named = next((name for name in ("UMT5", "T5", "Bert", "Roberta", "Llama") if name.lower() in kind.lower()), "T5")
     return getattr(transformers, f"{named}Config")(**(sizes if "T5" in named else plain))
 
@@ -100,7 +103,7 @@ def stand_in(kind: Any, name: str) -> Any:
     if "Tokenizer" in own:
         if "CLIP" in own or "clip" in hub:
             return clip_tokenizer()
-        return t5_tokenizer() if "t5" in own.lower() or "t5" in hub else byte_tokenizer()
+        return t5_tokenizer() if "t5" in own.lower() or "t5" in hub else byte_tokenizer("qwen" not in hub)
     if own == "AutoConfig":
         return small_config(hub)
     if own == "AutoProcessor" or "VLProcessor" in own:
@@ -161,6 +164,7 @@ def make(module: str, folder: Path) -> list[dict[str, Any]]:
                 given = test.get_dummy_inputs(*["cpu"] * ("device" in asks))
             _fit(pipe)
             pipe.save_pretrained(folder / name)
+            kind.pipeline_class.from_pretrained(folder / name)
             if not kind.pipeline_class.__module__.startswith(
                 "diffusers."
             ):  # a class of the tests around one of diffusers
@@ -170,6 +174,7 @@ def make(module: str, folder: Path) -> list[dict[str, Any]]:
             row["inputs"] = sides | own
         except Exception as error:  # whatever tests of another version may raise
             row["said"] = _line(error)
+            shutil.rmtree(folder / name, ignore_errors=True)
         rows.append(row)
     return rows
 
