@@ -131,16 +131,17 @@ class _Way:
 
         family, scale = model.family, model.default_guidance
         accepted = inspect.signature(type(pipe).__call__).parameters
+        by_class = {"class_labels": self.subjects, "guidance_scale": scale} if family.conditioned_by == "class" else {}
         asked, pictures = (family.seen.asked, family.seen.pictures) if family.seen else (None, False)
+        besides = {"use_resolution_binning": False, "strength": STRENGTH, **by_class}
         if record.start:  # pictures are of the bundle's size
             asked, pictures = record.pixels or tuple(record.cell * side for side in record.latent.shape[-2:]), True
         request = Request(scale, asked, STEPS, tuple(self.subjects), SEED, pictures)
-        by_class = {"class_labels": self.subjects, "guidance_scale": scale} if family.conditioned_by == "class" else {}
         decodes = record.decoder is not None or record.conditioning.kind == "nothing"
         images = {}
         with torch.no_grad(), way:
             for kind in [*["np"] * decodes, *["latent"] * (hasattr(pipe, "vae") and not by_class)]:
-                given = request.inputs(pipe, family.component) | {"output_type": kind, "strength": STRENGTH} | by_class
+                given = request.inputs(pipe, family.component) | {"output_type": kind, **besides}
                 made = pipe(**{name: value for name, value in given.items() if name in accepted})[0]
                 images[kind] = np.asarray(made.float() if isinstance(made, torch.Tensor) else made)
         return images

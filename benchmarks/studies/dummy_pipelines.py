@@ -169,7 +169,8 @@ def make(module: str, folder: Path) -> list[dict[str, Any]]:
                 "diffusers."
             ):  # a class of the tests around one of diffusers
                 _rename(folder / name, pipe)
-            sides = dict.fromkeys(("height", "width"), _side(pipe)) if given.get("height", 0) is None else {}
+            sized = given.get("height", 0) is None or given.get("use_resolution_binning") is False
+            sides = dict.fromkeys(("height", "width"), _side(pipe)) if sized else {}
             own = {key: given[key] for key in ("prompt", "height", "width") if given.get(key) is not None}
             row["inputs"] = sides | own
         except Exception as error:  # whatever tests of another version may raise

@@ -16,6 +16,7 @@ from dipgo.base.safetensors_index import Stored
 _LORA = "pytorch_lora_weights.safetensors"  # as save_lora_weights names it
 _ADD_ONS = {"controlnet": "ControlNet", "adapter": "T2I-Adapter", "motion_adapter": "motion adapter"}
 _OF_PICTURES = ("image", "mask_image", "control_image", "video", "strength")  # arguments of a pipeline's call
+COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 LIBRARIES = ("diffusers", "transformers")
 SUPPORTED = "only text, class and unconditional generation are supported"
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.base.records import read_object
-from dipgo.model.checks import LIBRARIES, class_named, component_class
+from dipgo.model.checks import COMPONENTS, LIBRARIES, class_named, component_class
 from dipgo.model.empty import empty_module
 from dipgo.model.observed.stand_ins import picture_stand_in, text_stand_in
 from dipgo.model.sampler import SchedulerConfig, make_scheduler
@@ -77,11 +78,14 @@ def _like(name: str, part: Any) -> Any:
     if type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
         return None
     config: Any = part.config
-    return _empty(type(part), config.to_dict() if hasattr(config, "to_dict") else config)
+    return _empty(name, type(part), config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
-    """Return a network without weights; of one that reads tokens a stand-in."""
+def _empty(name: str, kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Return a network without weights; of one that reads tokens or pictures a stand-in.
+
+    Another than the denoiser is not to be called: nobody knows what it would make.
+    """
     from transformers import PreTrainedModel
 
     module: nn.Module = empty_module(kind, config)
@@ -89,7 +93,13 @@ def _empty(kind: Any, config: Mapping[str, Any]) -> nn.Module:
         text_stand_in(module)
     elif hasattr(module, "encode") or "pixel_values" in signature(kind.forward).parameters:
         picture_stand_in(module)
+    elif name not in COMPONENTS:
+        module.forward = partial(_refuse, name)
     return module
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise UsageError(f"it calls a network of its own, its {name}")
 
 
 def _scheduler(folder: Path, class_name: str) -> Any:
@@ -113,7 +123,7 @@ def _component(folder: Path, part: str, library: str, class_name: str, pipeline:
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(place, local_files_only=True)
-        return _empty(kind, read_object(place / "config.json", f"configuration of the {part}"))
+        return _empty(part, kind, read_object(place / "config.json", f"configuration of the {part}"))
     except ImportError as error:
         raise UsageError(f"{place}: {one_line(error)}") from error
     except DipgoError:

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from dipgo.base.errors import UsageError
+from dipgo.model.checks import COMPONENTS
 from dipgo.model.families.controlnet import CONTROLNET, controlled_by, nets_of
 from dipgo.model.families.dit import DIT
 from dipgo.model.families.family import Conditions, Family, Prompting, latent_size
@@ -23,7 +24,6 @@ from dipgo.model.skeleton import skeleton_of
 
 FAMILIES = (DIT, PIXART_ALPHA, PIXART_SIGMA, UNET, CONTROLNET)
 _KNOWN: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
-COMPONENTS = ("transformer", "unet")  # the attributes under which diffusers pipelines hold their denoisers
 
 __all__ = [
     "COMPONENTS",

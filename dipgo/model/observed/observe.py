@@ -85,7 +85,8 @@ def _observe(pipe: Any, component: str, request: Request) -> Observation:
 
     def seen(steps: int, **changes: Any) -> Log:
         asked = replace(request, **changes)
-        return watch(pipe, asked.inputs(pipe, component), Watch(component, steps=steps))
+        how = Watch(component, steps=steps, beyond=steps > request.steps)
+        return watch(pipe, asked.inputs(pipe, component), how)
 
     first = seen(10**6)
     if not first.steps or not first.calls or not first.drawn:

@@ -46,7 +46,6 @@ class Request:
             "num_inference_steps": self.steps,
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
-            "use_resolution_binning": False,  # images are of the size asked for, not of the nearest trained on
         }
         if tokens_of(pipe) < own_tokens_of(pipe):
             given["max_sequence_length"] = tokens_of(pipe)
@@ -54,6 +53,7 @@ class Request:
             given["text_encoder_out_layers"] = layers
         if self.size:
             given |= {"height": self.size[0], "width": self.size[1], "max_area": self.size[0] * self.size[1]}
+            given["use_resolution_binning"] = False  # images are of this size, not of the nearest that was trained on
         if self.guidance is not None:
             given[scale] = float(self.guidance)
             given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)

@@ -21,7 +21,7 @@ from dipgo.model.noise_source import drawing
 from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
 from dipgo.model.observed.request import tokens_of
-from dipgo.model.observed.stand_ins import denoiser_stand_in
+from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,6 +90,7 @@ class Watch:
         calls: of the denoiser, after which it is ended.
         draw: what takes the place of noise that the pipeline draws, from that noise.
         result: what takes the place of the latent that each step returns.
+        beyond: whether it goes on after it has decoded latents, which ends the others.
     """
 
     component: str
@@ -97,6 +98,7 @@ class Watch:
     calls: int | None = None
     draw: Draw | None = None
     result: Draw | None = None
+    beyond: bool = False
 
 
 def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
@@ -118,7 +120,7 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
         stack.enter_context(_observed_noise(type(pipe), log.drawn, how.draw))
         stack.enter_context(_observed_noise(type(pipe.scheduler), log.drawn_in_steps))
         if getattr(pipe, "vae", None) is not None:
-            stack.enter_context(_observed_decoder(pipe.vae, log))
+            stack.enter_context(_observed_decoder(pipe.vae, log, how.beyond))
         stack.enter_context(torch.no_grad())
         try:
             pipe(**{name: value for name, value in inputs.items() if name in accepted})
@@ -166,6 +168,8 @@ def _observed_denoiser(denoiser: Any, tokens: int, log: Log, how: Watch) -> Iter
     own = processors_of(denoiser)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
+        if log.decoded:
+            raise UsageError("it goes on with new noise after it has decoded latents, piece by piece")
         arguments = form.read(bound(denoiser, args, kwargs), tokens)
         output = forward(*args, **kwargs)
         put = {name: each for name, each in processors_of(denoiser).items() if each is not own.get(name)}
@@ -241,10 +245,18 @@ def _observed_noise(kind: type, drawn: list[torch.Tensor], change: Draw | None =
 
 
 @contextmanager
-def _observed_decoder(vae: Any, log: Log) -> Iterator[None]:
+def _observed_decoder(vae: Any, log: Log, goes_on: bool) -> Iterator[None]:
+    original = vae.decode
+
     def decode(latent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         log.decoded.append(latent.detach().clone())
-        raise _Enough
+        if not goes_on or len(log.decoded) > 1:
+            raise _Enough
+        try:
+            like = output_like(original, (latent, *args), kwargs)
+        except Exception as error:  # a VAE that cannot decode as it is, such as one that wants tiling switched on
+            raise _Enough from error
+        return pytree.tree_map_only(torch.Tensor, lambda each: torch.zeros(each.shape, dtype=each.dtype), like)
 
     with mock.patch.object(vae, "decode", decode):
         yield
