@@ -6,6 +6,7 @@ import linecache
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class _Exportable(TorchFunctionMode):
     """Say in another way what does not become a graph.
 
     ``output_size`` of ``repeat_interleave`` is a mere hint, which torch 2.11 takes for a constant; ``fill_diagonal_``
-    writes through strides, of which the exporter makes nothing.
+    writes through strides, of which the exporter makes nothing; ONNX's Einsum has operands of one type.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -149,6 +150,9 @@ class _Exportable(TorchFunctionMode):
         if function is torch.Tensor.fill_diagonal_ and args[0].ndim == 2 and not options:
             rows, columns = (torch.arange(size, device=args[0].device) for size in args[0].shape)
             return args[0].masked_fill_(rows[:, None] == columns, args[1])
+        if function is torch.einsum and all(isinstance(each, torch.Tensor) for each in args[1:]):
+            dtype = reduce(torch.promote_types, (each.dtype for each in args[1:]))
+            args = args[0], *(each.to(dtype) for each in args[1:])
         return function(*args, **options)
 
 
