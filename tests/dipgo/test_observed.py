@@ -1,6 +1,9 @@
 """What is observed of a pipeline equals what is known of it, and what cannot be made again is refused."""
 
+import json
+import shutil
 from copy import copy
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from dipgo.model.families import GuidedDenoiser, join
 from dipgo.model.families.observed import family_of_observed
 from dipgo.model.observed.request import Request
 from dipgo.model.sampler import make_scheduler
+from dipgo.model.skeleton import _component, skeleton
 from tests import zoo
 from tests.checks import error, misused
 
@@ -88,3 +92,37 @@ def test_guidance_of_its_own_is_refused():
     family = family_of_observed(pipe, "transformer", Request())
     with misused("not linear as configured"):
         family.table(pipe.scheduler, 4)
+
+
+def test_videos_that_are_made_piece_by_piece_are_refused():
+    pipe = copy(zoo.task("sd", 4).pipe)
+
+    class Pieces(type(pipe)):
+        @wraps(type(pipe).__call__)
+        def __call__(self, *args, **kwargs):
+            super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+
+    pipe.__class__ = Pieces
+    with misused("it goes on with new noise after it has decoded latents, piece by piece"):
+        family_of_observed(pipe, "unet", Request())
+
+
+def test_networks_that_nobody_stands_in_for_are_refused(tmp_path):
+    """What such a one makes of the prompt would be that of its missing weights."""
+    folder = tmp_path / "sd"
+    shutil.copytree(zoo.pipeline("sd"), folder)
+    zoo.task("sd", 4).pipe.unet.save_pretrained(folder / "adapter_net")
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = skeleton(folder, index)
+
+    class Helped(type(pipe)):
+        @wraps(type(pipe).__call__)
+        def __call__(self, *args, **kwargs):
+            self.helper(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 77, 24))
+            return super().__call__(*args, **kwargs)
+
+    helper = _component(folder, "adapter_net", "diffusers", "UNet2DConditionModel", "StableDiffusionPipeline")
+    pipe.__class__, pipe.__dict__["helper"] = Helped, helper
+    with misused("it calls a network of its own, its adapter_net"):
+        family_of_observed(pipe, "unet", Request())

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo.eager.gating import intercepting
 from dipgo.graph.costs import check_budget
-from dipgo.graph.exported import Tapped, export_tapped
+from dipgo.graph.exported import Tapped, _Exportable, export_tapped
 from dipgo.graph.liveness import canonical, plan
 from dipgo.graph.macs import call_macs, layer_macs
 from dipgo.graph.trace import trace
@@ -205,3 +205,18 @@ def test_a_site_that_hands_out_more_than_tensors_is_refused_by_its_name():
     example = (torch.zeros(3, 4), torch.ones(3), {})
     with refused("site 'pair' hands on a str beside tensors, which is not supported"):
         export_tapped(Tapped(Parts(), ["pair"]), example, ({}, {}, {}))
+
+
+def test_what_no_graph_is_made_of_is_said_in_another_way():
+    def computed():
+        masks = torch.zeros(2, 3, 4)
+        masks[0, :2, 1:].fill_diagonal_(2.0)
+        masks[1].fill_diagonal_(-1.0)
+        places, factors = torch.arange(3.0), torch.arange(4.0).double()
+        return masks, torch.einsum("n,d->nd", places, factors), torch.arange(3).repeat_interleave(2, output_size=6)
+
+    with _Exportable():
+        others = computed()
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(computed(), others, strict=True)
+    )
