@@ -19,7 +19,7 @@ from benchmarks.bench.solvers import Solver, best_solver, dpm
 from benchmarks.bench.suite import Suite
 from benchmarks.failures import one_line
 from dipgo.base.errors import DipgoError
-from dipgo.graph.trace import trace
+from dipgo.graph.trace import Trace, trace
 from dipgo.schedule.fixed_schedules import EXTRAPOLATION, Rule, fixed_schedules, spaced
 from dipgo.schedule.schedule import Schedule
 from dipgo.schedule.subnet import SubNet, load_subnet
@@ -198,7 +198,7 @@ class Compiler:
 
     def __init__(self, task: Task, folder: Path, batch: int = 1, whole: bool = True) -> None:
         self.task, self._folder, self._batch, self._whole = task, folder, batch, whole
-        self._prepared = prepare(task.trace, batch, whole)
+        self._prepared = prepare(_with_open_guidance(task.trace), batch, whole)
         self._weights: dict[str, Path] = {}
         self._count = 0
 
@@ -209,12 +209,18 @@ class Compiler:
         try:
             own, subnet = build(self.task, share)
             same = own.trace is self.task.trace
-            base = self._prepared if same else prepare(own.trace, self._batch, self._whole)
+            base = self._prepared if same else prepare(_with_open_guidance(own.trace), self._batch, self._whole)
             write_bundle(base, subnet, own.sampler, target)
             _share_weights(target, self._weights)
         except Exception as error:  # a baseline may fail in any way; the others go on
             return Compiled(name, error=one_line(error))
         return Compiled(name, target, seconds=time.perf_counter() - begin)
+
+
+def _with_open_guidance(traced: Trace) -> Trace:
+    """Return a trace whose guidance scale is a condition, as in the bundle's own: its conversion is kept already."""
+    sites = ",".join(site.name for site in traced.sites)
+    return trace(traced.model, sites, traced.guidance_scale, traced.dtype, open_guidance=True)
 
 
 def _share_weights(folder: Path, known: dict[str, Path]) -> None:

@@ -22,7 +22,8 @@ from benchmarks.bench.parity import TOLERANCE
 from benchmarks.bench.quality import Outputs, compare, latent_error
 from benchmarks.bench.reference import subnet_of
 from benchmarks.bench.report import REPORT, SUBJECT, Memory, ReportRecord, Row, Usage
-from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, inputs_for, latent_shape
+from benchmarks.bench.scales import quality_at_scales
+from benchmarks.bench.subjects import IMAGE_SEED, PARITY_SEED, TIMING_SEED, ProgramSpec, inputs_for, latent_shape
 from benchmarks.bench.techniques import EAGER, TECHNIQUES
 from benchmarks.bench.timing import Spread, Timing, paired, spread, timing_of
 from benchmarks.environment import clock, environment, load_average
@@ -70,10 +71,14 @@ def bench(
         candidates = programs.candidates
         specs = {each.name: each.spec for each in candidates if each.spec}
         outcomes = measure_all(specs, settings, scratch, programs.plan, progress)
-    for name in (FULL, SUBJECT):
-        if outcomes[name].error:
-            what = "the full program" if name == FULL else "it"
-            raise DipgoError(f"{folder}: {what} cannot be measured ({outcomes[name].error})")
+        judged = min(settings.scale_images, settings.images)
+        own, full = specs[SUBJECT], specs[FULL]
+        at_scales = []
+        if not _failed(outcomes) and isinstance(own, ProgramSpec) and isinstance(full, ProgramSpec):
+            at_scales = [*quality_at_scales(own, full, judged, progress)]
+    if name := _failed(outcomes):
+        what = "the full program" if name == FULL else "it"
+        raise DipgoError(f"{folder}: {what} cannot be measured ({outcomes[name].error})")
 
     record = bundle.record
     inputs = inputs_for(record.conditioning, settings.images)
@@ -96,6 +101,7 @@ def bench(
         headline=headlines(record.model, record.sampler, rows, scope, place, subnet.search.seconds),
         parity=candidates[1].parity,
         rows=rows,
+        scales=at_scales,
         sites=[site.name for site in subnet.sites],
         gates=subnet.gates.astype(int).tolist(),
         memory=Memory(
@@ -113,6 +119,11 @@ def bench(
     pictures = {name: each.outputs.images for name, each in outcomes.items() if each.outputs and not each.error}
     write_report(report, pictures, captions, output, force)
     return report
+
+
+def _failed(outcomes: Mapping[str, Outcome]) -> str | None:
+    """Return which of the two programs that a report is of cannot be measured, if one cannot."""
+    return next((name for name in (FULL, SUBJECT) if outcomes[name].error), None)
 
 
 def _check_alike(bundle: Bundle, further: Sequence[Bundle]) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from benchmarks.bench.parity import Parity
 from benchmarks.bench.quality import CEILING_DB, Quality
+from benchmarks.bench.scales import ScaleQuality
 from benchmarks.bench.suite import Suite
 from benchmarks.bench.timing import Spread, Timing
 from benchmarks.environment import Environment
@@ -114,6 +115,9 @@ class ReportRecord(Record):
     headline: list[Headline]
     parity: Parity
     rows: list[Row] = Field(description="the full program, the bundle, the baselines")
+    scales: list[ScaleQuality] = Field(
+        default_factory=list, description="the bundle at other guidance scales than the search's, beside that one"
+    )
     sites: list[str]
     gates: list[list[int]] = Field(description="[steps][sites], 1 = compute")
     memory: Memory

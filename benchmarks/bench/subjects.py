@@ -16,6 +16,7 @@ from dipgo.base.dtypes import Dtype
 from dipgo.base.records import Record
 from engines.backend import Buffer, Launch, Runner
 from engines.backends import runner_for
+from engines.guidance import Guidance, fixed_conditions
 from engines.onnxrt.runner import OnnxRuntimeRunner
 from engines.program import Program
 from export.bundle import open_bundle
@@ -86,6 +87,7 @@ class ProgramSpec(Record):
     backend: str
     threads: int | None = None
     conditions: list[str] = Field(default_factory=list)
+    guidance: float | None = Field(default=None, description="scale, where it is not the SubNet's own")
 
 
 class TorchSpec(Record):
@@ -223,6 +225,14 @@ class ProgramSubject(Subject):
         self._bundle.__exit__(None, None, None)
 
     def _conditions_of(self, start: int, count: int) -> dict[str, np.ndarray]:
+        made, record = self._usual_conditions(start, count), self.program.record
+        scales = record.conditioning.guidance.inputs if record.conditioning.guidance else {}
+        if self.spec.guidance is None or not scales:
+            return made
+        scaled = fixed_conditions(record, len(next(iter(made.values()))), Guidance(self.spec.guidance))
+        return made | {name: scaled[name] for name in scales}
+
+    def _usual_conditions(self, start: int, count: int) -> dict[str, np.ndarray]:
         if files := self.spec.conditions:
             kinds = {each.name: Dtype(each.dtype).numpy for each in self.program.record.conditioning.inputs}
             with np.load(Path(files[start // self.batch % len(files)]), allow_pickle=False) as archive:

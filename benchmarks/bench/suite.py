@@ -58,6 +58,7 @@ class Suite(Record):
         backends: of the bundle and the full program; baselines run in the first.
         scopes: ``loop``, the denoising loop, always; ``pipeline``, conditions and decoder with it; ``step``, each step.
         images: that quality is judged on; 0 judges none.
+        scale_images: at each of three guidance scales, of ``images``, where a request chooses the scale; 0 for none.
         converged_images, converged_steps: how many of them are compared with a long trajectory too, and its steps.
         warm_up: runs of the loop before the first is timed. 0 leaves out the untimed run before each timed one as well,
             as befits loops of minutes.
@@ -77,6 +78,7 @@ class Suite(Record):
     backends: list[str] = Field(default=["onnxruntime"], min_length=1)
     scopes: list[Scope] = Field(default=["loop", "step"])
     images: int = Field(default=64, ge=0)
+    scale_images: int = Field(default=8, ge=0)
     converged_images: int = Field(default=0, ge=0)
     converged_steps: int = Field(default=500, ge=2)
     warm_up: int = Field(default=2, ge=0)

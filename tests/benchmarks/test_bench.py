@@ -40,6 +40,18 @@ def test_every_program_is_measured_in_every_round(measured):
     assert own.quality.psnr_db < full.quality.psnr_db
 
 
+def test_quality_is_shown_at_three_guidance_scales(measured):
+    """At its own it is that of the same images elsewhere in the report."""
+    report, folder = measured
+    own = report.sampler.guidance_scale
+    assert [each.guidance_scale for each in report.scales] == [own / 2, own, 1.5 * own]
+    assert report.scales[1].image_psnr_db == pytest.approx(
+        sum(report.row("dipgo").quality.each_psnr_db[:8]) / 8, abs=0.01
+    )
+    assert report.scales[0].image_psnr_db != report.scales[1].image_psnr_db
+    assert f"{report.scales[0].image_psnr_db:.1f} dB at" in (folder / "report.html").read_text().replace("\n", " ")
+
+
 def test_a_baseline_that_crashes_is_listed_with_its_error(measured):
     report, folder = measured
     row = report.row("crash")
