@@ -47,6 +47,8 @@ class Request:
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
         }
+        if self.steps != 2:
+            given["intermediate_timesteps"] = None  # Sana-Sprint's, which it takes for two steps only
         if tokens_of(pipe) < own_tokens_of(pipe):
             given["max_sequence_length"] = tokens_of(pipe)
         if layers := _layers_of(pipe, component):
