@@ -61,7 +61,8 @@ class Request:
             given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)
         if self.pictures:
             size = self.size or (_SIDE, _SIDE)
-            given |= {name: [picture(each, size) for each in self.prompts] for name in ("image", "control_image")}
+            drawn = [picture(each, size) for each in self.prompts]
+            given |= dict.fromkeys(("image", "control_image"), drawn if len(drawn) > 1 else drawn[0])
             given |= {"mask_image": [picture(each, size).convert("1").convert("L") for each in self.prompts]}
             given["_auto_resize"] = False
         if scale == "true_cfg_scale":
