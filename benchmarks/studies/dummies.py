@@ -133,8 +133,9 @@ class _Way:
         accepted = inspect.signature(type(pipe).__call__).parameters
         by_class = {"class_labels": self.subjects, "guidance_scale": scale} if family.conditioned_by == "class" else {}
         asked, pictures = (family.seen.asked, family.seen.pictures) if family.seen else (None, False)
-        besides = {"use_resolution_binning": False, "strength": STRENGTH, **by_class}
+        besides = {"use_resolution_binning": False, **by_class}
         if record.start:  # pictures are of the bundle's size
+            besides["strength"] = STRENGTH
             asked, pictures = record.pixels or tuple(record.cell * side for side in record.latent.shape[-2:]), True
         request = Request(scale, asked, STEPS, tuple(self.subjects), SEED, pictures)
         decodes = record.decoder is not None or record.conditioning.kind == "nothing"

@@ -47,6 +47,8 @@ class Request:
             "generator": torch.Generator().manual_seed(self.seed),
             "output_type": "np",
         }
+        if self.steps != 2:
+            given["intermediate_timesteps"] = None  # Sana-Sprint's, which it takes for two steps only
         if tokens_of(pipe) < own_tokens_of(pipe):
             given["max_sequence_length"] = tokens_of(pipe)
         if layers := _layers_of(pipe, component):
@@ -59,7 +61,8 @@ class Request:
             given["guidance_rescale"] = getattr(self.guidance, "rescale", 0.0)
         if self.pictures:
             size = self.size or (_SIDE, _SIDE)
-            given |= {name: [picture(each, size) for each in self.prompts] for name in ("image", "control_image")}
+            drawn = [picture(each, size) for each in self.prompts]
+            given |= dict.fromkeys(("image", "control_image"), drawn if len(drawn) > 1 else drawn[0])
             given |= {"mask_image": [picture(each, size).convert("1").convert("L") for each in self.prompts]}
             given["_auto_resize"] = False
         if scale == "true_cfg_scale":
