@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import nn
@@ -163,7 +165,8 @@ class Model:
             own[self.family.component] = denoiser
         options = {"dtype": torch.float32, "variant": self.variant, "use_safetensors": True}
         try:
-            pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **options, **own)
+            with self._of_its_class(scheduler):
+                pipe = DiffusionPipeline.from_pretrained(self.folder, local_files_only=True, **options, **own)
         except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
             raise DipgoError(
                 f"{self.folder}: cannot load it as a diffusers pipeline ({one_line(error)}); download or save it again"
@@ -180,6 +183,18 @@ class Model:
             return make_scheduler(None, self.scheduler)
         except UsageError:
             return make_scheduler("ddim", self.scheduler)
+
+    def _of_its_class(self, scheduler: Any) -> AbstractContextManager[Any]:
+        """Return a context in which diffusers takes a scheduler for one of the folder's class, if that needs a package.
+
+        It looks at classes, and what stands for one whose package is missing is none.
+        """
+        import diffusers
+
+        name = self.scheduler.class_name
+        if type(scheduler).__name__ == name or not hasattr(diffusers, name):
+            return nullcontext()
+        return mock.patch.object(diffusers, name, type(scheduler))
 
     def _drawn_components(self) -> dict[str, nn.Module | None]:
         """Return the networks that the folder has no weights of with random ones, and None for what is not there.

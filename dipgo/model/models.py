@@ -79,6 +79,8 @@ def _read(name: str, folder: Path, random_weights: bool, pixels: tuple[int, int]
         raise DipgoError(f"{index_file}: {index.get('_class_name')} has no {' or '.join(COMPONENTS)} of diffusers")
     config_file, class_name = folder / component / "config.json", component_class(index, component)[1]
     config = read_object(config_file, "model configuration")
+    if component_class(index, "scheduler")[1] and not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise DipgoError(f"{folder}: no scheduler/scheduler_config.json in it; download or save the pipeline again")
     nets = _nets(folder, index)
     check_index(index_file, index, config, ["controlnet"] if nets else [])
     try:

@@ -137,6 +137,21 @@ def test_what_cannot_be_called_is_refused(tmp_path, pipeline, component, denoise
         find_model(folder_of(tmp_path, pipeline, component, denoiser, **usual | config), random_weights=True)
 
 
+def test_a_scheduler_whose_package_is_missing_hinders_no_other(tmp_path):
+    """As DPMSolverSDEScheduler, which needs torchsde: diffusers loads no folder of it."""
+    folder = tmp_path / "sd"
+    shutil.copytree(zoo.pipeline("sd"), folder)
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        (folder / file).write_text((folder / file).read_text().replace("PNDMScheduler", "DPMSolverSDEScheduler"))
+    task = make_task(find_model(str(folder)), 4, "ddim")
+    assert task.pipe("a red fox", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    with misused("torchsde"):
+        make_task(find_model(str(folder)), 4)
+    shutil.rmtree(folder / "scheduler")
+    with refused("no scheduler/scheduler_config.json in it; download or save the pipeline again"):
+        find_model(str(folder))
+
+
 def test_a_damaged_folder_is_one_line(tmp_path, bare):
     for file, content, message in (
         ("model_index.json", "[]", "model_index.json: not a readable model_index.json"),
