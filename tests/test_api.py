@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import dipgo
-from dipgo.graph.facts import counted, families, read_facts
+from dipgo.graph.facts import counted, families, pipelines, read_facts
 from dipgo.model.models import architectures, built_in, find_model
 from tests.checks import ROOT, misused
 from tests.zoo import LEAST
@@ -91,6 +91,10 @@ def test_stored_counts_are_those_of_the_models():
     assert list(facts.models) == [*built_in(), *architectures()]
     assert {name: counted(find_model(name)) for name in facts.models} == facts.models
     assert families() == facts.families
+
+
+def test_pipelines_that_run_are_those_of_the_count():
+    assert pipelines(ROOT / "benchmarks" / "results" / "dummies.json") == read_facts().pipelines
 
 
 def test_models_are_listed_without_counting(tmp_path):

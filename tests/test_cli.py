@@ -318,6 +318,11 @@ BAD_INPUT = [
     (["run", "BUNDLE", "--class", "1", "--threads", "100000", "-o", "OUT"], 2, "--threads"),
     (["run", "BUNDLE", "--class", "7" * 5000, "-o", "OUT"], 2, "is unknown to"),
     (["run", "BUNDLE", "--class", "1", "-o", ".."], 2, "-o ..: names no file; give one, such as out.png"),
+    (
+        ["run", "BUNDLE", "--class", "1", "-o", "x.GIF"],
+        2,
+        "-o x.GIF: .gif is not written; use .png, .jpg, .jpeg, .webp",
+    ),
     (["run", "BUNDLE", "-o", "OUT"], 2, BY_CLASS),
     (["run", "BUNDLE", "--prompt", "a fox", "-o", "OUT"], 2, BY_CLASS),
     (["run", "PROMPTED", "-o", "OUT"], 2, BY_PROMPT),

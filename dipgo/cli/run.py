@@ -25,7 +25,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     ".jpeg": {"format": "JPEG", "quality": 95},
     ".webp": {"format": "WEBP", "lossless": True},
 }
-"""By the endings of files; others get .png added."""
+"""By the endings of files; what is no ending of a picture gets .png added."""
 
 
 class RunConfig(Config):
@@ -161,7 +161,14 @@ def run(
 def _picture(path: Path) -> Path:
     if path.name in ("", ".."):
         raise UsageError(f"-o {path}: names no file; give one, such as out.png")
-    return path if path.suffix.lower() in FORMATS else path.with_name(f"{path.name}.png")
+    from PIL import Image
+
+    ending = path.suffix.lower()
+    if ending in FORMATS:
+        return path
+    if ending in Image.registered_extensions():
+        raise UsageError(f"-o {path}: {ending} is not written; use {', '.join(FORMATS)}")
+    return path.with_name(f"{path.name}.png")
 
 
 def _unused(name: str) -> Path:

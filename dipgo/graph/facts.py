@@ -105,7 +105,7 @@ def pipelines(count: Path) -> dict[str, list[str]]:
     """Return classes of pipelines by how they run, from a result of ``benchmarks.studies.dummies``."""
     by_outcome: dict[str, set[str]] = {outcome: set() for outcome in HOW}
     for row in read_object(count, "result")["rows"]:
-        by_outcome[row["outcome"]].add(row["pipeline"])
+        by_outcome.setdefault(row["outcome"], set()).add(row["pipeline"])
     return {how: sorted(by_outcome[outcome]) for outcome, how in HOW.items() if by_outcome[outcome]}
 
 
