@@ -22,11 +22,11 @@ from dipgo.model.families.sites import OBSERVED, sites_of_lists
 from dipgo.model.families.unet import UNET
 from dipgo.model.observed.attention import attention_by
 from dipgo.model.observed.forms import form_of
+from dipgo.model.observed.log import first_of
 from dipgo.model.observed.observation import Observation, conditions_of
 from dipgo.model.observed.observe import observe
 from dipgo.model.observed.prompts import observe_prompts
 from dipgo.model.observed.request import Request, guidance_argument
-from dipgo.model.observed.watch import first_of
 from dipgo.model.sampler import Sampler
 from dipgo.model.skeleton import skeleton
 

@@ -9,9 +9,10 @@ import torch
 
 from dipgo.base.errors import UsageError
 from dipgo.base.layout import Layout, find_layout
+from dipgo.model.observed.log import Log, first_of
 from dipgo.model.observed.request import Request
 from dipgo.model.observed.stand_ins import output_like
-from dipgo.model.observed.watch import Log, Watch, first_of, watch
+from dipgo.model.observed.watch import Watch, watch
 
 _TOLERANCE = 1e-4  # relative
 

@@ -16,10 +16,11 @@ from dipgo.model.guidance import all_passes
 from dipgo.model.observed.attention import attention_by
 from dipgo.model.observed.guide import Guide
 from dipgo.model.observed.latents import Decoding, near
+from dipgo.model.observed.log import Log, first_of
 from dipgo.model.observed.request import Request, tokens_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in
 from dipgo.model.observed.template import Constant, Template
-from dipgo.model.observed.watch import Log, Watch, first_of, watch
+from dipgo.model.observed.watch import Watch, watch
 from dipgo.model.sampler import Sampler, tabulate
 
 

@@ -20,11 +20,12 @@ from dipgo.base.errors import DipgoError, UsageError, one_line
 from dipgo.model.checks import pictures_of
 from dipgo.model.observed.guide import Guide, fit_guide
 from dipgo.model.observed.latents import decoding_of, noise_of
+from dipgo.model.observed.log import Call, Log
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
 from dipgo.model.observed.stand_ins import other_texts
 from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
-from dipgo.model.observed.watch import Call, Log, Watch, watch
+from dipgo.model.observed.watch import Watch, watch
 
 
 def observe(pipe: Any, component: str, request: Request) -> Observation:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -20,60 +19,11 @@ from dipgo.model.checks import SUPPORTED, pictures_of
 from dipgo.model.noise_source import drawing
 from dipgo.model.observed.attention import processors_of
 from dipgo.model.observed.forms import bound, form_of
+from dipgo.model.observed.log import Call, Log, Step, plain
 from dipgo.model.observed.request import tokens_of
 from dipgo.model.observed.stand_ins import denoiser_stand_in, output_like
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of the denoiser: its arguments by name, its first output, and the number of its step.
-
-    ``processors`` are those of its attention, by module, that its pipeline put there.
-    """
-
-    arguments: dict[str, Any]
-    output: Any
-    step: int
-    processors: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the scheduler: what it was given, and the latent that it returned."""
-
-    output: torch.Tensor
-    timestep: Any
-    latent: torch.Tensor
-    options: dict[str, Any]
-    result: torch.Tensor
-
-
-@dataclass
-class Log:
-    """What was seen.
-
-    Attributes:
-        settings: the arguments of ``set_timesteps``, by name.
-        begin: the step that the scheduler was told to begin at, if it was.
-        scaled: what ``scale_model_input`` returned, by step; empty where it was not called.
-        drawn: the noise that the pipeline drew, in order.
-        drawn_in_steps: the noise that its scheduler drew.
-        decoded: what the VAE was given.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    begin: int | None = None
-    calls: list[Call] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    scaled: list[torch.Tensor] = field(default_factory=list)
-    drawn: list[torch.Tensor] = field(default_factory=list)
-    drawn_in_steps: list[torch.Tensor] = field(default_factory=list)
-    decoded: list[torch.Tensor] = field(default_factory=list)
-
-    def calls_of(self, step: int) -> list[Call]:
-        return [call for call in self.calls if call.step == step]
 
 
 class _Enough(BaseException):
@@ -112,6 +62,9 @@ def watch(pipe: Any, inputs: Mapping[str, Any], how: Watch) -> Log:
     """
     log, denoiser = Log(), getattr(pipe, how.component)
     accepted = signature(type(pipe).__call__).parameters
+    needed = [name for name, option in accepted.items() if option.default is option.empty and name != "self"]
+    if lacking := [name for name in needed if name not in (*inputs, "args", "kwargs")]:
+        raise UsageError(f"{type(pipe).__name__} is not supported: each call of it needs {', '.join(lacking)}")
     pipe.set_progress_bar_config(disable=True)
     with ExitStack() as stack:
         stack.enter_context(denoiser_stand_in(denoiser, tokens_of(pipe)))
@@ -141,25 +94,6 @@ def _reason(error: Exception) -> str:
     if package and package.islower() and not find_spec(package):
         return f"it needs the package {package}: pip install {package}"
     return one_line(error)
-
-
-def plain(value: Any) -> Any:
-    """Return a copy of nested values whose tensors are their own."""
-    return pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else _copied(leaf), value
-    )
-
-
-def first_of(output: Any) -> Any:
-    """Return the first output of a network, of a tuple or of an output class of diffusers."""
-    return output[0]
-
-
-def _copied(leaf: Any) -> Any:
-    try:
-        return copy.deepcopy(leaf)
-    except Exception:  # handles and modules, which are the same in every call
-        return leaf
 
 
 @contextmanager
