@@ -13,8 +13,9 @@ from dipgo.base.guidance import GuidanceScale, rescale_of
 from dipgo.base.layout import find_layout
 from dipgo.model.checks import class_named
 from dipgo.model.observed.guide import Guide, fit_guide
+from dipgo.model.observed.roles import Views, roles_of
 from dipgo.model.observed.stand_ins import text_stand_in
-from dipgo.model.observed.template import Condition, Constant, Joined, Latent, Moment, Views, roles_of
+from dipgo.model.observed.template import Condition, Constant, Joined, Latent, Moment
 
 
 @pytest.mark.parametrize("seed", range(40))

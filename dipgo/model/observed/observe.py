@@ -23,8 +23,9 @@ from dipgo.model.observed.latents import decoding_of, noise_of
 from dipgo.model.observed.log import Call, Log
 from dipgo.model.observed.observation import Observation, joined_conditions, moment_of
 from dipgo.model.observed.request import PROMPTS, Request, guidance_argument
+from dipgo.model.observed.roles import Views, roles_of
 from dipgo.model.observed.stand_ins import other_texts
-from dipgo.model.observed.template import Template, Views, names_of, roles_of, same
+from dipgo.model.observed.template import Template, names_of, same
 from dipgo.model.observed.watch import Watch, watch
 
 
