@@ -11,7 +11,8 @@ import torch
 from benchmarks.bench.quality import Outputs, latents_as_images
 from benchmarks.bench.reference import as_images
 from dipgo.base.progress import Report, silent
-from dipgo.eager.trajectory import Batch, every_site
+from dipgo.eager.sampling import Batch
+from dipgo.eager.trajectory import every_site
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.task import Task
 

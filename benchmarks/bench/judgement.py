@@ -36,7 +36,7 @@ from benchmarks.environment import Environment, environment, load_average
 from dipgo.base.errors import UsageError
 from dipgo.base.progress import Report, silent
 from dipgo.base.records import ModelIdentity, Record, SamplerIdentity
-from dipgo.eager.trajectory import Batch, select
+from dipgo.eager.sampling import Batch, select
 from dipgo.model.models import Model
 from dipgo.schedule.subnet import SubNet
 from dipgo.searching.task import Choices, Task

@@ -249,6 +249,6 @@ def subject_of(spec: ProgramSpec | TorchSpec) -> Subject:
     """Load what a spec says."""
     if isinstance(spec, ProgramSpec):
         return ProgramSubject(spec)
-    from benchmarks.bench.techniques import TorchSubject
+    from benchmarks.bench.torch_subject import TorchSubject
 
     return TorchSubject(spec)

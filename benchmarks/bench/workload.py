@@ -27,8 +27,8 @@ from benchmarks.bench.quality import latent_error
 from benchmarks.bench.reference import cast_pipeline, conditions_as_arrays
 from benchmarks.bench.subjects import PARITY_SEED, ProgramSpec, ProgramSubject, Subject, TorchSpec, inputs_for, save
 from benchmarks.bench.suite import Workload
-from benchmarks.bench.techniques import TorchSubject
 from benchmarks.bench.timing import Timing, in_rounds, timing_of
+from benchmarks.bench.torch_subject import TorchSubject
 from benchmarks.failures import NotMeasuredError, one_line
 from dipgo.base.dtypes import PRECISIONS
 from dipgo.base.errors import DipgoError, DipgoWarning

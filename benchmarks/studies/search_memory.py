@@ -30,9 +30,10 @@ from dipgo.searching.backup_fit import Backups, learn_backups
 from dipgo.searching.gate_training import paper_scores
 from dipgo.searching.losses import final_latent
 from dipgo.searching.memory import Iteration, memory_estimate
+from dipgo.searching.pool import Pool
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run
-from dipgo.searching.task import Pool, make_task
+from dipgo.searching.task import make_task
 from dipgo.searching.training_loop import Descent, Training
 
 FULL_STEPS, FULL_POOL = 50, 512

@@ -27,9 +27,10 @@ from dipgo.searching.effort import effort_of
 from dipgo.searching.journal import peak_memory
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import make_loss
+from dipgo.searching.pool import Pool
 from dipgo.searching.run_folder import Run
 from dipgo.searching.search import PRECISIONS
-from dipgo.searching.task import Pool, Task, make_task
+from dipgo.searching.task import Task, make_task
 from dipgo.searching.training_loop import Training, backup_descent
 
 ITERATIONS = 2  # that are timed, after one that warms up

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dipgo.eager.trajectory import Batch, Trajectory
+from dipgo.eager.sampling import Batch
+from dipgo.eager.trajectory import Trajectory
 
 
 def measure_drift(trajectory: Trajectory, batch: Batch) -> np.ndarray:

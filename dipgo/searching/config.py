@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dipgo.base.config import Config, Names, Numbers, Seed, Text, Threads
 from dipgo.base.guidance import scales_of
-
-LOSS_TERMS = ("latent", "psnr", "ssim", "l1", "l2")
+from dipgo.searching.loss_terms import LOSS_TERMS, is_loss
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -23,29 +22,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {"dipgo": {}, "paper": {"batch": 1, "loss": "ssim"}}
 """Where a method needs other values; what is the paper's alone has its values as defaults (section 4.1)."""
-
-
-def loss_terms(spec: str) -> list[tuple[float, str]]:
-    """Return weights and names of the terms in a sum such as ``0.5*ssim+latent``; ValueError where it is none."""
-    return [_loss_term(part) for part in spec.split("+")]
-
-
-def _loss_term(part: str) -> tuple[float, str]:
-    number, star, name = part.strip().rpartition("*")
-    try:
-        weight = float(number) if star else 1.0
-    except ValueError:
-        weight = -1.0
-    if not 0 < weight < float("inf") or name.strip() not in LOSS_TERMS:
-        raise ValueError(
-            f"loss term '{part}' is unknown; use a sum of {', '.join(LOSS_TERMS)}, such as 0.5*ssim+latent"
-        )
-    return weight, name.strip()
-
-
-def _is_loss(spec: str) -> str:
-    loss_terms(spec)
-    return spec
 
 
 def _is_guidance(text: str) -> str:
@@ -160,7 +136,7 @@ class Settings(Config):
         description="Backup weights of their own for the conditional and the unconditional pass instead of the same.",
     )
     accumulate: int = Field(1, ge=1, description="Batches that make one update.")
-    loss: Annotated[str, AfterValidator(_is_loss)] = Field(
+    loss: Annotated[str, AfterValidator(is_loss)] = Field(
         "psnr", description=f"A sum of {', '.join(LOSS_TERMS)}, such as 0.5*ssim+latent."
     )
     step_weights: Annotated[Numbers, AfterValidator(_are_step_weights)] = Field(

@@ -15,8 +15,9 @@ from dipgo.schedule.subnet import SubNet
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import Loss
+from dipgo.searching.pool import Pool
 from dipgo.searching.run_folder import Phase, Run
-from dipgo.searching.task import Pool, Task
+from dipgo.searching.task import Task
 from dipgo.searching.training_loop import Descent, Training
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dipgo.eager.trajectory import Batch, select
+from dipgo.eager.sampling import Batch, select
 from dipgo.schedule.schedule import Schedule
 from dipgo.searching.losses import psnr
 from dipgo.searching.run_folder import Run

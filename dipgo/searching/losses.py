@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dipgo.base.errors import DipgoError
-from dipgo.searching.config import loss_terms
+from dipgo.searching.loss_terms import loss_terms
 
 Loss = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]

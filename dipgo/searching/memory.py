@@ -24,7 +24,7 @@ from dipgo.graph.outputs import take_apart
 from dipgo.graph.trace import Trace
 from dipgo.model.families import GuidedDenoiser
 from dipgo.model.models import Model
-from dipgo.searching.config import loss_terms
+from dipgo.searching.loss_terms import loss_terms
 
 FLOAT = 4  # bytes
 

@@ -25,10 +25,11 @@ from dipgo.searching.distributed import processes
 from dipgo.searching.gate_training import Sparsity, paper_scores
 from dipgo.searching.judge import Judge
 from dipgo.searching.losses import make_loss
+from dipgo.searching.pool import Pool
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Cadence, open_run
 from dipgo.searching.successive_halving import with_learned_backups
-from dipgo.searching.task import Pool, Task
+from dipgo.searching.task import Task
 from dipgo.searching.training_loop import gate_descent
 from dipgo.searching.warm_starts import check_starts, digest_of
 

@@ -16,8 +16,8 @@ from dipgo.eager.trajectory import Trajectory
 from dipgo.searching.config import SearchConfig
 from dipgo.searching.journal import peak_memory
 from dipgo.searching.losses import Loss
+from dipgo.searching.pool import Batches
 from dipgo.searching.run_folder import Phase
-from dipgo.searching.task import Batches
 
 LossAt = Callable[[int], tuple[torch.Tensor, Mapping[str, float]]]
 """From the number of a batch to its loss and figures to report (``kept``: the ratio of MACs that it ran)."""

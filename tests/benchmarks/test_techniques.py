@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.bench.parity import verify
 from benchmarks.bench.quality import latent_error
 from benchmarks.bench.subjects import IMAGE_SEED, PROMPTS, ProgramSpec, ProgramSubject, TorchSpec
-from benchmarks.bench.techniques import TECHNIQUES, Technique, TorchSubject, cache_dit, first_block_cache
+from benchmarks.bench.techniques import TECHNIQUES, Technique, cache_dit, first_block_cache
+from benchmarks.bench.torch_subject import TorchSubject
 from benchmarks.failures import NotMeasuredError
 from export.bundle import open_bundle
 from tests import zoo

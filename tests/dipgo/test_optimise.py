@@ -27,10 +27,11 @@ from dipgo.searching.config import SearchConfig
 from dipgo.searching.distributed import processes
 from dipgo.searching.gate_training import Sparsity, paper_scores
 from dipgo.searching.losses import final_latent, make_loss
+from dipgo.searching.pool import Pool
 from dipgo.searching.pruner import Pruner
 from dipgo.searching.run_folder import Run, open_run
 from dipgo.searching.search import search
-from dipgo.searching.task import Pool, make_task
+from dipgo.searching.task import make_task
 from dipgo.searching.training_loop import Descent, Training, optimise
 from tests import zoo
 from tests.checks import ROOT, misused, refused, small_disk

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo.eager.trajectory import Sampling
+from dipgo.eager.sampling import Sampling
 from dipgo.model.families import FAMILIES
 from dipgo.model.models import find_model
 from dipgo.model.prompts import read_prompts
 from dipgo.searching.distributed import Processes
-from dipgo.searching.task import Choices, Pool, choices_of
+from dipgo.searching.pool import Pool
+from dipgo.searching.task import Choices, choices_of
 from tests import zoo
 from tests.checks import misused, refused
 
