@@ -66,9 +66,8 @@ def record_path(engine: Path) -> Path:
 def key_of(bundle: Bundle, graph: Graph, library: Library, target: str, options: BuildOptions) -> str:
     """Return the SHA-256 of everything that an engine depends on: graph, weights, library, GPU, shapes, options."""
     record = bundle.record
-    programs = (record, *record.further)
-    tables = {each.tables_file for each in programs}
-    tables |= {Path(each.subnet_file).with_suffix(".safetensors").name for each in programs}
+    tables = {each.tables_file for each in record.every_program}
+    tables |= {Path(each.subnet_file).with_suffix(".safetensors").name for each in record.every_program}
     weights = {
         name: file.sha256 for name, file in record.files.items() if name.endswith(".safetensors") and name not in tables
     }

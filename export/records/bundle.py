@@ -125,7 +125,8 @@ class BundleRecord(ProgramRecord):
         return [record._alone(program) for program in self.unguided.programs]
 
     @property
-    def _every_program(self) -> list[ProgramRecord]:
+    def every_program(self) -> list[ProgramRecord]:
+        """The programs that requests choose, then those with low-rank branches, then those of one pass."""
         adapted = self.adapters.programs if self.adapters else []
         return [self, *self.further, *adapted, *(self.unguided.programs if self.unguided else ())]
 
@@ -148,7 +149,7 @@ class BundleRecord(ProgramRecord):
     def tensors(self) -> dict[str, tuple[list[TensorRecord], list[TensorRecord]]]:
         """Inputs and outputs of all graphs by file: of the loop, before it, then those of texts and pictures."""
         tensors = {graph.file: (graph.inputs, graph.outputs) for graph in self.graphs.values()}
-        for program in self._every_program:
+        for program in self.every_program:
             tensors |= {prologue.file: (prologue.inputs, prologue.outputs) for prologue in program.prologues}
             if program.start:
                 tensors[program.start.graph.file] = (program.start.graph.inputs, program.start.graph.outputs)
@@ -165,7 +166,7 @@ class BundleRecord(ProgramRecord):
         """The files that this record names as parts of the program; each must be in ``files``, with its checksum."""
         ways = self.conditioning.encoder.ways if self.conditioning.encoder else []
         tokenizers = [tokenizer.file for text in ways for tokenizer in text.tokenizers]
-        own = [file for each in self._every_program for file in (each.tables_file, each.subnet_file)]
+        own = [file for each in self.every_program for file in (each.tables_file, each.subnet_file)]
         return {*self.tensors, *tokenizers, *own}
 
     def sealed(self) -> BundleRecord:
