@@ -92,6 +92,6 @@ write_report(report, {row.name: pictures for row in report.rows}, ["a"] * 4, Pat
 
     def whole(report):
         read_report(report / REPORT.known_by)
-        assert all((report / name).read_text() for name in REPORT.files(report))
+        assert all((report / name).read_bytes() for name in REPORT.files(report))
 
     check_kills(["-c", code, record, tmp_path / "report"], tmp_path / "report", whole)
