@@ -33,8 +33,8 @@ from dipgo.searching.task import Task
 from engines.pipeline.pipeline import load
 from engines.program import Program
 from export.compiler import write_bundle
-from export.converted import prepare
-from export.sources import Source, retrace, sampler_of
+from export.converted import Prepared, prepare
+from export.sources import Source, retrace, sampler_of, sites_of
 
 PROMPTS = ("red apple", "owl", "rocket", "birthday cake")  # of names that no search has seen
 
@@ -58,7 +58,7 @@ def demonstrate(
     """Compile SubNets into ``bundle``, measure the first, and draw what the three programs make.
 
     Args:
-        files: of the SubNets, on the same sites; each becomes a program of the bundle.
+        files: of the SubNets; each becomes a program of the bundle.
         drawn: the picture, a PNG.
 
     Raises:
@@ -76,7 +76,7 @@ def demonstrate(
 
         share = Share(subnet.cost.ratio, subnet.cost.ratio)
         report("compile", 1, 3, SUBJECT)
-        further = [Source(prepared, each, sampler_of(each, task.model)) for each in others]
+        further = [_source(each, subnet, prepared) for each in others]
         programs = {SUBJECT: compiled(task, subnet, bundle, further)}
         report("compile", 2, 3, FULL)
         programs[FULL] = compiled(*full(task, share), Path(scratch, "full"))
@@ -99,6 +99,14 @@ def demonstrate(
         if labelled := picture(rows, images, range(len(prompts))):
             save(labelled, draft)
     return Demonstration(rows, parity)
+
+
+def _source(subnet: SubNet, first: SubNet, prepared: Prepared) -> Source:
+    """Return what a program beside the first is compiled from; its sites may be others."""
+    model = prepared.trace.model
+    if sites_of(subnet) != sites_of(first):
+        prepared = prepare(retrace(model, subnet, open_guidance=True), whole=False)
+    return Source(prepared, subnet, sampler_of(subnet, model))
 
 
 @contextmanager
