@@ -435,7 +435,7 @@ def test_with_nginx_before_it(up):
         front = Server.__new__(Server)
         front.port = port
         assert np.array_equal(front.infer("dit", request("cat", 3))[1]["image"], alone)
-        assert front.infer("dit", request(seed=-1))[0] == 400
+        assert front.infer("dit", request(number=-1))[0] == 400
         assert front.ask("/v2/health/ready")[0] == front.ask("/v2")[0] == 200
         for path, body, expected in (
             ("/v2/models/dit/infer", b"x" * 2_000_000, (413, "the body is over the limit")),
